@@ -1,0 +1,62 @@
+"""Packaging: ``megamix`` from the checkout's root, ``megamix_kernels`` from ``kernels/``, and the configs as package data."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "megamix" / "__init__.py").read_text())[1]
+
+# deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
+REQUIRES = [
+    "deepspeed>=0.19.8",
+    "matplotlib",
+    "numpy>=1.26",
+    "pydantic>=2.9",
+    "pyyaml",
+    "rich",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "torch>=2.11",
+    "transformers>=5.17",
+    "typer>=0.16",
+    "zstandard",
+]
+EXTRAS = {
+    "megatron": ["megatron-core>=0.16.1"],
+    "cuda": ["triton>=3.6"],
+    "tensorboard": ["tensorboard"],
+    "wandb": ["wandb"],
+    "dev": [
+        "codespell",
+        "hypothesis",
+        "import-linter",
+        "pyright",
+        "pytest",
+        "pytest-benchmark",
+        "pytest-timeout",
+        "ruff",
+        "tensorboard",
+    ],
+}
+
+setup(
+    name="megamix",
+    version=VERSION,
+    description="Online data mixing for language-model pretraining, under DeepSpeed and Megatron",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(".", include=["megamix", "megamix.*"]),
+        *find_packages("kernels", include=["megamix_kernels", "megamix_kernels.*"]),
+        "megamix.configs",
+    ],
+    package_dir={"megamix_kernels": "kernels/megamix_kernels", "megamix.configs": "configs"},
+    package_data={"megamix.configs": ["*.yaml", "**/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megamix = megamix.cli:main"]},
+)
