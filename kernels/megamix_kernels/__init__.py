@@ -1,0 +1,13 @@
+"""Cross-entropy that knows which domain every token came from.
+
+    out = domain_cross_entropy(logits_NV, labels_N, domain_N, num_domains=K)
+    out.loss.backward()                 # the scalar to differentiate
+    out.stats.nats / out.stats.tokens   # mean loss of each domain, from exact integer sums
+
+This package imports torch and nothing from megamix, so that it can be used in any trainer.
+"""
+
+from megamix_kernels.reference import DomainLoss, domain_cross_entropy
+from megamix_kernels.sums import DomainSums
+
+__all__ = ["DomainLoss", "DomainSums", "domain_cross_entropy"]

@@ -1,0 +1,155 @@
+"""Refuse what the loss cannot use, naming the value seen and the value wanted.
+
+Everything but `check_values` looks only at types, shapes, dtypes and devices, so that it costs an accelerator nothing.
+
+Shapes: N tokens, V logits a token, K domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MAX_DOMAINS = 65536
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32)
+# fmt: off
+INTEGER_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)
+# fmt: on
+VECTOR_DTYPES = {
+    "labels_N": LABEL_DTYPES,
+    "domain_N": INTEGER_DTYPES,
+    "mask_N": (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES),
+    "reference_loss_N": FLOAT_DTYPES,
+}
+
+
+def check_num_domains(num_domains: int) -> None:
+    """Raise TypeError or ValueError unless num_domains is an int from 1 to `MAX_DOMAINS`."""
+    if not isinstance(num_domains, int) or isinstance(num_domains, bool):
+        raise TypeError(f"num_domains must be an int, got {num_domains!r} ({type(num_domains).__name__})")
+    if not 1 <= num_domains <= MAX_DOMAINS:
+        raise ValueError(f"num_domains must be from 1 to {MAX_DOMAINS}, got {num_domains}")
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise ValueError for an unknown name and NotImplementedError for one that is still to come."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if implementation == "triton":
+        raise NotImplementedError("implementation 'triton' is not in this version; use 'auto' or 'torch'")
+
+
+def check_logits(logits_NV: Tensor) -> None:
+    """Raise unless the logits are a floating tensor [N, V] with V >= 1."""
+    _check_dtype("logits_NV", logits_NV, FLOAT_DTYPES)
+    shape = list(logits_NV.shape)
+    if len(shape) != 2:
+        hint = "; reshape [..., V] to [-1, V], and labels and domains to [-1]" if len(shape) > 2 else ""
+        raise ValueError(f"logits_NV must have two dimensions [N, V], got shape {shape}{hint}")
+    if shape[1] < 1:
+        raise ValueError(f"logits_NV must have at least one column, got shape {shape}")
+
+
+def check_vectors(logits_NV: Tensor, vectors: Mapping[str, Tensor | None]) -> None:
+    """Raise unless each given tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits'
+    device."""
+    for name, vector_N in vectors.items():
+        if vector_N is None and name in ("mask_N", "reference_loss_N"):
+            continue
+        _check_like(
+            name, vector_N, VECTOR_DTYPES[name], logits_NV.shape[0], logits_NV.device, "one entry a row of logits_NV"
+        )
+
+
+def check_loss_weights(loss_weights_K: Tensor | None, num_domains: int, device: torch.device) -> None:
+    """Raise unless the weights are None or a floating tensor [K] on the device."""
+    if loss_weights_K is not None:
+        _check_like("loss_weights_K", loss_weights_K, FLOAT_DTYPES, num_domains, device, "one entry a domain")
+
+
+def check_options(
+    *, z_loss: float, softcap: float, label_smoothing: float, vocab_size: int | None, num_columns: int
+) -> None:
+    """Raise ValueError unless the numbers that shape the objective are in range."""
+    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative (0 is off), got {value}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if vocab_size is not None and not 1 <= vocab_size <= num_columns:
+        raise ValueError(f"vocab_size must be from 1 to {num_columns}, the columns of logits_NV; got {vocab_size}")
+
+
+def check_normaliser(normaliser: float | Tensor | None, device: torch.device) -> float | Tensor | None:
+    """The divisor as a number where the host has it, else as a tensor on the device; None stays None.
+
+    Raises:
+        TypeError: a complex or bool tensor.
+        ValueError: not one element, on a third device, or (where the host can see it) not finite and positive.
+    """
+    if normaliser is None:
+        return None
+    if isinstance(normaliser, Tensor):
+        _check_dtype("normaliser", normaliser, (*FLOAT_DTYPES, *INTEGER_DTYPES))
+        if normaliser.numel() != 1:
+            raise ValueError(f"normaliser must have one element, got shape {list(normaliser.shape)}")
+        if normaliser.device.type != "cpu":
+            if normaliser.device != device:
+                raise ValueError(f"normaliser is on {normaliser.device}; wanted {device}, like logits_NV, or cpu")
+            return normaliser.detach().reshape(())
+        normaliser = float(normaliser.detach())
+    if not (math.isfinite(normaliser) and normaliser > 0):
+        raise ValueError(f"normaliser must be finite and positive, got {normaliser}")
+    return normaliser
+
+
+def check_values(
+    labels_N: Tensor,
+    domain_N: Tensor,
+    mask_N: Tensor | None,
+    counted_N: Tensor,
+    *,
+    ignore_index: int,
+    vocab_size: int,
+    num_domains: int,
+) -> None:
+    """Raise ValueError for values out of range in counted rows. Reads values: for tensors on the host only."""
+    if mask_N is not None:
+        _refuse_any("mask_N", mask_N, (mask_N != 0) & (mask_N != 1), "must be 0 or 1")
+    wanted = f"must be in [0, {vocab_size}), or {ignore_index} to ignore the row"
+    _refuse_any("labels_N", labels_N, counted_N & ((labels_N < 0) | (labels_N >= vocab_size)), wanted)
+    domain_N = domain_N.long()
+    outside_N = (domain_N < 0) | (domain_N >= num_domains)
+    _refuse_any("domain_N", domain_N, counted_N & outside_N, f"must be in [0, {num_domains}), the number of domains")
+
+
+def _check_dtype(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of {wanted}; got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be a tensor of {wanted}; got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _check_like(
+    name: str, tensor: object, dtypes: tuple[torch.dtype, ...], length: int, device: torch.device, meaning: str
+) -> None:
+    _check_dtype(name, tensor, dtypes)
+    assert isinstance(tensor, Tensor)
+    if list(tensor.shape) != [length]:
+        raise ValueError(f"{name} must have shape [{length}], {meaning}; got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but logits_NV is on {device}; move it there")
+
+
+def _refuse_any(name: str, values_N: Tensor, bad_N: Tensor, wanted: str) -> None:
+    if bad_N.any():
+        row = int(bad_N.nonzero()[0, 0])
+        raise ValueError(f"{name}[{row}] is {values_N[row].item()}; it {wanted} ({int(bad_N.sum())} such rows)")
