@@ -1,0 +1,424 @@
+"""Token files in Megatron's ``.bin`` / ``.idx`` format: reading, writing, and several of them as one stream.
+
+    PREFIX.bin   the tokens of all documents, one after the other, nothing else
+    PREFIX.idx   "MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences u64 = S | bounds u64 = D + 1
+                 | S lengths int32, in tokens | S pointers int64, bytes into .bin | D + 1 bounds int64, sequence numbers
+
+All numbers are little-endian. Megatron may cut a document into several sequences; this module writes one sequence per
+document and reads both. Source of the format: ``megatron.core.datasets.indexed_dataset``, whose builder writes the
+same bytes for the same documents.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megamix.errors import InputError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
+
+_HEADER = struct.Struct("<9sQBQQ")
+_CHECK_AT_ONCE = (
+    1 << 20
+)  # sequences looked at together, so that checking an index takes the same memory whatever its size
+_COPY_AGAIN = "The file was cut short or belongs to another one: copy both files again, or run `megamix prepare` again."
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The data file of ``prefix``, which may itself contain dots."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The index file of ``prefix``, which may itself contain dots."""
+    return Path(f"{prefix}.idx")
+
+
+def pick_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type Megatron stores token ids of this vocabulary in: uint16 below 65500 entries, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Puts ``data`` under ``path`` whole or not at all: a temporary file, flushed to disk, takes its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class IndexedTokens:
+    """One ``.bin`` / ``.idx`` pair, memory-mapped.
+
+    Args:
+        prefix: Path without ``.bin`` / ``.idx``.
+        verify: Compare every pointer with the lengths before it: one pass over the index, 12 bytes a sequence. File
+            sizes are checked in any case.
+
+    Attributes:
+        dtype: Type of a token in the file.
+        num_tokens: Tokens in the file.
+        num_documents: Documents in the file.
+        tokens: The whole stream, a read-only memory map [num_tokens] of ``dtype``.
+
+    Raises:
+        InputError: A file is missing or unreadable, is no index of version 1, or index and data disagree.
+    """
+
+    def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:
+        self.prefix = Path(prefix)
+        self._verify = verify
+        data_bytes, index_bytes = _file_size(bin_path(prefix)), _file_size(idx_path(prefix))
+        self.dtype, self.num_sequences, num_bounds = _read_header(idx_path(prefix), index_bytes)
+        self.num_documents = num_bounds - 1
+        index = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
+        lengths_end = _HEADER.size + 4 * self.num_sequences
+        pointers_end = lengths_end + 8 * self.num_sequences
+        self._lengths = index[_HEADER.size : lengths_end].view("<i4")
+        self._pointers = index[lengths_end:pointers_end].view("<i8")
+        self._bounds = index[pointers_end:].view("<i8")
+        self._check_sizes(data_bytes)
+        if verify:
+            self._check_pointers()
+            self._check_bounds()
+        self.num_tokens = data_bytes // self.dtype.itemsize
+        # An empty file cannot be mapped.
+        self.tokens: np.ndarray = (
+            np.memmap(bin_path(prefix), dtype=self.dtype, mode="r") if data_bytes else np.empty(0, self.dtype)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A memory map pickles as a copy of its contents; a loader process opens the files itself instead.
+        return functools.partial(IndexedTokens, verify=False), (self.prefix,)
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray:
+        """First token of every document, int64 [num_documents] (8 bytes a document, built on first use)."""
+        starts = np.append(np.asarray(self._pointers), self.num_tokens * self.dtype.itemsize) // self.dtype.itemsize
+        return starts[np.asarray(self._bounds[:-1])]
+
+    def document_at(self, token: int) -> tuple[int, int]:
+        """The document that holds token number ``token``, and the token's offset in it, in O(log documents) reads."""
+        # bisect, not np.searchsorted: the header's length leaves the arrays unaligned, and numpy would copy them whole.
+        sequence = bisect.bisect_right(self._pointers, token * self.dtype.itemsize) - 1
+        document = bisect.bisect_right(self._bounds, sequence) - 1
+        start = int(self._pointers[int(self._bounds[document])]) // self.dtype.itemsize
+        return document, token - start
+
+    def _check_sizes(self, data_bytes: int) -> None:
+        wanted = 0
+        if self.num_sequences:
+            wanted = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+        if wanted != data_bytes:
+            raise InputError(
+                f"{bin_path(self.prefix)} holds {data_bytes} bytes, but its index {idx_path(self.prefix).name} expects"
+                f" {wanted} bytes ({self.num_sequences} sequences of {self.dtype.name}). {_COPY_AGAIN}"
+            )
+
+    def _check_pointers(self) -> None:
+        wanted = 0
+        for start in range(0, self.num_sequences, _CHECK_AT_ONCE):
+            lengths = self._lengths[start : start + _CHECK_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            ends = wanted + np.cumsum(lengths)
+            seen = self._pointers[start : start + _CHECK_AT_ONCE]
+            wrong = np.flatnonzero((seen != ends - lengths) | (lengths < 0))
+            if wrong.size:
+                at = int(wrong[0])
+                raise InputError(
+                    f"{idx_path(self.prefix)}: sequence {start + at}, {int(self._lengths[start + at])} tokens long, has"
+                    f" the pointer {int(seen[at])}; the lengths before it put it at byte {int(ends[at] - lengths[at])}."
+                    f" {_COPY_AGAIN}"
+                )
+            wanted = int(ends[-1])
+
+    def _check_bounds(self) -> None:
+        first, last = int(self._bounds[0]), int(self._bounds[-1])
+        rising = all(
+            bool(np.all(np.diff(self._bounds[start : start + _CHECK_AT_ONCE + 1]) >= 0))
+            for start in range(0, self.num_documents, _CHECK_AT_ONCE)
+        )
+        if first != 0 or last != self.num_sequences or not rising:
+            raise InputError(
+                f"{idx_path(self.prefix)}: the document bounds run from {first} to {last}"
+                f"{'' if rising else ' and fall on the way'}, expected rising numbers from 0 to {self.num_sequences}."
+                f" {_COPY_AGAIN}"
+            )
+
+
+def _file_size(path: Path) -> int:
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot read {path}: {reason}. Check the path, or run `megamix prepare`.") from error
+
+
+def _read_header(path: Path, size: int) -> tuple[np.dtype[Any], int, int]:
+    """Returns dtype, number of sequences and number of document bounds; checks them against the size of the file."""
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    if head[: len(MAGIC)] != MAGIC:
+        raise InputError(
+            f"{path} is not a Megatron index: it begins with {head[: len(MAGIC)]!r} ({size} bytes in all), expected"
+            f" {MAGIC!r}. Check that the prefix names a .bin/.idx pair."
+        )
+    if len(head) < _HEADER.size:
+        raise InputError(f"{path} holds {size} bytes, expected at least {_HEADER.size}. {_COPY_AGAIN}")
+    _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
+    if version != VERSION:
+        raise InputError(
+            f"{path} has version {version}, expected {VERSION}. Write it again with a current Megatron or megamix."
+        )
+    if code not in DTYPE_OF_CODE:
+        raise InputError(f"{path} has the dtype code {code}, expected one of {sorted(DTYPE_OF_CODE)}. {_COPY_AGAIN}")
+    wanted = _HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if size != wanted or num_bounds < 1:
+        raise InputError(
+            f"{path} holds {size} bytes, expected {wanted} for {num_sequences} sequences and {num_bounds} document"
+            f" bounds. {_COPY_AGAIN}"
+        )
+    return DTYPE_OF_CODE[code], num_sequences, num_bounds
+
+
+class DomainTokens:
+    """Several ``.bin`` / ``.idx`` pairs as the one token stream of a domain.
+
+    Args:
+        name: The domain; every error message names it.
+        prefixes: Paths without suffix, in stream order.
+        expected_tokens: What the manifest says the stream holds; None leaves it unchecked.
+        verify: See `IndexedTokens`.
+
+    Raises:
+        InputError: A file is damaged (see `IndexedTokens`), or the number of tokens is not the expected one.
+    """
+
+    def __init__(
+        self, name: str, prefixes: Sequence[str | Path], expected_tokens: int | None = None, *, verify: bool = True
+    ) -> None:
+        self.name = name
+        if not prefixes:
+            raise InputError(f"domain '{name}': no token files given. Name at least one prefix.")
+        try:
+            self.files = [IndexedTokens(prefix, verify=verify) for prefix in prefixes]
+        except InputError as error:
+            raise InputError(f"domain '{name}': {error}") from error
+        self.dtype = np.result_type(*(file.dtype for file in self.files))
+        self._ends = np.cumsum([file.num_tokens for file in self.files]).tolist()
+        self.num_tokens: int = self._ends[-1]
+        self.num_documents = sum(file.num_documents for file in self.files)
+        if expected_tokens is not None and self.num_tokens != expected_tokens:
+            raise InputError(
+                f"domain '{name}': {', '.join(str(file.prefix) for file in self.files)} hold {self.num_tokens} tokens,"
+                f" but the manifest says {expected_tokens}. Run `megamix prepare` again, or use the manifest of these"
+                " files."
+            )
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """A copy of tokens [start, start + length), ``dtype`` [length]; may cross file borders.
+
+        Raises:
+            InputError: The range leaves the stream.
+        """
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise InputError(
+                f"domain '{self.name}': tokens {start} to {start + length} asked for; it holds 0 to {self.num_tokens}."
+            )
+        tokens = np.empty(length, self.dtype)
+        number = bisect.bisect_right(self._ends, start)
+        filled = 0
+        while filled < length:
+            file = self.files[number]
+            offset = start + filled - (self._ends[number] - file.num_tokens)
+            piece = file.tokens[offset : offset + length - filled]
+            tokens[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            number += 1
+        return tokens
+
+    def num_windows(self, seq_length: int) -> int:
+        """How many samples of ``seq_length`` tokens, plus the label of the last one, fit; 0 where not even one does."""
+        return max(0, (self.num_tokens - 1) // seq_length)
+
+    def window(self, index: int, seq_length: int) -> np.ndarray:
+        """Sample ``index``: tokens [index * S, index * S + S + 1), ``dtype`` [S + 1]; neighbours share one token.
+
+        Raises:
+            InputError: The domain has no such window.
+        """
+        if not 0 <= index < self.num_windows(seq_length):
+            raise InputError(
+                f"domain '{self.name}': window {index} of {seq_length} tokens asked for, but it has"
+                f" {self.num_windows(seq_length)} windows ({self.num_tokens} tokens). Use a shorter sequence length, or"
+                " more text."
+            )
+        return self.read(index * seq_length, seq_length + 1)
+
+    def document_at(self, token_offset: int) -> tuple[int, int, int]:
+        """Where a token of the stream comes from: (prefix index, document index in that file, offset in it)."""
+        if not 0 <= token_offset < self.num_tokens:
+            raise InputError(
+                f"domain '{self.name}': token {token_offset} asked for, but it holds 0 to {self.num_tokens}."
+            )
+        number = bisect.bisect_right(self._ends, token_offset)
+        file = self.files[number]
+        return number, *file.document_at(token_offset - (self._ends[number] - file.num_tokens))
+
+
+@dataclass(frozen=True)
+class WrittenTokens:
+    """What an `IndexedWriter` has written."""
+
+    tokens: int
+    """Tokens in the file."""
+    documents: int
+    """Documents in the file."""
+    max_token: int
+    """Largest token id; -1 in an empty file."""
+    sha256: str
+    """Of the ``.bin`` file, hexadecimal."""
+
+
+class IndexedWriter:
+    """Writes documents to ``prefix.bin`` / ``prefix.idx``; the final names appear on `close`, complete, or never.
+
+    As a context manager it closes on success and aborts on an exception. An existing pair is replaced. It holds 4 bytes
+    of memory a document.
+
+    Args:
+        prefix: Path without suffix; its folder must exist.
+        dtype: Type of a token, one of the eight of the format.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: Any) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODE_OF_DTYPE:
+            known = ", ".join(known.name for known in CODE_OF_DTYPE)
+            raise InputError(f"tokens cannot be stored as {self.dtype.name}. Use one of: {known}.")
+        self._lengths = array("i")
+        self._hash = hashlib.sha256()
+        self._max_token = -1
+        self._num_tokens = 0
+        self._temporary = {suffix: Path(f"{prefix}.{suffix}.tmp") for suffix in ("bin", "idx")}
+        self._data = open(self._temporary["bin"], "wb")  # noqa: SIM115 - lives as long as the writer
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def add_document(self, tokens: Any) -> None:
+        """Appends one document, any integer sequence or array [length]."""
+        tokens = np.asarray(tokens)
+        self.add_documents(tokens, [len(tokens)])
+
+    def add_documents(self, tokens: Any, lengths: Any) -> None:
+        """Appends several documents at once.
+
+        Args:
+            tokens: Their tokens one after the other, integers [sum(lengths)].
+            lengths: Tokens of each document, integers [documents].
+
+        Raises:
+            InputError: A token does not fit the dtype.
+        """
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
+        if lengths.sum() != len(tokens):
+            raise ValueError(f"lengths add up to {lengths.sum()}, but {len(tokens)} tokens were given")
+        if len(tokens):
+            low, high = tokens.min(), tokens.max()
+            if self.dtype.kind in "iu" and not np.iinfo(self.dtype).min <= low <= high <= np.iinfo(self.dtype).max:
+                raise InputError(
+                    f"{self.prefix}: tokens from {low} to {high} do not fit {self.dtype.name}"
+                    f" (0 to {np.iinfo(self.dtype).max}). Use int32, or a smaller vocabulary."
+                )
+            self._max_token = max(self._max_token, int(high))
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        self._data.write(data)
+        self._hash.update(data)
+        self._num_tokens += len(tokens)
+        self._lengths.extend(lengths.tolist())
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    def close(self) -> WrittenTokens:
+        """Writes the index, flushes both files to disk and gives them their names."""
+        with self._data:
+            self._data.flush()
+            os.fsync(self._data.fileno())
+        with open(self._temporary["idx"], "wb") as file:
+            self._write_index(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # An index under its final name always has its own data beside it: the old goes first, the new comes last.
+        idx_path(self.prefix).unlink(missing_ok=True)
+        os.replace(self._temporary["bin"], bin_path(self.prefix))
+        os.replace(self._temporary["idx"], idx_path(self.prefix))
+        sync_folder(self.prefix.parent)
+        return WrittenTokens(self._num_tokens, self.num_documents, self._max_token, self._hash.hexdigest())
+
+    def abort(self) -> None:
+        """Removes the temporary files; whatever stood under the final names stays."""
+        self._data.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def _write_index(self, file: Any) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        file.write(_HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(lengths) + 1))
+        file.write(lengths.astype("<i4").tobytes())
+        pointer = 0
+        for start in range(0, len(lengths), _CHECK_AT_ONCE):
+            sizes = lengths[start : start + _CHECK_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            ends = pointer + np.cumsum(sizes)
+            file.write((ends - sizes).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+        for start in range(0, len(lengths) + 1, _CHECK_AT_ONCE):
+            file.write(np.arange(start, min(start + _CHECK_AT_ONCE, len(lengths) + 1), dtype="<i8").tobytes())
