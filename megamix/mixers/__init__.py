@@ -1,0 +1,76 @@
+"""Mixers: from the loss statistics of a run to the weights with which its domains are sampled.
+
+    mixer = make_mixer({"name": "odm", "preset": "official"}, domains=["web", "code"], initial_weights=[0.7, 0.3])
+    weights = mixer.update(DomainStats(nats=[310.0, 95.0], tokens=[100, 40]), step=1)
+
+A new mixer is added here and nowhere else: its config class to `MixerConfig`, its class to `MIXERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megamix.config import Config, validate
+from megamix.errors import InputError, did_you_mean
+from megamix.mixers.base import Mixer, ScheduleConfig
+from megamix.mixers.odm import OdmConfig, OdmMixer
+from megamix.mixers.static import StaticConfig, StaticMixer
+from megamix.mixers.stats import DomainStats
+from megamix.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
+
+MixerConfig = Annotated[StaticConfig | OdmConfig, Field(discriminator="name")]
+"""The config of any mixer, told apart by ``name``."""
+
+MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
+    "static": (StaticConfig, StaticMixer),
+    "odm": (OdmConfig, OdmMixer),
+}
+"""Config class and mixer class by name."""
+
+
+def make_mixer(
+    config: Mapping[str, Any] | Config,
+    domains: Sequence[str],
+    initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
+) -> Mixer:
+    """Builds the mixer that ``config`` names.
+
+    Args:
+        config: A mapping such as ``{"name": "odm", "preset": "official", "warmup_steps": 50}``, or a mixer's config
+            object.
+        domains: The K domain names.
+        initial_weights: K relative weights in that order, or by name.
+
+    Raises:
+        InputError: An unknown mixer or key (the message names the nearest right one), a value out of range, weights
+            that cannot be used.
+    """
+    name = config.get("name") if isinstance(config, Mapping) else getattr(config, "name", None)
+    if name is None:
+        raise InputError("the mixer's config needs the key 'name'." + did_you_mean("", MIXERS))
+    name = str(name)
+    if name not in MIXERS:
+        raise InputError(f"unknown mixer '{name}'." + did_you_mean(name, MIXERS))
+    config_class, mixer_class = MIXERS[name]
+    if not isinstance(config, config_class):
+        config = validate(config_class, dict(config), f"mixer '{name}'")
+    return mixer_class(config, domains, initial_weights)
+
+
+__all__ = [
+    "MIXERS",
+    "DomainStats",
+    "Mixer",
+    "MixerConfig",
+    "OdmConfig",
+    "OdmMixer",
+    "ScheduleConfig",
+    "StaticConfig",
+    "StaticMixer",
+    "make_mixer",
+    "normalise_weights",
+    "project_to_capped_simplex",
+]

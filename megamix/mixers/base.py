@@ -1,0 +1,240 @@
+"""The frame every mixer runs in: schedule, checks, state and record (the statistics it reads are in `stats`).
+
+A mixer is a deterministic function from the statistics of a run so far to sampling weights. It knows nothing of
+devices, processes or data: one process calls `Mixer.update` after every optimizer step and tells the others the result.
+
+Shapes: K is the number of domains; every array is [K], in the order of the domain names given to the mixer.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from megamix.config import Config
+from megamix.errors import InputError
+from megamix.mixers.stats import DomainStats
+from megamix.mixers.weights import FloatArray, normalise_weights
+
+
+class ScheduleConfig(Config):
+    """When a mixer changes the weights; the base of the configs of all mixers that do."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps during which the weights stay the initial ones while statistics are already collected; the first change can
+    come after step warmup_steps + 1."""
+
+    update_every: int = Field(default=1, ge=1)
+    """Steps between updates, on steps that are multiples of it; the statistics of the steps in between are summed."""
+
+    update_times: int = Field(default=-1, ge=-1)
+    """How many times the weights change before they stay as they are; -1: for ever."""
+
+
+class Mixer(ABC):
+    """Maps the statistics of a run to sampling weights.
+
+    A mixer of one's own overrides `_new_weights`, and `_observe`, `_extra_state`, `_load_extra_state` and
+    `_extra_record` where it keeps estimates. The base sums statistics between updates, keeps the schedule, checks and
+    normalises the weights, and saves its own part.
+
+    Args:
+        config: The mixer's config; the schedule is read from it where it derives from `ScheduleConfig`, otherwise the
+            mixer updates at every step.
+        domains: The K domain names, all different.
+        initial_weights: K relative weights in that order (or by name); normalised here.
+
+    Raises:
+        InputError: Domains that are missing or given twice; weights that cannot be used.
+    """
+
+    name: ClassVar[str]
+    """The mixer's name in configs, records and states."""
+
+    def __init__(
+        self,
+        config: Config,
+        domains: Sequence[str],
+        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
+    ) -> None:
+        names = tuple(str(domain) for domain in domains)
+        repeated = sorted({domain for domain in names if names.count(domain) > 1})
+        if not names or repeated:
+            raise InputError(
+                f"mixer '{self.name}': the domain names {', '.join(repeated)} are given more than once. Name each once."
+                if names
+                else f"mixer '{self.name}': no domains. Give at least one."
+            )
+        self.config = config
+        self._schedule = config if isinstance(config, ScheduleConfig) else ScheduleConfig()
+        self._domains = names
+        self._weights = normalise_weights(initial_weights, names, "initial weights")
+        self._pending: DomainStats | None = None
+        self._step = 0
+        self._num_updates = 0
+        self._last_update = 0
+
+    # What a mixer of one's own provides.
+
+    @abstractmethod
+    def _new_weights(self, step: int) -> FloatArray | None:
+        """New weights, float64 [K], not negative, normalised later; None keeps the present ones. Not for the warm-up."""
+
+    def _observe(self, stats: DomainStats, step: int) -> None:  # noqa: B027 - not every mixer keeps estimates
+        """Takes in the sums of one interval, ``stats.weights`` always set; called in the warm-up too."""
+
+    def _extra_state(self) -> dict[str, Any]:
+        """The mixer's own state as plain numbers, strings, lists and mappings; JSON knows no NaN and no infinity."""
+        return {}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nor a state of its own
+        """Takes back what `_extra_state` gave; a missing key may simply raise KeyError."""
+
+    def _extra_record(self) -> dict[str, Any]:
+        """What weights.jsonl shows beyond the base's keys, JSON-serialisable."""
+        return {}
+
+    # What a trainer uses.
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The K domain names."""
+        return self._domains
+
+    @property
+    def num_domains(self) -> int:
+        """K."""
+        return len(self._domains)
+
+    @property
+    def weights(self) -> FloatArray:
+        """float64 [K], the latest sampling weights (a copy); they sum to 1."""
+        return self._weights.copy()
+
+    @property
+    def is_warmup(self) -> bool:
+        """Whether the last step given (or, before any, the beginning) lies in the warm-up."""
+        return self._step <= self._schedule.warmup_steps and self._schedule.warmup_steps > 0
+
+    def changed_at(self, step: int) -> bool:
+        """Whether the weights were computed anew in the call for ``step``; true only of the latest such step."""
+        return self._num_updates > 0 and self._last_update == step
+
+    def update(self, stats: DomainStats, step: int) -> FloatArray:
+        """Takes in the statistics of one optimizer step and returns the weights to sample with from here on.
+
+        Args:
+            stats: The sums over the step's tokens of the whole data-parallel world.
+            step: The 1-based optimizer step; it must grow from call to call.
+
+        Returns:
+            float64 [K], summing to 1: a copy of `weights`.
+
+        Raises:
+            InputError: Another number of domains, a step that does not follow, or weights that the mixer computed and
+                nobody could sample with.
+        """
+        step = self._checked_step(step)
+        if stats.num_domains != self.num_domains:
+            raise InputError(
+                f"mixer '{self.name}': statistics of {stats.num_domains} domains, expected {self.num_domains} "
+                f"({', '.join(self._domains)})."
+            )
+        # Integer division, so that an interval still ends when the caller skips a step.
+        every = self._schedule.update_every
+        due = step // every > self._step // every
+        self._step = step
+        if 0 <= self._schedule.update_times <= self._num_updates:
+            return self.weights
+        if stats.weights is None:
+            stats = DomainStats(stats.nats, stats.tokens, stats.excess_nats, self._weights, stats.non_finite)
+        self._pending = stats if self._pending is None else self._pending + stats
+        if due:
+            interval, self._pending = self._pending, None
+            self._observe(interval, step)
+            if step > self._schedule.warmup_steps:
+                self._apply(self._new_weights(step), step)
+        return self.weights
+
+    def _checked_step(self, step: int) -> int:
+        try:
+            step = operator.index(step)
+        except TypeError as error:
+            raise InputError(f"mixer '{self.name}': the step is {step!r}, expected an integer.") from error
+        if step <= self._step:
+            raise InputError(
+                f"mixer '{self.name}': step {step} after step {self._step}. Steps count from 1 and "
+                "grow; after a resume, load the state that belongs to the checkpoint."
+            )
+        return step
+
+    def _apply(self, weights: FloatArray | None, step: int) -> None:
+        if weights is None:
+            return
+        source = f"mixer '{self.name}', weights of step {step}"
+        self._weights = normalise_weights(np.asarray(weights, dtype=np.float64), self._domains, source)
+        self._num_updates += 1
+        self._last_update = step
+
+    def record(self) -> dict[str, Any]:
+        """What weights.jsonl shows of the mixer beside step, names and weights; JSON-serialisable."""
+        return {"is_warmup": self.is_warmup, **self._extra_record()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly, in plain numbers, strings, lists and mappings."""
+        return {
+            "mixer": self.name,
+            "domains": list(self._domains),
+            "weights": self._weights.tolist(),
+            "step": self._step,
+            "num_updates": self._num_updates,
+            "last_update": self._last_update,
+            "pending": None if self._pending is None else self._pending.to_state(),
+            **self._extra_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state, bit for bit.
+
+        Raises:
+            InputError: The state of another mixer or of other domains, or one that is not whole.
+        """
+        if state.get("mixer") != self.name:
+            raise InputError(
+                f"the state is of mixer '{state.get('mixer')}', this is mixer '{self.name}'. "
+                "Use the same mixer, or start without the state."
+            )
+        saved = tuple(state.get("domains", ()))
+        if saved != self._domains:
+            raise InputError(f"mixer '{self.name}': the state is of other domains: {_difference(saved, self._domains)}")
+        try:
+            weights = np.array(state["weights"], dtype=np.float64)
+            pending = None if state["pending"] is None else DomainStats(**state["pending"])
+            step, num_updates, last_update = (int(state[key]) for key in ("step", "num_updates", "last_update"))
+            if weights.shape != (self.num_domains,):
+                raise ValueError(f"weights of shape {weights.shape}")
+            self._load_extra_state(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"mixer '{self.name}': the state is not whole ({type(error).__name__}: {error})."
+            ) from error
+        self._weights, self._pending = weights, pending
+        self._step, self._num_updates, self._last_update = step, num_updates, last_update
+
+
+def _difference(saved: Sequence[str], present: Sequence[str]) -> str:
+    missing = [name for name in saved if name not in present]
+    added = [name for name in present if name not in saved]
+    if not missing and not added:
+        return f"the same names in another order ({', '.join(saved)}; here {', '.join(present)})."
+    parts = [
+        f"{what} {', '.join(names)}"
+        for what, names in (("only in the state:", missing), ("only here:", added))
+        if names
+    ]
+    return "; ".join(parts) + "."

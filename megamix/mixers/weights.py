@@ -1,0 +1,209 @@
+"""Weights over domains: reading them from users, and keeping them within bounds.
+
+Shapes: K is the number of domains. Everything here is a pure function of numpy float64 arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megamix.errors import InputError, did_you_mean
+
+FloatArray = npt.NDArray[np.float64]
+
+# Bounds that come from divisions (epochs x tokens / budget) may add up to 1 only within rounding; that is not the
+# user's mistake.
+_SLACK = 1e-9
+
+
+def normalise_weights(
+    weights: Mapping[str, float] | Sequence[float] | npt.NDArray[Any], domains: Sequence[str], source: str
+) -> FloatArray:
+    """Checks weights given by a user and scales them to sum to 1.
+
+    Args:
+        weights: Relative weights, either one a domain in the order of ``domains`` or a mapping from every domain's
+            name.
+        domains: The K domain names.
+        source: Where the weights come from, for messages (``mixture``, a file name).
+
+    Returns:
+        float64 [K], non-negative, summing to 1.
+
+    Raises:
+        InputError: Wrong length, an unknown or missing name, a value that is no number, negative, NaN or infinite, or
+            weights that are all zero.
+    """
+    values = _by_name(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
+    if len(values) != len(domains):
+        raise InputError(
+            f"{source}: {len(values)} weights for {len(domains)} domains ({_listed(domains)}). "
+            "Give one weight a domain."
+        )
+    result = np.empty(len(domains), dtype=np.float64)
+    for index, (domain, value) in enumerate(zip(domains, values, strict=True)):
+        number = _as_number(value)
+        if number is None or not np.isfinite(number) or number < 0:
+            raise InputError(
+                f"{source}: the weight of domain '{domain}' is {value!r}, "
+                "expected a finite number that is not negative."
+            )
+        result[index] = number
+    largest = result.max(initial=0.0)
+    if largest == 0:
+        raise InputError(
+            f"{source}: the weights of all {len(domains)} domains ({_listed(domains)}) are 0. "
+            "Give at least one a weight above 0."
+        )
+    with np.errstate(over="ignore"):
+        total = result.sum()
+    if not np.isfinite(total):
+        result /= largest
+        total = result.sum()
+    return result / total
+
+
+def _by_name(weights: Mapping[str, float], domains: Sequence[str], source: str) -> list[Any]:
+    """The values of a mapping in the order of ``domains``; every name must be there, and no other."""
+    for name in weights:
+        if name not in domains:
+            raise InputError(f"{source}: there is no domain '{name}'." + did_you_mean(str(name), domains))
+    missing = [domain for domain in domains if domain not in weights]
+    if missing:
+        raise InputError(
+            f"{source}: no weight for {_listed(missing)}. Give every domain a weight; 0 leaves a domain out."
+        )
+    return [weights[domain] for domain in domains]
+
+
+def _as_number(value: Any) -> float | None:
+    """``value`` as a float; None for what is not a number (a bool and a string of digits are not meant as weights)."""
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def project_to_capped_simplex(
+    weights: Sequence[float] | FloatArray,
+    floor: float | Sequence[float] | FloatArray,
+    cap: float | Sequence[float] | FloatArray,
+    domains: Sequence[str] | None = None,
+) -> FloatArray:
+    """Brings weights into {w : sum w = 1, floor_i <= w_i <= cap_i}, keeping the ratios of those that touch no bound.
+
+    The result is w_i = clip(lambda * weights_i, floor_i, cap_i) with the one lambda that makes the sum 1. That is the
+    information projection (least KL divergence from the normalised weights), found by water-filling: the sum grows with
+    lambda and is linear between the values where a domain leaves its floor or reaches its cap, so a binary search over
+    those 2 K values finds the set of domains in between, and lambda follows from them in closed form. O(K log K).
+
+    A domain of weight 0 gets its floor and no more, unless the caps of all others together leave part of the 1
+    unassigned; that part is then spread over the domains of weight 0 in proportion to the room they have (cap - floor).
+    A weight 1e-290 times smaller than the largest counts as 0.
+
+    Args:
+        weights: [K], relative, finite and not negative; they need not sum to 1.
+        floor: Lower bounds, one for all or [K], in [0, 1].
+        cap: Upper bounds, one for all or [K]; above 1 (infinity included) means no bound.
+        domains: The K names, for messages only.
+
+    Returns:
+        float64 [K], a new array. Weights that already satisfy everything come back unchanged.
+
+    Raises:
+        InputError: A floor above its cap, floors that sum to more than 1, caps that sum to less than 1, or values that
+            are negative or not numbers.
+    """
+    wanted = np.array(weights, dtype=np.float64)
+    lower = _bound(floor, wanted.size, "floor")
+    upper = np.minimum(_bound(cap, wanted.size, "cap"), 1.0)
+    names = (
+        [f"domain {index}" for index in range(wanted.size)] if domains is None else [f"'{name}'" for name in domains]
+    )
+    _check_feasible(wanted, lower, upper, names)
+    inside = np.all((wanted >= lower) & (wanted <= upper))
+    if inside and abs(wanted.sum() - 1.0) <= 1e-12:
+        return wanted
+
+    if lower.sum() >= 1.0:
+        return lower / lower.sum()
+    largest = wanted.max()
+    wanted = wanted / largest if largest > 0 else wanted
+    positive = wanted > 1e-290  # below, bound / weight would overflow
+    result = np.where(positive, upper, lower)
+    rest = 1.0 - result.sum()
+    if rest < 0:
+        result[positive] = _fill(wanted[positive], lower[positive], upper[positive], 1.0 - lower[~positive].sum())
+        return result
+    # Every wanted domain is at its cap: what is left, if more than rounding, the domains nobody asked for have to take.
+    room = np.where(positive, 0.0, upper - lower)
+    if rest > 1e-12 and room.sum() > 0:
+        result += room * min(rest / room.sum(), 1.0)
+    return result / result.sum() if rest > 1e-12 else result
+
+
+def _fill(weights: FloatArray, lower: FloatArray, upper: FloatArray, total: float) -> FloatArray:
+    """clip(lambda * weights, lower, upper) with the lambda that makes the sum ``total``.
+
+    All weights are above 0, and sum lower <= total < sum upper.
+    """
+    leaves_floor, reaches_cap = lower / weights, upper / weights
+    turning = np.unique(np.concatenate([[0.0], leaves_floor, reaches_cap]))
+    # The largest turning point at which the sum does not exceed the total.
+    first, last = 0, len(turning) - 1
+    while first < last:
+        middle = (first + last + 1) // 2
+        if np.clip(turning[middle] * weights, lower, upper).sum() <= total:
+            first = middle
+        else:
+            last = middle - 1
+    start = turning[first]
+    at_cap, at_floor = reaches_cap <= start, leaves_floor > start
+    free = ~(at_cap | at_floor)
+    result = np.where(at_cap, upper, lower)
+    if free.any():
+        left = total - result[~free].sum()
+        # Shares first, so that tiny weights do not make the factor overflow.
+        result[free] = np.clip(left * (weights[free] / weights[free].sum()), lower[free], upper[free])
+    return result
+
+
+def _bound(value: float | Sequence[float] | FloatArray, num_domains: int, what: str) -> FloatArray:
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim and array.shape != (num_domains,):
+        raise InputError(f"{array.size} values of {what} for {num_domains} domains. Give one value, or one a domain.")
+    return np.array(np.broadcast_to(array, (num_domains,)))
+
+
+def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, names: Sequence[str]) -> None:
+    if weights.ndim != 1 or weights.size == 0 or len(names) != weights.size:
+        raise InputError(f"weights of shape {weights.shape} for {len(names)} domains, expected one weight a domain.")
+    for what, values in (("weight", weights), ("floor", lower), ("cap", upper)):
+        for name, value in zip(names, values, strict=True):
+            if not np.isfinite(value) or value < 0:
+                raise InputError(f"the {what} of {name} is {value}, expected a finite number that is not negative.")
+    bounds = list(zip(names, lower, upper, strict=True))
+    crossed = [f"{name} (floor {low:.6g}, cap {high:.6g})" for name, low, high in bounds if low > high]
+    if crossed:
+        raise InputError(f"the floor is above the cap for {_listed(crossed)}. Lower the floor or raise the cap.")
+    if lower.sum() > 1 + _SLACK:
+        shown = [f"{name} {low:.6g}" for name, low, _ in bounds if low > 0]
+        raise InputError(f"the floors sum to {lower.sum():.6g}, more than 1: {_listed(shown)}. Lower some of them.")
+    if upper.sum() < 1 - _SLACK:
+        shown = [f"{name} {high:.6g}" for name, _, high in bounds]
+        raise InputError(
+            f"the caps sum to {upper.sum():.6g}, less than 1, so the domains together cannot fill the mixture: "
+            f"{_listed(shown)}. Raise some caps (more epochs), add data or train for fewer tokens."
+        )
+
+
+def _listed(items: Sequence[str], most: int = 12) -> str:
+    """The items with commas; past ``most`` only how many more there are, so that 300 domains do not fill the screen."""
+    extra = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + extra
