@@ -17,15 +17,12 @@ MAX_DOMAINS = 65536
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
-# fmt: off
-INTEGER_DTYPES = (
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-)
-# fmt: on
+SIGNED_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+INTEGER_DTYPES = (*SIGNED_DTYPES, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 VECTOR_DTYPES = {
     "labels_N": LABEL_DTYPES,
     "domain_N": INTEGER_DTYPES,
-    "mask_N": (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES),
+    "mask_N": (torch.bool, torch.uint8, *SIGNED_DTYPES, *FLOAT_DTYPES),
     "reference_loss_N": FLOAT_DTYPES,
 }
 

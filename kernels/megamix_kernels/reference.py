@@ -1,5 +1,4 @@
-"""The domain loss in plain torch: the specification that faster implementations are tested against, and fast on a CPU
-itself.
+"""The domain loss in plain torch: what faster implementations are tested against, and fast on a CPU itself.
 
 Logits are read twice, in the forward and in the backward pass, and in between only two numbers a row are kept (the
 row's maximum and the sum of its exponentials). The gradient is therefore computed with the incoming gradient already
@@ -110,8 +109,8 @@ def domain_cross_entropy(
         vocab_size: number of valid leading columns where V is padded; the rest join nothing and get a zero gradient.
             None means V.
         normaliser: what the weighted sum is divided by: a positive number, or a tensor with one element on the logits'
-            device or the CPU.
-            None: the number of counted tokens of this call, or 1 if there are none (the loss is then 0).
+            device or the CPU. None: the number of counted tokens of this call, or 1 if there are none (the loss is
+            then 0).
         sums: adds into this object in place, across micro-batches. None makes a new one.
         return_token_loss: whether to return the token losses.
         implementation: "torch", or "auto" for the best there is.
@@ -120,8 +119,7 @@ def domain_cross_entropy(
         The loss, the sums and the token losses or None. N = 0 is allowed and gives loss 0.
 
     Raises:
-        TypeError: a tensor has an unsupported dtype or is not a tensor; num_domains is not an int; sums is not a
-            DomainSums.
+        TypeError: a tensor has an unsupported dtype or is not a tensor; num_domains is not an int.
         ValueError: a shape, device, option or (on the CPU) a label, domain id, mask or normaliser is out of range.
         NotImplementedError: implementation is "triton".
     """
@@ -146,6 +144,7 @@ def domain_cross_entropy(
     if logits_NV.device.type == "cpu":
         ranges = {"ignore_index": ignore_index, "vocab_size": options.vocab_size, "num_domains": num_domains}
         checks.check_values(labels_N, domain_N, mask_N, counted_N, **ranges)
+
     labels_N, domain_id_N = labels_N.long(), domain_N.long()
     valid_N = (labels_N >= 0) & (labels_N < options.vocab_size) & (domain_id_N >= 0) & (domain_id_N < num_domains)
     weight_N = torch.ones(labels_N.shape, dtype=_compute_dtype(logits_NV), device=logits_NV.device)
@@ -160,6 +159,8 @@ def domain_cross_entropy(
     sums.add(domain_N, nll_N, counted_N=counted_N, reference_loss_N=reference_loss_N)
     if divisor is None:
         divisor = counted_N.sum().clamp(min=1)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(total.dtype)
     return DomainLoss(total / divisor, sums, nll_N if return_token_loss else None)
 
 
@@ -171,16 +172,17 @@ class _WeightedSum(torch.autograd.Function):
         ctx: Any, logits_NV: Tensor, labels_N: Tensor, weight_N: Tensor, counted_N: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
         max_N, norm_N, nll_N, objective_N = (torch.empty_like(weight_N) for _ in range(4))
+        scratch_RV = _scratch(logits_NV, options.vocab_size, weight_N.dtype)
         for rows in _blocks(logits_NV):
-            logits_RV = logits_NV[rows, : options.vocab_size]
-            label_R1 = labels_N[rows, None]
-            scores_RV = _capped(logits_RV, options.softcap, weight_N.dtype)
-            max_R1 = scores_RV.amax(dim=1, keepdim=True).to(weight_N.dtype)
+            logits_RV, label_R1 = logits_NV[rows, : options.vocab_size], labels_N[rows, None]
+            work_RV = scratch_RV[: logits_RV.shape[0]]
+            scores_RV = _scores(logits_RV, options.softcap, work_RV)
+            max_R1 = scores_RV.amax(dim=1, keepdim=True)
             # Subtracting the maximum first keeps a large common offset from eating the digits of the differences.
             target_R1 = scores_RV.gather(1, label_R1) - max_R1
-            shifted_RV = torch.sub(scores_RV, max_R1)
-            mean_R = shifted_RV.mean(dim=1) if options.label_smoothing else None
-            norm_R = shifted_RV.exp_().sum(dim=1)
+            torch.sub(scores_RV, max_R1, out=work_RV)
+            mean_R = work_RV.mean(dim=1) if options.label_smoothing else None
+            norm_R = work_RV.exp_().sum(dim=1)
             log_norm_R = norm_R.log()
 
             nll_R = objective_R = log_norm_R - target_R1[:, 0]
@@ -200,8 +202,9 @@ class _WeightedSum(torch.autograd.Function):
         return total, nll_N
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor | None, _grad_nll_N: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # whose type makes ctx positional-only, hence the comment for the type checker
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_total = grad_outputs[0]
         if grad_total is None:
             return None, None, None, None, None
         logits_NV, labels_N, weight_N, counted_N, max_N, norm_N = ctx.saved_tensors
@@ -213,17 +216,22 @@ class _WeightedSum(torch.autograd.Function):
 
         grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         grad_NV[:, options.vocab_size :] = 0
+        # Computed in place if the gradient has the dtype of the computation, else in scratch memory and rounded once.
+        direct = grad_NV.dtype == scale_N.dtype
+        scratch_RV = None if direct else _scratch(logits_NV, options.vocab_size, scale_N.dtype)
         for rows in _blocks(logits_NV):
-            block = (logits_NV[rows, : options.vocab_size], labels_N[rows, None], max_N[rows, None])
-            _write_gradient(
-                grad_NV[rows, : options.vocab_size], *block, scale_N[rows, None], peak_N[rows, None], options
-            )
+            grad_RV, logits_RV = grad_NV[rows, : options.vocab_size], logits_NV[rows, : options.vocab_size]
+            work_RV = grad_RV if scratch_RV is None else scratch_RV[: grad_RV.shape[0]]
+            per_row = (labels_N[rows, None], max_N[rows, None], scale_N[rows, None], peak_N[rows, None])
+            _row_gradients(work_RV, logits_RV, *per_row, options)
+            if scratch_RV is not None:
+                grad_RV.copy_(work_RV)
         _zero_rows(grad_NV, ~counted_N)
         return grad_NV, None, None, None, None
 
 
-def _write_gradient(
-    grad_RV: Tensor,
+def _row_gradients(
+    work_RV: Tensor,
     logits_RV: Tensor,
     label_R1: Tensor,
     max_R1: Tensor,
@@ -231,53 +239,49 @@ def _write_gradient(
     peak_R1: Tensor,
     options: _Options,
 ) -> None:
-    """Write one block's gradient, rounded once: exp(s - max) * peak - scale * target distribution, times ds/dlogits."""
-    direct = grad_RV.dtype == max_R1.dtype
-    scores_RV = _capped(logits_RV, options.softcap, max_R1.dtype)
-    work_RV = torch.sub(scores_RV, max_R1, out=grad_RV) if direct else torch.sub(scores_RV, max_R1)
-    work_RV.exp_()
-    hit_R1 = work_RV.gather(1, label_R1).mul_(peak_R1).sub_(scale_R1, alpha=1.0 - options.label_smoothing)
-    if options.label_smoothing or options.softcap:
-        work_RV.mul_(peak_R1).scatter_(1, label_R1, hit_R1)
-        if options.label_smoothing:
-            work_RV.sub_(scale_R1, alpha=options.label_smoothing / options.vocab_size)
-        if options.softcap:
-            slope_RV = scores_RV.div_(options.softcap).square_().neg_().add_(1.0)
-            work_RV.mul_(slope_RV)
-        if not direct:
-            grad_RV.copy_(work_RV)
-    else:
-        # The multiplication itself writes the gradient in its dtype; the label's entry, finished above, replaces one
-        # element a row.
-        torch.mul(work_RV, peak_R1, out=grad_RV)
-        grad_RV.scatter_(1, label_R1, hit_R1.to(grad_RV.dtype))
+    """Fill work_RV with (exp(s - max) * peak - scale * target distribution) * ds/dlogits."""
+    scores_RV = _scores(logits_RV, options.softcap, work_RV)
+    slope_RV = 1.0 - (scores_RV / options.softcap).square_() if options.softcap else None
+    torch.sub(scores_RV, max_R1, out=work_RV).exp_().mul_(peak_R1)
+    # scatter_ after a gather, as scatter_add_ has no deterministic form on a GPU.
+    hit_R1 = work_RV.gather(1, label_R1).sub_(scale_R1, alpha=1.0 - options.label_smoothing)
+    work_RV.scatter_(1, label_R1, hit_R1)
+    if options.label_smoothing:
+        work_RV.sub_(scale_R1, alpha=options.label_smoothing / options.vocab_size)
+    if slope_RV is not None:
+        work_RV.mul_(slope_RV)
 
 
-def _capped(logits_RV: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
-    """softcap * tanh(logits / softcap) as a new tensor of the given dtype, or the logits as they are where it is
-    off."""
+def _scores(logits_RV: Tensor, softcap: float, work_RV: Tensor) -> Tensor:
+    """The soft-capped logits in the dtype of work_RV: written there, or the logits themselves if nothing changes."""
     if not softcap:
-        return logits_RV
-    scores_RV = logits_RV.to(dtype, copy=True)
-    return scores_RV.div_(softcap).tanh_().mul_(softcap)
+        return logits_RV if logits_RV.dtype == work_RV.dtype else work_RV.copy_(logits_RV)
+    return work_RV.copy_(logits_RV).div_(softcap).tanh_().mul_(softcap)
 
 
 def _zero_rows(grad_NV: Tensor, ignored_N: Tensor) -> None:
     """Set rows to zero. A product with zero would not do: NaN logits of an ignored row would stay NaN."""
     if grad_NV.device.type == "cpu":
-        # Only the ignored rows are touched, where a masked fill would go through all of them; reading how many is free
-        # here.
+        # A masked fill would go through all rows; this touches the ignored ones only, and the host may ask which.
         grad_NV.index_fill_(0, ignored_N.nonzero()[:, 0], 0.0)
     else:
         grad_NV.masked_fill_(ignored_N[:, None], 0.0)
 
 
+def _rows_per_block(logits_NV: Tensor) -> int:
+    limit = BLOCK_ELEMENTS_CPU if logits_NV.device.type == "cpu" else BLOCK_ELEMENTS
+    return max(1, limit // logits_NV.shape[1])
+
+
 def _blocks(logits_NV: Tensor) -> Iterator[slice]:
     """Slices of rows that bound the temporary memory."""
-    num_rows, width = logits_NV.shape
-    limit = BLOCK_ELEMENTS_CPU if logits_NV.device.type == "cpu" else BLOCK_ELEMENTS
-    step = max(1, limit // width)
+    num_rows, step = logits_NV.shape[0], _rows_per_block(logits_NV)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def _scratch(logits_NV: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one block, used again for each."""
+    return logits_NV.new_empty(min(_rows_per_block(logits_NV), logits_NV.shape[0]), vocab_size, dtype=dtype)
 
 
 def _compute_dtype(logits_NV: Tensor) -> torch.dtype:
