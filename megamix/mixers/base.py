@@ -83,7 +83,7 @@ class Mixer(ABC):
 
     @abstractmethod
     def _new_weights(self, step: int) -> FloatArray | None:
-        """New weights, float64 [K], not negative, normalised later; None keeps the present ones. Not for the warm-up."""
+        """New weights, float64 [K], not negative, normalised later; None keeps the present ones. Not in warm-up."""
 
     def _observe(self, stats: DomainStats, step: int) -> None:  # noqa: B027 - not every mixer keeps estimates
         """Takes in the sums of one interval, ``stats.weights`` always set; called in the warm-up too."""

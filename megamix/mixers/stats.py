@@ -131,9 +131,11 @@ class DomainStats:
         if self.weights is None or other.weights is None:
             return None
         mine, theirs = int(self.tokens.sum()), int(other.tokens.sum())
-        # Equal weights (no change during the interval) must come through without rounding.
-        if theirs == 0 or np.array_equal(self.weights, other.weights):
-            return self.weights if mine else other.weights
+        # Weights that are equal (no change during the interval) or alone must come through without rounding.
+        if mine == 0 or np.array_equal(self.weights, other.weights):
+            return other.weights
+        if theirs == 0:
+            return self.weights
         return (self.weights * mine + other.weights * theirs) / (mine + theirs)
 
     def to_state(self) -> dict[str, list[float] | list[int] | None]:

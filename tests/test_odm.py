@@ -1,0 +1,406 @@
+"""ODM against the formulas of its four sources, written again in plain Python, and where floating point ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megamix.config import validate
+from megamix.errors import InputError
+from megamix.mixers import DomainStats, Mixer, OdmConfig, make_mixer
+
+PRESETS = ("official", "paper", "exp3", "dataflex")
+
+
+class Reference:
+    """The presets as their sources write them: lists, math.exp and nothing shared with megamix.
+
+    ``step`` takes mean losses (None: absent) and the weights the tokens were drawn with, and returns the next weights.
+    """
+
+    def __init__(self, preset: str, initial: list[float], alpha: float = 0.9, clock: int = 0) -> None:
+        self.preset, self.alpha, self.clock = preset, alpha, clock
+        self.k = len(initial)
+        self.pi = [weight / sum(initial) for weight in initial]
+        self.rewards = [0.0] * self.k
+        self.rate = 1 / self.k
+
+    def step(
+        self, t: int, losses: list[float | None], drawn: list[float] | None = None, move: bool = True
+    ) -> list[float]:
+        drawn = self.pi if drawn is None else drawn
+        old_rate = self.rate
+        self.rate = min(1 / self.k, math.sqrt(math.log(self.k) / (self.k * (t + self.clock))))
+        if self.preset == "dataflex":
+            self.rate = max(self.rate, 0.03)
+        for i, loss in enumerate(losses):
+            if loss is None:
+                continue
+            if self.preset == "official":
+                self.rewards[i] = self.alpha * self.rewards[i] + (1 - self.alpha) * math.exp(loss)
+            elif self.preset == "paper":
+                self.rewards[i] = self.alpha * self.rewards[i] + (1 - self.alpha) * loss / drawn[i]
+            elif self.preset == "exp3":
+                self.rewards[i] += (loss / 10) / drawn[i]
+            else:
+                new = self.alpha * self.rewards[i] + (1 - self.alpha) * 15 * loss / drawn[i]
+                self.rewards[i] = max(-1e4, min(1e4, new))
+        if move:
+            q = self.share(old_rate)
+            if q is not None:
+                raw = [(1 - self.k * self.rate) * share + self.rate for share in q]
+                self.pi = [value / sum(raw) for value in raw]
+        return self.pi
+
+    def share(self, old_rate: float) -> list[float] | None:
+        if self.preset == "official":
+            total = sum(self.rewards)
+            return [reward / total for reward in self.rewards] if total else None
+        exponents = [old_rate * reward for reward in self.rewards]
+        if self.preset == "dataflex":
+            exponents = [max(exponent - max(exponents), -5.0) for exponent in exponents]
+        powers = [math.exp(exponent) for exponent in exponents]
+        return [power / sum(powers) for power in powers]
+
+
+def domain_names(k: int) -> list[str]:
+    return [f"d{i}" for i in range(k)]
+
+
+def odm(initial: list[float], **options: Any) -> Mixer:
+    return make_mixer({"name": "odm", **options}, domain_names(len(initial)), initial)
+
+
+def random_stats(rng: random.Random, k: int, absent: float = 0.3, low: float = 1.0, high: float = 6.0) -> DomainStats:
+    """Losses that differ by domain, drift and are noisy; each domain absent with probability ``absent``."""
+    tokens = [0 if rng.random() < absent else rng.randint(1, 5000) for _ in range(k)]
+    nats = [n * (rng.uniform(low, high) + 0.5 * math.sin(i)) for i, n in enumerate(tokens)]
+    return DomainStats(nats, tokens)
+
+
+def mean_losses(stats: DomainStats) -> list[float | None]:
+    return [n / t if t else None for n, t in zip(stats.nats.tolist(), stats.tokens.tolist(), strict=True)]
+
+
+def close(weights: np.ndarray, expected: list[float], rtol: float = 1e-12) -> None:
+    np.testing.assert_allclose(weights, expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("k", [2, 5, 22])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_500_random_steps_follow_the_formula(preset: str, k: int) -> None:
+    rng = random.Random(f"{preset}{k}")
+    initial = [rng.uniform(0.2, 2) for _ in range(k)]
+    mixer, reference = odm(initial, preset=preset), Reference(preset, initial)
+    for step in range(1, 501):
+        stats = random_stats(rng, k)
+        weights = mixer.update(stats, step)
+        close(weights, reference.step(step, mean_losses(stats)))
+        assert weights.sum() == pytest.approx(1, abs=1e-14)
+        assert mixer.changed_at(step) == bool(preset != "official" or any(reference.rewards))
+    record = mixer.record()
+    key = "cumulative_estimated_rewards" if preset == "exp3" else "estimated_rewards"
+    np.testing.assert_allclose(record[key], reference.rewards, rtol=1e-11)
+    assert record["exploration_rate"] == pytest.approx(reference.rate, rel=1e-14)
+    assert np.ptp(mixer.weights) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("preset", "mutation"),
+    # Cumulative estimates have no alpha.
+    [(preset, {"clock": 1}) for preset in PRESETS]
+    + [(preset, {"alpha": 0.89}) for preset in PRESETS if preset != "exp3"],
+)
+def test_the_comparison_notices_a_wrong_formula(preset: str, mutation: dict[str, Any]) -> None:
+    rng = random.Random(1)
+    initial = [1.0, 2.0, 3.0, 4.0]
+    mixer, wrong = odm(initial, preset=preset), Reference(preset, initial, **mutation)
+    for step in range(1, 60):
+        stats = random_stats(rng, 4)
+        weights, others = mixer.update(stats, step), wrong.step(step, mean_losses(stats))
+    with pytest.raises(AssertionError):
+        close(weights, others, rtol=1e-9)
+
+
+@pytest.mark.parametrize("preset", ["official", "paper", "exp3"])
+def test_300_domains(preset: str) -> None:
+    rng = random.Random(2)
+    initial = [rng.uniform(0.2, 2) for _ in range(300)]
+    mixer, reference = odm(initial, preset=preset), Reference(preset, initial)
+    for step in range(1, 41):
+        stats = random_stats(rng, 300, absent=0.6)
+        # exp3's naive exponentials are near their end here (R grows with 1 / pi), and so are their last digits.
+        close(mixer.update(stats, step), reference.step(step, mean_losses(stats)), rtol=1e-11)
+
+
+def test_an_exploration_floor_above_one_in_k_gives_uniform_weights_and_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"min_exploration_rate 0\.03 x 300 domains"):
+        mixer = odm([1.0] * 299 + [50.0], preset="dataflex")
+    for step in range(1, 5):
+        np.testing.assert_allclose(mixer.update(random_stats(random.Random(step), 300), step), 1 / 300, rtol=1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_domain_keeps_all_the_weight(preset: str) -> None:
+    mixer = odm([3.0], preset=preset)
+    for step, loss in enumerate((4.0, 1e4, 1e308, 0.0), start=1):
+        assert mixer.update(DomainStats([loss], [1]), step).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_domain_never_seen(preset: str) -> None:
+    rng = random.Random(3)
+    mixer, reference = odm([1.0] * 4, preset=preset), Reference(preset, [1.0] * 4)
+    for step in range(1, 200):
+        stats = random_stats(rng, 4, absent=0.0)
+        stats = DomainStats(stats.nats, [*stats.tokens[:3], 0])
+        close(mixer.update(stats, step), reference.step(step, mean_losses(stats)))
+    if preset == "official":  # R = 0, so that only exploration is left
+        assert mixer.weights[3] == pytest.approx(mixer.record()["exploration_rate"], rel=1e-12)
+        assert mixer.record()["log_estimated_rewards"][3] is None
+
+
+def test_official_keeps_the_weights_while_nothing_was_seen() -> None:
+    mixer = odm([0.7, 0.3], preset="official")
+    assert mixer.update(DomainStats([0.0, 0.0], [0, 0]), 1).tolist() == [0.7, 0.3]
+    assert not mixer.changed_at(1)
+    mixer.update(DomainStats([9.0, 0.0], [3, 0]), 2)
+    assert mixer.changed_at(2)
+
+
+@pytest.mark.parametrize("loss", [709.0, 1e4, 1e6, 1e308])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"preset": preset} for preset in PRESETS),
+        {"preset": "official", "policy": "gibbs"},
+        {"preset": "official", "estimate": "cumulative", "importance_weighting": True},
+        {"preset": "official", "policy": "gibbs", "estimate": "cumulative", "exponent_clip": 5.0},
+        {"preset": "paper", "policy": "linear"},
+        {"preset": "official", "alpha": 0.0},
+    ],
+    ids=str,
+)
+def test_no_loss_overflows(options: dict[str, Any], loss: float) -> None:
+    mixer = odm([0.1, 0.2, 0.3, 0.4], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 30):
+            stats = DomainStats([loss, 2.0, loss if step % 3 else 0.0, 0.0], [1, 1, 1, 0])
+            weights = mixer.update(stats, step)
+            assert np.isfinite(weights).all()
+            assert (weights >= 0).all()
+            assert weights.sum() == pytest.approx(1, abs=1e-12)
+            state = json.dumps([mixer.record(), mixer.state_dict()], allow_nan=False)
+            assert "Infinity" not in state
+    assert weights[0] >= weights[1]
+    if options == {"preset": "official"}:
+        rate = mixer.record()["exploration_rate"]
+        assert weights[1] == pytest.approx(rate, rel=1e-9)  # exp(loss) of the others is all that counts
+        assert weights[0] + weights[2] == pytest.approx(1 - 2 * rate, rel=1e-9)
+        assert mixer.record()["rewards_overflowed"] == (loss > 710)
+
+
+def test_log_rewards_equal_plain_ones_next_to_the_overflow() -> None:
+    rng = random.Random(4)
+    mixer, reference = odm([1.0] * 5, preset="official"), Reference("official", [1.0] * 5)
+    for step in range(1, 500):
+        stats = random_stats(rng, 5, low=600, high=700)
+        # A logarithm near 700 has 1e-13 to give away, which exp turns into a relative error.
+        close(mixer.update(stats, step), reference.step(step, mean_losses(stats)), rtol=1e-10)
+
+
+def test_huge_losses_are_compared_by_their_logarithms() -> None:
+    """exp(1000) and exp(1001): as softmax would, to all digits, where exp itself has none."""
+    mixer = odm([0.5, 0.5], preset="official")
+    for step in range(1, 20):
+        weights = mixer.update(DomainStats([1000.0, 1001.0], [1, 1]), step)
+    rate = math.sqrt(math.log(2) / (2 * 19))
+    assert weights[0] == pytest.approx((1 - 2 * rate) / (1 + math.e) + rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_interval_is_a_ratio_of_sums(preset: str) -> None:
+    rng = random.Random(5)
+    initial = [0.5, 0.3, 0.2]
+    mixer, reference = odm(initial, preset=preset, update_every=7), Reference(preset, initial)
+    nats, tokens = [0.0] * 3, [0] * 3
+    for step in range(1, 141):
+        before = mixer.weights
+        stats = random_stats(rng, 3, absent=0.5)
+        weights = mixer.update(stats, step)
+        nats = [a + b for a, b in zip(nats, stats.nats.tolist(), strict=True)]
+        tokens = [a + b for a, b in zip(tokens, stats.tokens.tolist(), strict=True)]
+        if step % 7:
+            assert weights.tolist() == before.tolist()
+            assert not mixer.changed_at(step)
+        else:
+            assert mixer.changed_at(step)
+            losses = [n / t if t else None for n, t in zip(nats, tokens, strict=True)]
+            close(weights, reference.step(step, losses))
+            nats, tokens = [0.0] * 3, [0] * 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("every", [1, 4])
+def test_warm_up_ends_exactly_after_its_last_step(preset: str, every: int) -> None:
+    rng = random.Random(6)
+    initial = [0.5, 0.3, 0.2]
+    mixer = odm(initial, preset=preset, warmup_steps=20, update_every=every)
+    reference = Reference(preset, initial)
+    interval: DomainStats | None = None
+    for step in range(1, 41):
+        stats = random_stats(rng, 3)
+        interval = stats if interval is None else interval + stats
+        weights = mixer.update(stats, step)
+        if step % every == 0:
+            reference.step(step, mean_losses(interval), move=step > 20)
+            interval = None
+        first = 21 if every == 1 else 24
+        if step < first:
+            assert weights.tolist() == initial
+        else:
+            close(weights, reference.pi)  # statistics of the warm-up are in the estimates
+        assert mixer.record()["is_warmup"] == (step <= 20)
+        assert mixer.changed_at(step) == (step >= first and step % every == 0)
+
+
+def test_update_times_counts_changes_of_the_weights() -> None:
+    rng = random.Random(7)
+    mixer = odm([0.5, 0.5], preset="paper", warmup_steps=5, update_every=2, update_times=3)
+    changed = []
+    for step in range(1, 30):
+        before = mixer.weights
+        after = mixer.update(random_stats(rng, 2, absent=0), step)
+        if mixer.changed_at(step):
+            changed.append(step)
+        else:
+            assert before.tolist() == after.tolist()
+    assert changed == [6, 8, 10]
+
+
+def test_importance_weighting_divides_by_the_weights_the_tokens_were_drawn_with() -> None:
+    rng = random.Random(8)
+    initial = [0.6, 0.3, 0.1]
+    lagged, unlagged = odm(initial, preset="paper"), odm(initial, preset="paper")
+    reference = Reference("paper", initial)
+    in_effect = [initial, initial]
+    for step in range(1, 100):
+        stats = random_stats(rng, 3)
+        late = DomainStats(stats.nats, stats.tokens, weights=in_effect[-2])
+        weights = lagged.update(late, step)
+        close(weights, reference.step(step, mean_losses(stats), drawn=in_effect[-2]))
+        unlagged.update(stats, step)
+        in_effect.append(weights.tolist())
+    assert abs(lagged.weights - unlagged.weights).max() > 1e-4
+
+
+def test_weights_that_change_within_an_interval_are_averaged_over_its_tokens() -> None:
+    mixer, reference = odm([0.5, 0.5], preset="paper", update_every=2), Reference("paper", [0.5, 0.5])
+    mixer.update(DomainStats([30.0, 5.0], [10, 10], weights=[0.5, 0.5]), 1)
+    weights = mixer.update(DomainStats([90.0, 6.0], [45, 15], weights=[0.75, 0.25]), 2)
+    drawn = [(0.5 * 20 + 0.75 * 60) / 80, (0.5 * 20 + 0.25 * 60) / 80]
+    close(weights, reference.step(2, [120 / 55, 11 / 25], drawn=drawn))
+
+
+def test_tokens_of_a_domain_with_weight_zero_count_by_their_share() -> None:
+    mixer, reference = odm([1.0, 0.0], preset="paper"), Reference("paper", [1.0, 0.0])
+    weights = mixer.update(DomainStats([300.0, 20.0], [90, 10]), 1)
+    close(weights, reference.step(1, [300 / 90, 2.0], drawn=[1.0, 0.1]))
+    assert mixer.record()["estimated_rewards"][1] == pytest.approx(0.1 * 2.0 / 0.1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stop", [0, 1, 5, 13, 14, 37])
+def test_a_state_continues_bit_for_bit(preset: str, stop: int) -> None:
+    options = {"preset": preset, "update_every": 3, "warmup_steps": 7, "update_times": 9}
+    rng = random.Random(9)
+    steps = [random_stats(rng, 6, absent=0.5) for _ in range(60)]
+    whole, resumed = odm([1.0] * 6, **options), odm([1.0] * 6, **options)
+    for step in range(1, stop + 1):
+        whole.update(steps[step - 1], step)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
+    assert resumed.weights.tobytes() == whole.weights.tobytes()
+    for step in range(stop + 1, 61):
+        ours, theirs = resumed.update(steps[step - 1], step), whole.update(steps[step - 1], step)
+        assert ours.tobytes() == theirs.tobytes()
+        assert resumed.record() == whole.record()
+        assert resumed.changed_at(step) == whole.changed_at(step)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_state_of_other_estimates_is_refused() -> None:
+    mixer = odm([1.0, 1.0], preset="official")
+    with pytest.raises(InputError, match="reward 'loss', the config says 'exp_loss'"):
+        mixer.load_state_dict(odm([1.0, 1.0], preset="paper").state_dict())
+    with pytest.raises(InputError, match="estimate 'cumulative', the config says 'moving_average'"):
+        odm([1.0, 1.0], preset="paper").load_state_dict(odm([1.0, 1.0], preset="exp3").state_dict())
+    state = mixer.state_dict()
+    del state["estimates"]
+    with pytest.raises(InputError, match=r"not whole.*estimates"):
+        mixer.load_state_dict(state)
+
+
+def test_given_keys_win_over_the_preset() -> None:
+    config = validate(OdmConfig, {"preset": "dataflex", "reward_scale": 1.0, "reward_clip": None}, "test")
+    assert (config.reward_scale, config.reward_clip) == (1.0, None)
+    assert (config.exponent_clip, config.min_exploration_rate, config.policy) == (5.0, 0.03, "gibbs")
+    # A resolved config, which spells everything out, means the same when read again.
+    assert validate(OdmConfig, config.model_dump(), "test") == config
+    assert OdmConfig() == OdmConfig(preset="official")
+    assert OdmConfig().warmup_steps == 0
+
+
+def test_the_record_has_dataflex_names() -> None:
+    mixer = odm([0.5, 0.5], preset="exp3", warmup_steps=2, alpha=0.5)
+    mixer.update(DomainStats([8.0, 4.0], [2, 2]), 1)
+    assert mixer.record() == {
+        "is_warmup": True,
+        "cumulative_estimated_rewards": [0.8, 0.4],
+        "exploration_rate": 0.5,
+        "alpha": 0.5,
+        "warmup_steps": 2,
+    }
+
+
+def test_clips_and_floor_act() -> None:
+    clipped = odm([0.5, 0.5], preset="official", reward_clip=3.0)
+    clipped.update(DomainStats([50.0, 2.0], [1, 1]), 1)
+    assert clipped.record()["estimated_rewards"] == pytest.approx([3.0, 0.1 * math.exp(2.0)])
+    floored = odm([0.5, 0.5], preset="paper", min_exploration_rate=0.2)
+    for step in range(1, 1000):
+        floored.update(DomainStats([9.0, 1.0], [1, 1]), step)
+    assert floored.record()["exploration_rate"] == 0.2
+    bounded = odm([0.5, 0.5], preset="paper", exponent_clip=1.0, reward_scale=1e6)
+    bounded.update(DomainStats([9.0, 1.0], [1, 1]), 1)
+    weights = bounded.update(DomainStats([9.0, 1.0], [1, 1]), 100)
+    rate = math.sqrt(math.log(2) / 200)
+    assert weights[1] == pytest.approx((1 - 2 * rate) / (1 + math.e) + rate)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"alhpa": 0.9}, "unknown key 'alhpa'. Did you mean 'alpha'?"),
+        ({"preset": "oficial"}, "unknown 'oficial'. Did you mean 'official'?"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"alpha": -0.1}, "alpha"),
+        ({"reward": "accuracy"}, "reward"),
+        ({"reward_scale": 0}, "reward_scale"),
+        ({"reward_clip": math.nan}, "reward_clip"),
+        ({"update_every": 0}, "update_every"),
+        ({"update_times": -2}, "update_times"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"min_exploration_rate": 1.5}, "min_exploration_rate"),
+    ],
+)
+def test_bad_options_are_named(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        odm([1.0, 1.0], **bad)
+    assert message in str(error.value)
