@@ -96,7 +96,7 @@ def check(logits_NV, labels_N, domain_N, num_domains, **options):
     return out, grad_NV
 
 
-# V: one column, two, an odd number beyond a vector register, and one that makes several blocks. N: one row, odd numbers.
+# V: one column, two, an odd number beyond a vector register, and one that makes several blocks. N: one row, odd counts.
 SHAPES = [(1, 1, 1), (1, 257, 3), (5, 2, 22), (37, 257, 3), (37, 1, 22), (101, 4096, 1024)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -133,6 +133,14 @@ def test_every_combination_of_options(z_loss, softcap, label_smoothing, vocab_si
     )
     assert not grad_NV[:, vocab_size or 57 :].any()
     assert not grad_NV[::5].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padded_vocabulary_and_the_largest_number_of_domains(dtype):
+    logits_NV, labels_N, domain_N = make_case(65, 4096, 65536, dtype)
+    out, grad_NV = check(logits_NV, labels_N % 4001, domain_N, 65536, vocab_size=4001, z_loss=1e-4)
+    assert not grad_NV[:, 4001:].any()
+    assert out.stats.buffer.shape == (65536, 4)
 
 
 def test_agrees_with_torch_cross_entropy():
@@ -362,6 +370,26 @@ def test_the_folder_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     spec = importlib.util.find_spec("kernels")
     assert spec is None or spec.origin is None or ROOT / "kernels" not in Path(spec.origin).parents
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_value_is_read_off_the_host(dtype):
+    # Meta tensors have no values, so whatever would wait for an accelerator fails here.
+    logits_NV, labels_N, domain_N = (tensor.to("meta") for tensor in make_case(dtype=dtype))
+    logits_NV.requires_grad_()
+    out = domain_cross_entropy(
+        *(logits_NV, labels_N, domain_N, 3),
+        mask_N=torch.ones(37, device="meta"),
+        loss_weights_K=torch.ones(3, device="meta"),
+        reference_loss_N=torch.ones(37, device="meta"),
+        z_loss=1e-4,
+        softcap=30.0,
+        label_smoothing=0.1,
+        vocab_size=50,
+    )
+    out.loss.backward()
+    assert logits_NV.grad.shape == logits_NV.shape
+    assert out.stats.nats.shape == (3,)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
