@@ -86,7 +86,8 @@ def domain_cross_entropy(
     Nothing here waits for an accelerator. Values are hence checked on CPU tensors only: elsewhere a counted row whose
     label or domain id is out of range gets the loss NaN (so that the training loss shows it) and counts as non-finite
     of the nearest valid domain; no memory outside the tensors is touched. Ids and labels of ignored rows may be
-    anything. Computed in fp32 (float64 for float64 logits).
+    anything. Computed in fp32 (float64 for float64 logits). On a CPU a row's loss is the same to the last bit whichever
+    rows come with it; elsewhere that depends on how the device reduces.
 
     Sources: z-loss, Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), section 5; soft-capped logits, Gemma Team 2024
     (Gemma 2, arXiv:2408.00118), section 2; label smoothing, Szegedy et al. 2016 (arXiv:1512.00567), section 7, weighted
@@ -119,7 +120,8 @@ def domain_cross_entropy(
         The loss, the sums and the token losses or None. N = 0 is allowed and gives loss 0.
 
     Raises:
-        TypeError: a tensor has an unsupported dtype or is not a tensor; num_domains is not an int.
+        TypeError: a tensor has an unsupported dtype or is not a tensor; num_domains is not an int; sums is not a
+            DomainSums.
         ValueError: a shape, device, option or (on the CPU) a label, domain id, mask or normaliser is out of range.
         NotImplementedError: implementation is "triton".
     """
@@ -136,6 +138,8 @@ def domain_cross_entropy(
     checks.check_options(**options._asdict(), num_columns=num_columns)
     divisor = checks.check_normaliser(normaliser, logits_NV.device)
     sums = DomainSums(num_domains, logits_NV.device) if sums is None else sums
+    if not isinstance(sums, DomainSums):
+        raise TypeError(f"sums must be a DomainSums, got {type(sums).__name__}; DomainSums.from_buffer wraps a tensor")
     sums.check_fits(num_domains, logits_NV.device)
 
     counted_N = labels_N != ignore_index
@@ -182,7 +186,10 @@ class _WeightedSum(torch.autograd.Function):
             target_R1 = scores_RV.gather(1, label_R1) - max_R1
             torch.sub(scores_RV, max_R1, out=work_RV)
             mean_R = work_RV.mean(dim=1) if options.label_smoothing else None
-            norm_R = work_RV.exp_().sum(dim=1)
+            work_RV.exp_()
+            # A sum with a single result is shared out among the CPU's threads and its last bit then depends on them.
+            # Summing two rows at least keeps a token's loss the same in any micro-batch.
+            norm_R = scratch_RV[: max(2, len(work_RV))].sum(dim=1)[: len(work_RV)]
             log_norm_R = norm_R.log()
 
             nll_R = objective_R = log_norm_R - target_R1[:, 0]
@@ -280,8 +287,9 @@ def _blocks(logits_NV: Tensor) -> Iterator[slice]:
 
 
 def _scratch(logits_NV: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """Memory for one block, used again for each."""
-    return logits_NV.new_empty(min(_rows_per_block(logits_NV), logits_NV.shape[0]), vocab_size, dtype=dtype)
+    """Memory for one block, used again for each; two rows at least."""
+    num_rows = max(2, min(_rows_per_block(logits_NV), logits_NV.shape[0]))
+    return logits_NV.new_empty(num_rows, vocab_size, dtype=dtype)
 
 
 def _compute_dtype(logits_NV: Tensor) -> torch.dtype:

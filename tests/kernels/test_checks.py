@@ -52,6 +52,7 @@ REFUSED = {
     "normaliser tensor": ({"normaliser": torch.tensor(-2.0)}, ValueError, "positive, got -2.0"),
     "normaliser shape": ({"normaliser": torch.ones(2)}, ValueError, r"one element, got shape \[2\]"),
     "sums K": ({"sums": DomainSums(4)}, ValueError, "sums are for 4 domains on cpu; wanted 3 domains on cpu"),
+    "sums type": ({"sums": torch.zeros(3, 4).long()}, TypeError, "sums must be a DomainSums, got Tensor"),
     "implementation": ({"implementation": "cuda"}, ValueError, "auto, torch, triton; got 'cuda'"),
     "triton": ({"implementation": "triton"}, NotImplementedError, "'triton' is not in this version; use 'auto' or"),
 }
@@ -65,7 +66,7 @@ def test_bad_input_is_refused_with_the_values(change, error, message):
         "domain_N": torch.zeros(6).long(),
         "num_domains": 3,
     }
-    sums = change.get("sums") or DomainSums(3)
+    sums = DomainSums(3)
     with pytest.raises(error, match=message):
         domain_cross_entropy(**(arguments | {"sums": sums} | change))
     assert not sums.buffer.any()

@@ -100,6 +100,24 @@ def test_micro_batches_change_no_bit(size):
     assert torch.equal(sums_of(parts).buffer, sums_of([step]).buffer)
 
 
+def test_threads_and_single_rows_change_no_bit():
+    # Wide enough for torch to share one row's reduction among threads, and blocks of two rows with one left over.
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(39, 50257, generator=generator) * 4
+    labels_N = torch.randint(0, 50257, (39,), generator=generator)
+    domain_N = labels_N % K
+    step = (logits_NV, labels_N, domain_N, torch.zeros(39))
+    before = torch.get_num_threads()
+    buffers = []
+    try:
+        for num_threads, size in [(1, 39), (2, 39), (2, 1), (2, 3), (2, 7)]:
+            torch.set_num_threads(num_threads)
+            buffers.append(sums_of(list(zip(*(part.split(size) for part in step), strict=True))).buffer)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(buffer, buffers[0]) for buffer in buffers)
+
+
 def test_accumulates_across_calls_and_zeroes_in_place():
     first, second = make_step(1), make_step(2)
     sums = sums_of([first])
