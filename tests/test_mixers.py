@@ -272,6 +272,8 @@ def test_weights_by_order_and_by_name() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
+        (0.5, "mixture: 0.5 are no weights"),
+        ("12", "mixture: '12' are no weights"),
         ([1.0], "mixture: 1 weights for 2 domains (web, code)"),
         ([1.0, -0.5], "mixture: the weight of domain 'code' is -0.5"),
         ([math.nan, 1.0], "mixture: the weight of domain 'web' is nan"),
@@ -355,10 +357,12 @@ def test_projection_by_hand() -> None:
     np.testing.assert_allclose(project_to_capped_simplex([1, 0, 0], 0, [0.4, 0.3, 0.9]), [0.4, 0.15, 0.45])
     np.testing.assert_allclose(project_to_capped_simplex([0, 0], 0, [0.25, 1]), [0.2, 0.8])
     assert project_to_capped_simplex([1, 0], 0, [1.0, 1]).tolist() == [1, 0]
-    thirds = project_to_capped_simplex([1, 1, 1, 0], 0, [1 / 3, 1 / 3, 1 / 3, 1])
-    assert thirds.tolist() == [1 / 3, 1 / 3, 1 / 3, 0]  # rounding is no reason to wake a domain
+    full = project_to_capped_simplex([1, 1, 1, 0], 0, [0.7, 0.2, 0.1, 1])  # these caps sum to 1 - 1e-16
+    assert full.tolist() == [0.7, 0.2, 0.1, 0]  # and rounding is no reason to wake a domain
     for tiny in (1e-250, 1e-310):
         result = project_to_capped_simplex([tiny, 1.0], 0, [1, 0.5])
+        np.testing.assert_allclose(result, [0.5, 0.5])
+        result = project_to_capped_simplex([tiny, 1.0], [0.1, 0], [1, 0.5])
         np.testing.assert_allclose(result, [0.5, 0.5])
     np.testing.assert_allclose(project_to_capped_simplex([5e-324, 0.0], 0.1, 1), [0.9, 0.1])
 

@@ -347,6 +347,15 @@ def test_a_state_of_other_estimates_is_refused() -> None:
         mixer.load_state_dict(state)
 
 
+def test_dataflex_bounds_its_rewards() -> None:
+    initial = [0.996, 0.003, 0.001]
+    mixer, reference = odm(initial, preset="dataflex"), Reference("dataflex", initial)
+    for step in range(1, 30):  # 15 x 4 / 0.001 is 60000
+        stats = DomainStats([3.0, 3.0, 4.0], [1, 1, 1], weights=initial)
+        close(mixer.update(stats, step), reference.step(step, [3.0, 3.0, 4.0], drawn=initial))
+    assert mixer.record()["estimated_rewards"][1:] == [1e4, 1e4]
+
+
 def test_given_keys_win_over_the_preset() -> None:
     config = validate(OdmConfig, {"preset": "dataflex", "reward_scale": 1.0, "reward_clip": None}, "test")
     assert (config.reward_scale, config.reward_clip) == (1.0, None)
@@ -387,8 +396,8 @@ def test_clips_and_floor_act() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"alhpa": 0.9}, "unknown key 'alhpa'. Did you mean 'alpha'?"),
-        ({"preset": "oficial"}, "unknown 'oficial'. Did you mean 'official'?"),
+        ({"alphaa": 0.9}, "unknown key 'alphaa'. Did you mean 'alpha'?"),
+        ({"preset": "officcial"}, "unknown 'officcial'. Did you mean 'official'?"),
         ({"alpha": 1.0}, "alpha"),
         ({"alpha": -0.1}, "alpha"),
         ({"reward": "accuracy"}, "reward"),

@@ -182,7 +182,7 @@ class OdmMixer(Mixer):
 
     def _observe_plain(self, loss: FloatArray, pi: FloatArray, old: FloatArray) -> FloatArray:
         """New R of the domains seen; what overflows float64 stays at its largest number."""
-        reward = np.clip(self.config.reward_scale * loss / pi, -LARGEST, LARGEST)
+        reward = self.config.reward_scale * loss / pi
         if self.config.estimate == "cumulative":
             new = old + reward
         else:
@@ -204,8 +204,7 @@ class OdmMixer(Mixer):
         q = self._linear() if self.config.policy == "linear" else self._gibbs()
         if q is None:
             return None
-        # 1 - K e_t can fall a rounding error below 0 where e_t = 1/K.
-        return max(0.0, 1.0 - self.num_domains * self._rate) * q + self._rate
+        return (1.0 - self.num_domains * self._rate) * q + self._rate
 
     def _linear(self) -> FloatArray | None:
         """R / sum R; None while nothing was seen. Divided by the largest first, so that the sum cannot overflow."""

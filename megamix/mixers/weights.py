@@ -5,6 +5,7 @@ Shapes: K is the number of domains. Everything here is a pure function of numpy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,21 +39,22 @@ def normalise_weights(
         InputError: Wrong length, an unknown or missing name, a value that is no number, negative, NaN or infinite, or
             weights that are all zero.
     """
+    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
+        raise InputError(f"{source}: {weights!r} are no weights. Give one number a domain, or a mapping by name.")
     values = _by_name(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
     if len(values) != len(domains):
         raise InputError(
             f"{source}: {len(values)} weights for {len(domains)} domains ({_listed(domains)}). "
             "Give one weight a domain."
         )
-    result = np.empty(len(domains), dtype=np.float64)
-    for index, (domain, value) in enumerate(zip(domains, values, strict=True)):
-        number = _as_number(value)
-        if number is None or not np.isfinite(number) or number < 0:
+    numbers = [_as_number(value) for value in values]
+    for domain, value, number in zip(domains, values, numbers, strict=True):
+        if not (0 <= number < math.inf):
             raise InputError(
                 f"{source}: the weight of domain '{domain}' is {value!r}, "
                 "expected a finite number that is not negative."
             )
-        result[index] = number
+    result = np.array(numbers, dtype=np.float64)
     largest = result.max(initial=0.0)
     if largest == 0:
         raise InputError(
@@ -80,14 +82,14 @@ def _by_name(weights: Mapping[str, float], domains: Sequence[str], source: str) 
     return [weights[domain] for domain in domains]
 
 
-def _as_number(value: Any) -> float | None:
-    """``value`` as a float; None for what is not a number (a bool and a string of digits are not meant as weights)."""
+def _as_number(value: Any) -> float:
+    """``value`` as a float; NaN for what is not a number (a bool and a string of digits are not meant as weights)."""
     if isinstance(value, (bool, np.bool_, str, bytes)):
-        return None
+        return math.nan
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        return None
+        return math.nan
 
 
 def project_to_capped_simplex(
@@ -185,8 +187,8 @@ def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, n
     if weights.ndim != 1 or weights.size == 0 or len(names) != weights.size:
         raise InputError(f"weights of shape {weights.shape} for {len(names)} domains, expected one weight a domain.")
     for what, values in (("weight", weights), ("floor", lower), ("cap", upper)):
-        for name, value in zip(names, values, strict=True):
-            if not np.isfinite(value) or value < 0:
+        for name, value in zip(names, values.tolist(), strict=True):
+            if not (0 <= value < math.inf):
                 raise InputError(f"the {what} of {name} is {value}, expected a finite number that is not negative.")
     bounds = list(zip(names, lower, upper, strict=True))
     crossed = [f"{name} (floor {low:.6g}, cap {high:.6g})" for name, low, high in bounds if low > high]
