@@ -337,6 +337,7 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         self._max_token = -1
         self._num_tokens = 0
+        self._written: WrittenTokens | None = None
         self._temporary = {suffix: Path(f"{prefix}.{suffix}.tmp") for suffix in ("bin", "idx")}
         self._data = open(self._temporary["bin"], "wb")  # noqa: SIM115 - lives as long as the writer
 
@@ -389,7 +390,9 @@ class IndexedWriter:
         return len(self._lengths)
 
     def close(self) -> WrittenTokens:
-        """Writes the index, flushes both files to disk and gives them their names."""
+        """Writes the index, flushes both files to disk and gives them their names. Closing again only answers again."""
+        if self._written is not None:
+            return self._written
         with self._data:
             self._data.flush()
             os.fsync(self._data.fileno())
@@ -402,7 +405,8 @@ class IndexedWriter:
         os.replace(self._temporary["bin"], bin_path(self.prefix))
         os.replace(self._temporary["idx"], idx_path(self.prefix))
         sync_folder(self.prefix.parent)
-        return WrittenTokens(self._num_tokens, self.num_documents, self._max_token, self._hash.hexdigest())
+        self._written = WrittenTokens(self._num_tokens, self.num_documents, self._max_token, self._hash.hexdigest())
+        return self._written
 
     def abort(self) -> None:
         """Removes the temporary files; whatever stood under the final names stays."""

@@ -1,0 +1,297 @@
+"""Tokenizers: trained on the corpus, a local tokenizer.json, or one from the Hugging Face hub.
+
+Whatever its origin, a tokenizer ends as one ``tokenizer.json`` beside the tokens, and is opened from there. `Encoders`
+runs it over blocks of text in several processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megamix.data.documents import Block
+from megamix.errors import InputError, RankFailed
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end|>")
+_MIN_VOCAB = 256 + 1  # every byte, and the end of a document
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer to use: the parsed form of the ``tokenizer`` option."""
+
+    kind: Literal["train", "file", "hub"]
+    """Trained on the corpus, a local file, or a name on the hub."""
+    path: str = ""
+    """The file or the name; empty where it is trained."""
+    vocab_size: int = 0
+    """Entries to train, the 256 bytes and the end-of-document token included; 0 where it is not trained."""
+
+    @classmethod
+    def parse(cls, text: str) -> TokenizerSpec:
+        """Reads ``train:SIZE``, ``hf:NAME``, or the path of a tokenizer.json (or of a folder that holds one).
+
+        Raises:
+            InputError: None of these, a vocabulary below 257 entries, or a file that does not exist.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "train":
+            if not rest.isdecimal():
+                raise InputError(f"tokenizer '{text}': expected train:SIZE with a number, for example train:4096.")
+            if int(rest) < _MIN_VOCAB:
+                raise InputError(
+                    f"tokenizer '{text}': a vocabulary of {rest} is too small for the 256 bytes and {END_OF_DOCUMENT}."
+                    f" Use at least {_MIN_VOCAB}."
+                )
+            return cls("train", vocab_size=int(rest))
+        if kind == "hf":
+            if not rest:
+                raise InputError(f"tokenizer '{text}': expected hf:NAME, for example hf:EleutherAI/gpt-neox-20b.")
+            return cls("hub", rest)
+        path = Path(text) / "tokenizer.json" if Path(text).is_dir() else Path(text)
+        if not path.is_file():
+            raise InputError(
+                f"tokenizer '{text}': no such file. Give a path to a tokenizer.json, train:SIZE, or hf:NAME."
+            )
+        return cls("file", str(path))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a byte-level BPE; the same texts give the same bytes.
+
+    Args:
+        texts: Training text.
+        vocab_size: Entries wanted; a small text may yield fewer. `END_OF_DOCUMENT` has id 0.
+
+    Returns:
+        The contents of a tokenizer.json.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True).encode("utf-8")
+
+
+def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
+    """Fetches a tokenizer from the Hugging Face hub, or from its local cache.
+
+    Returns:
+        The contents of its tokenizer.json, and its end-of-sequence token if it has one.
+
+    Raises:
+        InputError: The hub cannot be reached, has no such tokenizer, or the tokenizer has no tokenizer.json form.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub's client raises a dozen kinds, some of them not documented
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"tokenizer 'hf:{name}' cannot be fetched: {reason} Check the name and the network, or give the path of a"
+            " local tokenizer.json instead."
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"tokenizer 'hf:{name}' has no tokenizer.json form. Choose one that has one.")
+    return backend.to_str(pretty=True).encode("utf-8"), tokenizer.eos_token
+
+
+class LoadedTokenizer:
+    """A tokenizer.json, ready to encode documents.
+
+    Text is only ever text: a document that contains ``<|endoftext|>`` does not produce that token. Nothing is added,
+    cut or padded.
+
+    Args:
+        path: The tokenizer.json.
+        eod: The end-of-document token, by name or id; None looks for the usual names.
+
+    Attributes:
+        vocab_size: Largest token id + 1.
+        eod_id: The end-of-document token.
+        sha256: Of the file, hexadecimal.
+
+    Raises:
+        InputError: The file is missing or damaged, or has no end-of-document token.
+    """
+
+    def __init__(self, path: str | Path, eod: str | int | None = None) -> None:
+        from tokenizers import Tokenizer
+
+        self.path = Path(path)
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}. Check the path.") from error
+        try:
+            self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise InputError(
+                f"{path} is not a tokenizer.json: {error}. Give one that `tokenizers` can read."
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise InputError(f"{path} has an empty vocabulary. Give a trained tokenizer.")
+        self.vocab_size = max(ids.values()) + 1
+        self.eod_id = _find_eod(self.path, ids, eod)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text; no end-of-document tokens."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _find_eod(path: Path, ids: dict[str, int], eod: str | int | None) -> int:
+    if isinstance(eod, int):
+        if eod not in ids.values():
+            raise InputError(f"{path} has no token with the id {eod} to end documents with. Name another.")
+        return eod
+    names = _EOD_NAMES if eod is None else (eod,)
+    for name in names:
+        if name in ids:
+            return ids[name]
+    raise InputError(
+        f"{path} has no end-of-document token (looked for {', '.join(names)}). Name one of its tokens, or use another"
+        " tokenizer."
+    )
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """All that a worker process needs to know."""
+
+    path: str
+    """The tokenizer.json."""
+    sha256: str
+    """Its hash, so that another tokenizer under the same path is another job."""
+    eod_id: int
+    """Token appended to every document."""
+    dtype: str
+    """Type of a token."""
+    text_key: str
+    """Key of the text in a JSON line."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one block; empty documents are left out."""
+
+    tokens: np.ndarray
+    """All documents one after the other, each with its end-of-document token, [sum(lengths)]."""
+    lengths: np.ndarray
+    """Tokens of each document, int64 [documents]."""
+    file_bytes: int
+    """See `Block`."""
+
+
+class Encoders:
+    """Worker processes that turn blocks into tokens, in order. With one worker, this process does it.
+
+    Args:
+        num_workers: How many.
+        job: What they do.
+    """
+
+    def __init__(self, num_workers: int, job: EncodeJob) -> None:
+        self._job = job
+        self._num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+        if num_workers > 1:
+            # Not fork: this process may hold threads and an accelerator.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+
+    def __enter__(self) -> Encoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, blocks: Iterable[Block]) -> Iterator[Encoded]:
+        """The tokens of every block, in the order of the blocks. Only a few blocks are read ahead.
+
+        Raises:
+            InputError: A damaged block.
+            RankFailed: A worker died.
+        """
+        if self._pool is None:
+            yield from (_encode(self._job, block) for block in blocks)
+            return
+        pending: deque[Future[Encoded]] = deque()
+        try:
+            for block in blocks:
+                pending.append(self._pool.submit(_encode, self._job, block))
+                if len(pending) > 2 * self._num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise RankFailed(
+                f"one of the {self._num_workers} tokenising processes died: killed, or out of memory. Nothing"
+                " half-written was left; call prepare again to go on, with fewer workers if memory is short."
+            ) from error
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of as many processes as there are cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_of(job: EncodeJob) -> LoadedTokenizer:
+    return LoadedTokenizer(job.path, job.eod_id)
+
+
+def _encode(job: EncodeJob, block: Block) -> Encoded:
+    texts = [text for text in block.texts(job.text_key) if text and not text.isspace()]
+    tokens: list[int] = []
+    lengths: list[int] = []
+    for ids in _tokenizer_of(job).encode_batch(texts):
+        if ids:
+            tokens += ids
+            tokens.append(job.eod_id)
+            lengths.append(len(ids) + 1)
+    return Encoded(np.array(tokens, dtype=job.dtype), np.array(lengths, dtype=np.int64), block.file_bytes)
