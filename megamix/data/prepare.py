@@ -318,7 +318,7 @@ class HeldOut:
         if self._num_documents < 2:
             raise InputError(
                 f"domain '{self._name}' has {self._num_documents} non-empty documents, expected at least 2: one to"
-                " train on, one to validate with. Split its text (one document a line of .jsonl, or several .txt files)."
+                " train on, one to validate with. Split its text: one document a line of .jsonl, or more .txt files."
             )
         if 0 < self._num_held_out < self._num_documents:
             return True

@@ -112,7 +112,7 @@ def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
     except Exception as error:  # the hub's client raises a dozen kinds, some of them not documented
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"tokenizer 'hf:{name}' cannot be fetched: {reason} Check the name and the network, or give the path of a"
+            f"tokenizer 'hf:{name}' cannot be fetched: {reason.rstrip('.')}. Check the name and the network, or give the path of a"
             " local tokenizer.json instead."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -168,7 +168,7 @@ class LoadedTokenizer:
         """Token ids of every text; no end-of-document tokens."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
