@@ -1,4 +1,5 @@
-"""Packaging: ``megamix`` from the checkout's root, ``megamix_kernels`` from ``kernels/``, and the configs as package data."""
+"""Packaging: ``megamix`` from the checkout's root, ``megamix_kernels`` from ``kernels/``, and the configs as package
+data."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,8 @@
 """The base of every config class, and how YAML files and ``key.path=value`` overrides become one.
 
-Each config class lives beside the thing it configures and derives from `Config`: frozen, and a key it does not know is an error that names the
-nearest right one. A YAML file may start from others with ``include: [a.yaml, b.yaml]`` (paths relative to itself); later values win, mappings merge.
+Each config class lives beside the thing it configures and derives from `Config`: frozen, and a key it does not know is
+an error that names the nearest right one. A YAML file may start from others with ``include: [a.yaml, b.yaml]`` (paths
+relative to itself); later values win, mappings merge.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ C = TypeVar("C", bound="Config")
 class Config(pydantic.BaseModel):
     """Frozen, strict about unknown keys, documented by attribute docstrings."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,7 +37,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise InputError(f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: the key '{key}' is given twice. Keep one of them.")
+                raise InputError(
+                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: the key '{key}' is given twice. Keep one of them."
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -95,11 +100,17 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` names another kind (``name`` or ``preset`` differs)."""
+    """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` has
+    another ``name``: then it is of another kind, and none of the old keys apply."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and "name" in value and value["name"] != old.get("name", value["name"]):
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and "name" in value
+            and value["name"] != old.get("name", value["name"])
+        ):
             result[key] = dict(value)
         else:
             result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
@@ -107,7 +118,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Applies ``key.path=value`` items; values are YAML, so ``train.steps=10`` is an int and ``mixture={web: 1}`` a mapping."""
+    """Applies ``key.path=value`` items; values are YAML, so ``train.steps=10`` is an int and ``mixture={web: 1}`` a
+    mapping."""
     for item in overrides:
         path, equals, text = item.partition("=")
         keys = path.strip().split(".")
@@ -121,16 +133,19 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 
 def validate(model: type[C], data: Any, source: str) -> C:
-    """Builds ``model`` from plain data; all problems are reported at once, in words, with the nearest right key for a misspelt one."""
+    """Builds ``model`` from plain data; all problems are reported at once, in words, with the nearest right key for a
+    misspelt one."""
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         lines = [_describe(model, problem) for problem in error.errors()]
-        raise InputError(f"{source}: " + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))) from error
+        raise InputError(
+            f"{source}: " + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))
+        ) from error
 
 
 def _describe(model: type[Config], problem: Any) -> str:
-    location = [part for part in problem["loc"]]
+    location = list(problem["loc"])
     path = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         owner = _owner(model, location[:-1])

@@ -1,7 +1,8 @@
 """Errors a user can act on, and the exit code each one ends the process with.
 
-Every message names the value seen, the value wanted and what to do. The command line prints the message alone (no traceback) and exits with
-``exit_code``; anything that is not a `MegamixError` is a defect of megamix and keeps its traceback.
+Every message names the value seen, the value wanted and what to do. The command line prints the message alone (no
+traceback) and exits with ``exit_code``; anything that is not a `MegamixError` is a defect of megamix and keeps its
+traceback.
 """
 
 from __future__ import annotations

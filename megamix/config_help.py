@@ -1,0 +1,62 @@
+"""Every key of a config class, with its type, default and meaning, as text."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import pydantic
+from pydantic_core import PydanticUndefined
+
+from megamix.config import Config
+
+
+def config_help(model: type[Config], indent: int = 0) -> str:
+    """One entry per key, nested configs indented; the choices of a union follow each other."""
+    pad = "  " * indent
+    lines = []
+    for name, field in model.model_fields.items():
+        nested = _configs(field.annotation)
+        default = "" if field.is_required() or nested else f" = {_default(field)}"
+        required = "  (required)" if field.is_required() else ""
+        kind = "" if nested else f": {_type_name(field.annotation)}"
+        lines.append(f"{pad}{name}{kind}{default}{required}")
+        if field.description:
+            lines += [f"{pad}    {line}" for line in field.description.splitlines()]
+        for config in nested:
+            if len(nested) > 1:
+                lines.append(f"{pad}  {name} as {config.__name__.removesuffix('Config').lower()}:")
+            lines.append(config_help(config, indent + (2 if len(nested) > 1 else 1)))
+    return "\n".join(lines)
+
+
+def _default(field: pydantic.fields.FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    return (
+        "null"
+        if value is None or value is PydanticUndefined
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _configs(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [config for argument in typing.get_args(annotation) for config in _configs(argument)]
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(arguments[0])
+    if isinstance(annotation, type) and not arguments:
+        return {"Path": "path", "str": "text"}.get(annotation.__name__, annotation.__name__)
+    if typing.get_origin(annotation) in (list, tuple, dict):
+        return f"{typing.get_origin(annotation).__name__}[{', '.join(map(_type_name, arguments))}]"
+    return " | ".join(_type_name(argument) for argument in arguments)

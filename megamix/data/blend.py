@@ -1,0 +1,264 @@
+"""The blend: which sample of which domain stands at every position of the run, whatever the weights do on the way.
+
+    blend = Blend(num_samples=[1000, 50], weights=[0.7, 0.3], seed=1234)
+    domain, sample = blend.take(480)        # the next 480 samples
+    blend.set_weights([0.5, 0.5])           # from here on, or at=position
+
+A run is a list of *segments*, stretches of positions with the same weights. A segment starts with the deficits and
+counts that the ones before it left, and within it the order is a pure function of position (`megamix.data.schedule`),
+so a weight change costs O(K), any window can be asked for at any time, and nothing depends on how the positions were
+cut into batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megamix.data import schedule
+from megamix.data.permute import grid, hash_words, permute
+from megamix.errors import InputError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of positions with constant weights.
+
+    Attributes:
+        start: its first position.
+        weights: float64 [K], sum 1.
+        deficits: float64 [K], in samples, at ``start``: the sum of each weight over all earlier positions minus the
+            samples given.
+        counts: int64 [K], the samples each domain gave before ``start``.
+    """
+
+    start: int
+    weights: Floats
+    deficits: Floats
+    counts: Ints
+
+    def counts_at(self, position: int) -> Ints:
+        """int64 [K]: samples given before ``position``, which lies in this segment or at its end."""
+        return self.counts + schedule.counts_at(self.weights, self.deficits, position - self.start)
+
+    def then(self, position: int, weights: Floats) -> Segment:
+        """The segment that follows when the weights become ``weights`` at ``position``."""
+        counts = self.counts_at(position)
+        deficits = self.deficits + self.weights * float(position - self.start) - (counts - self.counts)
+        return Segment(position, weights, deficits, counts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "start": self.start,
+            "weights": self.weights.tolist(),
+            "deficits": self.deficits.tolist(),
+            "counts": self.counts.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Segment:
+        return cls(
+            int(data["start"]),
+            np.asarray(data["weights"], np.float64),
+            np.asarray(data["deficits"], np.float64),
+            np.asarray(data["counts"], np.int64),
+        )
+
+
+class Blend:
+    """An endless sequence of (domain, sample) in which each domain's share follows its weight.
+
+    Args:
+        num_samples: [K], samples each domain has per epoch.
+        weights: [K], the sampling weights from position 0 on; not negative, normalised to sum 1 here.
+        seed: with ``domain_keys`` and the epoch it fixes the order within each domain.
+        domain_keys: [K] integers that name the domains to the random order (default 0..K-1). Keys taken from the
+            domains' names keep a domain's order when others are added or removed.
+
+    Raises:
+        InputError: a length, weight or count that cannot be used.
+    """
+
+    def __init__(
+        self,
+        num_samples: Sequence[int] | Ints,
+        weights: ArrayLike,
+        seed: int,
+        *,
+        domain_keys: Sequence[int] | None = None,
+    ) -> None:
+        self.num_samples = np.asarray(num_samples, np.int64)
+        if self.num_samples.ndim != 1 or self.num_samples.size == 0:
+            raise InputError(f"num_samples has shape {self.num_samples.shape}, expected [K] with K >= 1.")
+        for domain, number in enumerate(self.num_samples):
+            if number < 1:
+                raise InputError(f"domain {domain} has {number} samples per epoch, expected at least 1.")
+        self.seed = int(seed)
+        keys = np.arange(self.num_domains) if domain_keys is None else np.asarray(domain_keys)
+        if keys.shape != (self.num_domains,) or np.unique(keys).size != keys.size:
+            raise InputError(f"domain_keys must be {self.num_domains} different integers, got {keys.tolist()}.")
+        self.domain_keys = [int(key) for key in keys]
+        self._key_words = np.array([key & (2**64 - 1) for key in self.domain_keys], np.uint64)
+        self._seed_word = np.uint64(self.seed & (2**64 - 1))
+        grids = np.array([grid(int(number)) for number in self.num_samples], np.int64)
+        self._rows, self._columns = grids[:, 0], grids[:, 1]
+        zeros = np.zeros(self.num_domains)
+        self._segments = [Segment(0, self._checked(weights), zeros, zeros.astype(np.int64))]
+        self._position = 0
+
+    @property
+    def num_domains(self) -> int:
+        return self.num_samples.size
+
+    @property
+    def position(self) -> int:
+        """The number of samples taken so far."""
+        return self._position
+
+    @property
+    def weights(self) -> Floats:
+        """float64 [K]: the weights in effect at the current position."""
+        return self._segment_at(self._position).weights.copy()
+
+    @property
+    def counts(self) -> Ints:
+        """int64 [K]: the samples taken from each domain so far."""
+        return self.counts_at(self._position)
+
+    @property
+    def epochs(self) -> Floats:
+        """float64 [K]: how often each domain has been read so far."""
+        return self.counts / self.num_samples
+
+    @property
+    def deficits(self) -> Floats:
+        """float64 [K]: the integral of each weight over the positions so far, minus the samples taken."""
+        return self._segment_at(self._position).then(self._position, self.weights).deficits
+
+    @property
+    def ledger(self) -> list[tuple[int, list[float]]]:
+        """(position, weights) of every change that has not been forgotten, also those still ahead."""
+        return [(segment.start, segment.weights.tolist()) for segment in self._segments]
+
+    def counts_at(self, position: int) -> Ints:
+        """int64 [K]: the samples that positions [0, position) hold of each domain."""
+        return self._segment_at(position).counts_at(position)
+
+    def segment_at(self, position: int) -> Segment:
+        """The stretch of constant weights that ``position`` lies in."""
+        return self._segment_at(position)
+
+    def take(self, number: int) -> tuple[Ints, Ints]:
+        """The next ``number`` samples; advances.
+
+        Returns:
+            (domain, sample), int64 [number] each: which domain, and which of its samples, in [0, num_samples[domain]).
+        """
+        result = self.window(self._position, number)
+        self._position += number
+        return result
+
+    def window(self, start: int, number: int) -> tuple[Ints, Ints]:
+        """Like `take`, for positions [start, start + number) wherever the blend stands; does not advance."""
+        if number < 0:
+            raise InputError(f"cannot take {number} samples, expected 0 or more.")
+        domains, ordinals = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        stop, index = start + number, self._index_at(start)
+        while start < stop:
+            segment = self._segments[index]
+            end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
+            domain, ordinal = schedule.window(
+                segment.weights, segment.deficits, start - segment.start, end - segment.start
+            )
+            domains.append(domain)
+            ordinals.append(segment.counts[domain] + ordinal)
+            start, index = end, index + 1
+        domain = np.concatenate(domains)
+        return domain, self._samples(domain, np.concatenate(ordinals))
+
+    def set_weights(self, weights: ArrayLike, at: int | None = None) -> None:
+        """Changes the weights from position ``at`` on (default: the current position).
+
+        Raises:
+            InputError: weights that cannot be used, or a position that was already taken or precedes a change made
+                before.
+        """
+        at = self._position if at is None else int(at)
+        checked = self._checked(weights)
+        if at < self._position:
+            raise InputError(f"weights cannot change at position {at}: the blend already stands at {self._position}.")
+        last = self._segments[-1]
+        if at < last.start:
+            raise InputError(f"weights cannot change at position {at}: a change at {last.start} was made before.")
+        if np.array_equal(checked, last.weights):
+            return
+        if at == last.start:
+            self._segments[-1] = Segment(at, checked, last.deficits, last.counts)
+        else:
+            self._segments.append(last.then(at, checked))
+
+    def forget_before(self, position: int) -> None:
+        """Drops segments that end at or before ``position``, so that memory does not grow with the number of
+        changes."""
+        del self._segments[: self._index_at(position)]
+
+    def state_dict(self, at: int | None = None) -> dict[str, Any]:
+        """Plain numbers and lists from which `from_state_dict` continues exactly, as of position ``at`` (default: the
+        current one)."""
+        position = self._position if at is None else int(at)
+        return {
+            "position": position,
+            "seed": self.seed,
+            "num_samples": self.num_samples.tolist(),
+            "domain_keys": list(self.domain_keys),
+            "segments": [segment.to_json() for segment in self._segments[self._index_at(position) :]],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Blend:
+        """The blend that `state_dict` described."""
+        segments = [Segment.from_json(segment) for segment in state["segments"]]
+        blend = cls(state["num_samples"], segments[0].weights, state["seed"], domain_keys=state["domain_keys"])
+        # Not through the constructor: normalising again could move the last bit of a weight.
+        blend._segments = segments
+        blend._position = int(state["position"])
+        return blend
+
+    def _samples(self, domain: Ints, ordinal: Ints) -> Ints:
+        size = self.num_samples[domain]
+        epoch, index = np.divmod(ordinal, size)
+        key = hash_words(self._seed_word, self._key_words[domain], epoch)
+        return permute(index, size, self._rows[domain], self._columns[domain], key)
+
+    def _index_at(self, position: int) -> int:
+        """The index of the segment that ``position`` lies in; nearly always the last or one of the last."""
+        for index in range(len(self._segments) - 1, -1, -1):
+            if self._segments[index].start <= position:
+                return index
+        raise InputError(
+            f"position {position} lies before {self._segments[0].start}, where this blend's record starts."
+        )
+
+    def _segment_at(self, position: int) -> Segment:
+        return self._segments[self._index_at(position)]
+
+    def _checked(self, weights: ArrayLike) -> Floats:
+        array = np.asarray(weights, np.float64)
+        if array.shape != (self.num_domains,):
+            raise InputError(f"weights have shape {array.shape}, expected [{self.num_domains}], one for each domain.")
+        for domain, weight in enumerate(array):
+            if not (np.isfinite(weight) and weight >= 0):
+                raise InputError(
+                    f"the weight of domain {domain} is {weight}, expected a finite number that is not negative."
+                )
+        total = float(array.sum())
+        if not 0 < total < np.inf:
+            raise InputError(f"the weights sum to {total}, expected more than 0.")
+        return array if total == 1.0 else array / total

@@ -1,0 +1,131 @@
+"""Which samples a rank reads in a step.
+
+Step s of a run, counted from 0, is positions [s * global_batch, (s + 1) * global_batch) of the blend: the same samples
+whatever the number of ranks or the size of a micro-batch. Data-parallel rank r of R reads the r-th of R equal slices,
+cut into micro-batches in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megamix.data.blend import Blend
+from megamix.errors import InputError
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of every global batch that one data-parallel rank reads.
+
+    Raises:
+        InputError: the global batch does not divide into data_size * micro_batch.
+    """
+
+    global_batch: int
+    micro_batch: int
+    data_rank: int = 0
+    data_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.micro_batch * self.data_size):
+            raise InputError(
+                f"global_batch {self.global_batch} does not divide into {self.data_size} data-parallel ranks times micro-batches of "
+                f"{self.micro_batch} (= {self.micro_batch * self.data_size}). Choose a multiple of that."
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.global_batch // (self.micro_batch * self.data_size)
+
+    @property
+    def samples(self) -> slice:
+        """This rank's samples within a global batch."""
+        size = self.global_batch // self.data_size
+        return slice(self.data_rank * size, (self.data_rank + 1) * size)
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples one rank reads in one step: int64 [num_micro_batches, micro_batch] each, and the position of the
+    global batch."""
+
+    step: int
+    position: int
+    domain: NDArray[np.int64]
+    sample: NDArray[np.int64]
+
+
+class Sampler:
+    """Deals the blend out step by step; weight changes take effect at the start of a stated step.
+
+    Steps may be dealt ahead of training (prefetching); weights may be set for any step that has not been dealt yet.
+    Safe to use from a loading thread and the training thread at once.
+    """
+
+    def __init__(self, blend: Blend, share: Slice) -> None:
+        self.share = share
+        self._blend = blend
+        self._lock = threading.Lock()
+        if blend.position % share.global_batch:
+            raise InputError(
+                f"the data position {blend.position} is not at the start of a step of global_batch {share.global_batch} samples. "
+                "Resume with the global batch the run was started with."
+            )
+
+    @property
+    def next_step(self) -> int:
+        """The first step that has not been dealt."""
+        return self._blend.position // self.share.global_batch
+
+    @property
+    def num_domains(self) -> int:
+        return self._blend.num_domains
+
+    def deal(self) -> StepSamples:
+        """The samples of the next step."""
+        share = self.share
+        with self._lock:
+            position = self._blend.position
+            domain, sample = self._blend.take(share.global_batch)
+        shape = (share.num_micro_batches, share.micro_batch)
+        mine = share.samples
+        return StepSamples(
+            position // share.global_batch, position, domain[mine].reshape(shape), sample[mine].reshape(shape)
+        )
+
+    def set_weights(self, weights: ArrayLike, step: int) -> bool:
+        """Sets the sampling weights from ``step`` on; returns whether they differ from those before."""
+        with self._lock:
+            before = len(self._blend.ledger), self._blend.ledger[-1]
+            self._blend.set_weights(weights, at=step * self.share.global_batch)
+            return before != (len(self._blend.ledger), self._blend.ledger[-1])
+
+    def weights_at(self, step: int) -> NDArray[np.float64]:
+        """float64 [K]: the sampling weights in effect in ``step``."""
+        with self._lock:
+            return self._blend.segment_at(step * self.share.global_batch).weights.copy()
+
+    def counts_at(self, step: int) -> NDArray[np.int64]:
+        """int64 [K]: samples of each domain in all steps before ``step``."""
+        with self._lock:
+            return self._blend.counts_at(step * self.share.global_batch)
+
+    def forget_before(self, step: int) -> None:
+        """Lets go of what is only needed to describe steps before ``step``."""
+        with self._lock:
+            self._blend.forget_before(step * self.share.global_batch)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The state from which ``step`` is dealt next, whatever was dealt ahead."""
+        with self._lock:
+            return {"blend": self._blend.state_dict(at=step * self.share.global_batch)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], share: Slice) -> Sampler:
+        return cls(Blend.from_state_dict(state["blend"]), share)

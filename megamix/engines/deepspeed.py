@@ -1,0 +1,238 @@
+"""DeepSpeed: its pipeline engine, ZeRO and gradient handling around our layers, loss and data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix.data.loader import Batch
+from megamix.engines.base import Engine, ParameterState, Place
+from megamix.engines.config import EngineConfig
+from megamix.engines.step_loss import StepLoss
+from megamix.models.config import ModelConfig
+from megamix.train_config import TrainConfig
+
+# Long enough for a slow filesystem at start-up; a dead rank is noticed by its closed connections and by whoever started
+# the ranks.
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+
+
+def start_distributed() -> None:
+    """Joins the process group of the job (torchrun's environment); quiet, and without compiling DeepSpeed's CPU
+    collectives."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        # Building it takes 40 s and a compiler, and a build that was killed leaves a lock that hangs the next one.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+
+
+class DeepSpeedEngine(Engine):
+    """PP x DP x ZeRO-0/1 by DeepSpeed's `PipelineEngine`."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        *,
+        seq_length: int,
+        num_domains: int,
+        vocab_size: int,
+        loss_implementation: str,
+    ) -> None:
+        import deepspeed
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+        from megamix.engines.deepspeed_module import MixPipelineModule
+
+        world_size = dist.get_world_size()
+        data_size = engine.data_size(world_size)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self._loss = StepLoss(num_domains, vocab_size, device, loss_implementation)
+        self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers, whatever the log level
+            self._module = MixPipelineModule(
+                model,
+                seed=train.seed,
+                seq_length=seq_length,
+                loss=self._loss,
+                topology=PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size),
+                checkpoint_layers=engine.activation_checkpointing,
+            )
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self._module, train.weight_decay),
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            eps=train.epsilon,
+            fused=torch.cuda.is_available(),
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size)
+        )
+        self._optimizer = self._engine.optimizer
+        grid = self._engine.grid
+        self.place = Place(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            data_rank=grid.get_data_parallel_rank(),
+            data_size=data_size,
+            stage=grid.get_stage_id(),
+            num_stages=engine.pipeline,
+            device=device,
+        )
+        if engine.zero == 0 and train.clip > 0:
+            self._engine.clip_fp32_gradients = self._clip_gradients
+        self.optimizer_steps = 0
+
+    def train_step(self, batch: Batch | None, lr: float, on_statistics: Callable[[torch.Tensor], None]) -> None:
+        micro_batches = self._engine.gradient_accumulation_steps()
+        if batch is not None:
+            # DeepSpeed averages over micro-batches and data-parallel ranks; undone here, because ours is one sum over
+            # the whole step.
+            normaliser = batch.num_tokens / (micro_batches * self.place.data_size)
+            self._loss.start_step(micro_batches, normaliser, on_statistics)
+        if not self.place.has_loss:
+            on_statistics(self._empty_sums)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train_batch(_micro_batches(batch) if batch is not None else None)
+        self._steps += 1
+
+    def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
+        self._loss.start_evaluation(num_micro_batches)
+        data = _micro_batches(batch) if batch is not None else None
+        self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches)
+        return self._loss.evaluation_sums
+
+    def grad_norm(self) -> float | None:
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _clip_gradients(self) -> None:
+        """Stands in for `DeepSpeedEngine.clip_fp32_gradients`, which takes the norm of each pipeline stage for
+        itself."""
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        dist.all_reduce(squares, group=self._engine.grid.get_pipe_parallel_group())
+        norm = squares.sqrt()
+        scale = torch.clamp(self._engine.gradient_clipping() / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        self._engine._global_grad_norm = norm
+
+    def layers(self) -> list[int]:
+        return [layer.index for layer in self._module.own_layers()]
+
+    def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        module = self._module.own_layer(layer)
+        names = module.hugging_face_names()
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "_hp_mapping"):
+                yield (
+                    names[name],
+                    ParameterState(
+                        safe_get_full_fp32_param(parameter),
+                        safe_get_full_optimizer_state(parameter, "exp_avg"),
+                        safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
+                    ),
+                )
+            else:
+                state = self._optimizer.state[parameter]
+                yield names[name], ParameterState(parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+
+    def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        module = self._module.own_layer(layer)
+        names = module.hugging_face_names()
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                whole = state[names[name]]
+                parameter.copy_(whole.weight)
+                if hasattr(parameter, "_hp_mapping"):
+                    safe_set_full_fp32_param(parameter, whole.weight)
+                    safe_set_full_optimizer_state(parameter, whole.exp_avg, "exp_avg")
+                    safe_set_full_optimizer_state(parameter, whole.exp_avg_sq, "exp_avg_sq")
+                else:
+                    held = self._optimizer.state[parameter]
+                    held["exp_avg"].copy_(whole.exp_avg)
+                    held["exp_avg_sq"].copy_(whole.exp_avg_sq)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self._steps
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
+        self._steps = steps
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(float(steps), device=parameter.device if group["fused"] else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        if inner is not self._optimizer:
+            # ZeRO links parameters to their fragments of Adam's state once, after the step of the first parameter
+            # group, when the state of the others does not exist yet; linked here, all groups are there, and a resumed
+            # run can fill them.
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _micro_batches(batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+    return iter(
+        [
+            (tokens, (labels, domains))
+            for tokens, labels, domains in zip(batch.tokens, batch.labels, batch.domains, strict=True)
+        ]
+    )
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not; a stage without one of the kinds has no group for it."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(engine: EngineConfig, train: TrainConfig, data_size: int) -> dict[str, Any]:
+    bf16 = engine.precision == "bf16"
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * data_size),
+        "gradient_clipping": train.clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": engine.zero},
+        "bf16": {"enabled": bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        # Integer inputs (the tokens) have no gradient, which the reentrant form of checkpointing does not take.
+        "pipeline": {"use_reentrant": False},
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,52 @@
+"""Our pipeline layers as a DeepSpeed `PipelineModule`, cut into stages of equal work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule
+
+from megamix.engines.step_loss import StepLoss
+from megamix.models.config import ModelConfig
+from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer
+
+
+class MixPipelineModule(PipelineModule):
+    """Embedding, decoder layers and head; each rank builds the layers of its stage only."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        seed: int,
+        seq_length: int,
+        loss: StepLoss,
+        topology: Any,
+        checkpoint_layers: bool,
+    ) -> None:
+        self._costs = model.layer_costs(seq_length)
+        last = model.num_layers + 1
+        super().__init__(
+            layers=[
+                LayerSpec(Embedding, model, 0, seed),
+                *[LayerSpec(Decoder, model, index, seed, seq_length) for index in range(1, last)],
+                LayerSpec(Head, model, last, seed),
+            ],
+            topology=topology,
+            loss_fn=loss,
+            # "parameters" would weigh the embedding, a mere lookup, as much as the output projection.
+            partition_method="parameters",
+            activation_checkpoint_interval=1 if checkpoint_layers else 0,
+            checkpointable_layers=["Decoder"] if checkpoint_layers else None,
+        )
+
+    def _count_layer_params(self) -> list[int]:
+        """The numbers that DeepSpeed balances over the stages: the work of each layer instead of its parameters."""
+        return self._costs
+
+    def own_layers(self) -> list[PipelineLayer]:
+        """The layers built on this rank."""
+        return [layer for layer in self.forward_funcs if isinstance(layer, PipelineLayer)]
+
+    def own_layer(self, index: int) -> PipelineLayer:
+        return next(layer for layer in self.own_layers() if layer.index == index)

@@ -1,0 +1,90 @@
+"""Per-domain validation loss: the same windows every time, through the engine's own pipeline.
+
+Legend: K domains, B samples in a micro-batch, S tokens in a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader, batch_arrays
+from megamix.engines.base import Engine, Place
+from megamix.plan import Plan
+from megamix_kernels import DomainSums
+
+
+class Validation:
+    """The validation samples of a run, sliced over data-parallel ranks.
+
+    Each domain gives ``evaluate.batches`` micro-batches of samples, spread evenly over its validation tokens (all of
+    them where it has fewer). All domains' samples follow each other in one list, whose last micro-batches are filled up
+    with rows that count for nothing.
+    """
+
+    def __init__(self, plan: Plan, place: Place) -> None:
+        config = plan.config
+        wanted = config.evaluate.batches * config.train.micro_batch
+        self._seq_length = config.data.seq_length
+        self._names = plan.domain_names
+        self._natural = plan.natural_weights
+        domain_n, sample_n = _choose(plan, wanted)
+        per_round = config.train.micro_batch * place.data_size
+        self.num_micro_batches = -(-domain_n.size // per_round)
+        self._batch = None
+        if place.reads_data:
+            reader = WindowReader(plan.validation, self._seq_length, plan.vocab_size)
+            rows = np.arange(place.data_rank, self.num_micro_batches * place.data_size, place.data_size)
+            self._batch = self._build(reader, domain_n, sample_n, rows, config.train.micro_batch)
+
+    def _build(
+        self,
+        reader: WindowReader,
+        domain_n: NDArray[np.int64],
+        sample_n: NDArray[np.int64],
+        micro_batches: NDArray[np.int64],
+        micro_batch: int,
+    ) -> Batch:
+        index = (micro_batches[:, None] * micro_batch + np.arange(micro_batch)).ravel()
+        filler = index >= domain_n.size
+        index[filler] = 0
+        domain_n, sample_n = domain_n[index], sample_n[index]
+        shape = (self.num_micro_batches, micro_batch, self._seq_length)
+        tokens, labels, domains = batch_arrays(reader.read(domain_n, sample_n), domain_n, shape)
+        labels.view(-1, self._seq_length)[torch.from_numpy(filler)] = IGNORED_LABEL
+        return Batch(tokens, labels, domains, num_tokens=index.size * self._seq_length)
+
+    def run(self, engine: Engine) -> dict[str, Any]:
+        """One evaluation; every rank calls it and gets the same numbers (the ``evaluate`` line of metrics.jsonl,
+        without step and tokens)."""
+        buffer = engine.evaluate(self._batch, self.num_micro_batches).clone()
+        dist.all_reduce(buffer)
+        sums = DomainSums.from_buffer(buffer.cpu())
+        loss = sums.nats.numpy() / np.maximum(sums.tokens.numpy(), 1)
+        finite = [
+            value if math.isfinite(value) and count else None
+            for value, count in zip(loss.tolist(), sums.tokens.tolist(), strict=True)
+        ]
+        known = {name: value for name, value in zip(self._names, finite, strict=True) if value is not None}
+        return {
+            "domain_loss": dict(zip(self._names, finite, strict=True)),
+            "macro_loss": sum(known.values()) / len(known) if known else None,
+            "micro_loss": float(loss @ self._natural) if len(known) == len(self._names) else None,
+            "worst_domain": max(known, key=lambda name: known[name]) if known else None,
+        }
+
+
+def _choose(plan: Plan, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(domain, sample) of every validation row: at most ``wanted`` of each domain, evenly spaced."""
+    domains, samples = [], []
+    for index, stream in enumerate(plan.validation):
+        available = stream.num_windows(plan.config.data.seq_length)
+        number = min(wanted, available)
+        domains.append(np.full(number, index, np.int64))
+        samples.append(np.arange(number, dtype=np.int64) * available // number)
+    return np.concatenate(domains), np.concatenate(samples)

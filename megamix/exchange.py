@@ -1,0 +1,147 @@
+"""How a step's sums reach the mixer and the new weights reach every rank, beside the training step.
+
+    last stage: sums of the step --all-reduce (starts before the backward pass)--> rank 0: mixer --broadcast--> every
+        rank: sampler
+
+The all-reduce is launched by the training thread; everything that waits (for it, for the mixer, for the broadcast)
+happens on one background thread per rank, so the training thread neither blocks nor synchronises with its device. The
+weights of step s take effect at the start of step s + 1 + weight_lag on every rank, because that is where the sampler
+is told to change, not because of when they arrive.
+
+Legend: K domains, C statistics.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megamix.data.sampler import Sampler
+from megamix.errors import MegamixError
+from megamix.mixers import DomainStats, Mixer
+from megamix_kernels import DomainSums
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MixReport:
+    """What rank 0 knows once the mixer has seen a step; ``step`` counts from 0.
+
+    Attributes:
+        stats: the sums of the step over the whole world.
+        weights: float64 [K], what every rank samples with from the start of ``effective_step`` on.
+        record: what the mixer shows of itself.
+        updated: whether the mixer computed new weights in this step.
+    """
+
+    step: int
+    stats: DomainStats
+    weights: Floats
+    effective_step: int
+    record: dict[str, object]
+    updated: bool
+
+
+class MixExchange:
+    """Carries sums up and weights down, once per step, in step order.
+
+    Args:
+        mixer: on rank 0 the mixer; None elsewhere.
+        sampler: told of every weight change.
+        weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
+            either.
+        constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
+            at (rank 0 only).
+        on_report: called on rank 0 for every step, from the background thread.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer | None,
+        sampler: Sampler,
+        *,
+        weight_lag: int,
+        first_step: int,
+        constrain: Callable[[Floats, int], Floats],
+        on_report: Callable[[MixReport], None],
+    ) -> None:
+        self._mixer = mixer
+        self._sampler = sampler
+        self._weight_lag = weight_lag
+        self._constrain = constrain
+        self._on_report = on_report
+        self._sums_group = dist.new_group()
+        self._weights_group = dist.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
+        self._results: dict[int, Future[None]] = {}
+        self._settled = first_step
+        self._settle_lock = threading.Lock()
+
+    def submit(self, step: int, sums_KC: torch.Tensor) -> None:
+        """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffer may be used again."""
+        reduced = sums_KC.clone()
+        work = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
+        self._results[step] = self._executor.submit(self._mix, step, reduced, work)
+
+    def settle(self, step: int) -> None:
+        """Waits until the weights that follow from all steps before ``step`` are known to the sampler.
+
+        Raises:
+            MegamixError: a loss that is not finite, or whatever the mixer raised.
+        """
+        with self._settle_lock:
+            while self._settled < step:
+                self._results.pop(self._settled).result()
+                self._settled += 1
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _effective_step(self, step: int) -> int:
+        return step + 1 + self._weight_lag
+
+    def _mix(self, step: int, reduced: torch.Tensor, work: dist.Work) -> None:
+        work.wait()
+        weights = torch.empty(self._sampler.num_domains, dtype=torch.float64)
+        if self._mixer is not None:
+            weights.copy_(torch.from_numpy(self._update(step, reduced)))
+        dist.broadcast(weights, src=0, group=self._weights_group)
+        self._sampler.set_weights(weights.numpy(), self._effective_step(step))
+
+    def _update(self, step: int, reduced: torch.Tensor) -> Floats:
+        mixer = self._mixer
+        assert mixer is not None
+        sums = DomainSums.from_buffer(reduced.cpu())
+        stats = DomainStats(
+            nats=sums.nats.numpy(),
+            tokens=sums.tokens.numpy(),
+            excess_nats=sums.excess_nats.numpy(),
+            weights=self._sampler.weights_at(step),
+            non_finite=sums.non_finite.numpy(),
+        )
+        _refuse_non_finite(stats, mixer.domains, step)
+        effective_step = self._effective_step(step)
+        wanted = mixer.update(stats, step + 1)
+        updated = mixer.changed_at(step + 1)
+        # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
+        weights = self._constrain(wanted, effective_step) if updated else self._sampler.weights_at(effective_step)
+        self._on_report(MixReport(step, stats, weights, effective_step, mixer.record(), updated))
+        return weights
+
+
+def _refuse_non_finite(stats: DomainStats, domains: tuple[str, ...], step: int) -> None:
+    counts = np.zeros(len(domains)) if stats.non_finite is None else np.asarray(stats.non_finite)
+    if counts.any():
+        bad = ", ".join(f"'{domains[k]}' ({int(counts[k])} tokens)" for k in np.flatnonzero(counts))
+        raise MegamixError(
+            f"step {step + 1}: the loss is not finite in {bad}. Lower train.lr, lengthen train.warmup or tighten train.clip, "
+            "and resume from the last checkpoint."
+        )

@@ -1,0 +1,169 @@
+"""Ranks on this machine: where a process stands in its job, and starting the ranks when nobody else does.
+
+torchrun and srun start one process per rank, and their environment says which one this is. Otherwise `run_local` starts
+the ranks, watches them, and ends all of them when one dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megamix.errors import EXIT_FAILED, EXIT_OK, RankFailed
+
+# A rank that fails of itself closes its connections, so that the others fail too; they get this long to say their own
+# reason.
+GRACE_SECONDS = 5.0
+KILL_SECONDS = 10.0
+REPORTS = "MEGAMIX_FAILURE_REPORTS"
+"""Environment variable of ranks started here: the folder in which a failing rank leaves its reason."""
+
+
+def job_world_size() -> int | None:
+    """The ranks of the job this process is a rank of; None when nobody has started ranks.
+
+    Puts Slurm's view of the job into the variables that torchrun sets.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    # srun sets this in every task; a batch script outside srun has it not.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "0"))
+    if "SLURM_PROCID" not in os.environ or tasks < 2:
+        return None
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    return tasks
+
+
+def _first_host(nodes: str) -> str:
+    found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return found.stdout.split()[0]
+
+
+def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
+    """Runs ``python -m megamix ARGUMENTS`` once per rank and waits for all of them.
+
+    Returns:
+        The exit code of the job: 0, or that of the rank that failed first.
+
+    Raises:
+        RankFailed: a rank, or this process, was ended by a signal.
+    """
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, len(os.sched_getaffinity(0)) // ranks)))
+    with tempfile.TemporaryDirectory(prefix="megamix-") as reports:
+        environment[REPORTS] = reports
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "megamix", *arguments],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
+            )
+            for rank in range(ranks)
+        ]
+        received: list[int] = []
+        previous = {
+            number: signal.signal(number, lambda number, _frame: received.append(number))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            return _watch(processes, received, Path(reports))
+        finally:
+            _end(processes)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def report_failure(message: str) -> None:
+    """Says why this process fails: to whoever started the ranks, who prints one rank's reason, else to standard
+    error."""
+    folder = os.environ.get(REPORTS)
+    if folder and Path(folder).is_dir():
+        (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
+    else:
+        print(f"megamix: {message}", file=sys.stderr)
+
+
+def _watch(processes: list[subprocess.Popen[bytes]], received: list[int], reports: Path) -> int:
+    """Waits for the first rank that fails, or for all to finish."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(code not in (None, EXIT_OK) for code in codes):
+            return _explain(processes, reports)
+        if all(code == EXIT_OK for code in codes):
+            return EXIT_OK
+        if received:
+            raise RankFailed(f"stopped by {signal.Signals(received[0]).name}.")
+        time.sleep(0.05)
+
+
+def _explain(processes: list[subprocess.Popen[bytes]], reports: Path) -> int:
+    """Prints the reason of the rank that failed first, as far as can be told, and returns its exit code."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    codes = {rank: process.returncode for rank, process in enumerate(processes)}
+    running = [str(rank) for rank, code in codes.items() if code is None]
+    others = f" Ending the ranks that still run ({', '.join(running)})." if running else ""
+    rank = min((rank for rank, code in codes.items() if code not in (None, EXIT_OK)), key=lambda r: _blame(codes[r]))
+    code = codes[rank]
+    who = f"rank {rank} of {len(processes)}"
+    if code < 0:
+        raise RankFailed(
+            f"{who} was ended by signal {signal.Signals(-code).name}.{others} "
+            "The same command resumes the run from its last checkpoint."
+        )
+    report = reports / str(rank)
+    message = report.read_text(encoding="utf-8") if report.is_file() else f"ended with exit code {code}."
+    print(f"megamix: {message}" if code != EXIT_FAILED else f"megamix: {who}: {message}{others}", file=sys.stderr)
+    return code
+
+
+def _blame(code: int) -> int:
+    """Orders exit codes by how likely they are the cause: a stated reason, a signal, then what may follow from another
+    rank's end."""
+    return 2 if code == EXIT_FAILED else 1 if code < 0 else 0
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends whatever still runs: politely, then for good."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + KILL_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _die_with_parent() -> None:
+    """Ranks must not outlive the process that watches them, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

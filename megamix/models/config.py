@@ -1,0 +1,131 @@
+"""The dimensions of a model, spelt out or taken from a preset in ``configs/models/``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+
+from megamix.config import Config, read_yaml
+from megamix.errors import InputError, did_you_mean
+from megamix.resources import configs_dir
+
+
+class ModelConfig(Config):
+    """A decoder-only transformer. ``preset`` fills every key that is not given."""
+
+    preset: str | None = None
+    """A file of configs/models/ without its ending, for example neox-2m; keys given beside it win."""
+    architecture: Literal["neox", "llama"]
+    """neox: LayerNorm, biases, GELU, partial rotary (Pythia, GPT-NeoX). llama: RMSNorm, no biases, SwiGLU, full
+    rotary."""
+    hidden_size: int = pydantic.Field(gt=0)
+    """Width of the residual stream."""
+    num_layers: int = pydantic.Field(gt=0)
+    """Decoder layers."""
+    num_heads: int = pydantic.Field(gt=0)
+    """Attention heads."""
+    num_key_value_heads: int | None = pydantic.Field(default=None, gt=0)
+    """Key/value heads (llama only); default: num_heads."""
+    ffn_size: int = pydantic.Field(gt=0)
+    """Inner width of the feed-forward layers."""
+    vocab_size: int | None = pydantic.Field(default=None, gt=0)
+    """Rows of the embedding; default: the tokenizer's vocabulary, rounded up to a multiple of 64."""
+    rotary_percent: float = pydantic.Field(default=0.25, gt=0, le=1)
+    """Share of each head's dimensions that the rotary embedding turns (neox only; llama turns all)."""
+    rotary_base: float = pydantic.Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = pydantic.Field(default=1e-5, gt=0)
+    """Added to the variance in the norms."""
+    init_std: float = pydantic.Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2
+    num_layers)."""
+    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Dropout of attention and residual branches (neox only)."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") is not None:
+            return {**preset(str(data["preset"])), **data}
+        return data
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}. Choose a multiple."
+            )
+        if self.num_heads % self.key_value_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide by num_key_value_heads {self.key_value_heads}. Choose a divisor."
+            )
+        if self.architecture == "neox" and self.key_value_heads != self.num_heads:
+            raise ValueError("num_key_value_heads is for architecture llama; GPT-NeoX has as many as num_heads.")
+        if self.architecture == "llama" and self.dropout:
+            raise ValueError("dropout is for architecture neox; Llama models have none.")
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_heads
+
+    def with_vocabulary(self, tokenizer_size: int) -> ModelConfig:
+        """This config with ``vocab_size`` settled for a tokenizer of that many ids.
+
+        Raises:
+            InputError: a given vocab_size that is too small for the tokenizer.
+        """
+        if self.vocab_size is None:
+            return self.model_copy(update={"vocab_size": -(-tokenizer_size // 64) * 64})
+        if self.vocab_size < tokenizer_size:
+            raise InputError(
+                f"model.vocab_size is {self.vocab_size}, but the tokenizer of the data has {tokenizer_size} ids. "
+                "Leave vocab_size out, or give at least that many."
+            )
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; ``vocab_size`` must be settled."""
+        return 2 * self.vocabulary * self.hidden_size + self.num_layers * self._layer_parameters() + self._norm_size()
+
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size`` once it is settled."""
+        if self.vocab_size is None:
+            raise InputError("model.vocab_size is not known before the data is. Give it, or prepare the data first.")
+        return self.vocab_size
+
+    def _norm_size(self) -> int:
+        return self.hidden_size * (2 if self.architecture == "neox" else 1)
+
+    def _layer_parameters(self) -> int:
+        hidden, ffn = self.hidden_size, self.ffn_size
+        if self.architecture == "neox":
+            attention = 4 * hidden * hidden + 4 * hidden
+            feed_forward = 2 * hidden * ffn + ffn + hidden
+        else:
+            key_value = hidden // self.num_heads * self.key_value_heads
+            attention = 2 * hidden * hidden + 2 * hidden * key_value
+            feed_forward = 3 * hidden * ffn
+        return attention + feed_forward + 2 * self._norm_size()
+
+    def layer_costs(self, seq_length: int) -> list[int]:
+        """Multiply-adds per token of each pipeline layer (embedding, decoder layers, head): what a stage split should
+        balance."""
+        layer = self._layer_parameters() + seq_length * self.hidden_size
+        return [0, *[layer] * self.num_layers, self.hidden_size * self.vocabulary]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The keys of a preset, from configs/models/NAME.yaml.
+
+    Raises:
+        InputError: no such preset.
+    """
+    folder = configs_dir() / "models"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in folder.glob("*.yaml")]
+        raise InputError(f"model.preset: unknown '{name}'." + did_you_mean(name, known))
+    return read_yaml(path)

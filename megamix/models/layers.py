@@ -1,0 +1,147 @@
+"""The model as a list of pipeline layers: an embedding, the decoder layers of transformers, and a norm with the output
+projection.
+
+Every parameter knows the name it has in the Hugging Face model (`PipelineLayer.hugging_face_names`), and every layer
+draws its initial weights from its own generator, seeded by the run's seed and the layer's place, so the function that
+is trained does not depend on how the layers are cut into stages.
+
+Legend: B samples, S tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, LlamaConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from megamix.models.config import ModelConfig
+
+
+def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig | LlamaConfig:
+    """The transformers config of the same model."""
+    shared = {
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ffn_size,
+        "max_position_embeddings": seq_length,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
+    if config.architecture == "neox":
+        return GPTNeoXConfig(
+            **shared,
+            layer_norm_eps=config.norm_epsilon,
+            # megatron.core has no parallel residual, and both engines must train the same function.
+            use_parallel_residual=False,
+            attention_dropout=config.dropout,
+            hidden_dropout=config.dropout,
+            rope_parameters={**rope, "partial_rotary_factor": config.rotary_percent},
+        )
+    return LlamaConfig(
+        **shared,
+        rms_norm_eps=config.norm_epsilon,
+        num_key_value_heads=config.key_value_heads,
+        rope_parameters=rope,
+    )
+
+
+class PipelineLayer(nn.Module):
+    """One layer of the pipeline: a tensor in, a tensor out."""
+
+    def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self._seed = seed
+
+    def hugging_face_names(self) -> dict[str, str]:
+        """Parameter name in this layer -> name in the Hugging Face model."""
+        raise NotImplementedError  # abstract
+
+    def initialise(self) -> None:
+        """Draws the initial weights: normal for matrices, zero for biases, one for norms."""
+        if next(self.parameters()).is_meta:
+            return
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.index) % 2**63)
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                continue
+            into_residual = name.endswith(("dense.weight", "dense_4h_to_h.weight", "o_proj.weight", "down_proj.weight"))
+            with torch.no_grad():
+                parameter.normal_(0.0, residual_std if into_residual else self.config.init_std, generator=generator)
+
+
+class Embedding(PipelineLayer):
+    """tokens [B, S] -> hidden states [B, S, H]."""
+
+    def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
+        super().__init__(config, index, seed)
+        self.embedding = nn.Embedding(config.vocabulary, config.hidden_size)
+        self.initialise()
+
+    def hugging_face_names(self) -> dict[str, str]:
+        prefix = "gpt_neox.embed_in" if self.config.architecture == "neox" else "model.embed_tokens"
+        return {"embedding.weight": f"{prefix}.weight"}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens)
+
+
+class Decoder(PipelineLayer):
+    """One decoder layer: hidden states [B, S, H] -> the same shape, causal attention over the whole sample."""
+
+    def __init__(self, config: ModelConfig, index: int, seed: int, seq_length: int) -> None:
+        super().__init__(config, index, seed)
+        upstream = hugging_face_config(config, seq_length)
+        neox = isinstance(upstream, GPTNeoXConfig)
+        self.layer = GPTNeoXLayer(upstream, index - 1) if neox else LlamaDecoderLayer(upstream, index - 1)
+        # In a list, so that it is not a submodule: casting the model to bf16 would round its frequencies.
+        self._rotary = [(GPTNeoXRotaryEmbedding if neox else LlamaRotaryEmbedding)(upstream)]
+        self._rotary_of: tuple[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.initialise()
+
+    def hugging_face_names(self) -> dict[str, str]:
+        prefix = "gpt_neox.layers" if self.config.architecture == "neox" else "model.layers"
+        return {name: f"{prefix}.{self.index - 1}.{name.removeprefix('layer.')}" for name, _ in self.named_parameters()}
+
+    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden_BSH, attention_mask=None, position_embeddings=self._positions(hidden_BSH))
+
+    def _positions(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (hidden_BSH.shape[1], hidden_BSH.dtype, hidden_BSH.device)
+        if self._rotary_of is None or self._rotary_of[0] != key:
+            positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
+            self._rotary_of = (key, self._rotary[0].to(hidden_BSH.device)(hidden_BSH, positions))
+        return self._rotary_of[1]
+
+
+class Head(PipelineLayer):
+    """The last norm and the output projection: hidden states [B, S, H] -> logits [B, S, V]."""
+
+    def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
+        super().__init__(config, index, seed)
+        norm = nn.LayerNorm if config.architecture == "neox" else LlamaRMSNorm
+        self.norm = norm(config.hidden_size, eps=config.norm_epsilon)
+        self.output = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
+        self.initialise()
+
+    def hugging_face_names(self) -> dict[str, str]:
+        norm = "gpt_neox.final_layer_norm" if self.config.architecture == "neox" else "model.norm"
+        names = {
+            name: name.replace("norm.", f"{norm}.") for name, _ in self.named_parameters() if name != "output.weight"
+        }
+        return {**names, "output.weight": "lm_head.weight"}
+
+    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        return self.output(self.norm(hidden_BSH))

@@ -1,0 +1,96 @@
+"""The config of a whole run: one YAML file, printed by ``megamix train --help-config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from megamix.config import Config
+from megamix.engines.config import EngineConfig
+from megamix.mixers import MixerConfig, StaticConfig
+from megamix.models.config import ModelConfig
+from megamix.train_config import TrainConfig
+
+
+class DataConfig(Config):
+    """What is read, and in which pieces."""
+
+    manifest: Path
+    """manifest.json of `megamix prepare`, or its folder."""
+    seq_length: int = pydantic.Field(gt=0)
+    """Tokens per sample."""
+    max_epochs: float | None = pydantic.Field(default=None, gt=0)
+    """How often a domain may be read in the whole run; its weight is capped by what is left of it. Default: no
+    limit."""
+    weight_lag: int = pydantic.Field(default=1, ge=1)
+    """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
+    hides behind."""
+
+
+class EvaluateConfig(Config):
+    """Per-domain validation loss, on the same samples every time."""
+
+    every: int = pydantic.Field(default=100, ge=0)
+    """Steps between evaluations; one before the first step and one after the last are always made. 0: only those
+    two."""
+    batches: int = pydantic.Field(default=16, gt=0)
+    """Micro-batches of validation samples per domain (fewer where a domain has not that many)."""
+
+
+class CheckpointConfig(Config):
+    """When a run is saved, and how it continues."""
+
+    every: int = pydantic.Field(default=200, ge=0)
+    """Steps between checkpoints; one after the last step is always written. 0: only that one."""
+    keep: int = pydantic.Field(default=2, gt=0)
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint, or start where there is none; never: start anew and refuse a
+    run directory that holds one; a path: continue from that checkpoint."""
+    accept_changed: tuple[Literal["data", "tokenizer", "mixer", "train", "precision"], ...] = ()
+    """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume."""
+
+
+class LossConfig(Config):
+    """The domain loss."""
+
+    implementation: Literal["auto", "torch"] = "auto"
+    """torch: plain PyTorch; auto: the best there is for the device."""
+
+
+class LogConfig(Config):
+    """The record of a run beside weights.jsonl."""
+
+    every: int = pydantic.Field(default=10, gt=0)
+    """Steps per line of metrics.jsonl and of the log; a line sums over them."""
+    tensorboard: bool = False
+    """Also write TensorBoard files to RUN/tensorboard (needs the tensorboard extra)."""
+
+
+class RunConfig(Config):
+    """Everything that defines a run."""
+
+    run_dir: Path
+    """Where the run's record and checkpoints go."""
+    data: DataConfig
+    model: ModelConfig
+    mixture: Literal["uniform", "natural"] | dict[str, float] = "natural"
+    """Initial weights: uniform; natural (each domain's share of the training tokens); or {domain: weight}, normalised
+    to sum 1."""
+    mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
+    """What changes the weights during the run; default: nothing."""
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    loss: LossConfig = LossConfig()
+    log: LogConfig = LogConfig()
+
+    @pydantic.field_validator("mixture", mode="before")
+    @classmethod
+    def _known_word(cls, value: object) -> object:
+        if not isinstance(value, dict) and value not in ("uniform", "natural"):
+            raise ValueError(f"got {value!r}, expected uniform, natural or a mapping {{domain: weight}}.")
+        return value

@@ -1,0 +1,186 @@
+"""The record of a run: ``metrics.jsonl``, ``weights.jsonl`` and, where asked, TensorBoard. Rank 0 only.
+
+``metrics.jsonl`` holds one object per line, told apart by ``event``:
+
+- ``train``, every ``log.every`` steps: ``step`` (steps taken), ``tokens`` (trained on so far), ``loss`` (mean nats per
+  token over the interval), ``domain_loss`` and ``domain_tokens`` by domain (null and 0 where absent), ``lr``,
+  ``grad_norm``, ``step_seconds`` and ``data_wait_seconds`` (means per step), ``tokens_per_second``;
+- ``evaluate``: ``step``, ``tokens``, ``domain_loss``, ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by
+  natural share), ``worst_domain``.
+
+``weights.jsonl`` holds one object per change of weights (and the initial ones, step 0): ``step`` whose statistics were
+used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``, ``domain_weights``,
+``statistics`` (sums of the step: ``nats``, ``tokens``), and what the mixer shows of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.exchange import MixReport
+from megamix.mixers import DomainStats
+
+METRICS = "metrics.jsonl"
+WEIGHTS = "weights.jsonl"
+
+
+class RunRecord:
+    """Appends to the record of a run; on resume, lines past the checkpoint are dropped first."""
+
+    def __init__(self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None, tensorboard: bool) -> None:
+        self._domains = domains
+        self._metrics = _open(run_dir / METRICS, resumed_step)
+        self._weights = _open(run_dir / WEIGHTS, resumed_step)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resumed_step or 0) + 1)
+
+    def initial_weights(self, weights: NDArray[np.float64], mixer_record: Mapping[str, object]) -> None:
+        self._write_weights(0, 0, 0, weights, None, mixer_record)
+
+    def weights(self, report: MixReport, position: int) -> None:
+        self._write_weights(
+            report.step + 1, report.effective_step, position, report.weights, report.stats, report.record
+        )
+
+    def train(self, line: dict[str, Any]) -> None:
+        _append(self._metrics, {"event": "train", **line})
+        self._plot("train", line)
+
+    def evaluate(self, line: dict[str, Any]) -> None:
+        _append(self._metrics, {"event": "evaluate", **line})
+        self._plot("evaluate", line)
+
+    def flush(self) -> None:
+        """Makes every line so far safe on disk."""
+        for file in (self._metrics, self._weights):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._weights.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write_weights(
+        self,
+        step: int,
+        effective_step: int,
+        position: int,
+        weights: NDArray[np.float64],
+        stats: DomainStats | None,
+        mixer_record: Mapping[str, object],
+    ) -> None:
+        line = {
+            "step": step,
+            "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "effective_step": effective_step,
+            "position": position,
+            "domain_names": list(self._domains),
+            "domain_weights": weights.tolist(),
+            **mixer_record,
+        }
+        if stats is not None:
+            line["statistics"] = {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}
+        _append(self._weights, line)
+        if self._board is not None:
+            for name, weight in zip(self._domains, weights, strict=True):
+                self._board.add_scalar(f"weight/{name}", weight, effective_step)
+
+    def _plot(self, prefix: str, line: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        for key, value in line.items():
+            if key == "domain_loss":
+                for name, loss in value.items():
+                    if loss is not None:
+                        self._board.add_scalar(f"{prefix}_loss/{name}", loss, line["step"])
+            elif isinstance(value, int | float) and key != "step":
+                self._board.add_scalar(f"{prefix}/{key}", value, line["step"])
+
+
+class IntervalLog:
+    """Sums over the steps since the last ``train`` line; its state is part of the checkpoint, so that no line depends
+    on a restart."""
+
+    def __init__(self, domains: tuple[str, ...], state: Mapping[str, Any] | None = None) -> None:
+        self._domains = domains
+        self.reset()
+        if state is not None:
+            self._nats = np.asarray(state["nats"], np.float64)
+            self._tokens = np.asarray(state["tokens"], np.int64)
+
+    def reset(self) -> None:
+        self._nats = np.zeros(len(self._domains))
+        self._tokens = np.zeros(len(self._domains), np.int64)
+        self._seconds = self._waited = 0.0
+        self._timed_steps = 0
+
+    def add_step(self, seconds: float, waited: float) -> None:
+        """The wall time of one step, and how much of it was waiting for data."""
+        self._seconds += seconds
+        self._waited += waited
+        self._timed_steps += 1
+
+    def add_stats(self, stats: DomainStats) -> None:
+        self._nats = self._nats + stats.nats
+        self._tokens = self._tokens + stats.tokens
+
+    def line(self, step: int, tokens: int, lr: float, grad_norm: float | None, tokens_per_step: int) -> dict[str, Any]:
+        """The ``train`` line for the interval that ends at ``step``; starts the next interval."""
+        steps = max(1, self._timed_steps)
+        domain_loss = [n / t if t else None for n, t in zip(self._nats.tolist(), self._tokens.tolist(), strict=True)]
+        line = {
+            "step": step,
+            "tokens": tokens,
+            "loss": float(self._nats.sum() / self._tokens.sum()),
+            "domain_loss": dict(zip(self._domains, domain_loss, strict=True)),
+            "domain_tokens": dict(zip(self._domains, self._tokens.tolist(), strict=True)),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_seconds": self._seconds / steps,
+            "data_wait_seconds": self._waited / steps,
+            "tokens_per_second": tokens_per_step * steps / self._seconds if self._seconds else 0.0,
+        }
+        self.reset()
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"nats": self._nats.tolist(), "tokens": self._tokens.tolist()}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl record; a last line that was cut off in writing is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if text.endswith("\n"):
+                lines.append(json.loads(text))
+    return lines
+
+
+def _open(path: Path, resumed_step: int | None) -> TextIO:
+    if resumed_step is None:
+        path.unlink(missing_ok=True)
+    elif path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _append(file: TextIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()

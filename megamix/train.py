@@ -1,0 +1,216 @@
+"""The training run of one rank, in the order in which the data flows.
+
+plan -> engine -> sampler -> loader -> [ train step -> sums -> mixer -> weights -> sampler ] ... -> record, checkpoints
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix import checkpoint
+from megamix.data.loader import Batch, Loader, WindowReader
+from megamix.data.permute import hash_words
+from megamix.data.sampler import Sampler
+from megamix.engines.base import Engine
+from megamix.engines.deepspeed import DeepSpeedEngine
+from megamix.evaluate import Validation
+from megamix.exchange import MixExchange, MixReport
+from megamix.log import get_logger
+from megamix.mixers import make_mixer
+from megamix.plan import Plan
+from megamix.resume import check_same_run, find_checkpoint, fingerprints
+from megamix.run_config import RunConfig
+from megamix.tracking import IntervalLog, RunRecord
+
+
+def make_engine(plan: Plan) -> Engine:
+    """The engine that the config names, with the initial weights of the run's seed."""
+    config = plan.config
+    return DeepSpeedEngine(
+        config.engine,
+        plan.model,
+        config.train,
+        seq_length=config.data.seq_length,
+        num_domains=len(plan.domains),
+        vocab_size=plan.vocab_size,
+        loss_implementation=config.loss.implementation,
+    )
+
+
+class Trainer:
+    """One rank of a run; every rank builds one and calls `run`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.config: RunConfig = plan.config
+        self.is_main = dist.get_rank() == 0
+        # Gathering small objects must not need the accelerator.
+        self._control = dist.new_group(backend="gloo")
+        self._checkpoints = self.config.run_dir / "checkpoints"
+        path = self._agree(find_checkpoint(self.config) if self.is_main else None)
+        state = checkpoint.read_state(path) if path is not None else None
+        if state is not None:
+            check_same_run(state["fingerprints"], fingerprints(plan), self.config.checkpoint.accept_changed, path)
+        self.engine = make_engine(plan)
+        self.place = self.engine.place
+        self.step = 0 if state is None else int(state["step"])
+        if path is not None:
+            checkpoint.load_engine(path, self.engine, self.step)
+        share = plan.share(self.place.data_rank)
+        self.sampler = (
+            Sampler(plan.blend(), share) if state is None else Sampler.from_state_dict(state["sampler"], share)
+        )
+        self._start_mixing(state)
+        self._start_loading()
+        self.validation = Validation(plan, self.place)
+        self._log = IntervalLog(plan.domain_names, state["interval"] if state else None)
+        self.record = (
+            RunRecord(self.config.run_dir, plan.domain_names, self.step if state else None, self.config.log.tensorboard)
+            if self.is_main
+            else None
+        )
+        if path is not None:
+            get_logger().info("resuming from %s", path)
+
+    def run(self) -> None:
+        """Trains to the last step (or to ``train.stop_after``), evaluating and saving on the way."""
+        config = self.config
+        if self.step == 0:
+            if self.record is not None and self._mixer is not None:
+                self.record.initial_weights(self.plan.initial_weights, self._mixer.record())
+            self.evaluate()
+        stop = min(config.train.steps, config.train.stop_after or config.train.steps)
+        try:
+            while self.step < stop:
+                self.train_step()
+                # Not where the run is only interrupted: the record must not depend on where that was.
+                if self.step == config.train.steps or _every(self.step, config.evaluate.every):
+                    self.evaluate()
+                if self.step == stop or _every(self.step, config.checkpoint.every):
+                    self.save()
+        finally:
+            self.loader.close()
+            self.exchange.close()
+            if self.record is not None:
+                self.record.close()
+
+    def train_step(self) -> None:
+        """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
+        started = time.perf_counter()
+        step = self.step
+        # The step weight_lag ahead is sampled with the weights that follow from everything before this step.
+        self.loader.request(lambda: self.exchange.settle(step))
+        batch, waited = self.loader.get()
+        self._seed_step(step)
+        lr = self.config.train.lr_at(step)
+        self.engine.train_step(
+            self._on_device(batch) if self.place.reads_data else None,
+            lr,
+            lambda sums: self.exchange.submit(step, sums),
+        )
+        self.step += 1
+        self._log.add_step(time.perf_counter() - started, waited)
+        if _every(self.step, self.config.log.every) or self.step == self.config.train.steps:
+            self._log_interval(lr)
+
+    def evaluate(self) -> None:
+        """Validation loss of every domain, into the record and the log."""
+        line = self.validation.run(self.engine)
+        if self.record is not None:
+            self.record.evaluate({"step": self.step, "tokens": self._tokens(), **line})
+            macro, worst = line["macro_loss"], line["worst_domain"]
+            get_logger().info("step %d: validation loss %.4f (mean over domains), worst %s", self.step, macro, worst)
+
+    def save(self) -> None:
+        """A checkpoint of the run as it stands before step ``self.step``."""
+        self.exchange.settle(self.step)
+        if self.record is not None:
+            self._collect_reports()
+            self.record.flush()
+        state: dict[str, Any] = {
+            "fingerprints": fingerprints(self.plan),
+            "sampler": self.sampler.state_dict(self.step),
+            "mixer": self._mixer.state_dict() if self._mixer is not None else None,
+            "interval": self._log.state_dict(),
+            "seed": self.config.train.seed,
+        }
+        path = checkpoint.save(
+            self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control
+        )
+        get_logger().info("step %d: saved %s", self.step, path)
+
+    def _start_mixing(self, state: dict[str, Any] | None) -> None:
+        config, plan = self.config, self.plan
+        self._mixer = None
+        self._reports: list[MixReport] = []
+        if self.is_main:
+            self._mixer = make_mixer(config.mixer, plan.domain_names, plan.initial_weights)
+            if state is not None:
+                self._mixer.load_state_dict(state["mixer"])
+        batch = config.train.global_batch
+        self.exchange = MixExchange(
+            self._mixer,
+            self.sampler,
+            weight_lag=config.data.weight_lag,
+            first_step=self.step,
+            constrain=lambda weights, step: plan.constrain(weights, self.sampler.counts_at(step), step * batch),
+            on_report=self._reports.append,
+        )
+
+    def _start_loading(self) -> None:
+        reader = WindowReader(self.plan.domains, self.config.data.seq_length, self.plan.vocab_size)
+        cuda = self.place.device.type == "cuda"
+        self.loader = Loader(self.sampler, reader if self.place.reads_data else None, self.config.data.seq_length, cuda)
+        for _ in range(self.config.data.weight_lag):
+            self.loader.request()
+
+    def _log_interval(self, lr: float) -> None:
+        grad_norm = self.engine.grad_norm()
+        self.exchange.settle(self.step)
+        self.sampler.forget_before(self.step)
+        if self.record is None:
+            self._log.reset()
+            return
+        self._collect_reports()
+        line = self._log.line(
+            self.step, self._tokens(), lr, grad_norm, self.config.train.global_batch * self.config.data.seq_length
+        )
+        self.record.train(line)
+        get_logger().info(
+            "step %d/%d: loss %.4f, %.0f tokens/s, %.2f s/step",
+            self.step, self.config.train.steps, line["loss"], line["tokens_per_second"], line["step_seconds"],
+        )  # fmt: skip
+
+    def _collect_reports(self) -> None:
+        assert self.record is not None
+        while self._reports:
+            report = self._reports.pop(0)
+            self._log.add_stats(report.stats)
+            if report.updated:
+                self.record.weights(report, report.effective_step * self.config.train.global_batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return batch if self.place.device.type == "cpu" else batch.to(self.place.device)
+
+    def _seed_step(self, step: int) -> None:
+        """Makes what is random in a step (dropout) a function of seed, step and rank, so that no generator's state
+        needs saving."""
+        torch.manual_seed(int(hash_words(self.config.train.seed, step, self.place.rank)) % 2**63)
+
+    def _tokens(self) -> int:
+        return self.step * self.config.train.global_batch * self.config.data.seq_length
+
+    def _agree(self, path: Path | None) -> Path | None:
+        """Rank 0's choice, on every rank: they may see the filesystem at different moments."""
+        choice = [path]
+        dist.broadcast_object_list(choice, src=0, group=self._control)
+        return choice[0]
+
+
+def _every(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
