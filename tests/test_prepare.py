@@ -214,7 +214,7 @@ def wait_for(condition, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.01)
 
 
