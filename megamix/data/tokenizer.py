@@ -112,8 +112,8 @@ def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
     except Exception as error:  # the hub's client raises a dozen kinds, some of them not documented
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"tokenizer 'hf:{name}' cannot be fetched: {reason.rstrip('.')}. Check the name and the network, or give the"
-            " path of a local tokenizer.json instead."
+            f"tokenizer 'hf:{name}' cannot be fetched: {reason.rstrip('.')}. Check the name and the network, or give"
+            " the path of a local tokenizer.json instead."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
