@@ -1,0 +1,306 @@
+"""``megamix doctor``: what a config would run and whether this machine can, before a job waits in a queue for it.
+
+config -> plan (data, layout, weights: what is wrong is an error) -> memory and disk by formula -> machine -> report
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import warnings as warnings_module
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.data.sampler import Slice
+from megamix.errors import InputError
+from megamix.launch import job_world_size
+from megamix.memory import StageMemory, checkpoint_bytes, estimate_memory
+from megamix.mixers import make_mixer, normalise_weights
+from megamix.models.config import ModelConfig
+from megamix.plan import Plan, make_plan
+from megamix.run_config import RunConfig
+from megamix.tables import ABSENT, Report, Table, gib, number, plural
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "triton", "megatron-core")
+OPTIONAL = ("triton", "megatron-core")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is known of a run with and without its data."""
+
+    config: RunConfig
+    model: ModelConfig
+    world_size: int
+    data_size: int
+    plan: Plan | None
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of one rank in one step."""
+        train = self.config.train
+        return Slice(train.global_batch, train.micro_batch, 0, self.data_size).num_micro_batches
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1)."""
+        stages = self.config.engine.pipeline
+        return (stages - 1) / (self.num_micro_batches + stages - 1)
+
+
+def doctor(config: RunConfig | None = None, *, world_size: int | None = None, plan_only: bool = False) -> Report:
+    """Checks the plan of a run and this machine.
+
+    Args:
+        config: without one, only the machine is looked at.
+        world_size: ranks of the job; default: those of the job this process is in, else the fewest the layout needs.
+        plan_only: neither open the data nor look at the machine; for a config whose data or GPUs are elsewhere.
+
+    Raises:
+        InputError: anything that would stop the run.
+        ResumeRefused: the run directory holds another run's checkpoint.
+    """
+    if config is None:
+        if plan_only:
+            raise InputError(
+                "--plan-only checks the plan of a config, and none is given. Name a config, or leave it out."
+            )
+        return Report([_machine(None)])
+    ranks = world_size or job_world_size()
+    shape = _shape_without_data(config, ranks) if plan_only else _shape(make_plan(config, ranks))
+    memory = estimate_memory(
+        shape.model,
+        config.engine,
+        seq_length=config.data.seq_length,
+        micro_batch=config.train.micro_batch,
+        num_micro_batches=shape.num_micro_batches,
+        data_size=shape.data_size,
+    )
+    names, initial = _mixture(shape)
+    warnings = shape.plan.warnings() if shape.plan is not None else []
+    if names:
+        warnings += _mixer_warnings(config, names, initial)
+    if shape.bubble > 0.5:
+        warnings.append(
+            f"the pipeline stands idle for {shape.bubble:.0%} of a step. Use more micro-batches per step (a larger "
+            "global_batch or a smaller micro_batch), or fewer stages."
+        )
+    parts: list[str | Table] = [_what_runs(shape), _domains(shape, names, initial), _memory(memory)]
+    if not plan_only:
+        parts += [_machine(config), _start(config, shape.plan)]
+        warnings += _machine_warnings(shape, world_size is not None)
+        warnings += _disk_warnings(config, shape.model)
+    parts.append("\n".join(f"warning: {warning}" for warning in warnings) if warnings else "No warnings.")
+    return Report(parts)
+
+
+def _shape(plan: Plan) -> _Shape:
+    return _Shape(plan.config, plan.model, plan.world_size, plan.data_size, plan)
+
+
+def _shape_without_data(config: RunConfig, world_size: int | None) -> _Shape:
+    """The checks of `make_plan` that need no data."""
+    ranks = world_size or config.engine.world_size()
+    try:
+        data_size = config.engine.data_size(ranks)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if config.model.vocab_size is None:
+        raise InputError(
+            "model.vocab_size is not given, and --plan-only opens no data to take it from. "
+            "Add model.vocab_size=N (the tokenizer's entries), or leave --plan-only out."
+        )
+    if config.engine.pipeline > config.model.num_layers:
+        raise InputError(
+            f"engine.pipeline is {config.engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "
+            "Use at most one stage per layer."
+        )
+    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
+    return _Shape(config, config.model, ranks, data_size, None)
+
+
+def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Domains and initial weights, as far as they are known; none without data, unless the config spells them out."""
+    if shape.plan is not None:
+        return shape.plan.domain_names, shape.plan.initial_weights
+    mixture = shape.config.mixture
+    if isinstance(mixture, dict):
+        return tuple(mixture), normalise_weights(mixture, tuple(mixture), "mixture")
+    return (), np.zeros(0)
+
+
+def _mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
+    """A mixer checks its parameters against the number of domains when it is made; what it warns of."""
+    with warnings_module.catch_warnings(record=True) as caught:
+        warnings_module.simplefilter("always")
+        make_mixer(config.mixer, names, initial)
+    return [str(warning.message) for warning in caught]
+
+
+def _what_runs(shape: _Shape) -> str:
+    config, model = shape.config, shape.model
+    train, engine = config.train, config.engine
+    samples = train.steps * train.global_batch
+    step_tokens = train.global_batch * config.data.seq_length
+    recompute = ", activation checkpointing" if engine.activation_checkpointing else ""
+    micro_batches = plural(shape.num_micro_batches, "micro-batch", "micro-batches")
+    delay = plural(config.data.weight_lag + 1, "step")
+    lines = (
+        ("run_dir", f"{config.run_dir}"),
+        ("model", f"{model.architecture}, {model.num_layers} layers of width {model.hidden_size}, vocabulary "
+                  f"{model.vocabulary:,}: {model.num_parameters():,} parameters"),
+        ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
+        ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
+        ("ranks", f"{shape.world_size} = pipeline {engine.pipeline} x tensor {engine.tensor} x data {shape.data_size}; "
+                  f"{engine.name}, ZeRO {engine.zero}, {engine.precision}{recompute}"),
+        ("schedule", f"{micro_batches} of {train.micro_batch} samples per rank and step; "
+                     f"pipeline bubble {shape.bubble:.1%}"),
+        ("mixer", f"{config.mixer.name}; weights act {delay} after the one they follow from"),
+        ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
+    )  # fmt: skip
+    return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) -> str | Table:
+    plan = shape.plan
+    if plan is None:
+        if not names:
+            return f"domains      known once the data is there; initial weights: {shape.config.mixture}"
+        rows = [(name, ABSENT, ABSENT, number(weight), ABSENT) for name, weight in zip(names, initial, strict=True)]
+    else:
+        rows = [
+            (name, f"{tokens.num_tokens:,}", number(share), number(weight), number(epochs, 2))
+            for name, tokens, share, weight, epochs in zip(
+                names, plan.domains, plan.natural_weights, initial, plan.epochs, strict=True
+            )
+        ]
+    return Table(("domain", "tokens", "natural share", "initial weight", "epochs at initial weights"), rows)
+
+
+def _memory(stages: Sequence[StageMemory]) -> Table:
+    columns = ["memory per rank, GiB", "layers", "parameters"]
+    columns += ["weights", "gradients", "Adam", "activations", "logits", "total"]
+    rows = []
+    for stage in stages:
+        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.total)
+        layers = f"{stage.first_layer}-{stage.last_layer}"
+        rows.append(
+            (f"stage {stage.stage}", layers, f"{stage.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes))
+        )
+    return Table(columns, rows)
+
+
+def _machine(config: RunConfig | None) -> str:
+    lines = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for package in PACKAGES:
+        version = _version(package)
+        if version is None and package not in OPTIONAL:
+            raise InputError(
+                f"the package {package} is not installed. Install megamix with its dependencies: pip install -e ."
+            )
+        if version is not None:
+            lines.append(f"{package:<12} {version}")
+    devices = _devices()
+    lines.append(f"devices      {', '.join(devices) if devices else 'no CUDA device: runs on the CPU'}")
+    lines.append(f"cores        {_num_cores()}")
+    if config is not None:
+        lines.append(f"disk         {gib(shutil.disk_usage(_existing(config.run_dir)).free)} free at {config.run_dir}")
+    return "\n".join(lines)
+
+
+def _start(config: RunConfig, plan: Plan | None) -> str:
+    """Whether the run would begin or go on, by the rules that training goes by."""
+    from megamix.checkpoint import read_state
+    from megamix.resume import check_same_run, find_checkpoint, fingerprints
+
+    path = find_checkpoint(config)
+    if path is None or plan is None:
+        return f"start        anew in {config.run_dir}"
+    state = read_state(path)
+    check_same_run(state["fingerprints"], fingerprints(plan), config.checkpoint.accept_changed, path)
+    return f"start        from {path} (step {state['step']} of {config.train.steps})"
+
+
+def _machine_warnings(shape: _Shape, elsewhere: bool) -> list[str]:
+    """What speaks against starting the ranks on this machine; nothing when the job was said to be another's."""
+    if elsewhere or job_world_size() is not None:
+        return []
+    found = []
+    ranks, devices, cores = shape.world_size, len(_devices()), _num_cores()
+    if devices and ranks > devices:
+        found.append(
+            f"{ranks} ranks for {plural(devices, 'CUDA device')} here: start the job on more nodes, or use fewer ranks "
+            "(engine.pipeline, engine.data)."
+        )
+    elif not devices and ranks > cores:
+        found.append(
+            f"{ranks} ranks for {plural(cores, 'core')}: they will take turns. Use fewer ranks "
+            "(engine.pipeline, engine.data)."
+        )
+    return found
+
+
+def _disk_warnings(config: RunConfig, model: ModelConfig) -> list[str]:
+    """Checks that run_dir can be written and holds the checkpoints.
+
+    Raises:
+        InputError: it cannot be written, or not even one checkpoint fits.
+    """
+    place = _existing(config.run_dir)
+    if not place.is_dir():
+        raise InputError(f"run_dir {config.run_dir}: {place} is not a directory. Choose another run_dir.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"run_dir {config.run_dir}: {place} is not writable. Choose another run_dir, or change its permissions."
+        )
+    free, size = shutil.disk_usage(place).free, checkpoint_bytes(model)
+    if free < size:
+        raise InputError(
+            f"run_dir {config.run_dir}: {gib(free)} are free, and a checkpoint takes {gib(size)}. "
+            "Make room, or choose another."
+        )
+    # The newest is written before the oldest goes.
+    wanted = (config.checkpoint.keep + 1) * size
+    if free < wanted:
+        return [
+            f"{gib(free)} are free at {config.run_dir}; checkpoint.keep {config.checkpoint.keep} takes up to "
+            f"{gib(wanted)}. Make room, or keep fewer."
+        ]
+    return []
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or its nearest ancestor that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"{properties.name} ({gib(properties.total_memory)})")
+    return found
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,275 @@
+"""``megamix inspect PATH``: says in words what a data set, a run, a checkpoint or a token file is.
+
+With a position it says what stands there: which domain, which of its samples, which documents, and the text.
+
+Legend: K domains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.data.blend import Blend
+from megamix.data.indexed import DomainTokens, IndexedTokens, bin_path, idx_path
+from megamix.data.manifest import FILE_NAME, Manifest
+from megamix.errors import InputError
+from megamix.plan import make_plan
+from megamix.summary import CONFIG, RecordedRun, replay_weights, table_of
+from megamix.tables import Report, Table, gib, number, plural
+from megamix.tracking import WEIGHTS
+
+EXCERPT = 240
+"""Characters of text shown of a document."""
+_EXCERPT_TOKENS = 400
+_EXPECTED = (
+    "Give a data set (manifest.json or its folder), a run (the folder with config.resolved.yaml), a checkpoint "
+    "(RUN/checkpoints/step_N), or a token file (PREFIX, PREFIX.bin or PREFIX.idx)."
+)
+
+
+def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = None) -> Report:
+    """Describes whatever ``path`` is.
+
+    Args:
+        text: also an excerpt of the first document (of every domain, for a data set).
+        seq_length: for a data set or a token file, also how many samples of that many tokens it holds.
+
+    Raises:
+        InputError: nothing that megamix knows, or a damaged data set, run or token file. A damaged checkpoint is
+            described as such.
+    """
+    path = Path(path)
+    if not path.exists() and not idx_path(path).exists():
+        raise InputError(f"there is nothing at {path}. {_EXPECTED}")
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            return _run(path)
+        if (path / "checkpoint.json").is_file() or path.name.startswith("step_"):
+            return _checkpoint(path)
+        if (path / FILE_NAME).is_file():
+            return _data(path, text, seq_length)
+    elif path.suffix == ".json":
+        return _data(path, text, seq_length)
+    elif path.suffix in (".bin", ".idx"):
+        return _tokens(path.with_suffix(""), text, seq_length)
+    if idx_path(path).is_file():
+        return _tokens(path, text, seq_length)
+    raise InputError(f"{path} is nothing that megamix makes. {_EXPECTED}")
+
+
+def inspect_sample(run_dir: Path, position: int) -> Report:
+    """What stands at a global position of a run: domain, sample, documents, token range and text.
+
+    Args:
+        position: counted from 0; step s of the run is positions [s * global_batch, (s + 1) * global_batch).
+
+    Raises:
+        InputError: no such run or position, or its data set cannot be opened.
+    """
+    run = RecordedRun.open(run_dir)
+    plan = make_plan(run.config)
+    if not 0 <= position < plan.total_samples:
+        raise InputError(
+            f"sample {position} of {run_dir} asked for; the run has samples 0 to {plan.total_samples - 1} "
+            f"({run.config.train.steps} steps of {run.config.train.global_batch})."
+        )
+    blend = plan.blend()
+    replay_weights(blend, run.weights)
+    (domain,), (sample,) = blend.window(position, 1)
+    seq_length = run.config.data.seq_length
+    stream, start = plan.domains[domain], int(sample) * seq_length
+    ids = stream.window(int(sample), seq_length)
+    epoch = int(blend.counts_at(position)[domain]) // int(plan.num_samples[domain])
+    step = position // run.config.train.global_batch
+    lines = [
+        f"position    {position}: sample {position % run.config.train.global_batch} of step {step}, counted from 0",
+        f"domain      {stream.name} (weight {blend.segment_at(position).weights[domain]:.4f} there)",
+        f"sample      {sample} of {plan.num_samples[domain]}, in epoch {epoch} counted from 0",
+        f"tokens      {start} to {start + seq_length} of the domain's training tokens",
+        f"documents   {_documents(stream, start, start + seq_length)}",
+    ]
+    if position >= run.position:
+        lines.append(
+            f"Not on record as trained yet ({run.steps} steps are): "
+            "domain and sample hold if the weights do not change before it."
+        )
+    return Report(["\n".join(lines), plan.manifest.load_tokenizer().decode(ids[:-1].tolist())])
+
+
+def _documents(stream: DomainTokens, start: int, stop: int) -> str:
+    """The documents that tokens [start, stop) come from."""
+    first_file, first, offset = stream.document_at(start)
+    last_file, last, _ = stream.document_at(stop - 1)
+    begin = f"{first} of {stream.files[first_file].prefix} (from its token {offset} on)"
+    if (first_file, first) == (last_file, last):
+        return begin
+    return f"{begin} to {last}" + (f" of {stream.files[last_file].prefix}" if last_file != first_file else "")
+
+
+def _data(path: Path, text: bool, seq_length: int | None) -> Report:
+    manifest = Manifest.load(path)
+    domains = [manifest.open_domain(name) for name in manifest.domain_names]
+    for name in manifest.domain_names:
+        manifest.open_domain(name, "validation")  # raises where it is damaged
+    tokens = sum(domain.num_tokens for domain in domains)
+    head = (
+        f"{path} is a data set of {plural(len(domains), 'domain')} with {tokens:,} training tokens.\n"
+        f"tokenizer   {manifest.tokenizer.file}, {manifest.tokenizer.vocab_size:,} entries, "
+        f"SHA-256 {manifest.tokenizer.sha256[:12]}; documents end with token {manifest.tokenizer.eod_id}\n"
+        f"tokens      stored as {manifest.dtype}; every index fits its data\n"
+        f"fingerprint {manifest.fingerprint}"
+    )
+    columns = ["domain", "documents", "tokens", "share", "validation documents", "validation tokens", "unigram loss"]
+    rows = []
+    for entry, stream, share in zip(manifest.domains, domains, manifest.natural_weights(), strict=True):
+        row = [entry.name, f"{stream.num_documents:,}", f"{stream.num_tokens:,}", number(float(share))]
+        row += [f"{entry.validation.documents:,}", f"{entry.validation.tokens:,}"]
+        row.append(number(entry.validation.unigram_nats, 3))
+        rows.append(row + ([f"{stream.num_windows(seq_length):,}"] if seq_length else []))
+    if seq_length:
+        columns.append(f"samples of {seq_length}")
+    parts: list[str | Table] = [head, Table(columns, rows)]
+    if text:
+        parts += [f"{stream.name}: {_first_text(stream.files[0], manifest)}" for stream in domains]
+    return Report(parts)
+
+
+def _first_text(file: IndexedTokens, manifest: Manifest) -> str:
+    if not file.num_documents:
+        return "(no document)"
+    starts = file.document_starts
+    stop = int(starts[1]) if len(starts) > 1 else file.num_tokens
+    ids = file.tokens[int(starts[0]) : min(stop, int(starts[0]) + _EXCERPT_TOKENS)]
+    text = " ".join(manifest.load_tokenizer().decode(ids.tolist()).split())
+    return text if len(text) <= EXCERPT else text[:EXCERPT].rstrip() + "..."
+
+
+def _tokens(prefix: Path, text: bool, seq_length: int | None) -> Report:
+    file = IndexedTokens(prefix)
+    lines = [
+        f"{bin_path(prefix)} and {idx_path(prefix).name} are a token file in Megatron's format; index and data agree.",
+        f"tokens      {file.num_tokens:,}, stored as {file.dtype.name} ({gib(file.num_tokens * file.dtype.itemsize)})",
+        f"documents   {file.num_documents:,} in {plural(file.num_sequences, 'sequence')}",
+    ]
+    if file.num_documents:
+        lengths = np.diff(np.append(file.document_starts, file.num_tokens))
+        lines.append(f"lengths     {lengths.min():,} to {lengths.max():,} tokens, median {int(np.median(lengths)):,}")
+    if file.num_tokens:
+        lines.append(f"token ids   {int(file.tokens.min())} to {int(file.tokens.max())}")
+    if seq_length:
+        lines.append(f"samples     {max(0, (file.num_tokens - 1) // seq_length):,} of {seq_length} tokens")
+    parts: list[str | Table] = ["\n".join(lines)]
+    if text:
+        folder = next((folder for folder in prefix.absolute().parents[:2] if (folder / FILE_NAME).is_file()), None)
+        if folder is None:
+            raise InputError(
+                f"{prefix}: no {FILE_NAME} beside it or one folder up names its tokenizer. Leave --text out."
+            )
+        parts.append(_first_text(file, Manifest.load(folder)))
+    return Report(parts)
+
+
+def _run(path: Path) -> Report:
+    if not (path / WEIGHTS).is_file():
+        return Report([f"{path} is a run that has recorded nothing yet.\n{_checkpoints(path)}"])
+    run = RecordedRun.open(path)
+    done = run.steps >= run.config.train.steps
+    lines = [
+        f"{path} is a run{', finished' if done else ', not finished'}.",
+        f"steps       {run.steps:,} of {run.config.train.steps:,}",
+        f"tokens      {run.tokens:,}",
+        f"mixer       {run.config.mixer.name}, {plural(len(run.weights) - 1, 'change')} of weights",
+        f"data        {run.config.data.manifest}",
+    ]
+    if run.train:
+        last = run.train[-1]
+        lines.append(
+            f"last loss   {last['loss']:.4f} (training, step {last['step']}), {last['tokens_per_second']:,.0f} tokens/s"
+        )
+    if run.evaluations:
+        last = run.evaluations[-1]
+        lines.append(
+            f"validation  {number(last.get('macro_loss'))} (mean over domains, step {last['step']}), "
+            f"worst {last.get('worst_domain')}"
+        )
+    lines.append(_checkpoints(path))
+    return Report(["\n".join(lines), *table_of(run).report().parts])
+
+
+def _checkpoints(path: Path) -> str:
+    from megamix.checkpoint import complete_steps, damage
+
+    folder = path / "checkpoints"
+    found = []
+    for step in sorted(complete_steps(folder)) if folder.is_dir() else []:
+        problem = damage(folder / f"step_{step}")
+        found.append(f"step_{step}" + (f" (damaged: {problem})" if problem else ""))
+    found += [f"{unfinished.name} (not finished)" for unfinished in sorted(folder.glob("step_*.partial"))]
+    return f"checkpoints {', '.join(found) or 'none'}"
+
+
+def _checkpoint(path: Path) -> Report:
+    problem = _checkpoint_problem(path)
+    if problem is not None:
+        return Report([f"{path} is a checkpoint that cannot be used: {problem}."])
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    blend = Blend.from_state_dict(state["sampler"]["blend"])
+    prints = state["fingerprints"]
+    model, mixer = prints["model"], prints["mixer"]["mixer"]
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    head = (
+        f"{path} is a complete checkpoint of {gib(size)}; every file has the hash it was written with.\n"
+        f"step        {state['step']}, {blend.position:,} samples taken\n"
+        f"model       {model['architecture']}, {model['num_layers']} layers of width {model['hidden_size']}: "
+        f"{_parameters(path):,} parameters\n"
+        f"mixer       {mixer['name']}; seed {state['seed']}\n"
+        f"data        fingerprint {prints['data']['fingerprint']}\n"
+        f"tokenizer   SHA-256 {prints['tokenizer']['sha256']}"
+    )
+    return Report([head, _blend_table(prints["data"]["domains"], blend.counts, blend.weights, blend.epochs)])
+
+
+def _blend_table(
+    names: list[str], counts: NDArray[np.int64], weights: NDArray[np.float64], epochs: NDArray[np.float64]
+) -> Table:
+    rows = [
+        (name, f"{count:,}", f"{weight:.4f}", f"{epoch:.2f}")
+        for name, count, weight, epoch in zip(names, counts, weights, epochs, strict=True)
+    ]
+    return Table(("domain", "samples taken", "weight", "epochs"), rows)
+
+
+def _checkpoint_problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, after reading all of it; None when it can."""
+    from megamix.checkpoint import damage
+
+    if path.name.endswith(".partial"):
+        return "it was not finished when its run ended"
+    problem = damage(path)
+    if problem is not None:
+        return problem
+    files: dict[str, Any] = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["files"]
+    for name, entry in files.items():
+        with (path / name).open("rb") as file:
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        if seen != entry["sha256"]:
+            return f"{name} has SHA-256 {seen[:12]}..., expected {entry['sha256'][:12]}...: its contents have changed"
+    return None
+
+
+def _parameters(path: Path) -> int:
+    """Weights in the layer files, counted from their heads."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted((path / "layers").glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            names = [name for name in tensors.keys() if name.startswith("weight/")]  # noqa: SIM118 - not a mapping
+            total += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
+    return total

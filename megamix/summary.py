@@ -1,0 +1,349 @@
+"""What a run has come to, read from its directory alone: config.resolved.yaml, metrics.jsonl and weights.jsonl.
+
+Domain shares and epochs are exact, not estimates: the blend is a function of its ledger of weight changes, and
+weights.jsonl is that ledger. What only the data set knows (natural shares, epochs, the unigram loss) is left out where
+the data set is no longer there.
+
+Legend: K domains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.config import load_config
+from megamix.data.blend import Blend
+from megamix.data.manifest import Manifest
+from megamix.errors import InputError
+from megamix.run_config import RunConfig
+from megamix.tables import Report, Table, number
+from megamix.tracking import METRICS, WEIGHTS
+
+CONFIG = "config.resolved.yaml"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The record of a run.
+
+    Attributes:
+        config: as the run resolved it, its paths as seen from here.
+        train: the ``train`` lines of metrics.jsonl, by step.
+        evaluations: its ``evaluate`` lines, by step.
+        weights: the lines of weights.jsonl, the initial weights first; at least one.
+        manifest: the data set, or None where it cannot be opened.
+        missing_data: why it cannot.
+    """
+
+    run_dir: Path
+    config: RunConfig
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    weights: list[dict[str, Any]]
+    manifest: Manifest | None
+    missing_data: str | None
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RecordedRun:
+        """Reads the record in ``run_dir``.
+
+        Raises:
+            InputError: no such run, a run that has recorded nothing yet, or a damaged line.
+        """
+        run_dir = Path(run_dir)
+        if not (run_dir / CONFIG).is_file():
+            reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
+            raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
+        config = _relocate(load_config(RunConfig, run_dir / CONFIG), run_dir)
+        weights = read_record(run_dir / WEIGHTS, ("step", "position", "domain_names", "domain_weights"))
+        if not weights:
+            raise InputError(f"the run {run_dir} has recorded nothing yet: {WEIGHTS} has no line. Train it first.")
+        _check_weights(run_dir / WEIGHTS, weights)
+        metrics = read_record(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
+        manifest, missing = None, None
+        try:
+            manifest = Manifest.load(config.data.manifest)
+        except InputError as error:
+            missing = str(error)
+        names = tuple(weights[0]["domain_names"])
+        if manifest is not None and tuple(manifest.domain_names) != names:
+            manifest, missing = None, f"{config.data.manifest} has other domains than the run was made with."
+        return cls(
+            run_dir,
+            config,
+            [line for line in metrics if line["event"] == "train"],
+            [line for line in metrics if line["event"] == "evaluate"],
+            weights,
+            manifest,
+            missing,
+        )
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        return tuple(self.weights[0]["domain_names"])
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, as far as they are on record."""
+        return max((line["step"] for line in (*self.train, *self.evaluations)), default=0)
+
+    @property
+    def position(self) -> int:
+        """Samples taken."""
+        return self.steps * self.config.train.global_batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.position * self.config.data.seq_length
+
+    @property
+    def final_weights(self) -> NDArray[np.float64]:
+        """float64 [K]: the last the mixer computed."""
+        return np.array(self.weights[-1]["domain_weights"], np.float64)
+
+    def num_samples(self) -> NDArray[np.int64] | None:
+        """int64 [K]: windows per domain and epoch; None without the data set."""
+        if self.manifest is None:
+            return None
+        tokens = np.array([domain.train.tokens for domain in self.manifest.domains], np.int64)
+        return np.maximum((tokens - 1) // self.config.data.seq_length, 1)
+
+    def counts(self) -> NDArray[np.int64]:
+        """int64 [K]: samples taken from each domain, by replaying the weights through the blend."""
+        # How many samples a domain has changes which of them are taken, not how many.
+        sizes = self.num_samples()
+        blend = Blend(
+            np.ones(len(self.domain_names), np.int64) if sizes is None else sizes,
+            self.weights[0]["domain_weights"],
+            self.config.train.seed,
+        )
+        replay_weights(blend, self.weights)
+        return blend.counts_at(self.position)
+
+
+def replay_weights(blend: Blend, weights: Sequence[dict[str, Any]]) -> None:
+    """Makes every change of weights.jsonl in a blend that stands at position 0."""
+    for line in weights:
+        blend.set_weights(line["domain_weights"], at=line["position"])
+
+
+@dataclass(frozen=True)
+class DomainRow:
+    """One domain of a run; None where it is not known.
+
+    Attributes:
+        natural_share: of the training tokens.
+        realised_share: of the samples trained on so far.
+        first_loss, last_loss: validation loss, mean nats per token.
+        unigram_loss: what the domain's word frequencies alone reach on the same text.
+        epochs: how often the domain has been read so far.
+    """
+
+    domain: str
+    natural_share: float | None
+    initial_weight: float
+    final_weight: float
+    realised_share: float | None
+    first_loss: float | None
+    last_loss: float | None
+    unigram_loss: float | None
+    epochs: float | None
+
+    @property
+    def beats_unigram(self) -> bool | None:
+        if self.last_loss is None or self.unigram_loss is None:
+            return None
+        return self.last_loss < self.unigram_loss
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """A run in one table; a mean over domains is None unless every domain has the number."""
+
+    run_dir: Path
+    steps: int
+    total_steps: int
+    tokens: int
+    rows: list[DomainRow]
+    missing_data: str | None = None
+
+    @property
+    def first_macro(self) -> float | None:
+        return _mean([row.first_loss for row in self.rows])
+
+    @property
+    def last_macro(self) -> float | None:
+        return _mean([row.last_loss for row in self.rows])
+
+    @property
+    def first_natural(self) -> float | None:
+        """First validation loss, weighted by natural share."""
+        return _weighted([(row.first_loss, row.natural_share) for row in self.rows])
+
+    @property
+    def last_natural(self) -> float | None:
+        return _weighted([(row.last_loss, row.natural_share) for row in self.rows])
+
+    @property
+    def fall(self) -> float | None:
+        """By what share of its first value the mean validation loss has fallen."""
+        if self.first_macro is None or self.last_macro is None:
+            return None
+        return 1 - self.last_macro / self.first_macro
+
+    def table(self) -> Table:
+        columns = (
+            "domain", "natural", "initial", "final", "trained", "first loss", "last loss", "unigram", "beaten", "epochs",
+        )  # fmt: skip
+        rows = [
+            (
+                row.domain,
+                number(row.natural_share),
+                number(row.initial_weight),
+                number(row.final_weight),
+                number(row.realised_share),
+                number(row.first_loss, 3),
+                number(row.last_loss, 3),
+                number(row.unigram_loss, 3),
+                {True: "yes", False: "NO", None: "-"}[row.beats_unigram],
+                number(row.epochs, 2),
+            )
+            for row in self.rows
+        ]
+        macro_unigram = _mean([row.unigram_loss for row in self.rows])
+        natural_unigram = _weighted([(row.unigram_loss, row.natural_share) for row in self.rows])
+        rows += [
+            self._footer("mean over domains", self.first_macro, self.last_macro, macro_unigram),
+            self._footer("by natural share", self.first_natural, self.last_natural, natural_unigram),
+        ]
+        return Table(columns, rows, footer=2)
+
+    @staticmethod
+    def _footer(name: str, first: float | None, last: float | None, unigram: float | None) -> tuple[str, ...]:
+        return (name, "", "", "", "", number(first, 3), number(last, 3), number(unigram, 3), "", "")
+
+    def report(self) -> Report:
+        """The table and, in words, what it shows."""
+        legend = (
+            "natural: share of the training tokens; initial, final: sampling weight; trained: share of the tokens "
+            "trained on;\nlosses: on held-out text, nats per token; unigram: what word frequencies alone reach there."
+        )
+        notes = [f"{self.run_dir}: step {self.steps} of {self.total_steps}, {self.tokens:,} tokens."]
+        if self.fall is not None:
+            change = f"fell by {self.fall:.1%}" if self.fall >= 0 else f"rose by {-self.fall:.1%}"
+            notes.append(f"The mean validation loss over domains {change}.")
+        known = [row for row in self.rows if row.beats_unigram is not None]
+        behind = [row.domain for row in known if not row.beats_unigram]
+        if behind:
+            notes.append(f"It does not beat a unigram model on: {', '.join(behind)}.")
+        elif known and len(known) == len(self.rows):
+            notes.append("It beats a unigram model on every domain.")
+        if self.missing_data:
+            notes.append(f"Shares, epochs and unigram losses are unknown here: {self.missing_data}")
+        return Report([self.table(), legend, " ".join(notes)])
+
+    def text(self) -> str:
+        return self.report().text()
+
+
+def run_table(run_dir: Path) -> RunTable:
+    """The table of a run, finished or not.
+
+    Raises:
+        InputError: see `RecordedRun.open`.
+    """
+    return table_of(RecordedRun.open(run_dir))
+
+
+def table_of(run: RecordedRun) -> RunTable:
+    """The table of a run that has been read."""
+    counts, sizes = run.counts(), run.num_samples()
+    total = int(counts.sum())
+    first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
+    last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}
+    natural = run.manifest.natural_weights() if run.manifest is not None else None
+    rows = [
+        DomainRow(
+            domain=name,
+            natural_share=None if natural is None else float(natural[k]),
+            initial_weight=float(run.weights[0]["domain_weights"][k]),
+            final_weight=float(run.final_weights[k]),
+            realised_share=float(counts[k] / total) if total else None,
+            first_loss=first.get(name),
+            last_loss=last.get(name),
+            unigram_loss=run.manifest.domain(name).validation.unigram_nats if run.manifest is not None else None,
+            epochs=None if sizes is None else float(counts[k] / sizes[k]),
+        )
+        for k, name in enumerate(run.domain_names)
+    ]
+    return RunTable(run.run_dir, run.steps, run.config.train.steps, run.tokens, rows, run.missing_data)
+
+
+def read_record(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of a .jsonl record, each of which has ``keys``; a last line that is still being written is left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line is damaged; the message names file and line.
+    """
+    if not path.is_file():
+        return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+    lines = []
+    # What follows the last end of a line is a line that was cut off in writing, or nothing.
+    for index, text in enumerate(content.split(b"\n")[:-1], start=1):
+        line, problem = None, None
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            absent = [key for key in keys if key not in line] if isinstance(line, dict) else list(keys)
+            problem = f"it has no '{absent[0]}'" if absent else None
+        if problem is not None:
+            raise InputError(
+                f"{path}, line {index} is damaged: {problem}. "
+                "Remove that line, or resume the run from a checkpoint before it."
+            )
+        lines.append(line)
+    return lines
+
+
+def _check_weights(path: Path, weights: list[dict[str, Any]]) -> None:
+    names = weights[0]["domain_names"]
+    for index, line in enumerate(weights, start=1):
+        if line["domain_names"] != names or len(line["domain_weights"]) != len(names):
+            raise InputError(f"{path}, line {index} has other domains than line 1. It belongs to another run.")
+
+
+def _relocate(config: RunConfig, run_dir: Path) -> RunConfig:
+    """A run's relative paths start where it was started; that place is found from where the run directory is now."""
+    manifest, recorded = config.data.manifest, config.run_dir
+    if manifest.is_absolute() or manifest.exists() or recorded.is_absolute():
+        return config
+    here = run_dir.resolve()
+    if here.parts[-len(recorded.parts) :] == recorded.parts:
+        found = here.parents[len(recorded.parts) - 1] / manifest
+        if found.exists():
+            return config.model_copy(update={"data": config.data.model_copy(update={"manifest": found})})
+    return config
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _weighted(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    known = [value * weight for value, weight in pairs if value is not None and weight is not None]
+    return sum(known) if known and len(known) == len(pairs) else None

@@ -1,0 +1,105 @@
+"""Text for people: paragraphs and tables, drawn with rich on a terminal and as plain aligned columns elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ABSENT = "-"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with that many decimals; a dash for None."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def gib(num_bytes: float) -> str:
+    """A size in the unit that suits it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """``1 document``, ``2 documents``."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a heading; the first column is left-aligned, the others right-aligned unless named in ``left``.
+
+    Attributes:
+        rows: one string for each column.
+        footer: how many rows at the end are sums or means, set off from the others.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    footer: int = 0
+    left: frozenset[str] = field(default_factory=frozenset)
+
+    def text(self) -> str:
+        """Plain aligned columns."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        drawn = ["  ".join(self._pad(line, widths)).rstrip() for line in lines]
+        rule = "  ".join("-" * width for width in widths)
+        drawn.insert(1, rule)
+        if self.footer:
+            drawn.insert(len(drawn) - self.footer, rule)
+        return "\n".join(drawn)
+
+    def _pad(self, line: Sequence[str], widths: Sequence[int]) -> list[str]:
+        return [
+            cell.ljust(width) if self._is_left(column) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+
+    def _is_left(self, column: int) -> bool:
+        return column == 0 or self.columns[column] in self.left
+
+    def __rich__(self) -> Any:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for column, name in enumerate(self.columns):
+            table.add_column(Text(name), justify="left" if self._is_left(column) else "right")
+        first_footer = len(self.rows) - self.footer
+        for index, row in enumerate(self.rows):
+            if self.footer and index == first_footer:
+                table.add_section()
+            table.add_row(*map(Text, row), style="bold" if index >= first_footer else None)
+        return table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Paragraphs and tables, in reading order."""
+
+    parts: Sequence[str | Table]
+
+    def text(self) -> str:
+        """The whole as plain text."""
+        return "\n\n".join(part if isinstance(part, str) else part.text() for part in self.parts)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def show(self) -> None:
+        """Prints it, for the terminal if standard output is one."""
+        if not sys.stdout.isatty():
+            print(self.text())
+            return
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for index, part in enumerate(self.parts):
+            if index and isinstance(part, str):
+                console.print()
+            console.print(part, markup=False, soft_wrap=isinstance(part, str))

@@ -1,0 +1,396 @@
+"""The run table, the plots and `inspect`, on runs recorded by the trainer's own classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from megamix import checkpoint, inspect, plots, summary
+from megamix.data.indexed import IndexedWriter
+from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.sampler import Sampler
+from megamix.data.tokenizer import train_tokenizer
+from megamix.engines.base import ParameterState
+from megamix.errors import InputError
+from megamix.exchange import MixReport
+from megamix.mixers import DomainStats
+from megamix.models.layers import Decoder, Embedding, Head
+from megamix.plan import make_plan
+from megamix.resume import fingerprints
+from megamix.run_config import RunConfig
+from megamix.tables import Report, Table
+from megamix.tracking import RunRecord
+
+NAMES = ("web", "c_$1$", "_books")
+TRAIN_TOKENS = (3000, 1000, 500)
+UNIGRAM = 5.0
+STEPS, BATCH, SEQ = 40, 8, 16
+
+
+def write_data(folder: Path) -> Manifest:
+    """Three domains of text, in documents of 50 words."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(50)]
+    tokenizer = train_tokenizer([" ".join(words)] * 3, 300)
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    entries = []
+    for name, size in zip(NAMES, TRAIN_TOKENS, strict=True):
+        (folder / name).mkdir()
+        splits: dict[str, dict[str, Any]] = {}
+        for split, left in (("train", size), ("validation", 200)):
+            with IndexedWriter(folder / name / split, "uint16") as writer:
+                while left > 0:
+                    length = min(left, int(rng.integers(10, 60)))
+                    writer.add_document(rng.integers(1, 250, length))
+                    left -= length
+                written = writer.close()
+            splits[split] = {
+                "prefixes": (f"{name}/{split}",),
+                "tokens": written.tokens,
+                "documents": written.documents,
+                "max_token": written.max_token,
+                "sha256": (written.sha256,),
+            }
+        validation = ValidationEntry(**splits["validation"], unigram_nats=UNIGRAM)
+        entries.append(DomainEntry(name=name, train=SplitEntry(**splits["train"]), validation=validation))
+    sha256 = hashlib.sha256(tokenizer).hexdigest()
+    entry = TokenizerEntry(file="tokenizer.json", sha256=sha256, vocab_size=300, eod_id=0)
+    manifest = Manifest.build(folder, tokenizer=entry, dtype="uint16", validation_fraction=0.02, domains=entries)
+    manifest.save()
+    return manifest
+
+
+def write_config(run_dir: Path, manifest: Path, recorded_as: Path | None = None) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = {
+        "run_dir": str(recorded_as or run_dir),
+        "data": {"manifest": str(manifest), "seq_length": SEQ},
+        "model": {"architecture": "neox", "hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 16},
+        "mixer": {"name": "odm"},
+        "train": {"steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": 7},
+    }
+    (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def evaluation(step: int) -> dict[str, Any]:
+    losses = {"web": 6.0 - step / 20, "c_$1$": 6.0 - step / 10, "_books": 6.0 - step / 80}
+    macro = sum(losses.values()) / 3
+    tokens = step * BATCH * SEQ
+    return {"step": step, "tokens": tokens, "domain_loss": losses, "macro_loss": macro, "worst_domain": "_books"}
+
+
+def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Path | None = None) -> list[list[int]]:
+    """Records a run whose weights change every fifth step; returns the samples taken before each step, by domain."""
+    write_config(run_dir, manifest, recorded_as)
+    plan = make_plan(summary.load_config(RunConfig, run_dir / "config.resolved.yaml"))
+    sampler = Sampler(plan.blend(), plan.share(0))
+    record = RunRecord(run_dir, NAMES, None, tensorboard=False)
+    record.initial_weights(plan.initial_weights, {"is_warmup": False})
+    record.evaluate(evaluation(0))
+    rng, counts = np.random.default_rng(5), [[0, 0, 0]]
+    for step in range(steps):
+        dealt = sampler.deal()
+        counts.append((np.array(counts[-1]) + np.bincount(dealt.domain.ravel(), minlength=3)).tolist())
+        if step % 5 == 4:
+            weights = rng.dirichlet(np.ones(3))
+            sampler.set_weights(weights, step + 2)
+            stats = DomainStats(nats=np.ones(3), tokens=np.full(3, 4))
+            record.weights(MixReport(step, stats, weights, step + 2, {"is_warmup": False}, True), (step + 2) * BATCH)
+            line = {"step": step + 1, "tokens": (step + 1) * BATCH * SEQ, "loss": 5.0, "tokens_per_second": 1.0}
+            losses = {"web": 6.0 - step / 20, "c_$1$": None, "_books": 6.0 - step / 80}
+            record.train({**line, "domain_loss": losses})
+        if step % 20 == 19:
+            record.evaluate(evaluation(step + 1))
+    record.close()
+    return counts
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "pile"
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    run_dir = tmp_path_factory.mktemp("runs") / "first"
+    return run_dir, write_run(run_dir, data)
+
+
+# The table. ----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_and_epochs_are_those_of_the_sampler(run: tuple[Path, list[list[int]]]) -> None:
+    run_dir, counts = run
+    table = summary.run_table(run_dir)
+    taken = np.array(counts[STEPS])
+    assert table.steps == STEPS
+    assert table.tokens == STEPS * BATCH * SEQ
+    assert [row.realised_share for row in table.rows] == (taken / taken.sum()).tolist()
+    windows = (np.array(TRAIN_TOKENS) - 1) // SEQ
+    assert [row.epochs for row in table.rows] == (taken / windows).tolist()
+    assert [row.natural_share for row in table.rows] == pytest.approx((np.array(TRAIN_TOKENS) / 4500).tolist())
+
+
+def test_losses_means_and_the_unigram_mark(run: tuple[Path, list[list[int]]]) -> None:
+    table = summary.run_table(run[0])
+    first, last = evaluation(0), evaluation(STEPS)
+    assert [row.last_loss for row in table.rows] == list(last["domain_loss"].values())
+    assert table.first_macro == pytest.approx(first["macro_loss"])
+    assert table.last_macro == pytest.approx(last["macro_loss"])
+    assert table.fall == pytest.approx(1 - last["macro_loss"] / first["macro_loss"])
+    shares = np.array(TRAIN_TOKENS) / 4500
+    assert table.last_natural == pytest.approx(float(shares @ np.array(list(last["domain_loss"].values()))))
+    # web ends at 4.0, c_$1$ at 2.0 and _books at 5.5; the unigram model has 5.0.
+    assert [row.beats_unigram for row in table.rows] == [True, True, False]
+    assert "does not beat a unigram model on: _books." in table.text()
+
+
+def test_without_the_data_set_the_rest_is_there(data: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", data)
+    path = tmp_path / "run" / "config.resolved.yaml"
+    path.write_text(path.read_text().replace(str(data), str(tmp_path / "gone")))
+    table = summary.run_table(tmp_path / "run")
+    assert all(row.epochs is None and row.natural_share is None for row in table.rows)
+    assert sum(row.realised_share or 0 for row in table.rows) == pytest.approx(1)
+    assert "unknown here" in table.text()
+    assert all(path.is_file() for path in plots.plot_run([tmp_path / "run"]))
+
+
+def test_relative_paths_start_where_the_run_was_started(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "runs" / "demo", data, recorded_as=Path("runs/demo"))
+    (tmp_path / "pile").symlink_to(data)
+    path = tmp_path / "runs" / "demo" / "config.resolved.yaml"
+    path.write_text(path.read_text().replace(str(data), "pile"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert summary.run_table(Path("../runs/demo")).rows[0].natural_share is not None
+
+
+def test_a_run_in_progress(data: Path, tmp_path: Path) -> None:
+    counts = write_run(tmp_path / "run", data, steps=20)
+    table = summary.run_table(tmp_path / "run")
+    assert (table.steps, table.total_steps) == (20, STEPS)
+    windows = (np.array(TRAIN_TOKENS) - 1) // SEQ
+    assert [row.epochs for row in table.rows] == (np.array(counts[20]) / windows).tolist()
+
+
+def test_tables_draw_plainly_and_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    report = Report(["[b]head[/b]", Table(("domain", "n"), [("a[i]", "1"), ("mean", "10")], footer=1)])
+    report.show()
+    rule = "------  --"
+    assert capsys.readouterr().out == f"[b]head[/b]\n\ndomain   n\n{rule}\na[i]     1\n{rule}\nmean    10\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report.show()
+    drawn = capsys.readouterr().out
+    assert "[b]head[/b]" in drawn
+    assert "a[i]" in drawn
+
+
+# What is wrong with a run. -------------------------------------------------------------------------------------------
+
+
+def test_no_such_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere is not a run: there is no such directory"):
+        plots.plot_run([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"it has no config\.resolved\.yaml"):
+        summary.run_table(tmp_path)
+
+
+def test_a_run_without_a_line(data: Path, tmp_path: Path) -> None:
+    write_config(tmp_path, data)
+    with pytest.raises(InputError, match="has recorded nothing yet"):
+        plots.plot_run([tmp_path])
+    assert "recorded nothing yet" in inspect.inspect_path(tmp_path).text()
+
+
+@pytest.mark.parametrize("file", ["weights.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("damage", ["{not json", "[]", '{"step": 3}'])
+def test_a_damaged_line_is_named(data: Path, tmp_path: Path, file: str, damage: str) -> None:
+    write_run(tmp_path, data, steps=20)
+    lines = (tmp_path / file).read_text().splitlines(keepends=True)
+    lines[2] = damage + "\n"
+    (tmp_path / file).write_text("".join(lines))
+    with pytest.raises(InputError, match=rf"{file}, line 3 is damaged"):
+        plots.plot_run([tmp_path])
+
+
+def test_a_line_still_being_written_is_left_out(data: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, data)
+    before = summary.run_table(tmp_path)
+    for file in ("weights.jsonl", "metrics.jsonl"):
+        with (tmp_path / file).open("a") as record:
+            record.write('{"step": 99, "posi')
+    assert summary.run_table(tmp_path) == before
+
+
+# Plots. --------------------------------------------------------------------------------------------------------------
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    head = png.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def test_plots_of_one_run(data: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", data)
+    written = plots.plot_run([tmp_path / "run"])
+    assert written == [tmp_path / "run" / "plots" / name for name in ("weights.png", "loss.png")]
+    assert all(size_of(path)[0] > 1000 for path in written)
+    assert sorted(path.name for path in (tmp_path / "run" / "plots").iterdir()) == ["loss.png", "weights.png"]
+
+
+def test_plots_of_several_runs(data: Path, tmp_path: Path) -> None:
+    for name in ("a/run", "b/run"):
+        write_run(tmp_path / name, data)
+    written = plots.plot_run([tmp_path / "a/run", tmp_path / "b/run"], tmp_path / "out")
+    names = [str(path.relative_to(tmp_path / "out")) for path in written]
+    each = ("weights.png", "loss.png")
+    assert names == [*(f"a-run/{name}" for name in each), *(f"b-run/{name}" for name in each), "comparison.png"]
+    assert all(size_of(path)[0] > 1000 for path in written)
+
+
+def test_weights_are_drawn_as_steps_where_they_take_effect(run: tuple[Path, list[list[int]]]) -> None:
+    record = summary.RecordedRun.open(run[0])
+    line = plots.weights_figure(record).axes[0].get_lines()[0]
+    x, y = (np.asarray(values) for values in line.get_data())
+    assert line.get_drawstyle() == "steps-post"
+    # The change of the last step would act after the run; the axis ends with the run.
+    positions = [item["position"] for item in record.weights[:-1]]
+    assert x.tolist() == [position * SEQ for position in [*positions, STEPS * BATCH]]
+    assert y[:-1].tolist() == [item["domain_weights"][0] for item in record.weights[:-1]]
+
+
+def test_a_folder_that_cannot_be_written(run: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        plots.plot_run([run[0]], tmp_path / "file")
+
+
+def test_labels_keep_their_distance_order_and_bounds() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        wanted = np.sort(rng.uniform(0, 100, int(rng.integers(1, 22))))
+        placed = plots.spread(wanted, 11.0, 0.0, 300.0)
+        assert np.all(np.diff(placed) >= 11.0 - 1e-9)
+        assert placed[0] >= -1e-9
+        assert placed[-1] <= 300.0 + 1e-9
+    assert plots.spread(np.array([10.0, 50.0]), 11.0, 0.0, 100.0).tolist() == [10.0, 50.0]
+    assert np.allclose(np.diff(plots.spread(np.zeros(11), 20.0, 0.0, 100.0)), 10.0)
+
+
+# inspect. ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set(data: Path) -> None:
+    for path in (data, data / "manifest.json"):
+        text = inspect.inspect_path(path, text=True, seq_length=SEQ).text()
+        assert "data set of 3 domains with 4,500 training tokens" in text
+        assert Manifest.load(data).fingerprint in text
+        assert f"samples of {SEQ}" in text
+        assert "\n\nc_$1$: " in text
+
+
+def test_a_token_file(data: Path) -> None:
+    for path in (data / "web" / "train", data / "web" / "train.bin", data / "web" / "train.idx"):
+        text = inspect.inspect_path(path, text=True).text()
+        assert "3,000, stored as uint16" in text
+
+
+def test_a_run(run: tuple[Path, list[list[int]]]) -> None:
+    text = inspect.inspect_path(run[0]).text()
+    assert "first is a run, finished." in text
+    assert f"{STEPS} of {STEPS}" in text
+    assert "checkpoints none" in text
+    assert "mean over domains" in text
+
+
+def test_something_else(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is nothing at .*Give a data set"):
+        inspect.inspect_path(tmp_path / "nothing")
+    with pytest.raises(InputError, match="is nothing that megamix makes"):
+        inspect.inspect_path(tmp_path)
+
+
+def test_a_sample_is_the_one_that_was_trained(run: tuple[Path, list[list[int]]]) -> None:
+    run_dir, counts = run
+    record = summary.RecordedRun.open(run_dir)
+    plan = make_plan(record.config)
+    sampler = Sampler(plan.blend(), plan.share(0))
+    changes = {line["effective_step"]: line["domain_weights"] for line in record.weights}
+    decode = plan.manifest.load_tokenizer().decode
+    for step in range(STEPS):
+        if step in changes:
+            sampler.set_weights(changes[step], step)
+        dealt = sampler.deal()
+        assert sampler.counts_at(step + 1).tolist() == counts[step + 1]
+        if step % 13 == 0:
+            domain, sample = int(dealt.domain.ravel()[3]), int(dealt.sample.ravel()[3])
+            text = inspect.inspect_sample(run_dir, step * BATCH + 3).text()
+            assert f"domain      {NAMES[domain]} " in text
+            assert f"sample      {sample} of {plan.num_samples[domain]}, " in text
+            assert decode(plan.domains[domain].window(sample, SEQ)[:-1].tolist()) in text
+    with pytest.raises(InputError, match="the run has samples 0 to 319"):
+        inspect.inspect_sample(run_dir, STEPS * BATCH)
+
+
+def save_checkpoint(run_dir: Path, step: int) -> Path:
+    """Writes one with the trainer's own function, on a job of one rank."""
+    plan = make_plan(summary.RecordedRun.open(run_dir).config)
+    blend = plan.blend()
+    blend.take(step * BATCH)
+    sizes = [Embedding(plan.model, 0, 1), Decoder(plan.model, 1, 1, SEQ), Head(plan.model, 2, 1)]
+
+    def layer_state(layer: int) -> Any:
+        for name, parameter in sizes[layer].named_parameters():
+            weight = parameter.detach()
+            yield name, ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+
+    engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=SimpleNamespace(data_rank=0))
+    state = {"fingerprints": fingerprints(plan), "sampler": Sampler(blend, plan.share(0)).state_dict(step), "seed": 7}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group(backend="gloo")
+        return checkpoint.save(run_dir / "checkpoints", step, engine, state, 2, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    write_run(tmp_path, data)
+    path = save_checkpoint(tmp_path, 10)
+    text = inspect.inspect_path(path).text()
+    plan = make_plan(summary.RecordedRun.open(tmp_path).config)
+    assert "is a complete checkpoint" in text
+    assert f"{plan.model.num_parameters():,} parameters" in text
+    assert "step        10, 80 samples taken" in text
+    assert plan.manifest.fingerprint in text
+    assert "checkpoints step_10\n" in inspect.inspect_path(tmp_path).text()
+
+    layer = path / "layers" / "00001.safetensors"
+    content = bytearray(layer.read_bytes())
+    content[-1] ^= 1
+    layer.write_bytes(content)
+    assert "cannot be used: layers/00001.safetensors has SHA-256" in inspect.inspect_path(path).text()
+    layer.write_bytes(content[:-1])
+    assert "cannot be used: layers/00001.safetensors has" in inspect.inspect_path(path).text()
+    assert "step_10 (damaged: layers/00001" in inspect.inspect_path(tmp_path).text()
+    listing = json.loads((path / "checkpoint.json").read_text())
+    assert listing["step"] == 10
+    path = path.rename(path.with_name("step_10.partial"))
+    assert "was not finished" in inspect.inspect_path(path).text()
