@@ -1,0 +1,106 @@
+"""Real text for the tests, from what every machine with Python has, and ways to run megamix as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    "HF_HUB_OFFLINE": "1",
+    # Two ranks on two cores: more threads than that only get in each other's way.
+    "OMP_NUM_THREADS": "1",
+}
+RUN_SECONDS = 300
+
+
+def _documents() -> Iterator[tuple[str, list[str]]]:
+    """Four clearly different domains: code, reference prose, character tables and package descriptions."""
+    code = sorted(STDLIB.glob("*.py"))[:60]
+    tables = sorted((STDLIB / "encodings").glob("cp*.py"))[:20]
+    yield "code", [path.read_text(encoding="utf-8") for path in code]
+    yield "tables", [path.read_text(encoding="utf-8") for path in tables]
+    topics = (STDLIB / "pydoc_data" / "topics.py").read_text(encoding="utf-8")
+    yield "topics", [part.replace("\\n'\n", "\n") for part in re.split(r"\n '\w[\w-]*': ", topics)]
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))[:40]
+    yield "packages", [path.read_text(encoding="utf-8") for path in packages]
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One .jsonl file per domain."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, documents in _documents():
+        lines = [json.dumps({"text": document}) + "\n" for document in documents]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared data set of `text_dir`, with a vocabulary of 512."""
+    from megamix.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare([str(text_dir)], folder, tokenizer="train:512", validation_fraction=0.1, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config of a model that trains in seconds; keyword arguments replace whole sections' keys."""
+
+    def write(**sections: Any) -> Path:
+        config: dict[str, Any] = {
+            "run_dir": str(tmp_path / "run"),
+            "data": {"manifest": str(data_dir), "seq_length": 64},
+            "model": {"architecture": "neox", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
+            "mixture": "natural",
+            "mixer": {"name": "odm", "preset": "official", "warmup_steps": 3},
+            "engine": {"pipeline": 1, "zero": 1},
+            "train": {"steps": 12, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1},
+            "evaluate": {"every": 5, "batches": 2},
+            "checkpoint": {"every": 4},
+            "log": {"every": 1, "samples": True},
+        }
+        for name, value in sections.items():
+            both = isinstance(value, dict) and isinstance(config.get(name), dict)
+            config[name] = {**config[name], **value} if both else value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def megamix() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one."""
+
+    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "megamix", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+            env={**ENVIRONMENT, **environment},
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

@@ -1,0 +1,200 @@
+"""The main job with real DeepSpeed: layouts, stopping and resuming, dying ranks. Every run is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+from records import largest_difference, lines, record, samples
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Write = Callable[..., Path]
+
+
+def layout(pipeline: int, data: int) -> dict[str, int]:
+    return {"pipeline": pipeline, "data": data}
+
+
+def test_layouts_train_the_same_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """PP1 x DP1, PP2 x DP1, PP1 x DP2 and PP2 x DP2 read the same samples in the same order; losses and ODM weights agree
+    to 1e-4 over 50 steps, with gradient clipping at work."""
+    train = {"steps": 50, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5}
+    runs = {}
+    for pipeline, data in [(1, 1), (2, 1), (1, 2), (2, 2)]:
+        run = runs[pipeline, data] = tmp_path / f"pp{pipeline}dp{data}"
+        sections = {"engine": layout(pipeline, data), "train": train, "evaluate": {"every": 25}}
+        megamix("train", tiny_config(run_dir=str(run), checkpoint={"every": 0}, **sections))
+    reference = samples(runs[1, 1])
+    assert sorted(reference) == list(range(1, 51))
+    assert all(len(rows) == 8 for rows in reference.values())
+    for run in runs.values():
+        assert samples(run) == reference
+        loss, weight = largest_difference(runs[1, 1], run)
+        assert loss < 1e-4
+        assert weight < 1e-4
+    metrics, weights = record(runs[1, 1])
+    assert metrics[-1]["macro_loss"] < 0.75 * metrics[0]["macro_loss"], "the model learns"
+    assert any(line["grad_norm"] > 0.5 for line in metrics if line["event"] == "train"), "clipping was at work"
+    first, last = weights[0]["domain_weights"], weights[-1]["domain_weights"]
+    assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 0.02, "the weights moved"
+
+
+def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """Without ZeRO, DeepSpeed clips each stage by its own norm; here the norm is that of the whole model."""
+    for name, pipeline in [("one", 1), ("two", 2)]:
+        sections = {"engine": {"pipeline": pipeline, "zero": 0}, "train": {"clip": 0.2}}
+        megamix("train", tiny_config(run_dir=str(tmp_path / name), **sections))
+    loss, weight = largest_difference(tmp_path / "one", tmp_path / "two")
+    assert loss < 1e-5
+    assert weight < 1e-5
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Write, tmp_path: Path, zero: int) -> None:
+    """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the last
+    digit."""
+    sections = {"engine": {"pipeline": 2, "zero": zero}, "log": {"every": 4, "samples": True}}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    megamix("train", tiny_config(run_dir=str(whole), **sections))
+    config = tiny_config(run_dir=str(halves), **sections)
+    megamix("train", config, "train.stop_after=6")
+    assert sorted(path.name for path in (halves / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    resumed = megamix("train", config)
+    assert "resuming from" in resumed.stderr
+    assert record(halves) == record(whole)
+    assert samples(halves) == samples(whole)
+    again = megamix("train", config)
+    assert "is done" in again.stderr
+    assert record(halves) == record(whole)
+
+
+def test_resume_in_another_layout_continues_the_same_samples(
+    megamix: Run, tiny_config: Write, tmp_path: Path
+) -> None:
+    """PP2 x DP1 stopped, continued as PP1 x DP2 without ZeRO, and finished as PP2 x DP2."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    megamix("train", tiny_config(run_dir=str(whole), engine=layout(2, 1)))
+    megamix("train", tiny_config(run_dir=str(parts), engine=layout(2, 1)), "train.stop_after=5")
+    megamix("train", tiny_config(run_dir=str(parts), engine={**layout(1, 2), "zero": 0}), "train.stop_after=9")
+    megamix("train", tiny_config(run_dir=str(parts), engine=layout(2, 2)))
+    assert samples(parts) == samples(whole)
+    loss, weight = largest_difference(whole, parts)
+    assert loss < 1e-4
+    assert weight < 1e-4
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megamix", "train", str(config), *overrides],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and any(line["step"] >= step for line in lines_so_far(run)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} not reached; exit code {process.poll()}")
+
+
+def lines_so_far(run: Path) -> list[dict[str, int]]:
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left, and the next
+    start finishes the very run that was never disturbed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    sections = {"engine": layout(2, 1), "train": {"steps": 60}, "checkpoint": {"every": 10}}
+    megamix("train", tiny_config(run_dir=str(whole), **sections))
+    config = tiny_config(run_dir=str(killed), **sections)
+    process = start(config)
+    wait_for_step(killed, 15, process)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    died = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - died < 60
+    assert process.returncode == 1
+    assert "rank 1 of 2 was ended by signal SIGKILL" in stderr
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    resumed = megamix("train", config)
+    assert re.search(r"resuming from .*step_\d0", resumed.stderr)
+    assert record(killed) == record(whole)
+    assert samples(killed) == samples(whole)
+
+
+def test_killing_the_starter_leaves_no_rank_behind(tiny_config: Write, tmp_path: Path) -> None:
+    run = tmp_path / "orphans"
+    process = start(tiny_config(run_dir=str(run), engine=layout(2, 1), train={"steps": 2000}))
+    wait_for_step(run, 2, process)
+    ranks = children(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_joins_ranks_that_torchrun_starts(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """The data-parallel size follows from the ranks of the job; the run is the one that megamix starts by itself."""
+    own, joined = tmp_path / "own", tmp_path / "joined"
+    megamix("train", tiny_config(run_dir=str(own), engine=layout(1, 2)))
+    config = tiny_config(run_dir=str(joined))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megamix"]
+    subprocess.run([*command, "train", str(config)], env=ENVIRONMENT, check=True, timeout=240, cwd=ROOT)
+    assert record(joined) == record(own)
+
+
+def test_bf16_llama_checkpointing_and_tensorboard(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """The other ways to train learn too: bf16 with ZeRO-1, Llama layers, recomputed activations, TensorBoard files."""
+    run = tmp_path / "bf16"
+    config = tiny_config(
+        run_dir=str(run),
+        model={"architecture": "llama"},
+        engine={**layout(2, 1), "precision": "bf16", "activation_checkpointing": True},
+        log={"every": 4, "tensorboard": True},
+    )
+    megamix("train", config, "train.stop_after=8")
+    megamix("train", config)
+    metrics, _ = record(run)
+    assert metrics[-1]["macro_loss"] < metrics[0]["macro_loss"] - 0.3
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_static_uniform_and_given_mixtures(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """A static run samples with the mixture it is given, from the first step to the last."""
+    run = tmp_path / "static"
+    mixture = {"code": 5, "packages": 2, "tables": 0, "topics": 3}
+    megamix("train", tiny_config(run_dir=str(run), mixture=mixture, mixer={"name": "static"}, train={"steps": 5}))
+    counts = [0] * 4
+    for rows in samples(run).values():
+        for domain, _ in rows:
+            counts[domain] += 1
+    assert counts == [20, 8, 0, 12]
+    weights = lines(run / "weights.jsonl")
+    assert [line["step"] for line in weights] == [0]
+    metrics, _ = record(run)
+    assert metrics[1]["domain_loss"]["tables"] is None, "a domain that was not sampled has no loss"
