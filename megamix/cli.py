@@ -38,7 +38,8 @@ def corpus(
     """
     from megamix.data.corpus import build_corpus
 
-    build_corpus(out, large=large, workers=workers)
+    for line in build_corpus(out, large=large, workers=workers).lines():
+        typer.echo(line)
 
 
 @app.command()

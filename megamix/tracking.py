@@ -25,6 +25,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.data.sampler import StepSamples
 from megamix.exchange import MixReport
 from megamix.mixers import DomainStats
 
@@ -110,6 +111,37 @@ class RunRecord:
                 self._board.add_scalar(f"{prefix}/{key}", value, line["step"])
 
 
+class SampleLog:
+    """``samples/data_RANK.jsonl``: per step the position, and the domain and sample of every row one data-parallel rank
+    reads."""
+
+    FOLDER = "samples"
+
+    def __init__(self, run_dir: Path, data_rank: int) -> None:
+        folder = run_dir / self.FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"data_{data_rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    @classmethod
+    def drop_after(cls, run_dir: Path, resumed_step: int) -> None:
+        """Drops the lines past ``resumed_step`` (0: all) of every rank there ever was; before any of them opens its
+        file."""
+        for path in (run_dir / cls.FOLDER).glob("data_*.jsonl"):
+            _drop_lines_after(path, resumed_step)
+
+    def write(self, samples: StepSamples) -> None:
+        line = {
+            "step": samples.step + 1,
+            "position": samples.position,
+            "domain": samples.domain.ravel().tolist(),
+            "sample": samples.sample.ravel().tolist(),
+        }
+        _append(self._file, line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class IntervalLog:
     """Sums over the steps since the last ``train`` line; its state is part of the checkpoint, so that no line depends
     on a restart."""
@@ -174,11 +206,15 @@ def _open(path: Path, resumed_step: int | None) -> TextIO:
     if resumed_step is None:
         path.unlink(missing_ok=True)
     elif path.is_file():
-        kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        _drop_lines_after(path, resumed_step)
     return path.open("a", encoding="utf-8")
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _append(file: TextIO, line: Mapping[str, Any]) -> None:

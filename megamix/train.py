@@ -25,7 +25,7 @@ from megamix.mixers import make_mixer
 from megamix.plan import Plan
 from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
-from megamix.tracking import IntervalLog, RunRecord
+from megamix.tracking import IntervalLog, RunRecord, SampleLog
 
 
 def make_engine(plan: Plan) -> Engine:
@@ -74,6 +74,7 @@ class Trainer:
             if self.is_main
             else None
         )
+        self._sample_log = self._open_sample_log()
         if path is not None:
             get_logger().info("resuming from %s", path)
 
@@ -98,6 +99,8 @@ class Trainer:
             self.exchange.close()
             if self.record is not None:
                 self.record.close()
+            if self._sample_log is not None:
+                self._sample_log.close()
 
     def train_step(self) -> None:
         """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
@@ -106,6 +109,8 @@ class Trainer:
         # The step weight_lag ahead is sampled with the weights that follow from everything before this step.
         self.loader.request(lambda: self.exchange.settle(step))
         batch, waited = self.loader.get()
+        if self._sample_log is not None and batch is not None and batch.samples is not None:
+            self._sample_log.write(batch.samples)
         self._seed_step(step)
         lr = self.config.train.lr_at(step)
         self.engine.train_step(
@@ -168,6 +173,15 @@ class Trainer:
         self.loader = Loader(self.sampler, reader if self.place.reads_data else None, self.config.data.seq_length, cuda)
         for _ in range(self.config.data.weight_lag):
             self.loader.request()
+
+    def _open_sample_log(self) -> SampleLog | None:
+        """One per data-parallel rank, kept by its first stage."""
+        if not self.config.log.samples:
+            return None
+        if self.is_main:
+            SampleLog.drop_after(self.config.run_dir, self.step)
+        dist.barrier(self._control)
+        return SampleLog(self.config.run_dir, self.place.data_rank) if self.place.stage == 0 else None
 
     def _log_interval(self, lr: float) -> None:
         grad_norm = self.engine.grad_norm()
