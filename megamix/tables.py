@@ -67,9 +67,9 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        table = RichTable(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
         for column, name in enumerate(self.columns):
-            table.add_column(Text(name), justify="left" if self._is_left(column) else "right")
+            table.add_column(Text(name), justify="left" if self._is_left(column) else "right", no_wrap=column == 0)
         first_footer = len(self.rows) - self.footer
         for index, row in enumerate(self.rows):
             if self.footer and index == first_footer:

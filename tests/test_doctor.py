@@ -77,7 +77,7 @@ def config_of(run_dir: Path, manifest: Path, **changes: Any) -> RunConfig:
 def real_parameters(model: ModelConfig) -> list[int]:
     """Counted on the layers themselves, without memory for them."""
     with torch.device("meta"):
-        layers = [Embedding(model, 0, 1)]
+        layers: list[torch.nn.Module] = [Embedding(model, 0, 1)]
         layers += [Decoder(model, index + 1, 1, SEQ) for index in range(model.num_layers)]
         layers.append(Head(model, model.num_layers + 1, 1))
     return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]

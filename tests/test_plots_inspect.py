@@ -363,9 +363,10 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
 
     engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=SimpleNamespace(data_rank=0))
     state = {"fingerprints": fingerprints(plan), "sampler": Sampler(blend, plan.share(0)).state_dict(step), "seed": 7}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = run_dir / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=0, world_size=1)
     try:
-        group = dist.new_group(backend="gloo")
+        group: Any = dist.new_group(backend="gloo")
         return checkpoint.save(run_dir / "checkpoints", step, engine, state, 2, group)
     finally:
         dist.destroy_process_group()
