@@ -105,6 +105,57 @@ def train(
     raise typer.Exit(run(config, overrides))
 
 
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the PNGs; default: RUN/plots.")] = None,
+) -> None:
+    """Draw the weights and per-domain losses of runs over tokens.
+
+    Example: megamix plot runs/demo
+    """
+    from megamix.plots import plot_run
+
+    for path in plot_run(runs, out):
+        typer.echo(path)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A data set, a run, a checkpoint or a token file.")],
+    text: Annotated[bool, typer.Option("--text", help="Show the first document of each domain.")] = False,
+    seq_length: Annotated[int | None, typer.Option(min=1, help="Count samples of this many tokens.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="The position in a run's data to show.")] = None,
+) -> None:
+    """Say in words what a data set, a run, a checkpoint or a token file is.
+
+    Example: megamix inspect runs/demo --sample 1000
+    """
+    from megamix.inspect import inspect_path, inspect_sample
+
+    report = inspect_path(path, text=text, seq_length=seq_length) if sample is None else inspect_sample(path, sample)
+    report.show()
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Without it, only the machine.")] = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks of the job; default: the fewest needed.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Check the plan without its data or GPUs.")] = False,
+) -> None:
+    """Check a run's plan and this machine before a job starts.
+
+    Example: megamix doctor configs/demo.yaml --ranks 8
+    """
+    from megamix.config import load_config
+    from megamix.doctor import doctor as run
+    from megamix.run_config import RunConfig
+
+    loaded = load_config(RunConfig, config, overrides) if config is not None else None
+    run(loaded, world_size=ranks, plan_only=plan_only).show()
+
+
 def main() -> None:
     """Entry point: a `MegamixError` becomes one line and its exit code; anything else keeps its traceback."""
     from megamix.launch import report_failure

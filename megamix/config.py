@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,37 +29,37 @@ class Config(pydantic.BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, data: Any) -> Any:
+        """pydantic would take ``warmup: true`` for 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, bool) and (field := cls.model_fields.get(str(key))) is not None:
+                members = _members(field.annotation)
+                if bool not in members and (int in members or float in members):
+                    raise ValueError(f"{key} is {str(value).lower()}, expected a number.")
+        return data
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-4`` as a number, as everybody expects, and refuses a key given twice."""
+    """SafeLoader that reads plain values as they are meant: ``1e-4`` is a number; ``no``, ``20:00:00`` and
+    ``2026-01-01`` are text (a field of type bool still takes yes and no)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise InputError(
-                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: the key '{key}' is given twice. Keep one of them."
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
 
-_FLOAT = re.compile(
-    r"""^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$  # with an exponent, with or without a point
-    |^[-+]?([0-9]+\.[0-9]*|\.[0-9]+)$
-    |^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$""",
-    re.VERBOSE,
-)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    _FLOAT,
-    list("-+0123456789."),
-)
+for _tag, _pattern, _first in (
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|[0-9]+\.[0-9]*|\.[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
+    ("null", r"^(~|null|Null|NULL|)$", ("~", "n", "N", "")),
+    ("merge", r"^<<$", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -67,11 +68,38 @@ def parse_yaml(text: str, source: str) -> Any:
         loader = _Loader(text)
         loader.name = source
         try:
-            return loader.get_single_data()
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_keys(node, set())
+            return loader.construct_document(node)
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {error}") from error
+
+
+def _check_keys(node: yaml.Node, done: set[int]) -> None:
+    """Makes every key of a tree of nodes text (a domain may be called ``no`` or ``2024``), and refuses one given
+    twice."""
+    if id(node) in done or not isinstance(node, yaml.CollectionNode):
+        return
+    done.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, done)
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        where = f"{key.start_mark.name}, line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{where}: a list or mapping stands where a key is expected. Keys are text.")
+        if key.value in seen:
+            raise InputError(f"{where}: the key '{key.value}' is given twice. Keep one of them.")
+        seen.add(key.value)
+        if key.tag != "tag:yaml.org,2002:merge":
+            key.tag = "tag:yaml.org,2002:str"
+        _check_keys(value, done)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,13 +114,19 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror or error}. Check the path.") from error
+        by = f", which {chain[-1]} includes" if chain else ""
+        raise InputError(f"cannot read the config {path}{by}: {error.strerror or error}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a YAML file: it is not UTF-8 text ({error.reason}).") from error
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds {type(data).__name__}, expected a mapping of keys to values.")
+        found = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise InputError(f"{path} {found}, expected a mapping of keys to values.")
     included = data.pop("include", [])
     if isinstance(included, str):
         included = [included]
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise InputError(f"{path}: include is {included!r}, expected a path or a list of paths.")
     merged: dict[str, Any] = {}
     for name in included:
         merged = merge(merged, _read_yaml(path.parent / name, (*chain, path)))
@@ -138,70 +172,82 @@ def validate(model: type[C], data: Any, source: str) -> C:
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        lines = [_describe(model, problem) for problem in error.errors()]
-        raise InputError(
-            f"{source}: " + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))
-        ) from error
+        lines = [_describe(model, problem) for problem in _without_other_branches(model, error.errors())]
+        raise InputError(f"{source}:" + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines)) from error
 
 
 def _describe(model: type[Config], problem: Any) -> str:
-    location = list(problem["loc"])
-    path = ".".join(str(part) for part in location)
+    keys, _, here = _trace(model, problem["loc"])
+    path = ".".join(keys)
+    where = f"{path}: " if path else ""
     if problem["type"] == "extra_forbidden":
-        owner = _owner(model, location[:-1])
-        path = ".".join(str(part) for part in location if not _is_tag(model, location, part))
-        return f"unknown key '{path}'." + did_you_mean(str(location[-1]), owner.model_fields if owner else ())
+        _, _, owner = _trace(model, problem["loc"][:-1])
+        return f"unknown key '{path}'." + did_you_mean(keys[-1], owner.model_fields if _is_config(owner) else ())
     if problem["type"] == "missing":
         return f"the key '{path}' is missing. Add it."
     if problem["type"] == "value_error":
-        where = f"{path}: " if path else ""
         return f"{where}{problem['ctx']['error']}"
-    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        context = problem.get("ctx", {})
-        tag = context.get("tag")
-        known = [name.strip(" '") for name in str(context.get("expected_tags", "")).split(",") if name.strip(" '")]
-        discriminator = str(context.get("discriminator", "'name'")).strip("'")
-        if tag is None:
-            return f"{path} needs the key '{discriminator}'." + did_you_mean("", known)
-        return f"{path}.{discriminator}: unknown '{tag}'." + did_you_mean(str(tag), known)
-    return f"{path}: {problem['msg']}, got {problem['input']!r}."
+    known = [str(name) for member in _members(here) for name in _names(member)]
+    if problem["type"] == "union_tag_not_found":
+        return f"{path} needs the key 'name'." + did_you_mean("", known)
+    if problem["type"] == "union_tag_invalid":
+        return f"{path}.name: unknown '{problem['ctx']['tag']}'." + did_you_mean(problem["ctx"]["tag"], known)
+    return f"{where}{problem['msg']}, got {problem['input']!r}."
 
 
-def _is_tag(model: type[Config], location: list[Any], part: Any) -> bool:
-    """Whether ``part`` of an error location is a union tag that pydantic inserted rather than a key of the file."""
-    index = location.index(part)
-    owner = _owner(model, location[:index])
-    return owner is not None and part not in owner.model_fields and index < len(location) - 1
+def _without_other_branches(model: type[Config], problems: Sequence[Any]) -> list[Any]:
+    """The problems without those of union branches that the value was not meant for: where one branch says what is
+    wrong inside the value, another's complaint about the value as a whole is noise."""
+    traced = [(_trace(model, problem["loc"]), problem) for problem in problems]
+    return [
+        problem
+        for (keys, in_union, _), problem in traced
+        if not (in_union and any(len(other) > len(keys) and other[: len(keys)] == keys for (other, _, _), _ in traced))
+    ]
 
 
-def _owner(model: type[Config], location: list[Any]) -> type[Config] | None:
-    """The config class that a location inside ``model`` leads to; None where it leads to something else."""
-    candidates: list[Any] = [model]
+def _trace(model: type[Config], location: Sequence[int | str]) -> tuple[list[str], bool, Any]:
+    """Follows an error's location through the config classes.
+
+    Returns:
+        The keys as they stand in the file (pydantic puts the name of a union's branch between them), whether the
+        location ends at such a branch, and the type it leads to.
+    """
+    keys: list[str] = []
+    here: Any = model
+    in_union = False
     for part in location:
-        found: list[Any] = []
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, pydantic.BaseModel):
-                field = candidate.model_fields.get(str(part))
-                if field is not None:
-                    found += _classes(field.annotation)
-                elif any(str(part) == tag for tag in _tags(candidate)):
-                    found.append(candidate)
-        candidates = found
-    return candidates[0] if candidates else None
+        members = _members(here)
+        in_union = len(members) > 1
+        if in_union:
+            here = next((member for member in members if part in _names(member)), Any)
+            continue
+        keys.append(str(part))
+        field = here.model_fields.get(str(part)) if _is_config(here := members[0]) else None
+        here = field.annotation if field is not None else Any
+    members = _members(here)
+    return keys, in_union, members[0] if len(members) == 1 else here
 
 
-def _classes(annotation: Any) -> list[Any]:
+def _members(annotation: Any) -> list[Any]:
+    """The types a value of this annotation may have, None left out."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return _classes(typing.get_args(annotation)[0])
+        return _members(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [found for argument in typing.get_args(annotation) for found in _classes(argument)]
-    return [annotation] if isinstance(annotation, type) else []
+        arguments = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+        return [member for argument in arguments for member in _members(argument)]
+    return [annotation]
 
 
-def _tags(model: type[pydantic.BaseModel]) -> tuple[Any, ...]:
-    field = model.model_fields.get("name")
-    return (*typing.get_args(field.annotation), model.__name__) if field is not None else (model.__name__,)
+def _is_config(annotation: Any) -> typing.TypeGuard[type[Config]]:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
+def _names(member: Any) -> tuple[Any, ...]:
+    """The values of ``name`` that choose this member of a union."""
+    field = member.model_fields.get("name") if _is_config(member) else None
+    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def load_config(model: type[C], path: Path, overrides: list[str] | None = None) -> C:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from typing import Any
 
@@ -21,13 +22,18 @@ def config_help(model: type[Config], indent: int = 0) -> str:
         required = "  (required)" if field.is_required() else ""
         kind = "" if nested else f": {_type_name(field.annotation)}"
         lines.append(f"{pad}{name}{kind}{default}{required}")
-        if field.description:
-            lines += [f"{pad}    {line}" for line in field.description.splitlines()]
+        description = field.description or (_summary(nested[0]) if len(nested) == 1 else "")
+        lines += [f"{pad}    {line}" for line in description.splitlines()]
         for config in nested:
             if len(nested) > 1:
                 lines.append(f"{pad}  {name} as {config.__name__.removesuffix('Config').lower()}:")
             lines.append(config_help(config, indent + (2 if len(nested) > 1 else 1)))
     return "\n".join(lines)
+
+
+def _summary(config: type[Config]) -> str:
+    """The first paragraph of a class's docstring."""
+    return inspect.cleandoc(config.__doc__ or "").split("\n\n")[0]
 
 
 def _default(field: pydantic.fields.FieldInfo) -> str:
@@ -58,5 +64,6 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not arguments:
         return {"Path": "path", "str": "text"}.get(annotation.__name__, annotation.__name__)
     if typing.get_origin(annotation) in (list, tuple, dict):
-        return f"{typing.get_origin(annotation).__name__}[{', '.join(map(_type_name, arguments))}]"
+        items = [_type_name(argument) for argument in arguments if argument is not Ellipsis]
+        return f"{'list' if Ellipsis in arguments else typing.get_origin(annotation).__name__}[{', '.join(items)}]"
     return " | ".join(_type_name(argument) for argument in arguments)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megamix.checkpoint import read_state
 from megamix.config import load_config
-from megamix.errors import EXIT_OK, InputError
+from megamix.errors import EXIT_OK
 from megamix.launch import job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
-from megamix.resume import find_checkpoint
+from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
 
 
@@ -29,36 +30,29 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
 
 def _start(plan: Plan, config_path: Path, overrides: list[str]) -> int:
+    """Says what will be refused before any rank is started, then starts them."""
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)
     path = find_checkpoint(plan.config)
-    if path is not None and path.name == f"step_{plan.config.train.steps}":
-        log.info(
-            "%s is done: %s is its last step. To train it anew, choose another run_dir.", plan.config.run_dir, path
-        )
-        return EXIT_OK
+    if path is not None:
+        state = read_state(path)
+        check_same_run(state["fingerprints"], fingerprints(plan), plan.config.checkpoint.accept_changed, path)
+        if state["step"] >= plan.config.train.steps:
+            log.info(
+                "%s is done: %s is its last step. To train anew, choose another run_dir.", plan.config.run_dir, path
+            )
+            return EXIT_OK
     return run_local(["train", str(config_path), *overrides], plan.world_size, plan.config.engine.threads)
 
 
 def _run_rank(plan: Plan) -> None:
     import torch.distributed as dist
-    import yaml
 
     from megamix.engines.deepspeed import start_distributed
     from megamix.train import Trainer
 
     start_distributed()
-    if dist.get_rank() == 0:
-        run_dir = plan.config.run_dir
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            resolved = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False)
-            (run_dir / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"cannot write to run_dir {run_dir}: {error.strerror or error}. Choose another."
-            ) from error
     Trainer(plan).run()
     dist.barrier()
     dist.destroy_process_group()

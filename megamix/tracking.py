@@ -23,14 +23,33 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from megamix.data.sampler import StepSamples
+from megamix.errors import InputError
 from megamix.exchange import MixReport
 from megamix.mixers import DomainStats
+from megamix.run_config import RunConfig
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights.jsonl"
+
+
+def prepare_run_dir(config: RunConfig) -> None:
+    """Makes the run's directory and writes ``config.resolved.yaml``, the whole config with its defaults.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (config.run_dir / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to run_dir {config.run_dir}: {error.strerror or error}. Choose another."
+        ) from error
 
 
 class RunRecord:
@@ -193,12 +212,20 @@ class IntervalLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl record; a last line that was cut off in writing is left out."""
+    """The objects of a .jsonl record; a last line that was cut off in writing is left out.
+
+    Raises:
+        InputError: a line in between is damaged.
+    """
     lines = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if text.endswith("\n"):
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            if not text.endswith("\n"):
+                break
+            try:
                 lines.append(json.loads(text))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number} is damaged: {error}. Remove that line.") from error
     return lines
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix import checkpoint
+from megamix import saving
+from megamix.checkpoint import read_state
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.permute import hash_words
 from megamix.data.sampler import Sampler
@@ -20,12 +21,12 @@ from megamix.engines.base import Engine
 from megamix.engines.deepspeed import DeepSpeedEngine
 from megamix.evaluate import Validation
 from megamix.exchange import MixExchange, MixReport
-from megamix.log import get_logger
+from megamix.log import get_logger, show_progress
 from megamix.mixers import make_mixer
 from megamix.plan import Plan
 from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
-from megamix.tracking import IntervalLog, RunRecord, SampleLog
+from megamix.tracking import IntervalLog, RunRecord, SampleLog, prepare_run_dir
 
 
 def make_engine(plan: Plan) -> Engine:
@@ -50,17 +51,17 @@ class Trainer:
         self.config: RunConfig = plan.config
         self.is_main = dist.get_rank() == 0
         # Gathering small objects must not need the accelerator.
-        self._control = dist.new_group(backend="gloo")
+        self._control: Any = dist.new_group(backend="gloo")
         self._checkpoints = self.config.run_dir / "checkpoints"
         path = self._agree(find_checkpoint(self.config) if self.is_main else None)
-        state = checkpoint.read_state(path) if path is not None else None
+        state = read_state(path) if path is not None else None
         if state is not None:
             check_same_run(state["fingerprints"], fingerprints(plan), self.config.checkpoint.accept_changed, path)
         self.engine = make_engine(plan)
         self.place = self.engine.place
         self.step = 0 if state is None else int(state["step"])
         if path is not None:
-            checkpoint.load_engine(path, self.engine, self.step)
+            saving.load_engine(path, self.engine, self.step)
         share = plan.share(self.place.data_rank)
         self.sampler = (
             Sampler(plan.blend(), share) if state is None else Sampler.from_state_dict(state["sampler"], share)
@@ -68,6 +69,8 @@ class Trainer:
         self._start_mixing(state)
         self._start_loading()
         self.validation = Validation(plan, self.place)
+        if self.is_main:
+            prepare_run_dir(self.config)
         self._log = IntervalLog(plan.domain_names, state["interval"] if state else None)
         self.record = (
             RunRecord(self.config.run_dir, plan.domain_names, self.step if state else None, self.config.log.tensorboard)
@@ -114,7 +117,7 @@ class Trainer:
         self._seed_step(step)
         lr = self.config.train.lr_at(step)
         self.engine.train_step(
-            self._on_device(batch) if self.place.reads_data else None,
+            None if batch is None else self._on_device(batch),
             lr,
             lambda sums: self.exchange.submit(step, sums),
         )
@@ -144,9 +147,7 @@ class Trainer:
             "interval": self._log.state_dict(),
             "seed": self.config.train.seed,
         }
-        path = checkpoint.save(
-            self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control
-        )
+        path = saving.save(self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control)
         get_logger().info("step %d: saved %s", self.step, path)
 
     def _start_mixing(self, state: dict[str, Any] | None) -> None:
@@ -195,10 +196,7 @@ class Trainer:
             self.step, self._tokens(), lr, grad_norm, self.config.train.global_batch * self.config.data.seq_length
         )
         self.record.train(line)
-        get_logger().info(
-            "step %d/%d: loss %.4f, %.0f tokens/s, %.2f s/step",
-            self.step, self.config.train.steps, line["loss"], line["tokens_per_second"], line["step_seconds"],
-        )  # fmt: skip
+        show_progress(self.step, self.config.train.steps, line)
 
     def _collect_reports(self) -> None:
         assert self.record is not None

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamix.data import schedule
-from megamix.data.permute import grid, hash_words, permute
+from megamix.data.permute import grid, hash_next, hash_words, permute
 from megamix.errors import InputError
 
 Ints = NDArray[np.int64]
@@ -50,7 +50,10 @@ class Segment:
 
     def then(self, position: int, weights: Floats) -> Segment:
         """The segment that follows when the weights become ``weights`` at ``position``."""
-        counts = self.counts_at(position)
+        return self.then_from(self.counts_at(position), position, weights)
+
+    def then_from(self, counts: Ints, position: int, weights: Floats) -> Segment:
+        """`then`, where ``counts``, the samples given before ``position``, are known already."""
         deficits = self.deficits + self.weights * float(position - self.start) - (counts - self.counts)
         return Segment(position, weights, deficits, counts)
 
@@ -94,7 +97,7 @@ class Blend:
         *,
         domain_keys: Sequence[int] | None = None,
     ) -> None:
-        self.num_samples = np.asarray(num_samples, np.int64)
+        self.num_samples = np.array(num_samples, np.int64)
         if self.num_samples.ndim != 1 or self.num_samples.size == 0:
             raise InputError(f"num_samples has shape {self.num_samples.shape}, expected [K] with K >= 1.")
         for domain, number in enumerate(self.num_samples):
@@ -105,13 +108,14 @@ class Blend:
         if keys.shape != (self.num_domains,) or np.unique(keys).size != keys.size:
             raise InputError(f"domain_keys must be {self.num_domains} different integers, got {keys.tolist()}.")
         self.domain_keys = [int(key) for key in keys]
-        self._key_words = np.array([key & (2**64 - 1) for key in self.domain_keys], np.uint64)
-        self._seed_word = np.uint64(self.seed & (2**64 - 1))
+        key_words = np.array([key & (2**64 - 1) for key in self.domain_keys], np.uint64)
+        self._domain_hashes = hash_words(np.uint64(self.seed & (2**64 - 1)), key_words)
         grids = np.array([grid(int(number)) for number in self.num_samples], np.int64)
         self._rows, self._columns = grids[:, 0], grids[:, 1]
         zeros = np.zeros(self.num_domains)
         self._segments = [Segment(0, self._checked(weights), zeros, zeros.astype(np.int64))]
         self._position = 0
+        self._counts = self._segments[0].counts  # before the current position
 
     @property
     def num_domains(self) -> int:
@@ -130,7 +134,7 @@ class Blend:
     @property
     def counts(self) -> Ints:
         """int64 [K]: the samples taken from each domain so far."""
-        return self.counts_at(self._position)
+        return self._counts.copy()
 
     @property
     def epochs(self) -> Floats:
@@ -140,7 +144,7 @@ class Blend:
     @property
     def deficits(self) -> Floats:
         """float64 [K]: the integral of each weight over the positions so far, minus the samples taken."""
-        return self._segment_at(self._position).then(self._position, self.weights).deficits
+        return self._segment_at(self._position).then_from(self._counts, self._position, self.weights).deficits
 
     @property
     def ledger(self) -> list[tuple[int, list[float]]]:
@@ -161,30 +165,21 @@ class Blend:
         Returns:
             (domain, sample), int64 [number] each: which domain, and which of its samples, in [0, num_samples[domain]).
         """
-        result = self.window(self._position, number)
+        domain, ordinal = self._order(self._position, number, self._counts)
         self._position += number
-        return result
+        self._counts = self._counts + np.bincount(domain, minlength=self.num_domains)
+        return domain, self._samples(domain, ordinal)
 
     def window(self, start: int, number: int) -> tuple[Ints, Ints]:
         """Like `take`, for positions [start, start + number) wherever the blend stands; does not advance."""
-        if number < 0:
-            raise InputError(f"cannot take {number} samples, expected 0 or more.")
-        domains, ordinals = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        stop, index = start + number, self._index_at(start)
-        while start < stop:
-            segment = self._segments[index]
-            end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
-            domain, ordinal = schedule.window(
-                segment.weights, segment.deficits, start - segment.start, end - segment.start
-            )
-            domains.append(domain)
-            ordinals.append(segment.counts[domain] + ordinal)
-            start, index = end, index + 1
-        domain = np.concatenate(domains)
-        return domain, self._samples(domain, np.concatenate(ordinals))
+        domain, ordinal = self._order(start, number)
+        return domain, self._samples(domain, ordinal)
 
-    def set_weights(self, weights: ArrayLike, at: int | None = None) -> None:
+    def set_weights(self, weights: ArrayLike, at: int | None = None) -> bool:
         """Changes the weights from position ``at`` on (default: the current position).
+
+        Returns:
+            Whether they differ from those in effect before, or announced for the same position.
 
         Raises:
             InputError: weights that cannot be used, or a position that was already taken or precedes a change made
@@ -198,16 +193,18 @@ class Blend:
         if at < last.start:
             raise InputError(f"weights cannot change at position {at}: a change at {last.start} was made before.")
         if np.array_equal(checked, last.weights):
-            return
+            return False
         if at == last.start:
             self._segments[-1] = Segment(at, checked, last.deficits, last.counts)
         else:
-            self._segments.append(last.then(at, checked))
+            counts = self._counts if at == self._position else last.counts_at(at)
+            self._segments.append(last.then_from(counts, at, checked))
+        return True
 
     def forget_before(self, position: int) -> None:
-        """Drops segments that end at or before ``position``, so that memory does not grow with the number of
-        changes."""
-        del self._segments[: self._index_at(position)]
+        """Drops segments that end at or before ``position``, so that memory does not grow with the number of changes;
+        never what lies ahead of the current position."""
+        del self._segments[: self._index_at(min(position, self._position))]
 
     def state_dict(self, at: int | None = None) -> dict[str, Any]:
         """Plain numbers and lists from which `from_state_dict` continues exactly, as of position ``at`` (default: the
@@ -229,12 +226,35 @@ class Blend:
         # Not through the constructor: normalising again could move the last bit of a weight.
         blend._segments = segments
         blend._position = int(state["position"])
+        blend._counts = blend.counts_at(blend._position)
         return blend
+
+    def _order(self, start: int, number: int, given: Ints | None = None) -> tuple[Ints, Ints]:
+        """(domain, ordinal), int64 [number] each, of positions [start, start + number); an ordinal counts a domain's
+        samples from position 0. ``given`` are the counts before ``start``, where they are known."""
+        if number < 0:
+            raise InputError(f"cannot take {number} samples, expected 0 or more.")
+        stop, index = start + number, self._index_at(start)
+        domains, ordinals = [], []
+        while start < stop or not domains:
+            segment = self._segments[index]
+            end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
+            domain, ordinal = schedule.window(
+                segment.weights,
+                segment.deficits,
+                start - segment.start,
+                end - segment.start,
+                None if given is None else given - segment.counts,
+            )
+            domains.append(domain)
+            ordinals.append(segment.counts[domain] + ordinal)
+            start, index, given = end, index + 1, None
+        return np.concatenate(domains), np.concatenate(ordinals)
 
     def _samples(self, domain: Ints, ordinal: Ints) -> Ints:
         size = self.num_samples[domain]
         epoch, index = np.divmod(ordinal, size)
-        key = hash_words(self._seed_word, self._key_words[domain], epoch)
+        key = hash_next(self._domain_hashes[domain], epoch)
         return permute(index, size, self._rows[domain], self._columns[domain], key)
 
     def _index_at(self, position: int) -> int:
@@ -250,15 +270,21 @@ class Blend:
         return self._segments[self._index_at(position)]
 
     def _checked(self, weights: ArrayLike) -> Floats:
-        array = np.asarray(weights, np.float64)
+        array = np.array(weights, np.float64)  # a copy: the caller may go on to change theirs
         if array.shape != (self.num_domains,):
             raise InputError(f"weights have shape {array.shape}, expected [{self.num_domains}], one for each domain.")
-        for domain, weight in enumerate(array):
-            if not (np.isfinite(weight) and weight >= 0):
-                raise InputError(
-                    f"the weight of domain {domain} is {weight}, expected a finite number that is not negative."
-                )
-        total = float(array.sum())
-        if not 0 < total < np.inf:
-            raise InputError(f"the weights sum to {total}, expected more than 0.")
-        return array if total == 1.0 else array / total
+        bad = np.flatnonzero(~((array >= 0) & (array < np.inf)))
+        if bad.size:
+            raise InputError(
+                f"the weight of domain {bad[0]} is {array[bad[0]]}, expected a finite number that is not negative."
+            )
+        largest = array.max()
+        if largest == 0:
+            raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
+        total = array.sum()
+        # Weights that were normalised before stay what they are to the last bit, so that setting them again is no
+        # change.
+        if abs(total - 1.0) <= 1e-12:
+            return array
+        array /= largest  # first, so that the sum of huge weights is finite and tiny ones keep their digits
+        return array / array.sum()

@@ -41,8 +41,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; from pinned memory without waiting for the copy."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels, self.domains))
-        return Batch(*moved, self.num_tokens, self.samples)
+        tokens, labels, domains = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.domains))
+        return Batch(tokens, labels, domains, self.num_tokens, self.samples)
 
 
 class WindowReader:
@@ -69,7 +69,7 @@ class WindowReader:
     def _refuse(self, window_nt: NDArray[np.int64], domain_n: NDArray[np.int64], sample_n: NDArray[np.int64]) -> None:
         row, column = np.argwhere((window_nt >= self._vocab_size) | (window_nt < 0))[0]
         raise InputError(
-            f"domain '{self._domains[domain_n[row]].name}', sample {sample_n[row]}: token id {window_nt[row, column]} is outside the model's "
+            f"domain '{self._domains[int(domain_n[row])].name}', sample {sample_n[row]}: token id {window_nt[row, column]} is outside the model's "
             f"vocabulary of {self._vocab_size}. The data was prepared with another tokenizer, or the model's vocab_size is too small."
         )
 

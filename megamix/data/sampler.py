@@ -102,9 +102,7 @@ class Sampler:
     def set_weights(self, weights: ArrayLike, step: int) -> bool:
         """Sets the sampling weights from ``step`` on; returns whether they differ from those before."""
         with self._lock:
-            before = len(self._blend.ledger), self._blend.ledger[-1]
-            self._blend.set_weights(weights, at=step * self.share.global_batch)
-            return before != (len(self._blend.ledger), self._blend.ledger[-1])
+            return self._blend.set_weights(weights, at=step * self.share.global_batch)
 
     def weights_at(self, step: int) -> NDArray[np.float64]:
         """float64 [K]: the sampling weights in effect in ``step``."""

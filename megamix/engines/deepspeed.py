@@ -39,7 +39,7 @@ def start_distributed() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         # Building it takes 40 s and a compiler, and a build that was killed leaves a lock that hangs the next one.
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
@@ -84,10 +84,11 @@ class DeepSpeedEngine(Engine):
             eps=train.epsilon,
             fused=torch.cuda.is_available(),
         )
-        self._engine, *_ = deepspeed.initialize(
+        # Untyped: what DeepSpeed returns depends on its config.
+        self._engine: Any = deepspeed.initialize(
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size)
-        )
-        self._optimizer = self._engine.optimizer
+        )[0]
+        self._optimizer: Any = self._engine.optimizer
         grid = self._engine.grid
         self.place = Place(
             rank=dist.get_rank(),
@@ -134,15 +135,14 @@ class DeepSpeedEngine(Engine):
         dist.all_reduce(squares, group=self._engine.grid.get_pipe_parallel_group())
         norm = squares.sqrt()
         scale = torch.clamp(self._engine.gradient_clipping() / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        for gradient in gradients:
+            gradient.mul_(scale)
         self._engine._global_grad_norm = norm
 
     def layers(self) -> list[int]:
         return [layer.index for layer in self._module.own_layers()]
 
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         module = self._module.own_layer(layer)
         names = module.hugging_face_names()
         for name, parameter in module.named_parameters():

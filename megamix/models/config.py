@@ -56,6 +56,12 @@ class ModelConfig(Config):
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}. Choose a multiple."
             )
+        if self.rotary_size % 2 or not self.rotary_size:
+            share = f" x rotary_percent {self.rotary_percent:g}" if self.architecture == "neox" else ""
+            raise ValueError(
+                f"the rotary embedding turns hidden_size {self.hidden_size} / num_heads {self.num_heads}{share} = "
+                f"{self.rotary_size} dimensions of a head, but it turns them in pairs. Choose values that make it even."
+            )
         if self.num_heads % self.key_value_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} does not divide by num_key_value_heads {self.key_value_heads}. Choose a divisor."
@@ -69,6 +75,12 @@ class ModelConfig(Config):
     @property
     def key_value_heads(self) -> int:
         return self.num_key_value_heads or self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Dimensions of each head that the rotary embedding turns."""
+        head_size = self.hidden_size // self.num_heads
+        return int(head_size * self.rotary_percent) if self.architecture == "neox" else head_size
 
     def with_vocabulary(self, tokenizer_size: int) -> ModelConfig:
         """This config with ``vocab_size`` settled for a tokenizer of that many ids.
@@ -123,9 +135,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         InputError: no such preset.
     """
-    folder = configs_dir() / "models"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in folder.glob("*.yaml")]
+    known = {path.stem: path for path in (configs_dir() / "models").glob("*.yaml")}
+    if name not in known:
         raise InputError(f"model.preset: unknown '{name}'." + did_you_mean(name, known))
-    return read_yaml(path)
+    return read_yaml(known[name])

@@ -104,10 +104,12 @@ class Decoder(PipelineLayer):
     def __init__(self, config: ModelConfig, index: int, seed: int, seq_length: int) -> None:
         super().__init__(config, index, seed)
         upstream = hugging_face_config(config, seq_length)
-        neox = isinstance(upstream, GPTNeoXConfig)
-        self.layer = GPTNeoXLayer(upstream, index - 1) if neox else LlamaDecoderLayer(upstream, index - 1)
         # In a list, so that it is not a submodule: casting the model to bf16 would round its frequencies.
-        self._rotary = [(GPTNeoXRotaryEmbedding if neox else LlamaRotaryEmbedding)(upstream)]
+        self._rotary: list[nn.Module]
+        if isinstance(upstream, GPTNeoXConfig):
+            self.layer, self._rotary = GPTNeoXLayer(upstream, index - 1), [GPTNeoXRotaryEmbedding(upstream)]
+        else:
+            self.layer, self._rotary = LlamaDecoderLayer(upstream, index - 1), [LlamaRotaryEmbedding(upstream)]
         self._rotary_of: tuple[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] | None = None
         self.initialise()
 
@@ -121,8 +123,10 @@ class Decoder(PipelineLayer):
     def _positions(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = (hidden_BSH.shape[1], hidden_BSH.dtype, hidden_BSH.device)
         if self._rotary_of is None or self._rotary_of[0] != key:
-            positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
-            self._rotary_of = (key, self._rotary[0].to(hidden_BSH.device)(hidden_BSH, positions))
+            # Kept for later passes, which may need gradients: an inference tensor would break their backward.
+            with torch.inference_mode(False):
+                positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
+                self._rotary_of = (key, self._rotary[0].to(hidden_BSH.device)(hidden_BSH, positions))
         return self._rotary_of[1]
 
 
