@@ -45,9 +45,8 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads plain values as they are meant: ``1e-4`` is a number; ``no``, ``20:00:00`` and
     ``2026-01-01`` are text (a field of type bool still takes yes and no)."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
-
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", "-+0123456789"),
@@ -159,7 +158,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise InputError(f"override '{item}' is not of the form key.path=value, for example train.steps=100.")
-        value = parse_yaml(text, f"override '{item}'") if text.strip() else None
+        value: Any = parse_yaml(text, f"override '{item}'") if text.strip() else None
         for key in reversed(keys):
             value = {key: value}
         data = merge(data, value)

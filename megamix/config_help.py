@@ -57,13 +57,14 @@ def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
+    origin: Any = typing.get_origin(annotation)
+    if origin is typing.Literal:
         return " | ".join(str(argument) for argument in arguments)
-    if typing.get_origin(annotation) is typing.Annotated:
+    if origin is typing.Annotated:
         return _type_name(arguments[0])
     if isinstance(annotation, type) and not arguments:
         return {"Path": "path", "str": "text"}.get(annotation.__name__, annotation.__name__)
-    if typing.get_origin(annotation) in (list, tuple, dict):
+    if origin in (list, tuple, dict):
         items = [_type_name(argument) for argument in arguments if argument is not Ellipsis]
-        return f"{'list' if Ellipsis in arguments else typing.get_origin(annotation).__name__}[{', '.join(items)}]"
+        return f"{'list' if Ellipsis in arguments else origin.__name__}[{', '.join(items)}]"
     return " | ".join(_type_name(argument) for argument in arguments)

@@ -104,12 +104,12 @@ class Decoder(PipelineLayer):
     def __init__(self, config: ModelConfig, index: int, seed: int, seq_length: int) -> None:
         super().__init__(config, index, seed)
         upstream = hugging_face_config(config, seq_length)
-        # In a list, so that it is not a submodule: casting the model to bf16 would round its frequencies.
-        self._rotary: list[nn.Module]
+        # In a tuple, so that it is not a submodule: casting the model to bf16 would round its frequencies.
+        self._rotary: tuple[nn.Module]
         if isinstance(upstream, GPTNeoXConfig):
-            self.layer, self._rotary = GPTNeoXLayer(upstream, index - 1), [GPTNeoXRotaryEmbedding(upstream)]
+            self.layer, self._rotary = GPTNeoXLayer(upstream, index - 1), (GPTNeoXRotaryEmbedding(upstream),)
         else:
-            self.layer, self._rotary = LlamaDecoderLayer(upstream, index - 1), [LlamaRotaryEmbedding(upstream)]
+            self.layer, self._rotary = LlamaDecoderLayer(upstream, index - 1), (LlamaRotaryEmbedding(upstream),)
         self._rotary_of: tuple[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] | None = None
         self.initialise()
 

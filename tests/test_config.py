@@ -1,0 +1,264 @@
+"""Config classes: every way to get one wrong is named in words, every key is documented, and what ships is valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from megamix.config import Config, apply_overrides, load_config, parse_yaml, read_yaml, validate
+from megamix.config_help import config_help
+from megamix.errors import EXIT_BAD_INPUT, InputError
+from megamix.mixers import OdmConfig, StaticConfig
+from megamix.models import ModelConfig
+from megamix.resources import configs_dir
+from megamix.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The training config that the design document shows.
+DESIGN_EXAMPLE = """\
+run_dir: runs/demo
+data:   {manifest: data/mini-pile/manifest.json, seq_length: 256, max_epochs: 4}
+model:  {preset: neox-2m}                       # or every dimension spelt out; architecture: neox | llama
+mixture: natural
+mixer:  {name: odm, preset: official, warmup_steps: 50, update_every: 1}
+engine: {name: deepspeed, pipeline: 2, tensor: 1, data: 1, zero: 1, precision: fp32}
+train:  {steps: 600, global_batch: 32, micro_batch: 8, lr: 2.0e-3, min_lr: 2.0e-4, warmup: 0.05, clip: 1.0, seed: 1234}
+evaluate: {every: 100, batches: 16}
+checkpoint: {every: 200, keep: 2, resume: auto}
+loss:   {implementation: auto}
+log:    {every: 10, tensorboard: false, wandb: null}
+"""
+SMALL = """\
+run_dir: runs/small
+data: {manifest: data/manifest.json, seq_length: 32}
+model: {preset: neox-2m}
+mixer: {name: odm, preset: paper, warmup_steps: 5}
+train: {steps: 10, global_batch: 4, micro_batch: 2, lr: 1e-3}
+"""
+
+
+def small(*overrides: str, text: str = SMALL) -> RunConfig:
+    return validate(RunConfig, apply_overrides(parse_yaml(text, "small.yaml"), list(overrides)), "small.yaml")
+
+
+def message(*overrides: str, text: str = SMALL) -> str:
+    with pytest.raises(InputError) as error:
+        small(*overrides, text=text)
+    assert error.value.exit_code == EXIT_BAD_INPUT
+    return str(error.value)
+
+
+def config_classes(model: type[Config]) -> Iterator[type[Config]]:
+    """``model`` and every config class that can stand inside it."""
+    yield model
+    for field in model.model_fields.values():
+        for nested in nested_configs(field.annotation):
+            yield from config_classes(nested)
+
+
+def nested_configs(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [config for argument in typing.get_args(annotation) for config in nested_configs(argument)]
+
+
+# Configs that must load
+
+
+def test_the_example_of_the_design_is_valid_as_it_stands() -> None:
+    config = small(text=DESIGN_EXAMPLE)
+    assert config.mixer == OdmConfig(preset="official", warmup_steps=50, update_every=1)
+    assert (config.train.lr, config.train.steps, config.engine.pipeline) == (2e-3, 600, 2)
+    assert (config.mixture, config.model.hidden_size) == ("natural", 128)
+
+
+@pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    """Each loads, and what it resolves to loads as the same config again (as config.resolved.yaml must)."""
+    config = load_config(RunConfig, path)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    assert validate(RunConfig, parse_yaml(resolved, "resolved"), "resolved") == config
+
+
+@pytest.mark.parametrize("path", sorted((configs_dir() / "models").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_presets_build_a_model_config(path: Path) -> None:
+    config = validate(ModelConfig, {"preset": path.stem}, path.stem)
+    assert config.model_dump(include=set(read_yaml(path))) == read_yaml(path)
+
+
+def test_there_are_configs_to_ship() -> None:
+    assert (configs_dir() / "demo.yaml").is_file()
+    assert len(list((configs_dir() / "models").glob("*.yaml"))) >= 6
+
+
+def test_configs_are_frozen() -> None:
+    config = small()
+    for target, field in ((config, "mixture"), (config.train, "lr"), (config.mixer, "warmup_steps")):
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(target, field, getattr(target, field))
+
+
+# Every key has a meaning
+
+
+def test_every_field_has_a_docstring_and_is_printed() -> None:
+    """Each field, at any depth, has a docstring of its own or, where it holds another config, that class's; the printed
+    help has its name and docstring."""
+    printed = [line.strip() for line in config_help(RunConfig).splitlines()]
+    classes = set(config_classes(RunConfig))
+    assert {RunConfig, ModelConfig, OdmConfig, StaticConfig} < classes
+    undocumented = []
+    for config_class in classes:
+        assert config_class.__doc__
+        for name, field in config_class.model_fields.items():
+            nested = nested_configs(field.annotation)
+            if not field.description and not (nested and all(config.__doc__ for config in nested)):
+                undocumented.append(f"{config_class.__name__}.{name}")
+            assert any(line == name or line.startswith((f"{name}: ", f"{name}  (")) for line in printed), name
+            for line in (field.description or "").splitlines():
+                assert line.strip() in printed
+    assert undocumented == []
+
+
+def test_help_of_a_small_config() -> None:
+    """Types, defaults, required keys and the branches of a union, word for word."""
+
+    class Inner(Config):
+        """What is inside.
+
+        Not shown."""
+
+        size: float | None = None
+        """In metres."""
+
+    class Outer(Config):
+        """The outside."""
+
+        count: int
+        """How
+        many."""
+        kinds: tuple[typing.Literal["a", "b"], ...] = ()
+        """Which."""
+        fast: bool = True
+        """Whether."""
+        inner: Inner = Inner()
+        mixer: StaticConfig | OdmConfig = StaticConfig()
+        """Either."""
+
+    lines = config_help(Outer).splitlines()
+    assert lines[: lines.index("mixer") + 2] == [
+        "count: int  (required)",
+        "    How",
+        "    many.",
+        "kinds: list[a | b] = ()",
+        "    Which.",
+        "fast: bool = true",
+        "    Whether.",
+        "inner",
+        "    What is inside.",
+        "  size: float | null = null",
+        "      In metres.",
+        "mixer",
+        "    Either.",
+    ]
+    assert [line.strip() for line in lines if " as " in line and line.endswith(":")] == [
+        "mixer as static:",
+        "mixer as odm:",
+    ]
+
+
+def test_help_config_needs_no_config_file() -> None:
+    command = [sys.executable, "-m", "megamix", "train", "--help-config"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == config_help(RunConfig).strip()
+
+
+# Keys and values that are wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mixtrue=natural", "unknown key 'mixtrue'. Did you mean 'mixture'?"),
+        ("trian={steps: 3}", "unknown key 'trian'. Did you mean 'train'?"),
+        ("train.stps=3", "unknown key 'train.stps'. Did you mean 'steps'?"),
+        ("model.hiden_size=3", "unknown key 'model.hiden_size'. Did you mean 'hidden_size'?"),
+        ("mixer.warmup_step=3", "unknown key 'mixer.warmup_step'. Did you mean 'warmup_steps'?"),
+        ("mixer.odm.alpha=0.5", "unknown key 'mixer.odm'. Known: alpha, "),
+        ("mixer={name: static, alpha: 0.5}", "unknown key 'mixer.alpha'. Known: name."),
+        ("engine.pipelines=3", "unknown key 'engine.pipelines'. Did you mean 'pipeline'?"),
+        ("mixer.name=omd", "mixer.name: unknown 'omd'. Did you mean 'odm'?"),
+        ("mixer.name=replay", "mixer.name: unknown 'replay'. Known: odm, static"),
+        ("mixer={warmup_steps: 3, name: null}", "mixer.name: unknown"),
+        ("mixer.preset=offical", "Did you mean 'official'?"),
+        ("model.preset=neox2m", "model.preset: unknown 'neox2m'. Did you mean 'neox-2m'?"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str) -> None:
+    """At every level, inside the mixer's union too, where the path must be that of the file (pydantic would say
+    ``mixer.odm.warmup_step``)."""
+    assert expected in message(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=0", "small.yaml: train.steps: Input should be greater than 0, got 0."),
+        ("train.steps=ten", "train.steps: Input should be a valid integer"),
+        ("train.steps=1.5", "train.steps: Input should be a valid integer"),
+        ("train.steps=true", "train: steps is true, expected a number"),
+        ("mixer.update_times=no", "mixer.update_times: Input should be a valid integer"),
+        ("train.lr=.nan", "train.lr: Input should be greater than 0, got nan"),
+        ("train.min_lr=1", "train: min_lr 1.0 is above lr 0.001"),
+        ("mixer.alpha=1.5", "mixer.alpha: Input should be less than 1, got 1.5"),
+        ("mixer=3", "mixer: Input should be a valid dictionary"),
+        ("mixture=natrual", "mixture: got 'natrual', expected uniform, natural or a mapping {domain: weight}"),
+        ("mixture=[0.5, 0.5]", "mixture: got [0.5, 0.5], expected uniform"),
+        ("mixture={web: heavy}", "small.yaml: mixture.web: Input should be a valid number"),
+        ("data=3", "data: Input should be a valid dictionary"),
+        ("engine.tensor=2", "engine: tensor is 2"),
+        ("checkpoint.accept_changed=[dta]", "checkpoint.accept_changed.0: Input should be 'data', 'tokenizer'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(override: str, expected: str) -> None:
+    assert expected in message(override)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data", "model", "train"])
+def test_a_missing_key(key: str) -> None:
+    data = parse_yaml(SMALL, "small.yaml")
+    del data[key]
+    with pytest.raises(InputError, match=rf"^small\.yaml: the key '{key}' is missing\. Add it\.$"):
+        validate(RunConfig, data, "small.yaml")
+
+
+def test_missing_keys_below_the_top() -> None:
+    assert message(text=SMALL.replace("steps: 10, ", "")) == "small.yaml: the key 'train.steps' is missing. Add it."
+    assert "mixer needs the key 'name'. Known: odm, static" in message(text=SMALL.replace("name: odm, ", ""))
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    lines = message("train.stps=3", "mixer.alpa=0.5", "log.every=0", "data.seq_length=null").splitlines()
+    assert lines[0] == "small.yaml:"
+    assert sorted(line.strip() for line in lines[1:]) == [
+        "data.seq_length: Input should be a valid integer, got None.",
+        "log.every: Input should be greater than 0, got 0.",
+        "unknown key 'mixer.alpa'. Did you mean 'alpha'?",
+        "unknown key 'train.stps'. Did you mean 'steps'?",
+    ]
+
+
+def test_a_config_of_another_type() -> None:
+    for data in (None, [1], "text", 3):
+        with pytest.raises(InputError, match=r"^x\.yaml: Input should be a valid dictionary"):
+            validate(RunConfig, data, "x.yaml")

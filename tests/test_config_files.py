@@ -1,0 +1,233 @@
+"""Config files: what YAML means here, overrides, includes, and every way to get one wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megamix.config import apply_overrides, load_config, parse_yaml, read_yaml, validate
+from megamix.errors import InputError
+from megamix.mixers import OdmConfig, StaticConfig
+from megamix.run_config import RunConfig
+
+SMALL = """\
+run_dir: runs/small
+data: {manifest: data/manifest.json, seq_length: 32}
+model: {preset: neox-2m}
+mixer: {name: odm, preset: paper, warmup_steps: 5}
+train: {steps: 10, global_batch: 4, micro_batch: 2, lr: 1e-3}
+"""
+
+
+def small(*overrides: str) -> RunConfig:
+    return validate(RunConfig, apply_overrides(parse_yaml(SMALL, "small.yaml"), list(overrides)), "small.yaml")
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Writes NAME.yaml for each, and returns the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder / f"{next(iter(files))}.yaml"
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-1E+3", -1000.0),
+        ("2.0e-3", 2e-3),
+        ("5.", 5.0),
+        (".5", 0.5),
+        (".inf", float("inf")),
+        ("10", 10),
+        ("1_000", 1000),
+        ("true", True),
+        ("", None),
+        ("~", None),
+        ("null", None),
+        ("1e-4x", "1e-4x"),
+        ("e5", "e5"),
+        ("1.2.3", "1.2.3"),
+        ("no", "no"),
+        ("20:00:00", "20:00:00"),
+        ("2026-01-31", "2026-01-31"),
+        ("2026-99-99", "2026-99-99"),
+        ("010", "010"),
+        ("'1e-4'", "1e-4"),
+    ],
+)
+def test_plain_values(text: str, value: object) -> None:
+    parsed = parse_yaml(text, "text")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_keys_are_text() -> None:
+    """A domain may be called no, on, null, 2024 or 007."""
+    weights = {"no": 1.0, "on": 1.0, "null": 1.0, "2024": 1.0, "007": 1.0}
+    assert small("mixture={no: 1, on: 1, null: 1, 2024: 1, 007: 1}").mixture == weights
+
+
+def test_yes_and_no_for_a_truth_value() -> None:
+    assert small("log.tensorboard=yes").log.tensorboard is True
+    assert small("log.tensorboard=no").log.tensorboard is False
+
+
+def test_anchors_and_merge_keys() -> None:
+    """``<<`` merges (twice nested, with an own value over it) and is not taken for a key given twice."""
+    text = "a: {b: &x {<<: &y {p: 1, q: 2}, p: 3}}\nc: {<<: *x, q: 4}\nd: {<<: [*y, *x]}"
+    assert parse_yaml(text, "t") == {
+        "a": {"b": {"p": 3, "q": 2}},
+        "c": {"p": 3, "q": 4},
+        "d": {"p": 1, "q": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("run_dir: runs\ndata: {manifest: [1, 2\ntrain: {", 3, "not valid YAML"),
+        ("run_dir: runs\n\tdata: 1", 2, "not valid YAML"),
+        ("a: 1\nb: *missing", 2, "undefined alias 'missing'"),
+        ("a: 1\nb: !!python/object:os.system x", 2, "not valid YAML"),
+        ("a: 1\n---\nb: 2", 2, "another document"),
+        ("train: {steps: 3}\ndata: {}\ntrain: {lr: 1}", 3, "the key 'train' is given twice"),
+        ("train:\n  steps: 3\n  lr: 1\n  steps: 4", 4, "the key 'steps' is given twice"),
+        ("- a\n- {b: 1, b: 2}", 2, "the key 'b' is given twice"),
+        ("a: 1\n? [x, y]\n: 2", 2, "a key is expected"),
+    ],
+)
+def test_a_yaml_error_names_file_and_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    path = write(tmp_path, broken=text)
+    with pytest.raises(InputError) as error:
+        read_yaml(path)
+    assert str(path) in str(error.value)
+    assert f"line {line}" in str(error.value)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: !!int x", "a: \x07", "a: {<<: 3}"])
+def test_other_yaml_errors_name_the_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"broken\.yaml is not valid YAML"):
+        read_yaml(write(tmp_path, broken=text))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- 1", "holds a list"), ("word", "holds a str"), ("", "is empty"), ("# only a remark", "is empty")],
+)
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=f"top.yaml {words}, expected a mapping"):
+        load_config(RunConfig, write(tmp_path, top=text))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.yaml: No such file or directory\. Check the path"):
+        load_config(RunConfig, tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="Is a directory"):
+        load_config(RunConfig, tmp_path)
+    (tmp_path / "tokens.bin").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match="it is not UTF-8 text"):
+        load_config(RunConfig, tmp_path / "tokens.bin")
+
+
+# Overrides
+
+
+def test_overrides_are_yaml_values() -> None:
+    config = small(
+        "train.steps=20",
+        "train.lr=1e-4",
+        "mixture={web: 0.5, code: 1}",
+        "data.max_epochs=2",
+        "checkpoint.accept_changed=[data, mixer]",
+        "run_dir=runs/a=b",
+        "log.tensorboard=true",
+    )
+    assert (config.train.steps, config.train.lr) == (20, 1e-4)
+    assert config.mixture == {"web": 0.5, "code": 1.0}
+    assert config.checkpoint.accept_changed == ("data", "mixer")
+    assert config.run_dir == Path("runs/a=b")
+    assert config.log.tensorboard is True
+    assert config.data.max_epochs == 2
+    assert small("data.max_epochs=2", "data.max_epochs=").data.max_epochs is None
+    assert small("train.steps=20", "train.steps=30").train.steps == 30
+    assert config.train.global_batch == 4, "what is not named stays"
+
+
+def test_overrides_leave_the_data_they_start_from_alone() -> None:
+    data = {"train": {"steps": 1}}
+    assert apply_overrides(data, ["train.lr=2", "train.steps=3"]) == {"train": {"steps": 3, "lr": 2}}
+    assert data == {"train": {"steps": 1}}
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", ".steps=3", "train..steps=3", "train.=3", ""])
+def test_an_override_of_the_wrong_form(override: str) -> None:
+    with pytest.raises(InputError, match=r"is not of the form key\.path=value, for example"):
+        apply_overrides({}, [override])
+
+
+@pytest.mark.parametrize("override", ["train.steps=[1", "train={a: 1", "mixture={a: 1, a: 2}"])
+def test_an_override_of_bad_yaml_is_named(override: str) -> None:
+    with pytest.raises(InputError) as error:
+        apply_overrides({}, [override])
+    assert f"override '{override}'" in str(error.value)
+
+
+def test_another_name_replaces_the_mapping() -> None:
+    """Changing mixer.name drops the old mixer's keys; naming the same keeps them; without a name they merge."""
+    assert small("mixer.name=static").mixer == StaticConfig()
+    assert small("mixer.name=odm").mixer == OdmConfig(preset="paper", warmup_steps=5)
+    assert small("mixer.update_every=2").mixer == OdmConfig(preset="paper", warmup_steps=5, update_every=2)
+    assert small("mixer.name=static", "mixer.name=odm").mixer == OdmConfig()
+    assert small("mixer={name: odm, alpha: 0.5}").mixer == OdmConfig(preset="paper", warmup_steps=5, alpha=0.5)
+
+
+# Includes
+
+
+def test_includes_merge_and_later_wins(tmp_path: Path) -> None:
+    """Relative to the file that names them, chained; later files win over earlier ones and the file over both."""
+    (tmp_path / "base").mkdir()
+    write(
+        tmp_path / "base", first="include: root.yaml\na: {x: 1, y: 1}\nb: 1\nc: 1", root="d: root\nb: root\na: {z: 0}"
+    )
+    write(tmp_path / "base", second="a: {y: 2}\nb: 2\nc: [2, 2]")
+    path = write(tmp_path, top="include: [base/first.yaml, base/second.yaml]\nb: 3")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2, "z": 0}, "b": 3, "c": [2, 2], "d": "root"}
+
+
+def test_include_of_a_whole_config_with_another_mixer(tmp_path: Path) -> None:
+    path = write(tmp_path, top="include: small.yaml\nmixer: {name: static}\ntrain: {lr: 1e-4}", small=SMALL)
+    config = load_config(RunConfig, path, ["train.steps=11"])
+    assert config.mixer == StaticConfig()
+    assert (config.train.lr, config.train.steps, config.train.global_batch) == (1e-4, 11, 4)
+
+
+def test_an_include_that_comes_back(tmp_path: Path) -> None:
+    write(tmp_path, a="include: b.yaml", b="include: [c.yaml]", c="include: a.yaml", own="include: own.yaml")
+    for name in ("a", "own"):
+        with pytest.raises(InputError, match=rf"{name}\.yaml includes itself by way of .*{name}\.yaml"):
+            read_yaml(tmp_path / f"{name}.yaml")
+
+
+def test_a_file_included_twice_is_no_cycle(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, top="include: [left.yaml, right.yaml]", left="include: root.yaml", right="include: root.yaml"
+    )
+    write(tmp_path, root="a: 1")
+    assert read_yaml(path) == {"a": 1}
+
+
+def test_bad_includes(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        read_yaml(write(tmp_path, top="include: absent.yaml"))
+    assert str(tmp_path / "absent.yaml") in str(error.value)
+    assert f"which {tmp_path / 'top.yaml'} includes" in str(error.value)
+    for value in ("3", "{a: b}", "[[a]]", "null"):
+        with pytest.raises(InputError, match="expected a path or a list of paths"):
+            read_yaml(write(tmp_path, top=f"include: {value}"))
