@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ class MixExchange:
         self._weight_lag = weight_lag
         self._constrain = constrain
         self._on_report = on_report
-        self._sums_group = dist.new_group()
-        self._weights_group = dist.new_group(backend="gloo")
+        self._sums_group: Any = dist.new_group()
+        self._weights_group: Any = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._results: dict[int, Future[None]] = {}
         self._settled = first_step
@@ -88,7 +89,7 @@ class MixExchange:
     def submit(self, step: int, sums_KC: torch.Tensor) -> None:
         """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffer may be used again."""
         reduced = sums_KC.clone()
-        work = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
+        work: Any = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
         self._results[step] = self._executor.submit(self._mix, step, reduced, work)
 
     def settle(self, step: int) -> None:
@@ -108,7 +109,7 @@ class MixExchange:
     def _effective_step(self, step: int) -> int:
         return step + 1 + self._weight_lag
 
-    def _mix(self, step: int, reduced: torch.Tensor, work: dist.Work) -> None:
+    def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
         work.wait()
         weights = torch.empty(self._sampler.num_domains, dtype=torch.float64)
         if self._mixer is not None:

@@ -55,7 +55,7 @@ class Trainer:
         self._checkpoints = self.config.run_dir / "checkpoints"
         path = self._agree(find_checkpoint(self.config) if self.is_main else None)
         state = read_state(path) if path is not None else None
-        if state is not None:
+        if path is not None and state is not None:
             check_same_run(state["fingerprints"], fingerprints(plan), self.config.checkpoint.accept_changed, path)
         self.engine = make_engine(plan)
         self.place = self.engine.place

@@ -42,7 +42,7 @@ def test_layouts_train_the_same_run(megamix: Run, tiny_config: Write, tmp_path: 
         assert loss < 1e-4
         assert weight < 1e-4
     metrics, weights = record(runs[1, 1])
-    assert metrics[-1]["macro_loss"] < 0.75 * metrics[0]["macro_loss"], "the model learns"
+    assert metrics[-1]["macro_loss"] < 0.9 * metrics[0]["macro_loss"], "the model learns"
     assert any(line["grad_norm"] > 0.5 for line in metrics if line["event"] == "train"), "clipping was at work"
     first, last = weights[0]["domain_weights"], weights[-1]["domain_weights"]
     assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 0.02, "the weights moved"

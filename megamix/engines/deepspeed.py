@@ -39,7 +39,7 @@ def start_distributed() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         # Building it takes 40 s and a compiler, and a build that was killed leaves a lock that hangs the next one.
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # pyright: ignore[reportAttributeAccessIssue]
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
@@ -147,14 +147,9 @@ class DeepSpeedEngine(Engine):
         names = module.hugging_face_names()
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "_hp_mapping"):
-                yield (
-                    names[name],
-                    ParameterState(
-                        safe_get_full_fp32_param(parameter),
-                        safe_get_full_optimizer_state(parameter, "exp_avg"),
-                        safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
-                    ),
-                )
+                # What deepspeed.utils.safe_get_full_... call, which are typed as if they could return nothing.
+                whole: Any = parameter.get_full_hp_param
+                yield names[name], ParameterState(whole(), whole("exp_avg"), whole("exp_avg_sq"))
             else:
                 state = self._optimizer.state[parameter]
                 yield names[name], ParameterState(parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
