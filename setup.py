@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "megamix" / "__init__.py").read_text())[1]
+(VERSION,) = re.findall(r'__version__ = "(.+?)"', (ROOT / "megamix" / "__init__.py").read_text())
 
 # deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
 REQUIRES = [
@@ -38,6 +38,7 @@ EXTRAS = {
         "pytest-benchmark",
         "pytest-timeout",
         "ruff",
+        "setuptools>=77",
         "tensorboard",
     ],
 }

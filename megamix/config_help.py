@@ -7,7 +7,6 @@ import typing
 from typing import Any
 
 import pydantic
-from pydantic_core import PydanticUndefined
 
 from megamix.config import Config
 
@@ -38,13 +37,7 @@ def _summary(config: type[Config]) -> str:
 
 def _default(field: pydantic.fields.FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
-    return (
-        "null"
-        if value is None or value is PydanticUndefined
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _configs(annotation: Any) -> list[type[Config]]:

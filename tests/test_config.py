@@ -190,7 +190,7 @@ def test_help_config_needs_no_config_file() -> None:
     ("override", "expected"),
     [
         ("mixtrue=natural", "unknown key 'mixtrue'. Did you mean 'mixture'?"),
-        ("trian={steps: 3}", "unknown key 'trian'. Did you mean 'train'?"),
+        ("trai={steps: 3}", "unknown key 'trai'. Did you mean 'train'?"),
         ("train.stps=3", "unknown key 'train.stps'. Did you mean 'steps'?"),
         ("model.hiden_size=3", "unknown key 'model.hiden_size'. Did you mean 'hidden_size'?"),
         ("mixer.warmup_step=3", "unknown key 'mixer.warmup_step'. Did you mean 'warmup_steps'?"),
@@ -200,7 +200,7 @@ def test_help_config_needs_no_config_file() -> None:
         ("mixer.name=omd", "mixer.name: unknown 'omd'. Did you mean 'odm'?"),
         ("mixer.name=replay", "mixer.name: unknown 'replay'. Known: odm, static"),
         ("mixer={warmup_steps: 3, name: null}", "mixer.name: unknown"),
-        ("mixer.preset=offical", "Did you mean 'official'?"),
+        ("mixer.preset=officia", "Did you mean 'official'?"),
         ("model.preset=neox2m", "model.preset: unknown 'neox2m'. Did you mean 'neox-2m'?"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str
         ("train.min_lr=1", "train: min_lr 1.0 is above lr 0.001"),
         ("mixer.alpha=1.5", "mixer.alpha: Input should be less than 1, got 1.5"),
         ("mixer=3", "mixer: Input should be a valid dictionary"),
-        ("mixture=natrual", "mixture: got 'natrual', expected uniform, natural or a mapping {domain: weight}"),
+        ("mixture=natura", "mixture: got 'natura', expected uniform, natural or a mapping {domain: weight}"),
         ("mixture=[0.5, 0.5]", "mixture: got [0.5, 0.5], expected uniform"),
         ("mixture={web: heavy}", "small.yaml: mixture.web: Input should be a valid number"),
         ("data=3", "data: Input should be a valid dictionary"),

@@ -1,0 +1,348 @@
+"""Starting and watching ranks: what a job says and returns, that nothing outlives it, and whose job it is.
+
+`run_local` starts ``python -m megamix``; here a small script takes the place of that interpreter, so that each rank
+runs a few lines of the test's own, in a real process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megamix import launch
+from megamix.errors import RankFailed
+from megamix.launch import job_world_size, report_failure, run_local
+
+ROOT = Path(__file__).resolve().parents[1]
+SLEEP = "time.sleep(100)"
+PRELUDE = """\
+import json, os, signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+rank = int(os.environ["RANK"])
+others_ready = lambda: len(list(here.glob("*.pid"))) == int(os.environ["WORLD_SIZE"])
+(here / f"{rank}.new").write_text(str(os.getpid()))
+(here / f"{rank}.new").rename(here / f"{rank}.pid")
+while not others_ready():
+    time.sleep(0.01)
+def die():
+    (here / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+def fail(code, reason):
+    (here / "died").touch()
+    (Path(os.environ["MEGAMIX_FAILURE_REPORTS"]) / str(rank)).write_text(reason)
+    sys.exit(code)
+"""
+
+
+@dataclass
+class Job:
+    """Ranks with programs of their own, one string of Python each."""
+
+    folder: Path
+
+    def write(self, *programs: str) -> Path:
+        """Writes the ranks' programs; returns what takes the place of the Python interpreter."""
+        script = self.folder / "rank.py"
+        script.write_text(f"{PRELUDE}\nexec({list(programs)!r}[rank])\n", encoding="utf-8")
+        interpreter = self.folder / "python"
+        command = f"exec {shlex.quote(sys.executable)} -S {shlex.quote(str(script))}"
+        interpreter.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m megamix" ] || exit 99\nshift 2\n{command} "$@"\n')
+        interpreter.chmod(0o755)
+        return interpreter
+
+    def run(self, *programs: str) -> int:
+        with mock.patch.object(sys, "executable", str(self.write(*programs))):
+            return run_local(["train", "x.yaml"], len(programs), None)
+
+    def start(self, *programs: str) -> subprocess.Popen[str]:
+        """The same in a process of its own, to which signals can be sent; returns once all ranks run."""
+        driver = (
+            "import sys; from megamix.launch import run_local; from megamix.errors import RankFailed\n"
+            f"sys.executable = {str(self.write(*programs))!r}\n"
+            f"try: sys.exit(run_local([], {len(programs)}, None))\n"
+            "except RankFailed as error: sys.exit(f'RankFailed: {error}')\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: len(self.pids()) == len(programs), "all ranks run")
+        return process
+
+    def seconds_since_death(self) -> float:
+        """Since the last rank that failed did so; on a busy machine ranks may take long to start."""
+        return time.time() - (self.folder / "died").stat().st_mtime
+
+    def pids(self) -> list[int]:
+        return [int(path.read_text()) for path in self.folder.glob("*.pid")]
+
+    def running(self) -> list[int]:
+        return [pid for pid in self.pids() if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a dead one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(done: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """No trace of another job in the environment, and none left behind."""
+    with mock.patch.dict(os.environ):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in launch_variables():
+                del os.environ[name]
+        yield
+
+
+def launch_variables() -> set[str]:
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {*ranks, "OMP_NUM_THREADS", launch.REPORTS}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    job = Job(tmp_path)
+    yield job
+    left = job.running()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == [], "ranks outlived their job"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits, where their length is not what is tested."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(launch, "KILL_SECONDS", 1.0)
+
+
+# The end of a job
+
+
+def test_all_ranks_succeed(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """Code 0, no word, the ranks' environment, and the caller's signal handlers as they were."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    save = "(here / f'{rank}.json').write_text(json.dumps([dict(os.environ), sys.argv[1:], sys.stdin.read()]))"
+    assert job.run(*[f"time.sleep(0.2 * rank); {save}"] * 3) == 0
+    assert capfd.readouterr() == ("", "")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    saved = [json.loads((job.folder / f"{rank}.json").read_text()) for rank in range(3)]
+    for rank, (environ, arguments, stdin) in enumerate(saved):
+        assert (environ["RANK"], environ["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"]) == ("3", "3")
+        assert environ["MASTER_ADDR"] == "127.0.0.1"
+        assert int(environ["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
+        assert (arguments, stdin) == (["train", "x.yaml"], "")
+    assert len({environ["MASTER_PORT"] for environ, _, _ in saved}) == 1
+    assert not Path(saved[0][0][launch.REPORTS]).exists(), "the folder of reports is gone"
+    assert "RANK" not in os.environ
+
+
+def test_a_stated_reason_is_printed_once(job: Job, hasty: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """One rank finds bad input while another still works: its words alone, its exit code, and the other is ended."""
+    assert job.run(SLEEP, "fail(2, 'weights sum to 0.')", "") == 2
+    assert capfd.readouterr().err == "megamix: weights sum to 0.\n"
+
+
+def test_the_same_reason_from_all_ranks_is_printed_once(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    assert job.run(*["fail(3, 'other data than before.')"] * 3) == 3
+    assert capfd.readouterr().err == "megamix: other data than before.\n"
+    assert job.seconds_since_death() < launch.GRACE_SECONDS, "nobody is left to wait for"
+
+
+def test_a_stated_reason_goes_before_what_follows_from_it(
+    job: Job, hasty: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks that fail because another has gone (exit code 1) are not the cause, even if they are seen first."""
+    assert job.run("fail(1, 'connection closed')", "time.sleep(0.3); fail(2, 'bad tokens.')") == 2
+    assert capfd.readouterr().err == "megamix: bad tokens.\n"
+
+
+def test_a_defect_names_its_rank(job: Job, hasty: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert job.run(SLEEP, "fail(1, 'Traceback: boom')", SLEEP) == 1
+    assert capfd.readouterr().err == ("megamix: rank 1 of 3: Traceback: boom Ending the ranks that still run (0, 2).\n")
+
+
+def test_a_rank_that_says_nothing(job: Job, hasty: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert job.run("", "time.sleep(0.3); sys.exit(7)") == 7
+    assert capfd.readouterr().err == "megamix: ended with exit code 7.\n"
+
+
+def test_a_killed_rank_ends_the_others_within_20_seconds(job: Job) -> None:
+    """With the real waits: SIGKILL (as the kernel's when memory runs out) is named with its rank; the sleeping others
+    are gone when `run_local` returns."""
+    with pytest.raises(RankFailed) as error:
+        job.run(SLEEP, "die()", SLEEP)
+    assert job.seconds_since_death() < 20
+    assert "rank 1 of 3 was ended by signal SIGKILL." in str(error.value)
+    assert "Ending the ranks that still run (0, 2)" in str(error.value)
+    assert len(job.pids()) == 3
+    assert job.running() == []
+
+
+def test_the_waits_together_stay_under_20_seconds() -> None:
+    """A rank that does not listen to SIGTERM costs both waits (their use is tested below)."""
+    assert launch.GRACE_SECONDS + launch.KILL_SECONDS < 20
+
+
+def test_ranks_that_ignore_sigterm_are_killed(job: Job, hasty: None) -> None:
+    deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); (here / f'deaf{{rank}}').touch(); {SLEEP}"
+    after_both = "\nwhile len(list(here.glob('deaf*'))) < 2: time.sleep(0.01)\n"
+    with pytest.raises(RankFailed, match="rank 2 of 3 was ended by signal SIGKILL"):
+        job.run(deaf, deaf, after_both + "die()")
+    assert launch.KILL_SECONDS < job.seconds_since_death() < 15
+    assert job.running() == []
+
+
+def test_the_killed_rank_is_blamed_not_its_survivors(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """Survivors lose their connection and fail with exit code 1 and a reason of their own: they are not the cause, and
+    nobody waits longer than they take."""
+    survivor = "time.sleep(0.5); fail(1, 'connection reset by peer')"
+    with pytest.raises(RankFailed, match=r"rank 2 of 3 was ended by signal SIGKILL\. The same command resumes"):
+        job.run(survivor, survivor, "die()")
+    assert job.seconds_since_death() < launch.GRACE_SECONDS
+    assert "connection reset" not in capfd.readouterr().err
+
+
+def test_the_killed_rank_is_blamed_not_those_that_abort(job: Job) -> None:
+    """Communication libraries end their process with SIGABRT when a peer is gone."""
+    with pytest.raises(RankFailed, match="rank 1 of 2 was ended by signal SIGKILL"):
+        job.run("time.sleep(0.5); os.abort()", "die()")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_parent_ends_all_ranks(job: Job, number: signal.Signals) -> None:
+    parent = job.start(SLEEP, SLEEP)
+    parent.send_signal(number)
+    _, err = parent.communicate(timeout=20)
+    assert parent.returncode == 1
+    assert err == f"RankFailed: stopped by {number.name}.\n"
+    assert job.running() == []
+
+
+def test_ranks_die_with_a_parent_that_is_killed(job: Job) -> None:
+    """SIGKILL leaves the parent no time for anything: the kernel ends the ranks, even those deaf to SIGTERM."""
+    parent = job.start(SLEEP, f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
+    assert len(job.running()) == 2
+    parent.kill()
+    parent.communicate(timeout=20)
+    wait_until(lambda: job.running() == [], "the ranks die", seconds=5)
+
+
+def test_a_failure_outside_of_a_job_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_failure("no such file.")
+    assert capsys.readouterr().err == "megamix: no such file.\n"
+    os.environ.update({launch.REPORTS: str(tmp_path), "RANK": "3"})
+    report_failure("no such file.")
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "3").read_text() == "no such file."
+
+
+# Whose job it is
+
+
+def settled() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in launch_variables()}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scontrol that knows one list of nodes; what it was asked is in the file it returns."""
+    program = tmp_path / "scontrol"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path / "asked"))}\n'
+        '[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "asked"
+
+
+STEP = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+}
+
+
+def test_outside_of_a_job() -> None:
+    assert job_world_size() is None
+    assert settled() == {}
+
+
+def test_a_rank_of_torchrun(scontrol: Path) -> None:
+    """torchrun's environment stays as it is, in a Slurm step too."""
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "other", "MASTER_PORT": "29500"}
+    os.environ.update(torchrun)
+    assert job_world_size() == 8
+    os.environ.update(STEP)
+    assert job_world_size() == 8
+    assert settled() == torchrun
+    assert not scontrol.exists()
+
+
+def test_a_rank_of_srun(scontrol: Path) -> None:
+    os.environ.update(STEP)
+    assert job_world_size() == 4
+    assert settled() == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "node07",
+        "MASTER_PORT": str(20000 + 12345),
+    }
+    assert job_world_size() == 4, "the same when asked again"
+
+
+def test_srun_s_ranks_agree_on_a_port_that_can_be_used(scontrol: Path) -> None:
+    for job_id in ("1", "19999", "20000", "4294967295"):
+        with mock.patch.dict(os.environ, {**STEP, "SLURM_JOB_ID": job_id}):
+            job_world_size()
+            assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+
+
+def test_srun_with_an_address_that_is_given(scontrol: Path) -> None:
+    os.environ.update({**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert job_world_size() == 4
+    assert settled()["MASTER_ADDR"] == "10.0.0.1"
+    assert settled()["MASTER_PORT"] == "1234"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": None, "SLURM_STEP_ID": None}, id="batch script"),
+        pytest.param({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, id="step of one task"),
+        pytest.param({"SLURM_PROCID": None}, id="allocation"),
+    ],
+)
+def test_slurm_without_ranks(changes: dict[str, str | None], scontrol: Path) -> None:
+    """A batch script, an interactive shell and a step of one task are not ranks of a job: megamix starts its own."""
+    os.environ.update({name: value for name, value in {**STEP, **changes}.items() if value is not None})
+    assert job_world_size() is None
+    assert settled() == {}
+    assert not scontrol.exists()
