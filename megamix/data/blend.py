@@ -104,11 +104,12 @@ class Blend:
             if number < 1:
                 raise InputError(f"domain {domain} has {number} samples per epoch, expected at least 1.")
         self.seed = int(seed)
-        keys = np.arange(self.num_domains) if domain_keys is None else np.asarray(domain_keys)
-        if keys.shape != (self.num_domains,) or np.unique(keys).size != keys.size:
-            raise InputError(f"domain_keys must be {self.num_domains} different integers, got {keys.tolist()}.")
-        self.domain_keys = [int(key) for key in keys]
-        key_words = np.array([key & (2**64 - 1) for key in self.domain_keys], np.uint64)
+        # Python integers: numpy would turn keys on both sides of 2**63 into floats.
+        self.domain_keys = [int(key) for key in (range(self.num_domains) if domain_keys is None else domain_keys)]
+        words = [key & (2**64 - 1) for key in self.domain_keys]
+        if len(words) != self.num_domains or len(set(words)) != self.num_domains:
+            raise InputError(f"domain_keys must be {self.num_domains} different integers, got {self.domain_keys}.")
+        key_words = np.array(words, np.uint64)
         self._domain_hashes = hash_words(np.uint64(self.seed & (2**64 - 1)), key_words)
         grids = np.array([grid(int(number)) for number in self.num_samples], np.int64)
         self._rows, self._columns = grids[:, 0], grids[:, 1]
@@ -281,7 +282,8 @@ class Blend:
         largest = array.max()
         if largest == 0:
             raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
-        total = array.sum()
+        with np.errstate(over="ignore"):
+            total = array.sum()
         # Weights that were normalised before stay what they are to the last bit, so that setting them again is no
         # change.
         if abs(total - 1.0) <= 1e-12:

@@ -73,12 +73,12 @@ def permute(
     Returns:
         int64 [n], each in [0, size[n]).
     """
-    # Not a copy: no number here is negative.
-    rows, columns, limit = rows.view(np.uint64), columns.view(np.uint64), size.view(np.uint64)
-    result = _encrypt(index.view(np.uint64), rows, columns, key)
+    # Not copies: no number here is negative.
+    num_rows, num_columns, limit = rows.view(np.uint64), columns.view(np.uint64), size.view(np.uint64)
+    result = _encrypt(index.view(np.uint64), num_rows, num_columns, key)
     outside = np.flatnonzero(result >= limit)
     while outside.size:
-        result[outside] = _encrypt(result[outside], rows[outside], columns[outside], key[outside])
+        result[outside] = _encrypt(result[outside], num_rows[outside], num_columns[outside], key[outside])
         outside = outside[result[outside] >= limit[outside]]
     places = result.view(np.int64)
     ranked = np.flatnonzero(size <= MAX_RANKED)

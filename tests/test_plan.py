@@ -1,0 +1,216 @@
+"""The plan of a run: mixtures, what cannot work refused with its numbers, and max_epochs held over whole runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megamix.data.indexed import IndexedWriter, bin_path
+from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.errors import InputError
+from megamix.plan import Plan, domain_key, make_plan
+from megamix.run_config import RunConfig
+
+SEQ = 16
+VOCAB = 300
+WINDOWS = {"web": 300, "code": 60, "mail": 20, "wiki": 120}
+NAMES = list(WINDOWS)
+
+
+def build(folder: Path, windows: dict[str, int], validation_tokens: int = 5 * SEQ + 1) -> Path:
+    """A data set with ``windows`` training samples of `SEQ` tokens a domain (0: a token too few for one)."""
+    rng, entries = np.random.default_rng(0), []
+    for name, number in windows.items():
+        splits = []
+        for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", validation_tokens)):
+            with IndexedWriter(folder / f"{name}-{split}", "uint16") as writer:
+                writer.add_document(rng.integers(0, VOCAB, tokens))
+            made = writer.close()
+            splits.append(
+                {
+                    "prefixes": (f"{name}-{split}",),
+                    "tokens": made.tokens,
+                    "documents": made.documents,
+                    "max_token": made.max_token,
+                    "sha256": (made.sha256,),
+                }
+            )
+        validation = ValidationEntry(**splits[1], unigram_nats=5.0)
+        entries.append(DomainEntry(name=name, train=SplitEntry(**splits[0]), validation=validation))
+    tokenizer = TokenizerEntry(file="tokenizer.json", sha256="0" * 64, vocab_size=VOCAB, eod_id=0)
+    return Manifest.build(folder, tokenizer=tokenizer, dtype="uint16", validation_fraction=0.1, domains=entries).save()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("data"), WINDOWS)
+
+
+def config(manifest: Path, steps: int = 10, **changes: Any) -> RunConfig:
+    """A small run; ``changes`` are ``section={key: value}`` or top-level keys."""
+    content: dict[str, Any] = {
+        "run_dir": "run",
+        "data": {"manifest": manifest, "seq_length": SEQ},
+        "model": {"preset": "neox-2m"},
+        "train": {"steps": steps, "global_batch": 8, "micro_batch": 2, "lr": 1e-3},
+    }
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if key in ("data", "model", "train") else value
+    return RunConfig.model_validate(content)
+
+
+def test_mixtures(manifest: Path) -> None:
+    tokens = np.array([number * SEQ + 1 for number in WINDOWS.values()])
+    plan = make_plan(config(manifest))
+    assert plan.num_samples.tolist() == list(WINDOWS.values())
+    assert np.allclose(plan.initial_weights, tokens / tokens.sum(), rtol=0, atol=1e-15)
+    assert make_plan(config(manifest, mixture="uniform")).initial_weights.tolist() == [0.25] * 4
+    given = make_plan(config(manifest, mixture={"wiki": 1, "code": 3, "mail": 0, "web": 4})).initial_weights
+    assert given.tolist() == [0.5, 0.375, 0.0, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"web": 1, "code": 1, "mail": 1}, "no weight for wiki"),
+        ({"web": 1, "code": 1, "mail": 1, "wikis": 1}, "no domain 'wikis'. Did you mean 'wiki'"),
+        ({"web": 1, "code": math.nan, "mail": 1, "wiki": 1}, "weight of domain 'code' is nan"),
+        ({"web": 1, "code": 1, "mail": -0.5, "wiki": 1}, r"weight of domain 'mail' is -0\.5"),
+        ({"web": 0, "code": 0, "mail": 0, "wiki": 0}, "weights of all 4 domains"),
+    ],
+)
+def test_bad_mixtures(manifest: Path, mixture: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(config(manifest, mixture=mixture))
+
+
+def test_layouts_that_do_not_fit(manifest: Path) -> None:
+    layers = make_plan(config(manifest)).model.num_layers
+    assert make_plan(config(manifest, engine={"pipeline": layers})).data_size == 1
+    with pytest.raises(InputError, match=rf"pipeline is {layers + 1}, but the model has {layers} decoder layers"):
+        make_plan(config(manifest, engine={"pipeline": layers + 1}))
+    with pytest.raises(InputError, match=r"global_batch 8 .* 3 data-parallel ranks .* micro-batches of 2 \(= 6\)"):
+        make_plan(config(manifest, engine={"data": 3}))
+    assert make_plan(config(manifest), world_size=4).data_size == 4
+    with pytest.raises(InputError, match="pipeline 2 x tensor 1 x data any does not make the 3 ranks"):
+        make_plan(config(manifest, engine={"pipeline": 2}), world_size=3)
+
+
+def test_vocabulary(manifest: Path) -> None:
+    assert make_plan(config(manifest)).model.vocab_size == 320
+    assert make_plan(config(manifest, model={"vocab_size": VOCAB})).vocab_size == VOCAB
+    with pytest.raises(InputError, match="vocab_size is 299, but the tokenizer of the data has 300"):
+        make_plan(config(manifest, model={"vocab_size": 299}))
+
+
+def test_domain_smaller_than_a_window(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match=r"domain 'mail' has 16 training tokens, fewer .* seq_length 16 needs \(17\)"):
+        make_plan(config(build(tmp_path / "a", {"web": 5, "mail": 0})))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match=r"domain 'web' has 16 validation tokens, fewer .* seq_length 16"):
+        make_plan(config(build(tmp_path / "b", {"web": 5, "mail": 5}, validation_tokens=SEQ)))
+    (tmp_path / "c").mkdir()
+    assert make_plan(config(build(tmp_path / "c", {"web": 1}, SEQ + 1))).num_samples.tolist() == [1]
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    manifest = build(tmp_path, {"web": 5, "mail": 5})
+    path = bin_path(tmp_path / "mail-train")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-6])
+    with pytest.raises(InputError, match=rf"domain 'mail': .*holds {len(whole) - 6} bytes, .* expects {len(whole)}"):
+        make_plan(config(manifest))
+    path.unlink()
+    with pytest.raises(InputError, match=r"domain 'mail': .*mail-train\.bin is missing"):
+        make_plan(config(manifest))
+
+
+def test_max_epochs_that_cannot_be_met(manifest: Path) -> None:
+    """500 samples twice are 1000: 125 steps of 8 fit, 126 do not."""
+    make_plan(config(manifest, steps=125, data={"max_epochs": 2}))
+    with pytest.raises(InputError, match=r"max_epochs 2 allows 1000 samples of the 4 domains .* asks for 1008"):
+        make_plan(config(manifest, steps=126, data={"max_epochs": 2}))
+
+
+def test_max_epochs_caps_the_initial_weights(manifest: Path) -> None:
+    """Uniform over 400 samples wants 100 of each: mail (2 x 20) is capped, the others keep their ratios."""
+    plan = make_plan(config(manifest, steps=50, mixture="uniform", data={"max_epochs": 2}))
+    assert np.allclose(plan.initial_weights, [0.3, 0.3, 0.1, 0.3], rtol=0, atol=1e-12)
+    assert np.allclose(plan.epochs, [0.4, 2.0, 2.0, 1.0], rtol=0, atol=1e-9)
+    assert make_plan(config(manifest, steps=50, mixture="uniform")).initial_weights.tolist() == [0.25] * 4
+
+
+def test_warning_of_many_epochs(manifest: Path) -> None:
+    plan = make_plan(config(manifest, steps=50, mixture="uniform"))
+    assert [line.split(":")[0] for line in plan.warnings()] == ["domain 'mail'"]
+    assert "reads it 5.0 times" in plan.warnings()[0]
+    assert make_plan(config(manifest, steps=50)).warnings() == []
+
+
+def test_constrain_at_later_positions(manifest: Path) -> None:
+    """The cap is what is left of a domain over what is left of the run; without max_epochs there is none."""
+    plan = make_plan(config(manifest, steps=50, data={"max_epochs": 1}))
+    counts = np.array([60, 50, 20, 70])
+    result = plan.constrain(np.array([0.1, 0.4, 0.4, 0.1]), counts, 200)
+    assert np.allclose(result, [0.7, 0.05, 0.0, 0.25], rtol=0, atol=1e-12)
+    unchanged = np.array([0.8, 0.05, 0.0, 0.15])
+    assert plan.constrain(unchanged, counts, 200).tolist() == unchanged.tolist()
+    end = np.array([0.1, 0.4, 0.4, 0.1])
+    assert plan.constrain(end, np.array([250, 60, 20, 70]), 400).tolist() == end.tolist()
+    assert make_plan(config(manifest, steps=50)).constrain(end, counts, 200).tolist() == end.tolist()
+
+
+def simulate(plan: Plan, update: str, lag: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each domain is read in a whole run whose weights are constrained as in training, int64 [K]."""
+    blend, batch, steps = plan.blend(), plan.config.train.global_batch, plan.config.train.steps
+    for step in range(steps):
+        blend.take(batch)
+        at = (step + 1 + lag) * batch
+        if update == "fixed" or at >= steps * batch:
+            continue
+        wanted = rng.random(4) ** (1 if update == "random" else 30)
+        weights = plan.constrain(wanted / wanted.sum(), blend.counts_at(at), at)
+        assert abs(weights.sum() - 1) < 1e-9
+        assert (weights >= 0).all()
+        blend.set_weights(weights, at=at)
+    assert blend.counts.sum() == plan.total_samples
+    return blend.counts
+
+
+@pytest.mark.parametrize("update", ["fixed", "random", "wild"])
+@pytest.mark.parametrize(
+    ("steps", "max_epochs"),
+    [(50, 1.0), (60, 2.0), (62, 1.0), (125, 2.0), (625, 10.0), (100, 1.6)],
+    ids=["room", "much room", "nearly all", "all", "all, ten times", "all, a fraction"],
+)
+def test_no_domain_is_read_too_often(manifest: Path, update: str, steps: int, max_epochs: float) -> None:
+    """Also where the run uses everything up exactly, and the last updates have next to nothing left to give."""
+    for seed in range(1 if update == "fixed" else 3):
+        for lag in (0, 1):
+            plan = make_plan(config(manifest, steps, mixture="uniform", data={"max_epochs": max_epochs}))
+            counts = simulate(plan, update, lag, np.random.default_rng(seed))
+            assert (counts - max_epochs * plan.num_samples).max() <= len(NAMES)
+
+
+def test_max_epochs_binds_in_these_runs(manifest: Path) -> None:
+    """Without it the same runs read the smallest domain far more often, so the test above can fail."""
+    plan = make_plan(config(manifest, 60, mixture="uniform"))
+    for update in ("fixed", "random", "wild"):
+        assert simulate(plan, update, 1, np.random.default_rng(0))[2] > 2 * WINDOWS["mail"] + 40
+
+
+def test_domain_order_does_not_depend_on_the_other_domains(tmp_path: Path, manifest: Path) -> None:
+    """A domain keeps its order of samples when another is added before it: its key comes from its name."""
+    more = build(tmp_path, {"books": 40, **WINDOWS})
+    orders = []
+    for path in (manifest, more):
+        plan = make_plan(config(path, mixture="uniform"))
+        domain, sample = plan.blend().take(1500)
+        orders.append({name: sample[domain == k][:200].tolist() for k, name in enumerate(plan.domain_names)})
+    assert {name: orders[1][name] for name in NAMES} == orders[0]
+    assert len({domain_key(name) for name in [*NAMES, "web ", "Web", "ewb"]}) == len(NAMES) + 3
