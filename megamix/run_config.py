@@ -68,7 +68,8 @@ class LogConfig(Config):
     tensorboard: bool = False
     """Also write TensorBoard files to RUN/tensorboard (needs the tensorboard extra)."""
     samples: bool = False
-    """Also write RUN/samples/data_RANK.jsonl, every sample that each data-parallel rank reads: proof of the data order."""
+    """Also write RUN/samples/data_RANK.jsonl, every sample that each data-parallel rank reads: proof of the data
+    order."""
 
 
 class RunConfig(Config):

@@ -18,9 +18,7 @@ from megamix.engines.base import Engine, ParameterState
 from megamix.errors import MegamixError
 
 
-def save(
-    folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any
-) -> Path:
+def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
     """Writes the checkpoint of ``step`` (steps taken) and drops all but the newest ``keep``; every rank calls it.
 
     Args:

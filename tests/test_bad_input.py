@@ -106,7 +106,8 @@ def stopped_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> Path:
 def test_resumes_that_would_not_continue_the_run_are_refused(
     megamix: Run, tiny_config: Write, stopped_run: Path, text_dir: Path, tmp_path: Path
 ) -> None:
-    """Other data, another tokenizer, model, batch or mixer, a damaged checkpoint: exit code 3 before a rank is started."""
+    """Other data, another tokenizer, model, batch or mixer, a damaged checkpoint: exit code 3 before a rank is
+    started."""
     config = tiny_config()
     before = sorted((path, path.stat().st_mtime_ns) for path in stopped_run.rglob("*"))
     megamix("prepare", text_dir, "--out", tmp_path / "other", "--tokenizer", "train:512", "--seed", 7)

@@ -25,8 +25,8 @@ def layout(pipeline: int, data: int) -> dict[str, int]:
 
 
 def test_layouts_train_the_same_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """PP1 x DP1, PP2 x DP1, PP1 x DP2 and PP2 x DP2 read the same samples in the same order; losses and ODM weights agree
-    to 1e-4 over 50 steps, with gradient clipping at work."""
+    """PP1 x DP1, PP2 x DP1, PP1 x DP2 and PP2 x DP2 read the same samples in the same order; losses and ODM weights
+    agree to 1e-4 over 50 steps, with gradient clipping at work."""
     train = {"steps": 50, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5}
     runs = {}
     for pipeline, data in [(1, 1), (2, 1), (1, 2), (2, 2)]:
@@ -60,8 +60,8 @@ def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Write, tmp_path: Path, zero: int) -> None:
-    """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the last
-    digit."""
+    """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the
+    last digit."""
     sections = {"engine": {"pipeline": 2, "zero": zero}, "log": {"every": 4, "samples": True}}
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     megamix("train", tiny_config(run_dir=str(whole), **sections))
@@ -77,9 +77,7 @@ def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Wri
     assert record(halves) == record(whole)
 
 
-def test_resume_in_another_layout_continues_the_same_samples(
-    megamix: Run, tiny_config: Write, tmp_path: Path
-) -> None:
+def test_resume_in_another_layout_continues_the_same_samples(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
     """PP2 x DP1 stopped, continued as PP1 x DP2 without ZeRO, and finished as PP2 x DP2."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     megamix("train", tiny_config(run_dir=str(whole), engine=layout(2, 1)))
@@ -122,8 +120,8 @@ def lines_so_far(run: Path) -> list[dict[str, int]]:
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left, and the next
-    start finishes the very run that was never disturbed."""
+    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left, and the
+    next start finishes the very run that was never disturbed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sections = {"engine": layout(2, 1), "train": {"steps": 60}, "checkpoint": {"every": 10}}
     megamix("train", tiny_config(run_dir=str(whole), **sections))

@@ -148,7 +148,7 @@ class DeepSpeedEngine(Engine):
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "_hp_mapping"):
                 # What deepspeed.utils.safe_get_full_... call, which are typed as if they could return nothing.
-                whole: Any = parameter.get_full_hp_param
+                whole: Any = vars(parameter)["get_full_hp_param"]
                 yield names[name], ParameterState(whole(), whole("exp_avg"), whole("exp_avg_sq"))
             else:
                 state = self._optimizer.state[parameter]

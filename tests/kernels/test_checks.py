@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from megamix_kernels import DomainSums, domain_cross_entropy
 
 # What to change in a good call of 6 rows, 5 columns and 3 domains; the error; its message.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from megamix_kernels import DomainSums, checks, domain_cross_entropy, reference
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from megamix_kernels import DomainSums, domain_cross_entropy
 from megamix_kernels.sums import MAX_TOKEN_NATS, NUM_COLUMNS, UNITS_PER_NAT
 
