@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -101,7 +102,7 @@ def train(
     """
     from megamix.run import train as run
 
-    overrides = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    overrides = [*(overrides or []), *([f"checkpoint.resume={json.dumps(resume)}"] if resume else [])]
     raise typer.Exit(run(config, overrides))
 
 

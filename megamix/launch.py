@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamix.errors import EXIT_FAILED, EXIT_OK, RankFailed
+from megamix.errors import EXIT_FAILED, EXIT_OK, InputError, RankFailed
 
 # A rank that fails of itself closes its connections, so that the others fail too; they get this long to say their own
 # reason.
@@ -41,13 +41,19 @@ def job_world_size() -> int | None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ["WORLD_SIZE"] = str(tasks)
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     return tasks
 
 
 def _first_host(nodes: str) -> str:
-    found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(
+            f"the head node of '{nodes}' cannot be found: {error}. Set MASTER_ADDR to the name of the first node."
+        ) from error
     return found.stdout.split()[0]
 
 
@@ -139,8 +145,10 @@ def _explain(processes: list[subprocess.Popen[bytes]], reports: Path) -> int:
 
 def _blame(code: int) -> int:
     """Orders exit codes by how likely they are the cause: a stated reason, a signal, then what may follow from another
-    rank's end."""
-    return 2 if code == EXIT_FAILED else 1 if code < 0 else 0
+    rank's end: gloo and NCCL abort, or raise, when a peer is gone."""
+    if code in (EXIT_FAILED, -signal.SIGABRT):
+        return 2
+    return 1 if code < 0 else 0
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -12,6 +12,7 @@ from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
 from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
+from megamix.sinks import check_sinks
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -21,6 +22,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
         MegamixError: anything a user can mend; the command line prints it.
     """
     config = load_config(RunConfig, config_path, overrides)
+    check_sinks(config)
     world_size = job_world_size()
     plan = make_plan(config, world_size)
     if world_size is None:

@@ -67,6 +67,8 @@ class LogConfig(Config):
     """Steps per line of metrics.jsonl and of the log; a line sums over them."""
     tensorboard: bool = False
     """Also write TensorBoard files to RUN/tensorboard (needs the tensorboard extra)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the wandb extra)."""
     samples: bool = False
     """Also write RUN/samples/data_RANK.jsonl, every sample that each data-parallel rank reads: proof of the data
     order."""

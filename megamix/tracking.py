@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl``, ``weights.jsonl`` and, where asked, TensorBoard. Rank 0 only.
+"""The record of a run: ``metrics.jsonl``, ``weights.jsonl`` and the sinks. Rank 0 only.
 
 ``metrics.jsonl`` holds one object per line, told apart by ``event``:
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +31,7 @@ from megamix.errors import InputError
 from megamix.exchange import MixReport
 from megamix.mixers import DomainStats
 from megamix.run_config import RunConfig
+from megamix.sinks import Sink
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights.jsonl"
@@ -55,15 +56,13 @@ def prepare_run_dir(config: RunConfig) -> None:
 class RunRecord:
     """Appends to the record of a run; on resume, lines past the checkpoint are dropped first."""
 
-    def __init__(self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None, sinks: Sequence[Sink] = ()
+    ) -> None:
         self._domains = domains
         self._metrics = _open(run_dir / METRICS, resumed_step)
         self._weights = _open(run_dir / WEIGHTS, resumed_step)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resumed_step or 0) + 1)
+        self._sinks = sinks
 
     def initial_weights(self, weights: NDArray[np.float64], mixer_record: Mapping[str, object]) -> None:
         self._write_weights(0, 0, 0, weights, None, mixer_record)
@@ -90,8 +89,8 @@ class RunRecord:
     def close(self) -> None:
         self._metrics.close()
         self._weights.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _write_weights(
         self,
@@ -114,20 +113,15 @@ class RunRecord:
         if stats is not None:
             line["statistics"] = {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}
         _append(self._weights, line)
-        if self._board is not None:
-            for name, weight in zip(self._domains, weights, strict=True):
-                self._board.add_scalar(f"weight/{name}", weight, effective_step)
+        by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights.tolist(), strict=True)}
+        for sink in self._sinks:
+            sink.scalars(by_name, effective_step)
 
     def _plot(self, prefix: str, line: Mapping[str, Any]) -> None:
-        if self._board is None:
-            return
-        for key, value in line.items():
-            if key == "domain_loss":
-                for name, loss in value.items():
-                    if loss is not None:
-                        self._board.add_scalar(f"{prefix}_loss/{name}", loss, line["step"])
-            elif isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(f"{prefix}/{key}", value, line["step"])
+        numbers = {f"{prefix}/{key}": value for key, value in line.items() if isinstance(value, int | float)}
+        numbers |= {f"{prefix}_loss/{name}": loss for name, loss in line["domain_loss"].items() if loss is not None}
+        for sink in self._sinks:
+            sink.scalars(numbers, line["step"])
 
 
 class SampleLog:

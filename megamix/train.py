@@ -26,6 +26,7 @@ from megamix.mixers import make_mixer
 from megamix.plan import Plan
 from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
+from megamix.sinks import make_sinks
 from megamix.tracking import IntervalLog, RunRecord, SampleLog, prepare_run_dir
 
 
@@ -72,11 +73,10 @@ class Trainer:
         if self.is_main:
             prepare_run_dir(self.config)
         self._log = IntervalLog(plan.domain_names, state["interval"] if state else None)
-        self.record = (
-            RunRecord(self.config.run_dir, plan.domain_names, self.step if state else None, self.config.log.tensorboard)
-            if self.is_main
-            else None
-        )
+        self.record = None
+        if self.is_main:
+            sinks = make_sinks(self.config, self.step + 1)
+            self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if state else None, sinks)
         self._sample_log = self._open_sample_log()
         if path is not None:
             get_logger().info("resuming from %s", path)

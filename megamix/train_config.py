@@ -21,7 +21,7 @@ class TrainConfig(Config):
     """Samples per step over all ranks."""
     micro_batch: int = pydantic.Field(gt=0)
     """Samples a rank runs forward at once."""
-    lr: float = pydantic.Field(gt=0)
+    lr: float = pydantic.Field(gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     min_lr: float | None = pydantic.Field(default=None, ge=0)
     """Learning rate at the last step; default: a tenth of lr."""

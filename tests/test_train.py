@@ -196,3 +196,35 @@ def test_static_uniform_and_given_mixtures(megamix: Run, tiny_config: Write, tmp
     assert [line["step"] for line in weights] == [0]
     metrics, _ = record(run)
     assert metrics[1]["domain_loss"]["tables"] is None, "a domain that was not sampled has no loss"
+
+
+def test_weights_and_biases(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """What reaches wandb, recorded by a stand-in for its package: the real one wants an account or a daemon of its own.
+    Without the package the run is refused at once."""
+    config = tiny_config(run_dir=str(tmp_path / "refused"), log={"wandb": "mixing"})
+    assert "megamix[wandb]" in megamix("train", config, code=2).stderr
+    (tmp_path / "wandb.py").write_text(
+        "import json, pathlib\n"
+        "class Run:\n"
+        "    def __init__(self, **settings):\n"
+        "        self.file = open(pathlib.Path(settings['dir']) / 'wandb.jsonl', 'a')\n"
+        "        self.log({'project': settings['project'], 'id': settings['id']})\n"
+        "    def define_metric(self, name, step_metric): self.log({name: step_metric})\n"
+        "    def log(self, values): print(json.dumps(values), file=self.file, flush=True)\n"
+        "    def finish(self): self.log({'finished': True})\n"
+        "def init(**settings): return Run(**settings)\n"
+    )
+    run = tmp_path / "logged"
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    config = tiny_config(run_dir=str(run), log={"wandb": "mixing"}, train={"steps": 5})
+    megamix("train", config, PYTHONPATH=path)
+    logged = lines(run / "wandb.jsonl")
+    assert logged[0] == {"project": "mixing", "id": "logged"}
+    assert logged[-1] == {"finished": True}
+    metrics, weights = record(run)
+    assert [line["train/loss"] for line in logged if "train/loss" in line] == [
+        line["loss"] for line in metrics if line["event"] == "train"
+    ]
+    assert [line["weight/code"] for line in logged if "weight/code" in line] == [
+        line["domain_weights"][0] for line in weights
+    ]

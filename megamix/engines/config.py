@@ -13,6 +13,7 @@ class EngineConfig(Config):
     """DeepSpeed: pipeline x data parallelism, ZeRO stage 0 or 1."""
 
     name: Literal["deepspeed"] = "deepspeed"
+    """The engine."""
     pipeline: int = pydantic.Field(default=1, gt=0)
     """Pipeline stages."""
     tensor: int = pydantic.Field(default=1, gt=0)

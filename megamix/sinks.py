@@ -1,0 +1,79 @@
+"""Optional places to look at a run while it goes on, beside its own record: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megamix.errors import InputError
+from megamix.run_config import RunConfig
+
+
+class Sink(Protocol):
+    """Takes named numbers at steps; steps of one name grow, those of different names may interleave."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardSink:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A run of a Weights & Biases project; resumed under the same name by a resumed run."""
+
+    def __init__(self, project: str, config: RunConfig) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        name = config.run_dir.name
+        settings = config.model_dump(mode="json")
+        self._run: Any = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(config.run_dir), config=settings
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_sinks(config: RunConfig) -> None:
+    """Refuses a sink whose package is not installed.
+
+    Raises:
+        InputError: which, and how to install it.
+    """
+    for wanted, package in ((config.log.tensorboard, "tensorboard"), (config.log.wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"log.{package} is set, but the package {package} is not installed. Install megamix[{package}], or leave "
+                f"log.{package} out."
+            )
+
+
+def make_sinks(config: RunConfig, first_step: int) -> list[Sink]:
+    """The sinks that the config asks for; ``first_step`` is the first one that will be logged."""
+    sinks: list[Sink] = []
+    if config.log.tensorboard:
+        sinks.append(TensorBoardSink(config.run_dir, first_step))
+    if config.log.wandb:
+        sinks.append(WandbSink(config.log.wandb, config))
+    return sinks
