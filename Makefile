@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/megamix corpus data/text
-	$(BIN)/megamix prepare data/text --out data/mini-pile --tokenizer train:2048
+	$(BIN)/megamix prepare data/text --out data/mini-pile --tokenizer train:1024
 	$(BIN)/megamix train configs/demo.yaml
 	$(BIN)/megamix inspect runs/demo
 	$(BIN)/megamix plot runs/demo
