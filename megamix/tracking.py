@@ -23,34 +23,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from megamix.data.sampler import StepSamples
 from megamix.errors import InputError
 from megamix.exchange import MixReport
 from megamix.mixers import DomainStats
-from megamix.run_config import RunConfig
 from megamix.sinks import Sink
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights.jsonl"
-
-
-def prepare_run_dir(config: RunConfig) -> None:
-    """Makes the run's directory and writes ``config.resolved.yaml``, the whole config with its defaults.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (config.run_dir / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to run_dir {config.run_dir}: {error.strerror or error}. Choose another."
-        ) from error
 
 
 class RunRecord:

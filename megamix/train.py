@@ -27,7 +27,7 @@ from megamix.plan import Plan
 from megamix.resume import check_same_run, find_checkpoint, fingerprints
 from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
-from megamix.tracking import IntervalLog, RunRecord, SampleLog, prepare_run_dir
+from megamix.tracking import IntervalLog, RunRecord, SampleLog
 
 
 def make_engine(plan: Plan) -> Engine:
@@ -70,8 +70,6 @@ class Trainer:
         self._start_mixing(state)
         self._start_loading()
         self.validation = Validation(plan, self.place)
-        if self.is_main:
-            prepare_run_dir(self.config)
         self._log = IntervalLog(plan.domain_names, state["interval"] if state else None)
         self.record = None
         if self.is_main:

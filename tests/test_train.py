@@ -58,11 +58,18 @@ def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path
     assert weight < 1e-5
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Write, tmp_path: Path, zero: int) -> None:
+@pytest.mark.parametrize(("zero", "weight_lag", "preset"), [(0, 1, "official"), (1, 3, "paper")])
+def test_stop_and_resume_is_the_uninterrupted_run(
+    megamix: Run, tiny_config: Write, tmp_path: Path, zero: int, weight_lag: int, preset: str
+) -> None:
     """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the
-    last digit."""
-    sections = {"engine": {"pipeline": 2, "zero": zero}, "log": {"every": 4, "samples": True}}
+    last digit; also with steps dealt further ahead and weight changes under way."""
+    sections = {
+        "engine": {"pipeline": 2, "zero": zero},
+        "data": {"weight_lag": weight_lag},
+        "mixer": {"name": "odm", "preset": preset, "warmup_steps": 2},
+        "log": {"every": 4, "samples": True},
+    }
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     megamix("train", tiny_config(run_dir=str(whole), **sections))
     config = tiny_config(run_dir=str(halves), **sections)
@@ -75,6 +82,8 @@ def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Wri
     again = megamix("train", config)
     assert "is done" in again.stderr
     assert record(halves) == record(whole)
+    _, weights = record(whole)
+    assert [line["effective_step"] - line["step"] for line in weights[1:]] == [weight_lag] * (len(weights) - 1)
 
 
 def test_resume_in_another_layout_continues_the_same_samples(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
