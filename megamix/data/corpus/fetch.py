@@ -33,6 +33,7 @@ def fetch(package: Package, cache: Path) -> Path:
     Raises:
         FetchError: the client is missing, the package is not found, or the network does not answer.
     """
+    cache = cache.resolve()  # the clients run in it, where a relative path would lead elsewhere
     final, part = cache / package.key, cache / f".part-{package.key}"
     if not final.is_dir():
         shutil.rmtree(part, ignore_errors=True)
