@@ -38,6 +38,7 @@ EXTRAS = {
         "pytest-benchmark",
         "pytest-timeout",
         "ruff",
+        "scipy",
         "setuptools>=77",
         "tensorboard",
     ],
