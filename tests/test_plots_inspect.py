@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megamix import checkpoint, inspect, plots, summary
+from megamix import inspect, plots, saving, summary
 from megamix.data.indexed import IndexedWriter
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.sampler import Sampler
@@ -76,7 +76,7 @@ def write_config(run_dir: Path, manifest: Path, recorded_as: Path | None = None)
     config = {
         "run_dir": str(recorded_as or run_dir),
         "data": {"manifest": str(manifest), "seq_length": SEQ},
-        "model": {"architecture": "neox", "hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 16},
+        "model": {"architecture": "neox", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 16},
         "mixer": {"name": "odm"},
         "train": {"steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": 7},
     }
@@ -95,7 +95,7 @@ def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Pa
     write_config(run_dir, manifest, recorded_as)
     plan = make_plan(summary.load_config(RunConfig, run_dir / "config.resolved.yaml"))
     sampler = Sampler(plan.blend(), plan.share(0))
-    record = RunRecord(run_dir, NAMES, None, tensorboard=False)
+    record = RunRecord(run_dir, NAMES, None)
     record.initial_weights(plan.initial_weights, {"is_warmup": False})
     record.evaluate(evaluation(0))
     rng, counts = np.random.default_rng(5), [[0, 0, 0]]
@@ -367,7 +367,7 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
     dist.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=0, world_size=1)
     try:
         group: Any = dist.new_group(backend="gloo")
-        return checkpoint.save(run_dir / "checkpoints", step, engine, state, 2, group)
+        return saving.save(run_dir / "checkpoints", step, engine, state, 2, group)
     finally:
         dist.destroy_process_group()
 
