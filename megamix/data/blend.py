@@ -7,20 +7,21 @@
 A run is a list of *segments*, stretches of positions with the same weights. A segment starts with the deficits and
 counts that the ones before it left, and within it the order is a pure function of position (`megamix.data.schedule`),
 so a weight change costs O(K), any window can be asked for at any time, and nothing depends on how the positions were
-cut into batches.
+cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples from the sum of its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megamix.data import schedule
 from megamix.data.permute import grid, hash_next, hash_words, permute
+from megamix.data.schedule import Order
 from megamix.errors import InputError
 
 Ints = NDArray[np.int64]
@@ -44,9 +45,14 @@ class Segment:
     deficits: Floats
     counts: Ints
 
+    @cached_property
+    def order(self) -> Order:
+        """The order of its positions, of which 0 is ``start``."""
+        return Order(self.weights, self.deficits)
+
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: samples given before ``position``, which lies in this segment or at its end."""
-        return self.counts + schedule.counts_at(self.weights, self.deficits, position - self.start)
+        return self.counts + self.order.counts_at(position - self.start)
 
     def then(self, position: int, weights: Floats) -> Segment:
         """The segment that follows when the weights become ``weights`` at ``position``."""
@@ -240,13 +246,8 @@ class Blend:
         while start < stop or not domains:
             segment = self._segments[index]
             end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
-            domain, ordinal = schedule.window(
-                segment.weights,
-                segment.deficits,
-                start - segment.start,
-                end - segment.start,
-                None if given is None else given - segment.counts,
-            )
+            known = None if given is None else given - segment.counts
+            domain, ordinal = segment.order.window(start - segment.start, end - segment.start, known)
             domains.append(domain)
             ordinals.append(segment.counts[domain] + ordinal)
             start, index, given = end, index + 1, None
@@ -283,10 +284,10 @@ class Blend:
         if largest == 0:
             raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
         with np.errstate(over="ignore"):
-            total = array.sum()
+            total = np.cumsum(array)[-1]  # one by one: np.sum may group terms differently from machine to machine
         # Weights that were normalised before stay what they are to the last bit, so that setting them again is no
         # change.
         if abs(total - 1.0) <= 1e-12:
             return array
         array /= largest  # first, so that the sum of huge weights is finite and tiny ones keep their digits
-        return array / array.sum()
+        return array / np.cumsum(array)[-1]

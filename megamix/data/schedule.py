@@ -1,13 +1,39 @@
 """The order in which domains take turns while their weights stay the same, as a pure function of position.
 
-Legend: K domains, p a position (a whole number of samples since the weights were set), w_i the weight of domain i (sum
-1), d_i its deficit when they were set: the sum of its weight over all earlier positions minus the samples it had given.
-Sample j of domain i is *due* at (j + 1/2 - d_i) / w_i; all samples sorted by (due time, domain, j) are the order. A
-domain of weight 0 is never due.
+Legend: K domains; p a position (a whole number of samples since the weights were set); s a clock, near p; w_i the
+weight of domain i (sum 1); d_i its deficit when the weights were set: the sum of its weight over all earlier positions
+minus the samples it had given; x_i(s) what it would have given by clock s if samples could be split; L(s) a level.
 
-Sorting from the start would cost O(p). But about how many samples are due before a time has a closed form, so a window
-of the order is found from a number of samples of each domain that surely lie before it and one that surely suffices:
-O(K + window) work wherever it lies.
+Rule: whoever lags most takes turns, until all that lag are level; then all go on together. So domain i waits until the
+level has come down to its own deficit, d_i + w_i s = L(s). From then on it is kept at that level, x_i = d_i + w_i s -
+L(s), and L(s) is what makes the x_i of all domains sum to s. Hence the turns of those that wait are shared out equally,
+not by weight: with m domains taking turns and a weight V waiting, domain i gives w_i + V/m a tick and L falls by V/m.
+Sample j of domain i is *due* when x_i reaches j + 1/2; all samples sorted by (due, domain, j) are the order. A domain
+of weight 0 is never due.
+
+Bound: at every position, for any sequence of weights, no domain is more than (K - 1)/2 samples from the sum of its
+weight (plus rounding; Blend accepts weights that sum to 1 within 1e-12, which may add as much a position). The set
+that deficits never leave is smaller: no k of the K domains ever lag by more than k (K - k)/2 together. Proof: let
+d be in that set, e the deficits at a position p >= 1 of this order, s the clock when its last sample was due, and
+suppose e is outside. Among the sets of domains T that exceed k (K - k)/2 by most, k = |T|, take one of the fewest
+domains. Let A be those in T of weight above 0, a = |A|, and B those outside T that take turns, b = |B|. If A is empty,
+T gave nothing and was owed nothing; if B is empty, T gave all p samples; in both cases T lags no more than it did in d.
+Otherwise taking A out of T makes it exceed by less, and adding B by no more, so that mean_A e - mean_B e > (a + b)/2.
+But e_i = f_i + r_i - w_i R, with f_i = min(L, d_i + w_i s), r_i = x_i - samples given, in [-1/2, 1/2] and 0 for those
+that wait, and R = s - p = sum of r. As f <= L on A, f = L on B, and R = r(A) + r(B) (sums over a set),
+    mean_A e - mean_B e <= r(A) [(1 - w(A))/a + w(B)/b] - r(B) [(1 - w(B))/b + w(A)/a]
+                        <= 1 + [w(B) (a/b - 1) + w(A) (b/a - 1)]/2  <=  (a + b)/2:
+linear in w(A), w(B) >= 0 with w(A) + w(B) <= 1, and at the corners 1, (a + b)/2b and (a + b)/2a. A contradiction.
+No smaller number than (K - 1)/2 would do: tests/test_blend.py comes within 2 % of it. Serving the greatest deficit at
+every single position has the same bound, but would have to be walked through.
+
+Between two domains' joining, a *phase*, everything is linear in s, and a segment has at most K phases. How many samples
+are due before a clock has a closed form up to rounding, and s is within K/2 of p. So a window of the order is found
+from a number of samples of each domain that surely lie before it and one that surely suffices: O(K + window log K) work
+wherever it lies, after O(K log K) for the phases (times the rounds that `_phases` needs, nearly always a few). A due
+time is computed from (weights, deficits, i, j) alone, with float64 additions, products and quotients in a fixed order
+(sums by `cumsum`, which adds one by one; `np.sum` may group terms differently from machine to machine), so every
+window and every machine sees the same bits.
 """
 
 from __future__ import annotations
@@ -18,78 +44,153 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+NEVER = 2.0**62  # a clock that no run reaches
+_HALVES = [2**power for power in range(62, -1, -1)]
 
-def window(weights: Floats, deficits: Floats, start: int, stop: int, given: Ints | None = None) -> tuple[Ints, Ints]:
-    """Positions [start, stop) of the order.
+
+class Order:
+    """The order of one segment.
 
     Args:
         weights: float64 [K], not negative, sum 1.
         deficits: float64 [K], in samples.
-        start, stop: positions, 0 <= start <= stop.
-        given: `counts_at` of ``start`` where it is known, which saves looking for it.
-
-    Returns:
-        (domain, ordinal), int64 [stop - start] each: sample number ``ordinal`` of ``domain``, counted from where the
-        weights were set.
     """
-    low = _below(weights, deficits, start) if given is None else given
-    skip = start - int(low.sum())
-    domain, ordinal = _sorted(weights, deficits, low, _above(weights, deficits, stop))
-    return domain[skip : skip + stop - start], ordinal[skip : skip + stop - start]
 
+    def __init__(self, weights: Floats, deficits: Floats) -> None:
+        self._num_domains = weights.size
+        self._domains = (weights > 0).nonzero()[0]  # all that follows, except what is returned, is of these alone
+        self._weights = weights[self._domains]
+        self._deficits = deficits[self._domains]
+        self._starts, self._levels, self._shares = _phases(self._weights, self._deficits)
 
-def counts_at(weights: Floats, deficits: Floats, position: int) -> Ints:
-    """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
-    low = _below(weights, deficits, position)
-    domain, _ = _sorted(weights, deficits, low, _above(weights, deficits, position))
-    return low + np.bincount(domain[: position - int(low.sum())], minlength=weights.size)
+    def window(self, start: int, stop: int, given: Ints | None = None) -> tuple[Ints, Ints]:
+        """Positions [start, stop) of the order, 0 <= start <= stop.
 
+        Args:
+            given: `counts_at` of ``start`` where it is known, which saves work.
 
-def _sorted(weights: Floats, deficits: Floats, low: Ints, high: Ints) -> tuple[Ints, Ints]:
-    """Samples [low_i, high_i) of every domain, in order."""
-    number = high - low
-    domain = np.repeat(np.arange(weights.size), number)
-    ordinal = np.arange(domain.size) + np.repeat(high - np.cumsum(number), number)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        due = (ordinal + 0.5 - deficits[domain]) / weights[domain]
-    # Stable, so that equal due times keep the order of their domains, and a domain that of its samples.
-    order = np.argsort(due, kind="stable")
-    return domain[order], ordinal[order]
+        Returns:
+            (domain, ordinal), int64 [stop - start] each: sample number ``ordinal`` of ``domain``, counted from where
+            the weights were set.
+        """
+        low = self._below(start) if given is None else given[self._domains]
+        skip = start - int(low.sum())
+        index, ordinal = self._sorted(low, start, stop)
+        return self._domains[index[skip : skip + stop - start]], ordinal[skip : skip + stop - start]
 
+    def counts_at(self, position: int) -> Ints:
+        """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
+        low = self._below(position)
+        index, _ = self._sorted(low, position, position)
+        counts = np.zeros(self._num_domains, np.int64)
+        counts[self._domains] = low + np.bincount(index[: position - int(low.sum())], minlength=low.size)
+        return counts
 
-def _due_before(weights: Floats, deficits: Floats, time: float, slack: float) -> Floats:
-    """float64 [K]: whole numbers of samples due before ``time``; a value within ``slack`` of the next one counts as the
-    next."""
-    number = np.ceil(weights * time + (deficits - 0.5 + slack))
-    return np.where(weights > 0, np.maximum(number, 0.0), 0.0)
+    def _sorted(self, low: Ints, start: int, stop: int) -> tuple[Ints, Ints]:
+        """(index into the domains of weight above 0, ordinal) of the samples from ``low`` on, at least as far as
+        position ``stop``, in order; ``low`` are no more samples than given before ``start``."""
+        high = np.maximum(self._above(stop), low)
+        number = high - low
+        index = np.arange(low.size).repeat(number)
+        ordinal = np.arange(index.size) + (high - number.cumsum()).repeat(number)
+        due = self._due(index, ordinal, *self._phases_between(low, high, start, stop))
+        # Stable, so that equal due times keep the order of their domains, and a domain that of its samples.
+        order = due.argsort(kind="stable")
+        return index.take(order), ordinal.take(order)
+
+    def _due(self, index: Ints, ordinal: Ints, first: int, last: int) -> Floats:
+        """When samples are due that are due in phases ``first`` to ``last``; the result does not depend on these."""
+        height = self._deficits.take(index) - (ordinal + 0.5)  # of the sample's line, which meets the level when due
+        weight = self._weights.take(index)
+        phase: int | Ints = first
+        if last > first:
+            phase = np.full(index.size, first)
+            for step in _HALVES[-(last - first).bit_length() :]:
+                later = phase + step
+                phase += step * (height + weight * self._starts.take(later) <= self._levels.take(later))
+        begin = self._starts[phase]
+        with np.errstate(over="ignore"):
+            way = (self._levels[phase] - (height + weight * begin)) / (weight + self._shares[phase])
+        return np.minimum(begin + way, self._starts[phase + 1])
+
+    def _phases_between(self, low: Ints, high: Ints, start: int, stop: int) -> tuple[int, int]:
+        """The first and last phase that samples [low_i, high_i) may be due in: where the clock says, unless a sample
+        at the edge was rounded to another phase; then any."""
+        end = self._shares.size - 1
+        first, last = self._phase_at(self._early(start)), self._phase_at(self._late(stop))
+        height = self._deficits - (low + 0.5)
+        if first and not (height + self._weights * self._starts[first] <= self._levels[first]).all():
+            first = 0
+        height = self._deficits - (high - 0.5)
+        if last < end and (height + self._weights * self._starts[last + 1] <= self._levels[last + 1]).any():
+            last = end
+        return first, last
+
+    def _below(self, position: int) -> Ints:
+        """No more samples of any domain than it gives in the first ``position`` positions, and few less."""
+        return self._due_by(self._early(position), -_rounding(position))
+
+    def _above(self, position: int) -> Ints:
+        """At least as many samples of every domain as it gives in the first ``position`` positions, and few more."""
+        return self._due_by(self._late(position), _rounding(position))
+
+    def _early(self, position: int) -> float:
+        """A clock by which at most ``position`` samples are due: the x_i sum to it, and each rounds up by 1/2."""
+        return max(0.0, position - (1.0 + 1e-11 * position + self._domains.size / 2))
+
+    def _late(self, position: int) -> float:
+        """A clock by which at least ``position`` samples are due."""
+        return position + (1.0 + 1e-11 * position + self._domains.size / 2)
+
+    def _due_by(self, clock: float, slack: float) -> Ints:
+        """Whole numbers of samples due by ``clock``; a value within ``slack`` of the next one counts as the next."""
+        phase = self._phase_at(clock)
+        level = self._levels[phase] - self._shares[phase] * (clock - self._starts[phase])
+        number = np.ceil(self._weights * clock + (self._deficits - level - 0.5 + slack))
+        return np.maximum(number, 0.0).astype(np.int64)
+
+    def _phase_at(self, clock: float) -> int:
+        return int(self._starts.searchsorted(clock, "right")) - 1
 
 
 def _rounding(position: int) -> float:
-    """More than all rounding errors in a number of samples due before ``position``, here and in the due times."""
+    """More than all rounding errors in a number of samples due near ``position``, here and in the due times."""
     return 1e-9 + 1e-14 * position
 
 
-def _below(weights: Floats, deficits: Floats, position: int) -> Ints:
-    """int64 [K]: no more samples of any domain than it gives in the first ``position`` positions, and few less."""
-    margin, slack = _margin(weights), _rounding(position)
-    while (time := position - margin) > 0:
-        if _due_before(weights, deficits, time, slack).sum() <= position:
-            return _due_before(weights, deficits, time, -slack).astype(np.int64)
-        margin *= 2
-    return np.zeros(weights.size, np.int64)
+def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
+    """The phases of n domains of weight above 0: phase m - 1 is where m of them take turns.
 
+    Domain i joins where its line d_i + w_i s meets L. For any set of m other domains, with a weight V outside it, L is
+    never below (sum of their d - V s) / m, so that meeting this line is no later than joining; for those that join
+    before i, it is joining. Hence: put the domains in some order, let each meet the line of those before it, keep the
+    latest time found for each, sort by these times, and repeat until the order stands. Every round settles at least
+    the next domain to join, and mostly nearly all.
 
-def _above(weights: Floats, deficits: Floats, position: int) -> Ints:
-    """int64 [K]: at least as many samples of every domain as it gives in the first ``position`` positions, and few
-    more."""
-    margin, slack = _margin(weights), _rounding(position)
-    while True:
-        time = position + margin
-        if _due_before(weights, deficits, time, -slack).sum() >= position:
-            return _due_before(weights, deficits, time, slack).astype(np.int64)
-        margin *= 2
-
-
-def _margin(weights: Floats) -> float:
-    """A first guess at how far the time until which p samples are due lies from p."""
-    return 4.0 + weights.size / 4
+    Returns:
+        (starts, levels, shares), float64: the clock where each phase starts, L there, and how fast it falls. Phases
+        that start at `NEVER` or later are left out; infinities follow the starts and levels, for a search by halves.
+    """
+    members = np.arange(1.0, weights.size + 1)
+    times, joins, means, shares = np.zeros((4, weights.size))
+    order = (-deficits).argsort(kind="stable")
+    with np.errstate(over="ignore"):
+        for _ in range(weights.size):
+            weight, deficit = weights.take(order), deficits.take(order)
+            means = deficit.cumsum() / members
+            # Summed from the end: 1 - (those that joined) would lose tiny weights.
+            shares[:-1] = weight[:0:-1].cumsum()[::-1] / members[:-1]
+            joins[1:] = (means[:-1] - deficit[1:]) / (weight[1:] + shares[:-1])
+            if (joins[1:] >= joins[:-1]).all():
+                break
+            times[order] = np.maximum(times.take(order), joins)
+            before, order = order, times.argsort(kind="stable")
+            if (before == order).all():
+                break
+    joins = np.maximum.accumulate(joins)
+    number = int(joins.searchsorted(NEVER))
+    starts = np.full(2 * number + 1, np.inf)
+    starts[:number] = joins[:number]
+    levels = -starts
+    levels[:number] = np.minimum.accumulate(means[:number] - shares[:number] * joins[:number])
+    return starts, levels, shares[:number]
