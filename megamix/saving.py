@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megamix.checkpoint import FORMAT, PARTIAL, VERSION, complete_steps, describe, verify, write_json
 from megamix.engines.base import Engine, ParameterState
 from megamix.errors import MegamixError
+from megamix.files import sync_folder
 
 
 def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
@@ -64,7 +65,7 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
         write_json(partial / "checkpoint.json", {"format": FORMAT, "version": VERSION, "step": step, "files": files})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        _sync_directory(folder)
+        sync_folder(folder)
         for old in sorted(complete_steps(folder))[:-keep]:
             shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
     dist.barrier(group)
@@ -98,11 +99,3 @@ def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, ParameterState]:
         name: ParameterState(*(tensors[f"{part}/{name}"] for part in ("weight", "exp_avg", "exp_avg_sq")))
         for name in names
     }
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

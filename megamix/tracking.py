@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from megamix.data.sampler import StepSamples
 from megamix.errors import InputError
 from megamix.exchange import MixReport
+from megamix.files import replace_file
 from megamix.mixers import DomainStats
 from megamix.sinks import Sink
 
@@ -214,10 +215,8 @@ def _open(path: Path, resumed_step: int | None) -> TextIO:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    temporary = path.with_suffix(".tmp")
     kept = [line for line in read_lines(path) if line["step"] <= step]
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
 
 
 def _append(file: TextIO, line: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from megamix.errors import InputError
+from megamix.files import sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -61,26 +62,6 @@ def idx_path(prefix: str | Path) -> Path:
 def pick_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type Megatron stores token ids of this vocabulary in: uint16 below 65500 entries, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts ``data`` under ``path`` whole or not at all: a temporary file, flushed to disk, takes its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class IndexedTokens:

@@ -17,8 +17,9 @@ import numpy as np
 import pydantic
 
 from megamix.config import Config, validate
-from megamix.data.indexed import DomainTokens, bin_path, idx_path, replace_file
+from megamix.data.indexed import DomainTokens, bin_path, idx_path
 from megamix.errors import InputError, did_you_mean
+from megamix.files import replace_file
 
 if TYPE_CHECKING:
     from megamix.data.tokenizer import LoadedTokenizer

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from megamix.data.documents import TEXT_KEY, find_inputs, read_blocks, sample_texts
-from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype, replace_file
+from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype
 from megamix.data.manifest import (
     FILE_NAME,
     DomainEntry,
@@ -49,6 +49,7 @@ from megamix.data.tokenizer import (
     train_tokenizer,
 )
 from megamix.errors import InputError
+from megamix.files import replace_file
 from megamix.log import get_logger
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -11,6 +11,7 @@ Legend: B samples, S tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
     )
 
 
-class PipelineLayer(nn.Module):
+class PipelineLayer(nn.Module, ABC):
     """One layer of the pipeline: a tensor in, a tensor out."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
@@ -63,9 +64,9 @@ class PipelineLayer(nn.Module):
         self.index = index
         self._seed = seed
 
+    @abstractmethod
     def hugging_face_names(self) -> dict[str, str]:
         """Parameter name in this layer -> name in the Hugging Face model."""
-        raise NotImplementedError  # abstract
 
     def initialise(self) -> None:
         """Draws the initial weights: normal for matrices, zero for biases, one for norms."""
