@@ -12,8 +12,9 @@ from typing import Any
 import pydantic
 import pytest
 import yaml
+from small_config import SMALL, small
 
-from megamix.config import Config, apply_overrides, load_config, parse_yaml, read_yaml, validate
+from megamix.config import Config, load_config, parse_yaml, read_yaml, validate
 from megamix.config_help import config_help
 from megamix.errors import EXIT_BAD_INPUT, InputError
 from megamix.mixers import OdmConfig, StaticConfig
@@ -37,17 +38,6 @@ checkpoint: {every: 200, keep: 2, resume: auto}
 loss:   {implementation: auto}
 log:    {every: 10, tensorboard: false, wandb: null}
 """
-SMALL = """\
-run_dir: runs/small
-data: {manifest: data/manifest.json, seq_length: 32}
-model: {preset: neox-2m}
-mixer: {name: odm, preset: paper, warmup_steps: 5}
-train: {steps: 10, global_batch: 4, micro_batch: 2, lr: 1e-3}
-"""
-
-
-def small(*overrides: str, text: str = SMALL) -> RunConfig:
-    return validate(RunConfig, apply_overrides(parse_yaml(text, "small.yaml"), list(overrides)), "small.yaml")
 
 
 def message(*overrides: str, text: str = SMALL) -> str:
@@ -78,7 +68,7 @@ def test_the_example_of_the_design_is_valid_as_it_stands() -> None:
     config = small(text=DESIGN_EXAMPLE)
     assert config.mixer == OdmConfig(preset="official", warmup_steps=50, update_every=1)
     assert (config.train.lr, config.train.steps, config.engine.pipeline) == (2e-3, 600, 2)
-    assert (config.mixture, config.model.hidden_size) == ("natural", 128)
+    assert (config.mixture, config.model.hidden_size) == ("natural", 192)
 
 
 @pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda path: path.stem)
@@ -218,7 +208,8 @@ def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str
         ("train.steps=1.5", "train.steps: Input should be a valid integer"),
         ("train.steps=true", "train: steps is true, expected a number"),
         ("mixer.update_times=no", "mixer.update_times: Input should be a valid integer"),
-        ("train.lr=.nan", "train.lr: Input should be greater than 0, got nan"),
+        ("train.lr=.nan", "train.lr: Input should be a finite number, got nan"),
+        ("train.lr=.inf", "train.lr: Input should be a finite number, got inf"),
         ("train.min_lr=1", "train: min_lr 1.0 is above lr 0.001"),
         ("mixer.alpha=1.5", "mixer.alpha: Input should be less than 1, got 1.5"),
         ("mixer=3", "mixer: Input should be a valid dictionary"),
