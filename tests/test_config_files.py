@@ -5,23 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from small_config import SMALL, small
 
-from megamix.config import apply_overrides, load_config, parse_yaml, read_yaml, validate
+from megamix.config import apply_overrides, load_config, parse_yaml, read_yaml
 from megamix.errors import InputError
 from megamix.mixers import OdmConfig, StaticConfig
 from megamix.run_config import RunConfig
-
-SMALL = """\
-run_dir: runs/small
-data: {manifest: data/manifest.json, seq_length: 32}
-model: {preset: neox-2m}
-mixer: {name: odm, preset: paper, warmup_steps: 5}
-train: {steps: 10, global_batch: 4, micro_batch: 2, lr: 1e-3}
-"""
-
-
-def small(*overrides: str) -> RunConfig:
-    return validate(RunConfig, apply_overrides(parse_yaml(SMALL, "small.yaml"), list(overrides)), "small.yaml")
 
 
 def write(folder: Path, **files: str) -> Path:
