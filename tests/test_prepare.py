@@ -15,6 +15,8 @@ import sys
 import sysconfig
 import time
 import types
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from megamix.data.documents import find_inputs, iter_documents, read_blocks
 from megamix.data.indexed import IndexedTokens
 from megamix.data.manifest import Manifest, Split
 from megamix.data.prepare import HeldOut, prepare, unigram_nats
-from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec
+from megamix.data.tokenizer import EncodeJob, Encoders, LoadedTokenizer, TokenizerSpec
 from megamix.errors import InputError, RankFailed
 
 prepare_module = sys.modules["megamix.data.prepare"]  # the module, whatever megamix.data itself calls `prepare`
@@ -262,6 +264,25 @@ def test_killed_worker_is_an_error(corpus: Path, prepared: Path, tmp_path: Path)
     assert RankFailed.__name__ in errors.decode()
     assert "tokenising processes died" in errors.decode()
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def die_while_sending() -> bytes:
+    """Runs in a worker: its next message ends in the middle, as if it had been killed there."""
+
+    def half(connection: Connection, message: bytes) -> None:
+        os.write(connection.fileno(), bytes(message)[: len(message) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = half
+    return b"a result"
+
+
+def test_worker_killed_while_it_sends_is_noticed(prepared: Path) -> None:
+    """The pool alone would read on for ever; the other workers live and hold the pipe."""
+    with Encoders(2, EncodeJob(str(prepared / "tokenizer.json"), "", 0, "<u2", "text")) as encoders:
+        assert encoders._pool is not None
+        with pytest.raises(BrokenProcessPool):
+            encoders._result(encoders._pool.submit(die_while_sending))
 
 
 def test_two_at_once(corpus: Path, prepared: Path, tmp_path: Path) -> None:

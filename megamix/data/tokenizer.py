@@ -216,6 +216,10 @@ class Encoded:
     """See `Block`."""
 
 
+_LIVENESS_SECONDS = 2.0
+"""How long a result may take before the workers are looked at."""
+
+
 class Encoders:
     """Worker processes that turn blocks into tokens, in order. With one worker, this process does it.
 
@@ -256,14 +260,32 @@ class Encoders:
             for block in blocks:
                 pending.append(self._pool.submit(_encode, self._job, block))
                 if len(pending) > 2 * self._num_workers:
-                    yield pending.popleft().result()
+                    yield self._result(pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield self._result(pending.popleft())
         except BrokenProcessPool as error:
             raise RankFailed(
                 f"one of the {self._num_workers} tokenising processes died: killed, or out of memory. Nothing"
                 " half-written was left; call prepare again to go on, with fewer workers if memory is short."
             ) from error
+
+    def _result(self, future: Future[Encoded]) -> Encoded:
+        while True:
+            try:
+                return future.result(timeout=_LIVENESS_SECONDS)
+            except TimeoutError:
+                self._break_if_a_worker_died()
+
+    def _break_if_a_worker_died(self) -> None:
+        """Makes the pool notice a worker that was killed while it was sending a result: the pool goes on reading the
+        rest of that result, which nobody will write, from a pipe that its own process keeps open."""
+        assert self._pool is not None
+        processes = list((self._pool._processes or {}).values())
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.kill()
+            queue: Any = self._pool._result_queue  # pyright: ignore[reportAttributeAccessIssue]
+            queue._writer.close()
 
 
 def _start_worker() -> None:
