@@ -61,7 +61,8 @@ def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a config of a model that trains in seconds; keyword arguments replace whole sections' keys."""
+    """Writes a config of a model that trains in seconds; keyword arguments are merged over it, as an override is."""
+    from megamix.config import merge
 
     def write(**sections: Any) -> Path:
         config: dict[str, Any] = {
@@ -76,9 +77,7 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
             "checkpoint": {"every": 4},
             "log": {"every": 1, "samples": True},
         }
-        for name, value in sections.items():
-            both = isinstance(value, dict) and isinstance(config.get(name), dict)
-            config[name] = {**config[name], **value} if both else value
+        config = merge(config, sections)
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path

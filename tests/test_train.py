@@ -187,7 +187,7 @@ def test_bf16_llama_checkpointing_and_tensorboard(megamix: Run, tiny_config: Wri
     megamix("train", config, "train.stop_after=8")
     megamix("train", config)
     metrics, _ = record(run)
-    assert metrics[-1]["macro_loss"] < metrics[0]["macro_loss"] - 0.3
+    assert metrics[-1]["macro_loss"] < metrics[0]["macro_loss"] - 0.2
     assert list((run / "tensorboard").glob("events*"))
 
 
