@@ -237,7 +237,13 @@ def test_editable_install_works_from_elsewhere(clone: Path, hugging_face: Path, 
     """pip install -e: the files of the checkout are used, what is added shows at once, ``kernels`` is left alone."""
     folder = tmp_path / "editable"
     pip("install", "--target", folder, "--editable", clone, cwd=tmp_path)
-    begin = f"import site; site.addsitedir({str(folder)!r})\n"
+    # The Python that runs the tests may hold an editable install of its own, which would answer first.
+    begin = (
+        "import site, sys\n"
+        "for name in [name for name in sys.modules if name.startswith('__editable__')]: del sys.modules[name]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        f"sys.path.insert(0, {str(folder)!r}); site.addsitedir({str(folder)!r})\n"
+    )
     code = begin + (
         "import megamix, megamix_kernels, kernels\n"
         "from megamix.models.config import preset\n"
