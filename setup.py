@@ -26,6 +26,7 @@ REQUIRES = [
 ]
 EXTRAS = {
     "megatron": ["megatron-core>=0.16.1"],
+    "parquet": ["pyarrow"],
     "cuda": ["triton>=3.6"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
@@ -33,6 +34,8 @@ EXTRAS = {
         "codespell",
         "hypothesis",
         "import-linter",
+        "megatron-core>=0.16.1",
+        "pyarrow",
         "pyright",
         "pytest",
         "pytest-benchmark",

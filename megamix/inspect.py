@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.blend import Blend
-from megamix.data.indexed import DomainTokens, IndexedTokens, bin_path, idx_path
+from megamix.data.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.manifest import FILE_NAME, Manifest
+from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 from megamix.plan import make_plan
 from megamix.summary import CONFIG, RecordedRun, replay_weights, table_of

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.blend import Blend
-from megamix.data.indexed import DomainTokens
 from megamix.data.manifest import Manifest
 from megamix.data.permute import hash_words
 from megamix.data.sampler import Slice
+from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 from megamix.mixers import normalise_weights, project_to_capped_simplex
 from megamix.models.config import ModelConfig

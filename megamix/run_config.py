@@ -21,9 +21,25 @@ class DataConfig(Config):
     """manifest.json of `megamix prepare`, or its folder."""
     seq_length: int = pydantic.Field(gt=0)
     """Tokens per sample."""
-    max_epochs: float | None = pydantic.Field(default=None, gt=0)
-    """How often a domain may be read in the whole run; its weight is capped by what is left of it. Default: no
-    limit."""
+    sampling: Literal["low_discrepancy", "iid"] = "low_discrepancy"
+    """low_discrepancy: every domain stays within K samples of its share at every position; iid: the domain of every
+    sample is drawn by itself (counter-based random numbers). A domain's own samples come once per epoch in both."""
+    max_epochs: float | dict[str, float] | None = None
+    """After how many epochs a domain is used up, one number for all or {domain: number} (the others: never). Default:
+    never, a domain is repeated as often as its weight asks."""
+    on_exhausted: Literal["cap", "repeat", "stop"] = "cap"
+    """What max_epochs does. cap: bounds each weight by what is left of its domain, so that none is used up before the
+    run ends; repeat: the domain is read again, and doctor warns; stop: the run ends, with a checkpoint, before the step
+    that would read a domain once more."""
+    min_weight: float | dict[str, float] = 0.0
+    """No weight falls below this, one number for all or {domain: number} (the others: 0)."""
+    max_weight: float | dict[str, float] = 1.0
+    """No weight rises above this, one number for all or {domain: number} (the others: 1)."""
+    eod_mask_loss: bool = False
+    """Leave the first token of every document out of the loss: it follows the end of another document, which says
+    nothing about it."""
+    reset_position_ids: bool = False
+    """Count positions from 0 again in every document of a sample (attention still sees the whole sample)."""
     weight_lag: int = pydantic.Field(default=1, ge=1)
     """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
     hides behind."""

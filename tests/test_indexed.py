@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamix.data.indexed import DomainTokens, IndexedTokens, IndexedWriter, pick_dtype
+from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype
+from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 
 # Written once by megatron-core 0.16.1's IndexedDatasetBuilder.

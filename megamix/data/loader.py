@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megamix.data.indexed import DomainTokens
 from megamix.data.sampler import Sampler, StepSamples
+from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 
 IGNORED_LABEL = -100

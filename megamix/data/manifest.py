@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pydantic
 
 from megamix.config import Config, validate
-from megamix.data.indexed import DomainTokens, bin_path, idx_path
+from megamix.data.indexed import bin_path, idx_path
+from megamix.data.stream import DomainTokens
 from megamix.errors import InputError, did_you_mean
 from megamix.files import replace_file
 
@@ -28,7 +28,6 @@ FILE_NAME = "manifest.json"
 FORMAT = "megamix-manifest"
 VERSION = 1
 Split = Literal["train", "validation"]
-R = TypeVar("R", bound=Config)
 
 
 class TokenizerEntry(Config):
@@ -274,86 +273,6 @@ class Manifest(Config):
                         f"domain '{name}': {file} is missing. Copy the prepared folder as a whole, or run"
                         " `megamix prepare` again."
                     )
-
-
-# What `prepare` notes about a finished piece of work, to see later whether it must be done again.
-
-
-class PrepareSettings(Config):
-    """The options that decide what the token files of a domain hold."""
-
-    seed: int
-    """Seed of the split."""
-    validation_fraction: float
-    """Share of the documents held out."""
-    text_key: str
-    """Key of the text in a JSON line."""
-    tokenizer_sha256: str
-    """Hash of tokenizer.json."""
-    eod_id: int
-    """Token at the end of every document."""
-    dtype: str
-    """Type of a stored token."""
-
-
-class InputFile(Config):
-    """An input file as it was when it was read."""
-
-    path: str
-    """Absolute path."""
-    num_bytes: int
-    """Its size."""
-    mtime_ns: int
-    """When it was last changed."""
-
-
-class DomainRecord(Config):
-    """A finished domain."""
-
-    settings: PrepareSettings
-    """The options it was made with."""
-    inputs: tuple[InputFile, ...]
-    """The text it was made from."""
-    entry: DomainEntry
-    """Its entry of the manifest."""
-
-
-class TokenizerRecord(Config):
-    """A finished tokenizer that came from training or from the hub."""
-
-    spec: str
-    """The option it was made from."""
-    eod: str | None
-    """The end-of-document token asked for."""
-    text_key: str
-    """Key of the text in a JSON line."""
-    inputs: tuple[tuple[InputFile, ...], ...]
-    """The text it was trained on, by domain; empty where it was fetched."""
-    sha256: str
-    """Hash of tokenizer.json."""
-    eod_id: int
-    """The end-of-document token found."""
-
-
-def input_files(paths: Sequence[Path]) -> tuple[InputFile, ...]:
-    """The files as they are now."""
-    stats = [(path, path.stat()) for path in paths]
-    return tuple(
-        InputFile(path=os.path.abspath(path), num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for path, stat in stats
-    )
-
-
-def read_record(model: type[R], path: Path) -> R | None:
-    """None where there is no record, or one that this version cannot read: the work is then done again."""
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except (OSError, pydantic.ValidationError):
-        return None
-
-
-def write_record(record: Config, path: Path) -> None:
-    """Writes a record, whole or not at all."""
-    replace_file(path, (record.model_dump_json(indent=1) + "\n").encode("utf-8"))
 
 
 def _fingerprint(tokenizer: TokenizerEntry, domains: Sequence[DomainEntry]) -> str:

@@ -28,13 +28,15 @@ from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype
 from megamix.data.manifest import (
     FILE_NAME,
     DomainEntry,
-    DomainRecord,
     Manifest,
-    PrepareSettings,
     SplitEntry,
     TokenizerEntry,
-    TokenizerRecord,
     ValidationEntry,
+)
+from megamix.data.records import (
+    DomainRecord,
+    PrepareSettings,
+    TokenizerRecord,
     input_files,
     read_record,
     write_record,
