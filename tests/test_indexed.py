@@ -227,3 +227,46 @@ def test_files_of_two_dtypes_read_as_the_wider(tmp_path: Path) -> None:
     tokens = DomainTokens("web", prefixes)
     assert tokens.read(0, 3).tolist() == [1, 2, 70000]
     assert tokens.dtype == np.int32
+
+
+def test_ranges_of_documents(domain: tuple[DomainTokens, list[list[list[int]]]]) -> None:
+    """Part of the first file, none of the empty one, the end of the last; counts, tokens, windows and documents are
+    those of the documents in the ranges, and documents keep their number in the file."""
+    whole, files = domain
+    prefixes = [file.prefix for file in whole.files]
+    for ranges in ([(2, 5), (0, 0), (6, 8)], [None, None, (0, 3)], [(4, 4), None, (3, 4)], [None, (0, 0), None]):
+        spans = [(0, len(file)) if span is None else span for span, file in zip(ranges, files, strict=True)]
+        wanted = [
+            (token, (number, document, offset))
+            for number, (first, end) in enumerate(spans)
+            for document in range(first, end)
+            for offset, token in enumerate(files[number][document])
+        ]
+        flat = [token for token, _ in wanted]
+        tokens = DomainTokens("web", prefixes, len(flat), ranges=ranges)
+        assert (tokens.num_tokens, tokens.num_documents) == (len(flat), sum(end - first for first, end in spans))
+        assert tokens.read(0, len(flat)).tolist() == flat
+        assert [tokens.document_at(token) for token in range(len(flat))] == [place for _, place in wanted]
+        assert tokens.num_windows(3) == (len(flat) - 1) // 3
+        for index in range(tokens.num_windows(3)):
+            assert tokens.window(index, 3).tolist() == flat[3 * index : 3 * index + 4]
+        with pytest.raises(InputError, match=f"it holds 0 to {len(flat)}"):
+            tokens.read(len(flat), 1)
+
+
+@pytest.mark.parametrize("span", [(0, 9), (-1, 2), (5, 4)])
+def test_ranges_that_do_not_fit(domain: tuple[DomainTokens, list[list[list[int]]]], span: tuple[int, int]) -> None:
+    prefixes = [file.prefix for file in domain[0].files]
+    asked = rf"domain 'web': documents {span[0]} to {span[1]} of .*part2 asked for, .* 0 to 8\."
+    with pytest.raises(InputError, match=asked):
+        DomainTokens("web", prefixes, ranges=[None, None, span])
+    with pytest.raises(InputError, match="domain 'web': 2 document ranges for 3 token files"):
+        DomainTokens("web", prefixes, ranges=[None, None])
+
+
+def test_ranges_of_documents_cut_into_sequences(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(CUT_BIN)
+    (tmp_path / "a.idx").write_bytes(CUT_IDX)
+    assert DomainTokens("web", [tmp_path / "a"], ranges=[(0, 1)]).read(0, 5).tolist() == [1, 2, 70000, 4, 5]
+    second = DomainTokens("web", [tmp_path / "a"], ranges=[(1, 2)])
+    assert (second.num_tokens, second.read(0, 1).tolist(), second.document_at(0)) == (1, [9], (0, 1, 0))

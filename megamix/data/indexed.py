@@ -110,8 +110,15 @@ class IndexedTokens:
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
         """First token of every document, int64 [num_documents] (8 bytes a document, built on first use)."""
-        starts = np.append(np.asarray(self._pointers), self.num_tokens * self.dtype.itemsize) // self.dtype.itemsize
-        return starts[np.asarray(self._bounds[:-1])]
+        return self.starts_of(np.arange(self.num_documents))
+
+    def starts_of(self, document_n: np.ndarray) -> np.ndarray:
+        """First token of each of these documents, int64 [n]; document ``num_documents`` starts at the end."""
+        sequence_n = self._bounds[document_n]
+        start_n = np.full(sequence_n.shape, self.num_tokens, np.int64)
+        inside_n = sequence_n < self.num_sequences
+        start_n[inside_n] = self._pointers[sequence_n[inside_n]] // self.dtype.itemsize
+        return start_n
 
     def document_at(self, token: int) -> tuple[int, int]:
         """The document that holds token number ``token``, and the token's offset in it, in O(log documents) reads."""

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megamix.data.indexed import IndexedTokens
 from megamix.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Documents [first, end) of a file: its tokens [start, start + num_tokens)."""
+
+    file: IndexedTokens
+    first: int
+    end: int
+    start: int
+    num_tokens: int
 
 
 class DomainTokens:
@@ -20,13 +32,22 @@ class DomainTokens:
         prefixes: Paths without suffix, in stream order.
         expected_tokens: What the manifest says the stream holds; None leaves it unchecked.
         verify: See `IndexedTokens`.
+        ranges: One per prefix: [first document, end document) of that file, or None for all of it. The stream, its
+            counts and its windows are of these documents only.
 
     Raises:
-        InputError: A file is damaged (see `IndexedTokens`), or the number of tokens is not the expected one.
+        InputError: A file is damaged (see `IndexedTokens`), a range does not fit its file, or the number of tokens is
+            not the expected one.
     """
 
     def __init__(
-        self, name: str, prefixes: Sequence[str | Path], expected_tokens: int | None = None, *, verify: bool = True
+        self,
+        name: str,
+        prefixes: Sequence[str | Path],
+        expected_tokens: int | None = None,
+        *,
+        verify: bool = True,
+        ranges: Sequence[tuple[int, int] | None] | None = None,
     ) -> None:
         self.name = name
         if not prefixes:
@@ -36,15 +57,33 @@ class DomainTokens:
         except InputError as error:
             raise InputError(f"domain '{name}': {error}") from error
         self.dtype = np.result_type(*(file.dtype for file in self.files))
-        self._ends = np.cumsum([file.num_tokens for file in self.files]).tolist()
+        if ranges is None:
+            ranges = [None] * len(self.files)
+        if len(ranges) != len(self.files):
+            raise InputError(
+                f"domain '{name}': {len(ranges)} document ranges for {len(self.files)} token files. Give one range per"
+                " prefix; None stands for the whole file."
+            )
+        self._pieces = [self._piece(file, documents) for file, documents in zip(self.files, ranges, strict=True)]
+        self._ends = np.cumsum([piece.num_tokens for piece in self._pieces]).tolist()
         self.num_tokens: int = self._ends[-1]
-        self.num_documents = sum(file.num_documents for file in self.files)
+        self.num_documents = sum(piece.end - piece.first for piece in self._pieces)
         if expected_tokens is not None and self.num_tokens != expected_tokens:
             raise InputError(
                 f"domain '{name}': {', '.join(str(file.prefix) for file in self.files)} hold {self.num_tokens} tokens,"
                 f" but the manifest says {expected_tokens}. Run `megamix prepare` again, or use the manifest of these"
                 " files."
             )
+
+    def _piece(self, file: IndexedTokens, documents: tuple[int, int] | None) -> _Piece:
+        first, end = (0, file.num_documents) if documents is None else documents
+        if not 0 <= first <= end <= file.num_documents:
+            raise InputError(
+                f"domain '{self.name}': documents {first} to {end} of {file.prefix} asked for, but it holds documents 0"
+                f" to {file.num_documents}. Give 0 <= first <= end <= {file.num_documents}."
+            )
+        start, stop = file.starts_of(np.array([first, end])).tolist()
+        return _Piece(file, first, end, start, stop - start)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """A copy of tokens [start, start + length), ``dtype`` [length]; may cross file borders.
@@ -60,11 +99,12 @@ class DomainTokens:
         number = bisect.bisect_right(self._ends, start)
         filled = 0
         while filled < length:
-            file = self.files[number]
-            offset = start + filled - (self._ends[number] - file.num_tokens)
-            piece = file.tokens[offset : offset + length - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
+            piece = self._pieces[number]
+            skip = start + filled - (self._ends[number] - piece.num_tokens)
+            size = min(length - filled, piece.num_tokens - skip)
+            begin = piece.start + skip
+            tokens[filled : filled + size] = piece.file.tokens[begin : begin + size]
+            filled += size
             number += 1
         return tokens
 
@@ -93,5 +133,5 @@ class DomainTokens:
                 f"domain '{self.name}': token {token_offset} asked for, but it holds 0 to {self.num_tokens}."
             )
         number = bisect.bisect_right(self._ends, token_offset)
-        file = self.files[number]
-        return number, *file.document_at(token_offset - (self._ends[number] - file.num_tokens))
+        piece = self._pieces[number]
+        return number, *piece.file.document_at(piece.start + token_offset - (self._ends[number] - piece.num_tokens))
