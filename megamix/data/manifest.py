@@ -1,7 +1,8 @@
-"""``manifest.json``: what `prepare` has made, and what training opens.
+"""``manifest.json``: the domains of a data set, as `prepare` or `blend adopt` wrote it and as training opens it.
 
-Paths in it are relative to its folder, so a prepared folder can be moved as a whole. The fingerprint names the data:
-the domains, the hash of every token file, and the tokenizer's hash. A resume compares it.
+Paths in it are relative to its folder, so a prepared folder can be moved as a whole; adopted files that lie elsewhere
+have absolute paths. The fingerprint names the data: the domains, the hash of every token file, which documents of it
+are used where that is not all of them, and the tokenizer's hash. A resume compares it.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ class SplitEntry(Config):
     """The token files of one split of a domain."""
 
     prefixes: tuple[str, ...]
-    """Paths without .bin/.idx, relative to the manifest, in stream order."""
+    """Paths without .bin/.idx, relative to the manifest or absolute, in stream order."""
     tokens: int
-    """Tokens in all files together, the end-of-document tokens included."""
+    """Tokens of all files together, the end-of-document tokens included."""
     documents: int
-    """Documents in all files together."""
+    """Documents of all files together."""
     max_token: int
     """Largest token id that occurs."""
     sha256: tuple[str, ...]
-    """Of every .bin file, in the order of the prefixes."""
+    """Of every .bin file as a whole, in the order of the prefixes."""
+    ranges: tuple[tuple[int, int] | None, ...] | None = None
+    """Of every file the documents [first, end) that belong to this split; None: all of them."""
 
 
 class ValidationEntry(SplitEntry):
@@ -87,13 +90,15 @@ class Manifest(Config):
     tokenizer: TokenizerEntry
     """The tokenizer of all domains."""
     dtype: str
-    """Type of a stored token: uint16 or int32."""
+    """Type that holds every stored token: uint16 or int32."""
     validation_fraction: float
     """Share of the documents that was held out, as asked for."""
+    split: str | None = None
+    """Megatron's ``--split`` that made the document ranges; None where no file is shared between splits."""
     domains: tuple[DomainEntry, ...]
     """In the order of all arrays that have one entry a domain."""
     fingerprint: str
-    """sha256 over the names, the hashes of all token files, and the tokenizer's hash."""
+    """sha256 over the names, the hashes of all token files, their document ranges, and the tokenizer's hash."""
 
     _folder: Path = pydantic.PrivateAttr(default_factory=Path)
 
@@ -106,12 +111,14 @@ class Manifest(Config):
         dtype: str,
         validation_fraction: float,
         domains: Sequence[DomainEntry],
+        split: str | None = None,
     ) -> Manifest:
         """A manifest for ``folder`` with its fingerprint computed; `save` writes it."""
         manifest = cls(
             tokenizer=tokenizer,
             dtype=dtype,
             validation_fraction=validation_fraction,
+            split=split,
             domains=tuple(domains),
             fingerprint=_fingerprint(tokenizer, domains),
         )
@@ -184,8 +191,10 @@ class Manifest(Config):
         Raises:
             InputError: No such domain or split, damaged files, or files with other tokens than the manifest says.
         """
-        tokens = DomainTokens(name, self.prefixes(name, split), self._split(name, split).tokens, verify=verify)
-        if tokens.dtype.name != self.dtype:
+        entry = self._split(name, split)
+        tokens = DomainTokens(name, self.prefixes(name, split), entry.tokens, verify=verify, ranges=entry.ranges)
+        # Adopted domains may be narrower than the widest of them; what is read is widened anyway.
+        if not np.can_cast(tokens.dtype, self.dtype):
             raise InputError(
                 f"domain '{name}': its {split} files store {tokens.dtype.name}, but the manifest says {self.dtype}."
                 " Run `megamix prepare` again."
@@ -214,12 +223,15 @@ class Manifest(Config):
         Raises:
             InputError: A file's contents have changed; the message names the domain and the file.
         """
+        hashes: dict[Path, str] = {}  # the splits of a domain may share a file
         for domain in self.domains:
             for split in (domain.train, domain.validation):
                 for prefix, wanted in zip(split.prefixes, split.sha256, strict=True):
                     path = bin_path(self.folder / prefix)
-                    with open(path, "rb") as file:
-                        seen = hashlib.file_digest(file, "sha256").hexdigest()
+                    if path not in hashes:
+                        with open(path, "rb") as file:
+                            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                    seen = hashes[path]
                     if seen != wanted:
                         raise InputError(
                             f"domain '{domain.name}': {path} has the hash {seen[:12]}, the manifest says {wanted[:12]}:"
@@ -229,7 +241,7 @@ class Manifest(Config):
     def save(self) -> Path:
         """Writes ``manifest.json`` into its folder, whole or not at all, and returns its path."""
         path = self.folder / FILE_NAME
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
         replace_file(path, (text + "\n").encode("utf-8"))
         return path
 
@@ -266,6 +278,11 @@ class Manifest(Config):
                 f"{path}: domain '{name}' has {len(split.prefixes)} token files and {len(split.sha256)} hashes,"
                 " expected one hash for each of at least one file. Run `megamix prepare` again."
             )
+        if split.ranges is not None and len(split.ranges) != len(split.prefixes):
+            raise InputError(
+                f"{path}: domain '{name}' has {len(split.prefixes)} token files and {len(split.ranges)} document"
+                " ranges, expected one range (or null) for each file. Run `megamix blend adopt` again."
+            )
         for prefix in split.prefixes:
             for file in (bin_path(self.folder / prefix), idx_path(self.folder / prefix)):
                 if not file.is_file():
@@ -276,11 +293,15 @@ class Manifest(Config):
 
 
 def _fingerprint(tokenizer: TokenizerEntry, domains: Sequence[DomainEntry]) -> str:
-    content = {
-        "tokenizer": tokenizer.sha256,
-        "domains": [[domain.name, list(domain.train.sha256), list(domain.validation.sha256)] for domain in domains],
-    }
+    content = {"tokenizer": tokenizer.sha256, "domains": [_identity(domain) for domain in domains]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _identity(domain: DomainEntry) -> list[object]:
+    """What a domain's data is, apart from where it lies. Whole files, the usual case, have no ranges in it."""
+    splits = (domain.train, domain.validation)
+    ranges = [split.ranges for split in splits]
+    return [domain.name, *(list(split.sha256) for split in splits), *(ranges if any(ranges) else ())]
 
 
 def _read_json(path: Path) -> object:
