@@ -6,79 +6,31 @@
 
 A run is a list of *segments*, stretches of positions with the same weights. A segment starts with the deficits and
 counts that the ones before it left, and within it the order is a pure function of position (`megamix.data.schedule`),
-so a weight change costs O(K), any window can be asked for at any time, and nothing depends on how the positions were
-cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples from the sum of its weight.
+so a weight change costs O(K log K), any window can be asked for at any time, and nothing depends on how the positions
+were cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples from the sum of its weight.
+
+With ``sampling="iid"`` the domains are drawn independently instead (`megamix.data.iid`): the same in all respects, but
+counts stray from the weights as chance has it, and what lies far from the positions taken must be counted up to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import bisect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megamix.data.iid import Draws
 from megamix.data.permute import grid, hash_next, hash_words, permute
 from megamix.data.schedule import Order
+from megamix.data.segment import Segment
 from megamix.errors import InputError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of positions with constant weights.
-
-    Attributes:
-        start: its first position.
-        weights: float64 [K], sum 1.
-        deficits: float64 [K], in samples, at ``start``: the sum of each weight over all earlier positions minus the
-            samples given.
-        counts: int64 [K], the samples each domain gave before ``start``.
-    """
-
-    start: int
-    weights: Floats
-    deficits: Floats
-    counts: Ints
-
-    @cached_property
-    def order(self) -> Order:
-        """The order of its positions, of which 0 is ``start``."""
-        return Order(self.weights, self.deficits)
-
-    def counts_at(self, position: int) -> Ints:
-        """int64 [K]: samples given before ``position``, which lies in this segment or at its end."""
-        return self.counts + self.order.counts_at(position - self.start)
-
-    def then(self, position: int, weights: Floats) -> Segment:
-        """The segment that follows when the weights become ``weights`` at ``position``."""
-        return self.then_from(self.counts_at(position), position, weights)
-
-    def then_from(self, counts: Ints, position: int, weights: Floats) -> Segment:
-        """`then`, where ``counts``, the samples given before ``position``, are known already."""
-        deficits = self.deficits + self.weights * float(position - self.start) - (counts - self.counts)
-        return Segment(position, weights, deficits, counts)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "start": self.start,
-            "weights": self.weights.tolist(),
-            "deficits": self.deficits.tolist(),
-            "counts": self.counts.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Segment:
-        return cls(
-            int(data["start"]),
-            np.asarray(data["weights"], np.float64),
-            np.asarray(data["deficits"], np.float64),
-            np.asarray(data["counts"], np.int64),
-        )
+Sampling = Literal["low_discrepancy", "iid"]
 
 
 class Blend:
@@ -90,9 +42,11 @@ class Blend:
         seed: with ``domain_keys`` and the epoch it fixes the order within each domain.
         domain_keys: [K] integers that name the domains to the random order (default 0..K-1). Keys taken from the
             domains' names keep a domain's order when others are added or removed.
+        sampling: ``"low_discrepancy"``: counts stay as near to the weights as a bound allows; ``"iid"``: every
+            position's domain is drawn independently.
 
     Raises:
-        InputError: a length, weight or count that cannot be used.
+        InputError: a length, weight or count that cannot be used, or another kind of sampling.
     """
 
     def __init__(
@@ -102,6 +56,7 @@ class Blend:
         seed: int,
         *,
         domain_keys: Sequence[int] | None = None,
+        sampling: Sampling = "low_discrepancy",
     ) -> None:
         self.num_samples = np.array(num_samples, np.int64)
         if self.num_samples.ndim != 1 or self.num_samples.size == 0:
@@ -109,6 +64,9 @@ class Blend:
         for domain, number in enumerate(self.num_samples):
             if number < 1:
                 raise InputError(f"domain {domain} has {number} samples per epoch, expected at least 1.")
+        if sampling not in get_args(Sampling):
+            raise InputError(f"sampling is {sampling!r}, expected one of {', '.join(get_args(Sampling))}.")
+        self.sampling: Sampling = sampling
         self.seed = int(seed)
         # Python integers: numpy would turn keys on both sides of 2**63 into floats.
         self.domain_keys = [int(key) for key in (range(self.num_domains) if domain_keys is None else domain_keys)]
@@ -120,9 +78,9 @@ class Blend:
         grids = np.array([grid(int(number)) for number in self.num_samples], np.int64)
         self._rows, self._columns = grids[:, 0], grids[:, 1]
         zeros = np.zeros(self.num_domains)
-        self._segments = [Segment(0, self._checked(weights), zeros, zeros.astype(np.int64))]
-        self._position = 0
-        self._counts = self._segments[0].counts  # before the current position
+        counts = zeros.astype(np.int64)
+        self._orders: dict[int, Order | Draws] = {}  # by the start of their segment; worked out when first needed
+        self._stand([Segment(0, self._checked(weights), zeros, counts)], 0, counts)
 
     @property
     def num_domains(self) -> int:
@@ -136,7 +94,7 @@ class Blend:
     @property
     def weights(self) -> Floats:
         """float64 [K]: the weights in effect at the current position."""
-        return self._segment_at(self._position).weights.copy()
+        return self.segment_at(self._position).weights.copy()
 
     @property
     def counts(self) -> Ints:
@@ -150,8 +108,9 @@ class Blend:
 
     @property
     def deficits(self) -> Floats:
-        """float64 [K]: the integral of each weight over the positions so far, minus the samples taken."""
-        return self._segment_at(self._position).then_from(self._counts, self._position, self.weights).deficits
+        """float64 [K]: the integral of each weight over the positions so far, minus the samples taken; of a domain
+        that joined later, since it joined."""
+        return self.segment_at(self._position).then(self._position, self._counts, self.weights).deficits
 
     @property
     def ledger(self) -> list[tuple[int, list[float]]]:
@@ -160,11 +119,12 @@ class Blend:
 
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: the samples that positions [0, position) hold of each domain."""
-        return self._segment_at(position).counts_at(position)
+        segment = self.segment_at(position)
+        return segment.counts + self._order_of(segment).counts_at(position - segment.start)
 
     def segment_at(self, position: int) -> Segment:
         """The stretch of constant weights that ``position`` lies in."""
-        return self._segment_at(position)
+        return self._segments[self._index_at(position)]
 
     def take(self, number: int) -> tuple[Ints, Ints]:
         """The next ``number`` samples; advances.
@@ -172,14 +132,14 @@ class Blend:
         Returns:
             (domain, sample), int64 [number] each: which domain, and which of its samples, in [0, num_samples[domain]).
         """
-        domain, ordinal = self._order(self._position, number, self._counts)
+        domain, ordinal = self._ordered(self._position, number, self._counts)
         self._position += number
         self._counts = self._counts + np.bincount(domain, minlength=self.num_domains)
         return domain, self._samples(domain, ordinal)
 
     def window(self, start: int, number: int) -> tuple[Ints, Ints]:
         """Like `take`, for positions [start, start + number) wherever the blend stands; does not advance."""
-        domain, ordinal = self._order(start, number)
+        domain, ordinal = self._ordered(start, number)
         return domain, self._samples(domain, ordinal)
 
     def set_weights(self, weights: ArrayLike, at: int | None = None) -> bool:
@@ -203,23 +163,72 @@ class Blend:
             return False
         if at == last.start:
             self._segments[-1] = Segment(at, checked, last.deficits, last.counts)
+            self._orders.pop(at, None)
         else:
-            counts = self._counts if at == self._position else last.counts_at(at)
-            self._segments.append(last.then_from(counts, at, checked))
+            counts = self._counts if at == self._position else self.counts_at(at)
+            self._segments.append(last.then(at, counts, checked))
         return True
+
+    def with_domains(
+        self,
+        num_samples: Sequence[int] | Ints,
+        domain_keys: Sequence[int],
+        sources: Sequence[int | None],
+        rescale: Callable[[Floats], ArrayLike],
+        *,
+        restarted: Collection[int] = (),
+    ) -> Blend:
+        """The blend of another set of K' domains that goes on from the current position; what lies before is left out.
+
+        A domain that is kept goes on where it is: with its next sample, and with its deficit. One that joins starts
+        with both at 0. Changes that were announced ahead stay at their positions.
+
+        The result is the blend of all domains there ever were in which the weights of those not there are 0. So the
+        bound is that of their number: each domain that was removed or restarted adds 1/2 to the (K' - 1)/2.
+
+        Args:
+            num_samples: [K'], samples each domain has per epoch.
+            domain_keys: [K'], see `Blend`.
+            sources: [K'], which domain of this blend each one is; None for one that joins.
+            rescale: from weights float64 [K] to those of the new domains, [K']; not negative, normalised here.
+            restarted: those of the new domains, 0..K'-1, that start anew although they have a source: their data are
+                others.
+
+        Raises:
+            InputError: a domain that is kept has another number of samples or another key, so that samples would be
+                lost or repeated; two domains have the same source; lengths or weights that cannot be used.
+        """
+        kept = [None if new in restarted else source for new, source in enumerate(sources)]
+        blend = Blend(num_samples, np.ones(len(kept)), self.seed, domain_keys=domain_keys, sampling=self.sampling)
+        self._check_kept(blend, kept)
+        counts, deficits = np.zeros(len(kept), np.int64), np.zeros(len(kept))
+        new = [index for index, source in enumerate(kept) if source is not None]
+        old = [source for source in kept if source is not None]
+        counts[new], deficits[new] = self._counts[old], self.deficits[old]
+        weights = blend._checked(rescale(self.weights))
+        blend._stand([Segment(self._position, weights, deficits, counts)], self._position, counts)
+        for segment in self._segments[self._index_at(self._position) + 1 :]:
+            blend.set_weights(rescale(segment.weights.copy()), at=segment.start)
+        return blend
 
     def forget_before(self, position: int) -> None:
         """Drops segments that end at or before ``position``, so that memory does not grow with the number of changes;
         never what lies ahead of the current position."""
-        del self._segments[: self._index_at(min(position, self._position))]
+        past = self._index_at(min(position, self._position))
+        for segment in self._segments[:past]:
+            self._orders.pop(segment.start, None)
+        del self._segments[:past]
 
     def state_dict(self, at: int | None = None) -> dict[str, Any]:
         """Plain numbers and lists from which `from_state_dict` continues exactly, as of position ``at`` (default: the
         current one)."""
         position = self._position if at is None else int(at)
+        counts = self._counts if position == self._position else self.counts_at(position)
         return {
             "position": position,
+            "counts": counts.tolist(),
             "seed": self.seed,
+            "sampling": self.sampling,
             "num_samples": self.num_samples.tolist(),
             "domain_keys": list(self.domain_keys),
             "segments": [segment.to_json() for segment in self._segments[self._index_at(position) :]],
@@ -227,16 +236,83 @@ class Blend:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Blend:
-        """The blend that `state_dict` described."""
+        """The blend that `state_dict` described.
+
+        Raises:
+            InputError: the lengths in the state differ.
+        """
         segments = [Segment.from_json(segment) for segment in state["segments"]]
-        blend = cls(state["num_samples"], segments[0].weights, state["seed"], domain_keys=state["domain_keys"])
-        # Not through the constructor: normalising again could move the last bit of a weight.
-        blend._segments = segments
-        blend._position = int(state["position"])
-        blend._counts = blend.counts_at(blend._position)
+        blend = cls.from_segment(
+            state["num_samples"],
+            segments[0],
+            state["seed"],
+            domain_keys=state["domain_keys"],
+            sampling=state["sampling"],
+        )
+        blend._stand(segments, int(state["position"]), np.asarray(state["counts"], np.int64))
         return blend
 
-    def _order(self, start: int, number: int, given: Ints | None = None) -> tuple[Ints, Ints]:
+    @classmethod
+    def from_segment(
+        cls,
+        num_samples: Sequence[int] | Ints,
+        segment: Segment,
+        seed: int,
+        *,
+        domain_keys: Sequence[int] | None = None,
+        sampling: Sampling = "low_discrepancy",
+    ) -> Blend:
+        """The blend of a run in which ``segment`` was recorded, standing at the segment's start; O(K) wherever that is.
+
+        Args:
+            segment: as `segment_at` gave it.
+            num_samples, seed, domain_keys, sampling: those of the run, see `Blend`.
+
+        Raises:
+            InputError: the segment is of another number of domains, or an argument cannot be used.
+        """
+        blend = cls(num_samples, segment.weights, seed, domain_keys=domain_keys, sampling=sampling)
+        # As recorded, not as the constructor has it: normalising again could move the last bit of a weight.
+        blend._stand([segment], segment.start, segment.counts)
+        return blend
+
+    def _stand(self, segments: list[Segment], position: int, counts: Ints) -> None:
+        """Takes over a record, and stands at ``position`` in its first segment, where the domains gave ``counts``."""
+        self._segments, self._position, self._counts = segments, position, counts
+        self._orders.clear()
+        if position > segments[0].start and isinstance(order := self._order_of(segments[0]), Draws):
+            order.know(position - segments[0].start, counts - segments[0].counts)
+
+    def _order_of(self, segment: Segment) -> Order | Draws:
+        """The order of a segment's positions, of which 0 is its start."""
+        order = self._orders.get(segment.start)
+        if order is None:
+            if self.sampling == "iid":
+                order = Draws(self.seed, segment.start, segment.weights)
+            else:
+                order = Order(segment.weights, segment.deficits)
+            self._orders[segment.start] = order
+        return order
+
+    def _check_kept(self, blend: Blend, kept: Sequence[int | None]) -> None:
+        """Raises unless every domain of ``blend`` that is kept goes on with the same samples in the same order."""
+        if len(kept) != blend.num_domains:
+            raise InputError(f"sources has {len(kept)} entries, expected {blend.num_domains}, one for each domain.")
+        sources = [source for source in kept if source is not None]
+        if len(set(sources)) < len(sources) or not all(0 <= source < self.num_domains for source in sources):
+            raise InputError(f"sources must be different domains of 0..{self.num_domains - 1}, got {sources}.")
+        for new, source in enumerate(kept):
+            if source is None:
+                continue
+            before = int(self.num_samples[source]), self.domain_keys[source]
+            after = int(blend.num_samples[new]), blend.domain_keys[new]
+            if before != after:
+                raise InputError(
+                    f"domain {new} is to go on as domain {source} was, but that has (samples, key) {before} and this "
+                    f"{after}, which is another order. List it in restarted, or give it the data and the key it had."
+                )
+
+    def _ordered(self, start: int, number: int, given: Ints | None = None) -> tuple[Ints, Ints]:
         """(domain, ordinal), int64 [number] each, of positions [start, start + number); an ordinal counts a domain's
         samples from position 0. ``given`` are the counts before ``start``, where they are known."""
         if number < 0:
@@ -247,7 +323,7 @@ class Blend:
             segment = self._segments[index]
             end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
             known = None if given is None else given - segment.counts
-            domain, ordinal = segment.order.window(start - segment.start, end - segment.start, known)
+            domain, ordinal = self._order_of(segment).window(start - segment.start, end - segment.start, known)
             domains.append(domain)
             ordinals.append(segment.counts[domain] + ordinal)
             start, index, given = end, index + 1, None
@@ -260,16 +336,15 @@ class Blend:
         return permute(index, size, self._rows[domain], self._columns[domain], key)
 
     def _index_at(self, position: int) -> int:
-        """The index of the segment that ``position`` lies in; nearly always the last or one of the last."""
-        for index in range(len(self._segments) - 1, -1, -1):
-            if self._segments[index].start <= position:
-                return index
-        raise InputError(
-            f"position {position} lies before {self._segments[0].start}, where this blend's record starts."
-        )
-
-    def _segment_at(self, position: int) -> Segment:
-        return self._segments[self._index_at(position)]
+        """The index of the segment that ``position`` lies in."""
+        if position >= self._segments[-1].start:
+            return len(self._segments) - 1
+        index = bisect.bisect_right(self._segments, position, key=lambda segment: segment.start) - 1
+        if index < 0:
+            raise InputError(
+                f"position {position} lies before {self._segments[0].start}, where this blend's record starts."
+            )
+        return index
 
     def _checked(self, weights: ArrayLike) -> Floats:
         array = np.array(weights, np.float64)  # a copy: the caller may go on to change theirs

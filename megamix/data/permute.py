@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 ROUNDS = 8
 MAX_RANKED = 64
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _ONE, _27, _30, _31 = (np.uint64(number) for number in (1, 27, 30, 31))
@@ -45,7 +45,7 @@ def hash_words(*words: ArrayLike) -> NDArray[np.uint64]:
 def hash_next(state: NDArray[np.uint64], word: ArrayLike) -> NDArray[np.uint64]:
     """`hash_words` of the words that gave ``state`` and one more."""
     with np.errstate(over="ignore"):
-        return mix64((state + _GOLDEN) ^ np.asarray(word).astype(np.uint64))
+        return mix64((state + GOLDEN) ^ np.asarray(word).astype(np.uint64))
 
 
 def grid(size: int) -> tuple[int, int]:
@@ -95,9 +95,9 @@ def _encrypt(
         for _ in range(ROUNDS // 2):
             # Half a hash, so that the sum cannot wrap around.
             row = (row + (mix64(column + key) >> _ONE)) % rows
-            key = key + _GOLDEN
+            key = key + GOLDEN
             column = (column + (mix64(row + key) >> _ONE)) % columns
-            key = key + _GOLDEN
+            key = key + GOLDEN
         return row * columns + column
 
 
@@ -106,6 +106,6 @@ def _rank(index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uin
     bijection."""
     others = np.arange(size.max())
     with np.errstate(over="ignore"):
-        hash_ni = mix64(key[:, None] + others.astype(np.uint64) * _GOLDEN)
+        hash_ni = mix64(key[:, None] + others.astype(np.uint64) * GOLDEN)
     own_n1 = np.take_along_axis(hash_ni, index[:, None], axis=1)
     return ((hash_ni < own_n1) & (others < size[:, None])).sum(axis=1)
