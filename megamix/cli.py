@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from megamix.errors import EXIT_FAILED, MegamixError
+from megamix.interop.cli import app as blend
 
 app = typer.Typer(
     help="Online data mixing for language-model pretraining.",
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(blend, name="blend")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
 Overrides = Annotated[

@@ -1,0 +1,50 @@
+"""``megamix blend``: Megatron's token files in, Megatron's and DoReMi's blends out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Exchange token files and blends with Megatron and DoReMi.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def adopt(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for manifest.json, tokenizer.json, mixture.json.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer.json that the files were made with.")],
+    named: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=PREFIX[,PREFIX]...]...",
+            help="The files of a domain; beside a blend, names for its files. Default names: the files' own.",
+        ),
+    ] = None,
+    eod: Annotated[str | None, typer.Option(help="Its end-of-document token; default: the usual names.")] = None,
+    data_path: Annotated[str | None, typer.Option(help='"WEIGHT PREFIX WEIGHT PREFIX ...", or prefixes alone.')] = None,
+    data_args_path: Annotated[Path | None, typer.Option(help="A file with that string.")] = None,
+    per_split_data_args_path: Annotated[Path | None, typer.Option(help="JSON with train, valid and test.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Shares of train, valid and test in every file, as in Megatron; default: 969,30,1."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Files read at a time; default: by cores.")] = None,
+) -> None:
+    """Make a data set of existing Megatron .bin/.idx files, without copying them: one pass over the tokens.
+
+    Example: megamix blend adopt --out data/mine --tokenizer tokenizer.json --data-path "0.3 /data/web_text_document
+    0.7 /data/code_text_document" --split 98,2
+    """
+    from megamix.interop.adopt import adopt as run
+    from megamix.interop.sources import find_sources
+
+    sources = find_sources(
+        named or [], data_path=data_path, data_args_path=data_args_path, per_split=per_split_data_args_path
+    )
+    run(sources, out, tokenizer=tokenizer, eod=eod, split=split, workers=workers).report().show()

@@ -1,0 +1,139 @@
+"""Which token files make up which domain: from a Megatron blend, from ``NAME=PREFIX,...``, or from both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.errors import InputError, did_you_mean
+from megamix.interop.megatron import FileBlend, domains_of, parse_blend, read_data_args, read_per_split
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Token files by domain.
+
+    Attributes:
+        train: the prefixes of every domain.
+        valid: the same for validation, for the same domains; None where it is to be split off ``train``.
+        weights: relative weight of every domain; None where files count by their length.
+    """
+
+    train: dict[str, list[str]]
+    valid: dict[str, list[str]] | None
+    weights: dict[str, float] | None
+
+
+def find_sources(
+    named: Sequence[str],
+    *,
+    data_path: str | None = None,
+    data_args_path: Path | None = None,
+    per_split: Path | None = None,
+) -> Sources:
+    """Reads one blend, or takes the named files alone; beside a blend, ``named`` says which domain its files are.
+
+    Args:
+        named: ``NAME=PREFIX[,PREFIX...]``, each.
+        data_path: Megatron's ``--data-path`` string.
+        data_args_path: a file with that string.
+        per_split: a ``--per-split-data-args-path`` file.
+
+    Raises:
+        InputError: no files or more than one blend, names that cannot be used, a file in two places, or a domain that
+            has training and no validation files or the other way round.
+    """
+    given = [value for value in (data_path, data_args_path, per_split) if value is not None]
+    names = _parse_named(named)
+    if len(given) > 1 or not (given or names):
+        raise InputError(
+            f"{len(given)} blends are given, expected one of --data-path, --data-args-path and"
+            " --per-split-data-args-path, or NAME=PREFIX[,PREFIX...] for every domain."
+        )
+    if per_split is not None:
+        return _of_per_split(per_split, names)
+    if not given:
+        _refuse_shared(names, {})
+        return Sources(names, None, None)
+    blend = (
+        read_data_args(data_args_path)
+        if data_args_path is not None
+        else parse_blend((data_path or "").split(), "--data-path")
+    )
+    source = str(data_args_path or "--data-path")
+    _check_named(names, blend.prefixes, source)
+    train, weights = _grouped(blend, source, names)
+    _refuse_shared(train, {})
+    return Sources(train, None, weights)
+
+
+def _of_per_split(path: Path, names: Mapping[str, Sequence[str]]) -> Sources:
+    blends = read_per_split(path)
+    blend, valid_blend = blends["train"], blends["valid"]
+    if blend is None or valid_blend is None:
+        raise InputError(
+            f"{path}: {'train' if blend is None else 'valid'} is null; training and validation files are both needed. To"
+            " split the training files instead, give them with --data-path and --split."
+        )
+    _check_named(names, (*blend.prefixes, *valid_blend.prefixes), str(path))
+    train, weights = _grouped(blend, f"{path}, train", names)
+    valid, _ = _grouped(valid_blend, f"{path}, valid", names)
+    for has, lacks, one, other in ((train, valid, "train", "valid"), (valid, train, "valid", "train")):
+        alone = [name for name in has if name not in lacks]
+        if alone:
+            raise InputError(
+                f"{path}: the domain '{alone[0]}' ({', '.join(has[alone[0]])}) is in {one} and not in {other}, which has"
+                f" {', '.join(lacks)}. Name the files of a domain in both: {alone[0]}=PREFIX,PREFIX."
+            )
+    _refuse_shared(train, valid)
+    return Sources(train, valid, weights)
+
+
+def _grouped(
+    blend: FileBlend, source: str, names: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[str]], dict[str, float] | None]:
+    members = domains_of(blend.prefixes, source, names)
+    files = {name: [blend.prefixes[number] for number in numbers] for name, numbers in members.items()}
+    if blend.weights is None:
+        return files, None
+    return files, {name: sum(blend.weights[number] for number in numbers) for name, numbers in members.items()}
+
+
+def _parse_named(named: Sequence[str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for argument in named:
+        name, equals, rest = argument.partition("=")
+        prefixes = [prefix.strip() for prefix in rest.split(",")]
+        if not (equals and name.strip() and all(prefixes)):
+            raise InputError(
+                f"'{argument}': expected NAME=PREFIX[,PREFIX...], for example web=/data/web_text_document."
+            )
+        if name.strip() in names:
+            raise InputError(
+                f"the domain '{name.strip()}' is given twice. Give all its prefixes at once: NAME=PREFIX,PREFIX."
+            )
+        names[name.strip()] = prefixes
+    return names
+
+
+def _check_named(names: Mapping[str, Sequence[str]], prefixes: Sequence[str], source: str) -> None:
+    for name, members in names.items():
+        for prefix in members:
+            if prefix not in prefixes:
+                raise InputError(f"{name}={prefix}: {source} has no such prefix." + did_you_mean(prefix, prefixes))
+
+
+def _refuse_shared(train: Mapping[str, Sequence[str]], valid: Mapping[str, Sequence[str]]) -> None:
+    seen: dict[str, str] = {}
+    for split, domains in (("train", train), ("valid", valid)):
+        for name, prefixes in domains.items():
+            for prefix in prefixes:
+                path, place = os.path.realpath(prefix), f"{split} of '{name}'"
+                if path in seen:
+                    raise InputError(
+                        f"{prefix} stands in {seen[path]} and in {place}. Name it once; to hold a part of it out, give"
+                        " --data-path and --split."
+                    )
+                seen[path] = place
