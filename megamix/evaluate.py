@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader, batch_arrays
+from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
 from megamix.engines.base import Engine, Place
 from megamix.plan import Plan
 from megamix_kernels import DomainSums
@@ -30,7 +30,6 @@ class Validation:
     def __init__(self, plan: Plan, place: Place) -> None:
         config = plan.config
         wanted = config.evaluate.batches * config.train.micro_batch
-        self._seq_length = config.data.seq_length
         self._names = plan.domain_names
         self._natural = plan.natural_weights
         domain_n, sample_n = _choose(plan, wanted)
@@ -38,7 +37,13 @@ class Validation:
         self.num_micro_batches = -(-domain_n.size // per_round)
         self._batch = None
         if place.reads_data:
-            reader = WindowReader(plan.validation, self._seq_length, plan.vocab_size)
+            reader = WindowReader(
+                plan.validation,
+                config.data.seq_length,
+                plan.vocab_size,
+                eod_mask_loss=config.data.eod_mask_loss,
+                reset_position_ids=config.data.reset_position_ids,
+            )
             rows = np.arange(place.data_rank, self.num_micro_batches * place.data_size, place.data_size)
             self._batch = self._build(reader, domain_n, sample_n, rows, config.train.micro_batch)
 
@@ -53,11 +58,9 @@ class Validation:
         index = (micro_batches[:, None] * micro_batch + np.arange(micro_batch)).ravel()
         filler = index >= domain_n.size
         index[filler] = 0
-        domain_n, sample_n = domain_n[index], sample_n[index]
-        shape = (self.num_micro_batches, micro_batch, self._seq_length)
-        tokens, labels, domains = batch_arrays(reader.read(domain_n, sample_n), domain_n, shape)
-        labels.view(-1, self._seq_length)[torch.from_numpy(filler)] = IGNORED_LABEL
-        return Batch(tokens, labels, domains, num_tokens=index.size * self._seq_length)
+        batch = reader.batch(domain_n, sample_n, index, (self.num_micro_batches, micro_batch))
+        batch.labels.flatten(0, 1)[torch.from_numpy(filler)] = IGNORED_LABEL
+        return batch
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """One evaluation; every rank calls it and gets the same numbers (the ``evaluate`` line of metrics.jsonl,

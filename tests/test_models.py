@@ -58,10 +58,10 @@ def build(config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH) -
     return [Embedding(config, 0, seed), *decoders, Head(config, last, seed)]
 
 
-def run(layers: list[PipelineLayer], tokens: torch.Tensor) -> torch.Tensor:
+def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:
     for layer in layers:
-        tokens = layer(tokens)
-    return tokens
+        inputs = layer(inputs)
+    return inputs
 
 
 def upstream_model(config: ModelConfig, attention: str = "sdpa") -> nn.Module:
@@ -114,6 +114,33 @@ def test_parameters_map_one_to_one_and_logits_are_those_of_transformers(architec
         }
         upstream.load_state_dict(state)
         torch.testing.assert_close(upstream(tokens).logits, logits, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_positions_reach_every_layer(architecture: str) -> None:
+    """Logits and gradients with positions that begin again are those of transformers' model with these
+    ``position_ids``, unlike those without; positions 0 to S - 1 change nothing, to the last bit."""
+    config = model_config(architecture)
+    layers = build(config)
+    shake(layers)
+    tokens = random_tokens(config)
+    counted = torch.arange(SEQ_LENGTH).expand(tokens.shape)
+    positions = torch.stack([counted[0] % 9, (counted[0] + 20).clamp(max=30) % 24])
+    logits = run(layers, (tokens, positions))
+    upstream = upstream_model(config)
+    upstream.load_state_dict(hugging_face_state(layers))
+    # Without a mask of its own transformers takes positions that begin again for packed samples and parts them.
+    wanted = upstream(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
+    assert (logits - run(layers, tokens)).abs().max() > 1e-2
+    torch.testing.assert_close(run(layers, (tokens, counted)), run(layers, tokens), rtol=0, atol=0)
+    logits.square().mean().backward()
+    wanted.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in upstream.named_parameters()}
+    for layer in layers:
+        names = layer.hugging_face_names()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[names[name]], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -181,7 +208,7 @@ def test_rotary_stays_accurate_in_bf16(architecture: str) -> None:
     config = model_config(architecture, hidden_size=128)
     decoder = Decoder(config, 1, SEED, 4096).bfloat16()
     assert all(parameter.dtype == torch.bfloat16 for parameter in decoder.parameters())
-    cos, sin = decoder._positions(torch.zeros(1, 4096, config.hidden_size, dtype=torch.bfloat16))
+    cos, sin = decoder._rotary_table(torch.zeros(1, 4096, config.hidden_size, dtype=torch.bfloat16))
     assert cos.dtype == torch.bfloat16
     pairs = config.rotary_size // 2
     frequencies = config.rotary_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)

@@ -12,9 +12,11 @@ same bytes for the same documents.
 from __future__ import annotations
 
 import bisect
+import errno
 import functools
 import hashlib
 import os
+import resource
 import struct
 from array import array
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ class IndexedTokens:
         dtype: Type of a token in the file.
         num_tokens: Tokens in the file.
         num_documents: Documents in the file.
-        tokens: The whole stream, a read-only memory map [num_tokens] of ``dtype``.
+        tokens: The whole stream, mapped read-only, [num_tokens] of ``dtype``.
 
     Raises:
         InputError: A file is missing or unreadable, is no index of version 1, or index and data disagree.
@@ -84,24 +86,20 @@ class IndexedTokens:
     def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:
         self.prefix = Path(prefix)
         self._verify = verify
-        data_bytes, index_bytes = _file_size(bin_path(prefix)), _file_size(idx_path(prefix))
-        self.dtype, self.num_sequences, num_bounds = _read_header(idx_path(prefix), index_bytes)
+        data, index = _map(bin_path(prefix)), _map(idx_path(prefix))
+        self.dtype, self.num_sequences, num_bounds = _read_header(idx_path(prefix), index)
         self.num_documents = num_bounds - 1
-        index = np.memmap(idx_path(prefix), dtype=np.uint8, mode="r")
         lengths_end = _HEADER.size + 4 * self.num_sequences
         pointers_end = lengths_end + 8 * self.num_sequences
         self._lengths = index[_HEADER.size : lengths_end].view("<i4")
         self._pointers = index[lengths_end:pointers_end].view("<i8")
         self._bounds = index[pointers_end:].view("<i8")
-        self._check_sizes(data_bytes)
+        self._check_sizes(data.size)
         if verify:
             self._check_pointers()
             self._check_bounds()
-        self.num_tokens = data_bytes // self.dtype.itemsize
-        # An empty file cannot be mapped.
-        self.tokens: np.ndarray = (
-            np.memmap(bin_path(prefix), dtype=self.dtype, mode="r") if data_bytes else np.empty(0, self.dtype)
-        )
+        self.num_tokens = data.size // self.dtype.itemsize
+        self.tokens: np.ndarray = data.view(self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map pickles as a copy of its contents; a loader process opens the files itself instead.
@@ -127,6 +125,20 @@ class IndexedTokens:
         document = bisect.bisect_right(self._bounds, sequence) - 1
         start = int(self._pointers[int(self._bounds[document])]) // self.dtype.itemsize
         return document, token - start
+
+    def starts_between(self, start: int, stop: int) -> np.ndarray:
+        """The tokens of [start, stop) that are the first of a document, int64, ascending, in O(log documents) reads.
+
+        Documents are taken from the index: neither token ids nor the cuts between a document's sequences matter.
+        """
+        size = self.dtype.itemsize
+        sequence = bisect.bisect_left(self._pointers, start * size)
+        first = bisect.bisect_left(self._bounds, sequence)
+        end = bisect.bisect_left(self._bounds, bisect.bisect_left(self._pointers, stop * size, sequence), first)
+        start_n = self._pointers[self._bounds[first:end]] // size
+        if end - first > 1:  # An empty document starts where the next one does.
+            start_n = start_n[np.append(True, start_n[1:] != start_n[:-1])]
+        return start_n
 
     def _check_sizes(self, data_bytes: int) -> None:
         wanted = 0
@@ -168,19 +180,38 @@ class IndexedTokens:
             )
 
 
-def _file_size(path: Path) -> int:
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, uint8 [size], read as they are needed.
+
+    Not an `np.memmap`, of which every slice costs several times what it does of an array.
+    """
     try:
         with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size
+            _allow_more_files(file.fileno())
+            # An empty file cannot be mapped.
+            empty = os.fstat(file.fileno()).st_size == 0
+            return np.empty(0, np.uint8) if empty else np.asarray(np.memmap(file, np.uint8, mode="r"))
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot read {path}: {reason}. Check the path, or run `megamix prepare`.") from error
+        advice = "Check the path, or run `megamix prepare`."
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            advice = f"Each token file stays open twice and this process may open {limit}: raise `ulimit -n`."
+        raise InputError(f"cannot read {path}: {error.strerror or error}. {advice}") from error
 
 
-def _read_header(path: Path, size: int) -> tuple[np.dtype[Any], int, int]:
+def _allow_more_files(descriptor: int) -> None:
+    """Raises the process's soft limit of open files to the hard one when half of it is in use.
+
+    Python keeps a file open for as long as it is mapped, and corpora have more files than the usual limit of 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard and 2 * descriptor > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:
     """Returns dtype, number of sequences and number of document bounds; checks them against the size of the file."""
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
+    size, head = index.size, index[: _HEADER.size].tobytes()
     if head[: len(MAGIC)] != MAGIC:
         raise InputError(
             f"{path} is not a Megatron index: it begins with {head[: len(MAGIC)]!r} ({size} bytes in all), expected"

@@ -91,22 +91,27 @@ class DomainTokens:
         Raises:
             InputError: The range leaves the stream.
         """
-        if start < 0 or length < 0 or start + length > self.num_tokens:
-            raise InputError(
-                f"domain '{self.name}': tokens {start} to {start + length} asked for; it holds 0 to {self.num_tokens}."
-            )
+        spans = self.spans(start, length)
         tokens = np.empty(length, self.dtype)
-        number = bisect.bisect_right(self._ends, start)
-        filled = 0
-        while filled < length:
-            piece = self._pieces[number]
-            skip = start + filled - (self._ends[number] - piece.num_tokens)
-            size = min(length - filled, piece.num_tokens - skip)
-            begin = piece.start + skip
-            tokens[filled : filled + size] = piece.file.tokens[begin : begin + size]
-            filled += size
-            number += 1
+        for skip, file, begin, end in spans:
+            tokens[skip : skip + end - begin] = file.tokens[begin:end]
         return tokens
+
+    def document_starts(self, index_n: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents begin in windows ``index_n`` (int64 [n]), as the index files say.
+
+        Returns:
+            Two int64 arrays [m]: the row in ``index_n`` and the token of its window, 0 to ``seq_length``, of every
+            token that is the first of a document; in ascending order.
+        """
+        starts, rows = [np.empty(0, np.int64)], []
+        # A search per window: one over all windows of a file at once pays off from about a hundred in the same file on.
+        for row, index in enumerate(index_n.tolist()):
+            for skip, file, begin, end in self._window_spans(index, seq_length):
+                starts.append(file.starts_between(begin, end) + (skip - begin))
+                rows.append((row, starts[-1].size))
+        row_m, count_m = np.array(rows, np.int64).reshape(-1, 2).T
+        return np.repeat(row_m, count_m), np.concatenate(starts)
 
     def num_windows(self, seq_length: int) -> int:
         """How many samples of ``seq_length`` tokens, plus the label of the last one, fit; 0 where not even one does."""
@@ -118,13 +123,14 @@ class DomainTokens:
         Raises:
             InputError: The domain has no such window.
         """
-        if not 0 <= index < self.num_windows(seq_length):
-            raise InputError(
-                f"domain '{self.name}': window {index} of {seq_length} tokens asked for, but it has"
-                f" {self.num_windows(seq_length)} windows ({self.num_tokens} tokens). Use a shorter sequence length, or"
-                " more text."
-            )
-        return self.read(index * seq_length, seq_length + 1)
+        tokens = np.empty(seq_length + 1, self.dtype)
+        self.read_window(index, tokens)
+        return tokens
+
+    def read_window(self, index: int, tokens: np.ndarray) -> None:
+        """Fills ``tokens``, integers [S + 1], with `window` ``index``."""
+        for skip, file, begin, end in self._window_spans(index, len(tokens) - 1):
+            tokens[skip : skip + end - begin] = file.tokens[begin:end]
 
     def document_at(self, token_offset: int) -> tuple[int, int, int]:
         """Where a token of the stream comes from: (prefix index, document index in that file, offset in it)."""
@@ -135,3 +141,31 @@ class DomainTokens:
         number = bisect.bisect_right(self._ends, token_offset)
         piece = self._pieces[number]
         return number, *piece.file.document_at(piece.start + token_offset - (self._ends[number] - piece.num_tokens))
+
+    def _window_spans(self, index: int, seq_length: int) -> list[tuple[int, IndexedTokens, int, int]]:
+        if not 0 <= index < self.num_windows(seq_length):
+            raise InputError(
+                f"domain '{self.name}': window {index} of {seq_length} tokens asked for, but it has"
+                f" {self.num_windows(seq_length)} windows ({self.num_tokens} tokens). Use a shorter sequence length, or"
+                " more text."
+            )
+        return self.spans(index * seq_length, seq_length + 1)
+
+    def spans(self, start: int, length: int) -> list[tuple[int, IndexedTokens, int, int]]:
+        """Tokens [start, start + length) by file: (tokens before this file's, file, its first token, its last + 1)."""
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise InputError(
+                f"domain '{self.name}': tokens {start} to {start + length} asked for; it holds 0 to {self.num_tokens}."
+            )
+        spans = []
+        number = bisect.bisect_right(self._ends, start)
+        done = 0
+        while done < length:
+            piece = self._pieces[number]
+            begin = piece.start + start + done - (self._ends[number] - piece.num_tokens)
+            end = min(begin + length - done, piece.start + piece.num_tokens)
+            if end > begin:
+                spans.append((done, piece.file, begin, end))
+            done += end - begin
+            number += 1
+        return spans

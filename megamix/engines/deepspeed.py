@@ -108,7 +108,8 @@ class DeepSpeedEngine(Engine):
         if batch is not None:
             # DeepSpeed averages over micro-batches and data-parallel ranks; undone here, because ours is one sum over
             # the whole step.
-            normaliser = batch.num_tokens / (micro_batches * self.place.data_size)
+            # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
+            normaliser = max(batch.num_tokens, 1) / (micro_batches * self.place.data_size)
             self._loss.start_step(micro_batches, normaliser, on_statistics)
         if not self.place.has_loss:
             on_statistics(self._empty_sums)
@@ -196,13 +197,10 @@ class DeepSpeedEngine(Engine):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _micro_batches(batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
-    return iter(
-        [
-            (tokens, (labels, domains))
-            for tokens, labels, domains in zip(batch.tokens, batch.labels, batch.domains, strict=True)
-        ]
-    )
+def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, torch.Tensor]]]:
+    """(tokens, or tokens with positions; labels with domains) of each micro-batch."""
+    inputs = batch.tokens if batch.positions is None else zip(batch.tokens, batch.positions, strict=True)
+    return zip(inputs, zip(batch.labels, batch.domains, strict=True), strict=True)
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

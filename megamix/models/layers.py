@@ -5,7 +5,7 @@ Every parameter knows the name it has in the Hugging Face model (`PipelineLayer.
 draws its initial weights from its own generator, seeded by the run's seed and the layer's place, so the function that
 is trained does not depend on how the layers are cut into stages.
 
-Legend: B samples, S tokens, H hidden size, V vocabulary.
+Legend: B samples, S tokens, H hidden size, V vocabulary, R rotary dimensions.
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
     )
 
 
+# What goes from layer to layer: tokens or hidden states, where positions are not 0 to S - 1 together with them,
+# int64 [B, S].
+Flow = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
 class PipelineLayer(nn.Module, ABC):
-    """One layer of the pipeline: a tensor in, a tensor out."""
+    """One layer of the pipeline: a tensor in, a tensor out; positions, where given, come along for the layers after."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
         super().__init__()
@@ -95,7 +100,9 @@ class Embedding(PipelineLayer):
         prefix = "gpt_neox.embed_in" if self.config.architecture == "neox" else "model.embed_tokens"
         return {"embedding.weight": f"{prefix}.weight"}
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Flow) -> Flow:
+        if isinstance(tokens, tuple):
+            return self.embedding(tokens[0]), tokens[1]
         return self.embedding(tokens)
 
 
@@ -118,10 +125,15 @@ class Decoder(PipelineLayer):
         prefix = "gpt_neox.layers" if self.config.architecture == "neox" else "model.layers"
         return {name: f"{prefix}.{self.index - 1}.{name.removeprefix('layer.')}" for name, _ in self.named_parameters()}
 
-    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
-        return self.layer(hidden_BSH, attention_mask=None, position_embeddings=self._positions(hidden_BSH))
+    def forward(self, hidden: Flow) -> Flow:
+        if isinstance(hidden, tuple):
+            hidden_BSH, positions_BS = hidden
+            cos, sin = (table[0, positions_BS] for table in self._rotary_table(hidden_BSH))
+            return self.layer(hidden_BSH, attention_mask=None, position_embeddings=(cos, sin)), positions_BS
+        return self.layer(hidden, attention_mask=None, position_embeddings=self._rotary_table(hidden))
 
-    def _positions(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary_table(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every position of a sample, [1, S, R] each."""
         key = (hidden_BSH.shape[1], hidden_BSH.dtype, hidden_BSH.device)
         if self._rotary_of is None or self._rotary_of[0] != key:
             # Kept for later passes, which may need gradients: an inference tensor would break their backward.
@@ -148,5 +160,6 @@ class Head(PipelineLayer):
         }
         return {**names, "output.weight": "lm_head.weight"}
 
-    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Flow) -> torch.Tensor:
+        hidden_BSH = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.output(self.norm(hidden_BSH))
