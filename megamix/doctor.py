@@ -13,13 +13,14 @@ import warnings as warnings_module
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.sampler import Slice
 from megamix.errors import InputError
-from megamix.launch import job_world_size
+from megamix.launch import job_world_size, num_cores
 from megamix.memory import StageMemory, checkpoint_bytes, estimate_memory
 from megamix.mixers import make_mixer, normalise_weights
 from megamix.models.config import ModelConfig
@@ -208,7 +209,7 @@ def _machine(config: RunConfig | None) -> str:
             lines.append(f"{package:<12} {version}")
     devices = _devices()
     lines.append(f"devices      {', '.join(devices) if devices else 'no CUDA device: runs on the CPU'}")
-    lines.append(f"cores        {_num_cores()}")
+    lines.append(f"cores        {num_cores()}")
     if config is not None:
         lines.append(f"disk         {gib(shutil.disk_usage(_existing(config.run_dir)).free)} free at {config.run_dir}")
     return "\n".join(lines)
@@ -216,15 +217,27 @@ def _machine(config: RunConfig | None) -> str:
 
 def _start(config: RunConfig, plan: Plan | None) -> str:
     """Whether the run would begin or go on, by the rules that training goes by."""
-    from megamix.checkpoint import read_state
-    from megamix.resume import check_same_run, find_checkpoint, fingerprints
+    from megamix.resume import open_checkpoint
 
-    path = find_checkpoint(config)
-    if path is None or plan is None:
+    resumed = None if plan is None else open_checkpoint(plan)
+    if resumed is None or plan is None:
         return f"start        anew in {config.run_dir}"
-    state = read_state(path)
-    check_same_run(state["fingerprints"], fingerprints(plan), config.checkpoint.accept_changed, path)
-    return f"start        from {path} (step {state['step']} of {config.train.steps})"
+    blend, change = resumed.blend(plan)
+    lines = [f"start        from {resumed.path} (step {resumed.step} of {config.train.steps})"]
+    if change is not None:
+        weights = ", ".join(f"{name} {w:.4f}" for name, w in zip(plan.domain_names, blend.weights, strict=True))
+        lines.append(
+            f"changes      {', '.join((*change['parts'], *_domain_changes(change['domains'])))}; weights: {weights}"
+        )
+    return "\n".join(lines)
+
+
+def _domain_changes(change: dict[str, Any] | None) -> list[str]:
+    """The changes of the domain set, in words."""
+    if change is None:
+        return []
+    found = [f"domain '{name}' {verb}" for verb in ("added", "removed", "replaced") for name in change[verb]]
+    return found + [f"domain '{whole}' split into {', '.join(parts)}" for whole, parts in change["split"].items()]
 
 
 def _machine_warnings(shape: _Shape, elsewhere: bool) -> list[str]:
@@ -232,7 +245,7 @@ def _machine_warnings(shape: _Shape, elsewhere: bool) -> list[str]:
     if elsewhere or job_world_size() is not None:
         return []
     found = []
-    ranks, devices, cores = shape.world_size, len(_devices()), _num_cores()
+    ranks, devices, cores = shape.world_size, len(_devices()), num_cores()
     if devices and ranks > devices:
         found.append(
             f"{ranks} ranks for {plural(devices, 'CUDA device')} here: start the job on more nodes, or use fewer ranks "
@@ -300,7 +313,3 @@ def _devices() -> list[str]:
         properties = torch.cuda.get_device_properties(index)
         found.append(f"{properties.name} ({gib(properties.total_memory)})")
     return found
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,9 +24,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megamix.data.blend import Segment
 from megamix.data.sampler import Sampler
 from megamix.errors import MegamixError
 from megamix.mixers import DomainStats, Mixer
+from megamix.mixture import WeightSchedule
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
@@ -38,15 +40,16 @@ class MixReport:
 
     Attributes:
         stats: the sums of the step over the whole world.
-        weights: float64 [K], what every rank samples with from the start of ``effective_step`` on.
+        effective_step: the first that is sampled with the weights that follow from it.
+        segment: the stretch of constant weights that ``effective_step`` starts in.
         record: what the mixer shows of itself.
-        updated: whether the mixer computed new weights in this step.
+        updated: whether new weights were computed, by the mixer or by a staged mixture.
     """
 
     step: int
     stats: DomainStats
-    weights: Floats
     effective_step: int
+    segment: Segment
     record: dict[str, object]
     updated: bool
 
@@ -57,6 +60,7 @@ class MixExchange:
     Args:
         mixer: on rank 0 the mixer; None elsewhere.
         sampler: told of every weight change.
+        schedule: the weights until the mixer first changes them.
         weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
             either.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
@@ -68,6 +72,7 @@ class MixExchange:
         self,
         mixer: Mixer | None,
         sampler: Sampler,
+        schedule: WeightSchedule,
         *,
         weight_lag: int,
         first_step: int,
@@ -76,6 +81,7 @@ class MixExchange:
     ) -> None:
         self._mixer = mixer
         self._sampler = sampler
+        self._schedule = schedule
         self._weight_lag = weight_lag
         self._constrain = constrain
         self._on_report = on_report
@@ -112,30 +118,40 @@ class MixExchange:
     def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
         work.wait()
         weights = torch.empty(self._sampler.num_domains, dtype=torch.float64)
+        stats, updated = None, False
         if self._mixer is not None:
-            weights.copy_(torch.from_numpy(self._update(step, reduced)))
+            stats = self._statistics(step, reduced)
+            wanted, updated = self._update(self._mixer, stats, step)
+            weights.copy_(torch.from_numpy(wanted))
         dist.broadcast(weights, src=0, group=self._weights_group)
-        self._sampler.set_weights(weights.numpy(), self._effective_step(step))
+        effective_step = self._effective_step(step)
+        self._sampler.set_weights(weights.numpy(), effective_step)
+        if self._mixer is not None and stats is not None:
+            segment = self._sampler.segment_at(effective_step)
+            self._on_report(MixReport(step, stats, effective_step, segment, self._mixer.record(), updated))
 
-    def _update(self, step: int, reduced: torch.Tensor) -> Floats:
-        mixer = self._mixer
-        assert mixer is not None
+    def _statistics(self, step: int, reduced: torch.Tensor) -> DomainStats:
         sums = DomainSums.from_buffer(reduced.cpu())
-        stats = DomainStats(
+        return DomainStats(
             nats=sums.nats.numpy(),
             tokens=sums.tokens.numpy(),
             excess_nats=sums.excess_nats.numpy(),
             weights=self._sampler.weights_at(step),
             non_finite=sums.non_finite.numpy(),
         )
+
+    def _update(self, mixer: Mixer, stats: DomainStats, step: int) -> tuple[Floats, bool]:
+        """The weights that follow from ``step``, and whether they were computed anew."""
         _refuse_non_finite(stats, mixer.domains, step)
         effective_step = self._effective_step(step)
         wanted = mixer.update(stats, step + 1)
         updated = mixer.changed_at(step + 1)
+        if not mixer.has_updated and self._schedule.changes_at(effective_step):
+            wanted, updated = self._schedule.at(effective_step), True
         # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
-        weights = self._constrain(wanted, effective_step) if updated else self._sampler.weights_at(effective_step)
-        self._on_report(MixReport(step, stats, weights, effective_step, mixer.record(), updated))
-        return weights
+        return (
+            self._constrain(wanted, effective_step) if updated else self._sampler.weights_at(effective_step)
+        ), updated
 
 
 def _refuse_non_finite(stats: DomainStats, domains: tuple[str, ...], step: int) -> None:

@@ -20,8 +20,8 @@ from megamix.data.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.manifest import FILE_NAME, Manifest
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
-from megamix.plan import make_plan
-from megamix.summary import CONFIG, RecordedRun, replay_weights, table_of
+from megamix.plan import domain_key
+from megamix.summary import CONFIG, RecordedRun, table_of
 from megamix.tables import Report, Table, gib, number, plural
 from megamix.tracking import WEIGHTS
 
@@ -65,7 +65,7 @@ def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = Non
 
 
 def inspect_sample(run_dir: Path, position: int) -> Report:
-    """What stands at a global position of a run: domain, sample, documents, token range and text.
+    """What stands at a global position of a run: domain, sample, documents, bytes and text.
 
     Args:
         position: counted from 0; step s of the run is positions [s * global_batch, (s + 1) * global_batch).
@@ -74,25 +74,30 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
         InputError: no such run or position, or its data set cannot be opened.
     """
     run = RecordedRun.open(run_dir)
-    plan = make_plan(run.config)
-    if not 0 <= position < plan.total_samples:
+    config, seq_length = run.config, run.config.data.seq_length
+    total = config.train.steps * config.train.global_batch
+    if not 0 <= position < total:
         raise InputError(
-            f"sample {position} of {run_dir} asked for; the run has samples 0 to {plan.total_samples - 1} "
-            f"({run.config.train.steps} steps of {run.config.train.global_batch})."
+            f"sample {position} of {run_dir} asked for; the run has samples 0 to {total - 1} "
+            f"({config.train.steps} steps of {config.train.global_batch})."
         )
-    blend = plan.blend()
-    replay_weights(blend, run.weights)
+    line = run.ledger.line_at(position)
+    names = line["domain_names"]
+    manifest = _data_at(run, line)
+    streams = [manifest.open_domain(name, verify=False) for name in names]
+    sizes = [stream.num_windows(seq_length) for stream in streams]
+    blend = run.ledger.blend_at(position, sizes, [domain_key(name) for name in names])
     (domain,), (sample,) = blend.window(position, 1)
-    seq_length = run.config.data.seq_length
-    stream, start = plan.domains[domain], int(sample) * seq_length
+    stream, start = streams[domain], int(sample) * seq_length
     ids = stream.window(int(sample), seq_length)
-    epoch = int(blend.counts_at(position)[domain]) // int(plan.num_samples[domain])
-    step = position // run.config.train.global_batch
+    epoch = int(blend.counts_at(position)[domain]) // sizes[domain]
+    step = position // config.train.global_batch
     lines = [
-        f"position    {position}: sample {position % run.config.train.global_batch} of step {step}, counted from 0",
-        f"domain      {stream.name} (weight {blend.segment_at(position).weights[domain]:.4f} there)",
-        f"sample      {sample} of {plan.num_samples[domain]}, in epoch {epoch} counted from 0",
+        f"position    {position}: sample {position % config.train.global_batch} of step {step}, counted from 0",
+        f"domain      {stream.name} (weight {line['domain_weights'][domain]:.4f} there)",
+        f"sample      {sample} of {sizes[domain]}, in epoch {epoch} counted from 0",
         f"tokens      {start} to {start + seq_length} of the domain's training tokens",
+        *(f"bytes       {place}" for place in _bytes(stream, start, start + seq_length)),
         f"documents   {_documents(stream, start, start + seq_length)}",
     ]
     if position >= run.position:
@@ -100,7 +105,31 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
             f"Not on record as trained yet ({run.steps} steps are): "
             "domain and sample hold if the weights do not change before it."
         )
-    return Report(["\n".join(lines), plan.manifest.load_tokenizer().decode(ids[:-1].tolist())])
+    return Report(["\n".join(lines), manifest.load_tokenizer().decode(ids[:-1].tolist())])
+
+
+def _data_at(run: RecordedRun, line: dict[str, Any]) -> Manifest:
+    """The data set that a line of the ledger is of: the run's, or the one it had before a resume changed that.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    index = run.ledger.lines.index(line)
+    later = (after["change"] for after in run.ledger.lines[index + 1 :] if after.get("change"))
+    path = next((change["manifest"] for change in later if change["domains"]), None)
+    if path is not None:
+        return Manifest.load(path)
+    if run.manifest is None:
+        raise InputError(f"the data of {run.run_dir} cannot be opened: {run.missing_data}")
+    return run.manifest
+
+
+def _bytes(stream: DomainTokens, start: int, stop: int) -> list[str]:
+    """Where tokens [start, stop) lie in the .bin files."""
+    return [
+        f"{first * file.dtype.itemsize} to {last * file.dtype.itemsize} of {bin_path(file.prefix)}"
+        for _, file, first, last in stream.spans(start, stop - start)
+    ]
 
 
 def _documents(stream: DomainTokens, start: int, stop: int) -> str:
@@ -185,7 +214,7 @@ def _run(path: Path) -> Report:
         f"{path} is a run{', finished' if done else ', not finished'}.",
         f"steps       {run.steps:,} of {run.config.train.steps:,}",
         f"tokens      {run.tokens:,}",
-        f"mixer       {run.config.mixer.name}, {plural(len(run.weights) - 1, 'change')} of weights",
+        f"mixer       {run.config.mixer.name}, {plural(len(run.ledger.lines) - 1, 'change')} of weights",
         f"data        {run.config.data.manifest}",
     ]
     if run.train:
@@ -230,10 +259,10 @@ def _checkpoint(path: Path) -> Report:
         f"model       {model['architecture']}, {model['num_layers']} layers of width {model['hidden_size']}: "
         f"{_parameters(path):,} parameters\n"
         f"mixer       {mixer['name']}; seed {state['seed']}\n"
-        f"data        fingerprint {prints['data']['fingerprint']}\n"
+        f"data        {state['manifest']}\n"
         f"tokenizer   SHA-256 {prints['tokenizer']['sha256']}"
     )
-    return Report([head, _blend_table(prints["data"]["domains"], blend.counts, blend.weights, blend.epochs)])
+    return Report([head, _blend_table(list(prints["data"]["domains"]), blend.counts, blend.weights, blend.epochs)])
 
 
 def _blend_table(

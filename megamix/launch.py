@@ -47,6 +47,16 @@ def job_world_size() -> int | None:
     return tasks
 
 
+def job_rank() -> int:
+    """The rank of this process in its job; 0 outside of a job."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _first_host(nodes: str) -> str:
     try:
         found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)

@@ -6,19 +6,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.constraints import Constraints
 from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
+from megamix.data.manifest import DomainEntry, Manifest
 from megamix.data.permute import hash_words
 from megamix.data.sampler import Slice
 from megamix.data.stream import DomainTokens
-from megamix.errors import InputError
-from megamix.mixers import normalise_weights, project_to_capped_simplex
+from megamix.errors import InputError, did_you_mean
+from megamix.mixture import WeightSchedule, make_schedule
 from megamix.models.config import ModelConfig
 from megamix.run_config import RunConfig
 
@@ -34,10 +35,12 @@ class Plan:
 
     Attributes:
         model: with its vocabulary settled.
-        domains, validation: the opened token streams, in manifest order.
+        entries: what the manifest says of each domain, in the order of every array with one entry a domain.
+        domains, validation: their opened token streams.
         num_samples: int64 [K], training windows per domain and epoch.
         natural_weights: float64 [K], shares of the training tokens.
-        initial_weights: float64 [K], after the constraints.
+        schedule: the weights that ``mixture`` asks for, before the constraints.
+        constraints: what bounds every mixer's weights.
     """
 
     config: RunConfig
@@ -45,29 +48,47 @@ class Plan:
     model: ModelConfig
     world_size: int
     data_size: int
+    entries: tuple[DomainEntry, ...]
     domains: list[DomainTokens]
     validation: list[DomainTokens]
     num_samples: NDArray[np.int64]
     natural_weights: Floats
-    initial_weights: Floats
+    schedule: WeightSchedule
+    constraints: Constraints
 
     @property
     def domain_names(self) -> tuple[str, ...]:
-        return tuple(self.manifest.domain_names)
+        return tuple(entry.name for entry in self.entries)
+
+    @property
+    def domain_keys(self) -> list[int]:
+        """What names each domain to the random order."""
+        return [domain_key(name) for name in self.domain_names]
 
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
         return self.config.train.steps * self.config.train.global_batch
 
-    @property
-    def total_tokens(self) -> int:
-        return self.total_samples * self.config.data.seq_length
+    @cached_property
+    def initial_weights(self) -> Floats:
+        """float64 [K]: sampled with from the first step on, after the constraints."""
+        return self.constraints.apply(self.schedule.at(0), np.zeros(len(self.entries)), 0)
+
+    @cached_property
+    def planned_samples(self) -> Floats:
+        """float64 [K]: what the run takes from each domain if no mixer changes the weights."""
+        counts = np.zeros(len(self.entries))
+        batch, ends = self.config.train.global_batch, (*self.schedule.steps[1:], self.config.train.steps)
+        for start, end in zip(self.schedule.steps, ends, strict=True):
+            weights = self.constraints.apply(self.schedule.at(start), counts, start * batch)
+            counts = counts + weights * ((end - start) * batch)
+        return counts
 
     @property
     def epochs(self) -> Floats:
-        """float64 [K]: how often each domain is read at the initial weights."""
-        return self.initial_weights * self.total_samples / self.num_samples
+        """float64 [K]: how often each domain is read if no mixer changes the weights."""
+        return self.planned_samples / self.num_samples
 
     @property
     def vocab_size(self) -> int:
@@ -77,8 +98,23 @@ class Plan:
     def warnings(self) -> list[str]:
         """Things that will work and are probably not meant."""
         found = []
-        for name, epochs, weight in zip(self.domain_names, self.epochs, self.initial_weights, strict=True):
-            if epochs > MANY_EPOCHS:
+        weights = self.planned_samples / self.total_samples
+        used_up = self.epochs > self.constraints.max_epochs * (1 + 1e-9)
+        for name, epochs, weight, limit, over in zip(
+            self.domain_names, self.epochs, weights, self.constraints.max_epochs, used_up, strict=True
+        ):
+            if over and self.config.data.on_exhausted == "stop":
+                step = int(self.config.train.steps * limit / epochs)
+                found.append(
+                    f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times, so the run will stop near step "
+                    f"{step} of {self.config.train.steps}, after data.max_epochs {limit:g}."
+                )
+            elif over:
+                found.append(
+                    f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times, beyond data.max_epochs {limit:g}, "
+                    "because data.on_exhausted is repeat."
+                )
+            elif epochs > MANY_EPOCHS:
                 found.append(
                     f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times; more than {MANY_EPOCHS:g} epochs add little. "
                     "Lower its weight or set data.max_epochs."
@@ -91,29 +127,22 @@ class Plan:
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
 
     def blend(self) -> Blend:
-        """The blend at position 0."""
-        return Blend(
+        """The blend at position 0, with those changes of a staged mixture that come too early for the mixer to make."""
+        config = self.config
+        blend = Blend(
             self.num_samples,
             self.initial_weights,
-            self.config.train.seed,
-            domain_keys=[domain_key(name) for name in self.domain_names],
+            config.train.seed,
+            domain_keys=self.domain_keys,
+            sampling=config.data.sampling,
         )
-
-    def constrain(self, weights: Floats, counts: NDArray[np.int64], position: int) -> Floats:
-        """The weights nearest to ``weights`` (float64 [K]) with which no domain is read more than ``max_epochs`` times.
-
-        Args:
-            counts: int64 [K], samples taken from each domain before ``position``.
-            position: where the weights take effect.
-        """
-        max_epochs, left = self.config.data.max_epochs, self.total_samples - position
-        if max_epochs is None or left <= 0:
-            return weights
-        cap = np.maximum(max_epochs * self.num_samples - counts, 0) / left
-        # Counts are whole and weights are not: near the end the caps of a run that uses everything up may sum to a
-        # little under 1.
-        cap = np.minimum(cap / min(1.0, float(cap.sum())), 1.0)
-        return project_to_capped_simplex(weights, np.zeros_like(cap), cap)
+        for step in self.schedule.steps[1:]:
+            position = step * config.train.global_batch
+            if step <= config.data.weight_lag:
+                blend.set_weights(
+                    self.constraints.apply(self.schedule.at(step), blend.counts_at(position), position), at=position
+                )
+        return blend
 
 
 def domain_key(name: str) -> int:
@@ -121,8 +150,11 @@ def domain_key(name: str) -> int:
     return int(hash_words(*name.encode()))
 
 
-def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
+def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool = True) -> Plan:
     """Resolves ``config`` for a job of ``world_size`` ranks (default: the fewest that its layout needs).
+
+    Args:
+        verify: also go through every index once (`IndexedTokens`); of many ranks, one does.
 
     Raises:
         InputError: anything that would stop the run later.
@@ -140,20 +172,39 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
             "Use at most one stage per layer."
         )
     Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
-    names = tuple(manifest.domain_names)
-    domains = [manifest.open_domain(name, "train") for name in names]
-    validation = [manifest.open_domain(name, "validation") for name in names]
+    entries = _entries(config, manifest)
+    names = tuple(entry.name for entry in entries)
+    domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
+    validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
     for domain in validation:
         _windows(domain, "validation", config.data.seq_length)
-    natural = manifest.natural_weights()
-    plan = Plan(
-        config, manifest, model, ranks, data_size, domains, validation, num_samples, natural,
-        initial_weights=_mixture(config, names, natural),
+    tokens_K = np.array([entry.train.tokens for entry in entries], np.float64)
+    natural = tokens_K / tokens_K.sum()
+    total_samples = config.train.steps * config.train.global_batch
+    return Plan(
+        config, manifest, model, ranks, data_size, entries, domains, validation, num_samples, natural,
+        schedule=make_schedule(config, names, natural),
+        constraints=Constraints.of(config.data, names, num_samples, total_samples),
     )  # fmt: skip
-    _check_epochs(plan)
-    initial = plan.constrain(plan.initial_weights, np.zeros(len(names), np.int64), 0)
-    return dataclasses.replace(plan, initial_weights=initial)
+
+
+def _entries(config: RunConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:
+    """The domains to train on: all of the manifest, or those that ``data.domains`` names."""
+    wanted = config.data.domains
+    if wanted is None:
+        return manifest.domains
+    known = {entry.name: entry for entry in manifest.domains}
+    for index, name in enumerate(wanted):
+        if name not in known:
+            raise InputError(
+                f"data.domains: {config.data.manifest} has no domain '{name}'." + did_you_mean(name, known)
+            )
+        if name in wanted[:index]:
+            raise InputError(f"data.domains names '{name}' twice. Name each domain once.")
+    if not wanted:
+        raise InputError("data.domains is empty. Name at least one domain, or leave it out for all.")
+    return tuple(known[name] for name in wanted)
 
 
 def _windows(domain: DomainTokens, split: str, seq_length: int) -> int:
@@ -164,23 +215,3 @@ def _windows(domain: DomainTokens, split: str, seq_length: int) -> int:
             f"({seq_length + 1}). Lower data.seq_length, leave the domain out, or prepare with a larger validation fraction."
         )
     return number
-
-
-def _mixture(config: RunConfig, names: tuple[str, ...], natural: Floats) -> Floats:
-    if config.mixture == "natural":
-        return natural
-    if config.mixture == "uniform":
-        return np.full(len(names), 1 / len(names))
-    return normalise_weights(config.mixture, names, "mixture")
-
-
-def _check_epochs(plan: Plan) -> None:
-    max_epochs = plan.config.data.max_epochs
-    if max_epochs is None:
-        return
-    available = float(max_epochs * plan.num_samples.sum())
-    if available < plan.total_samples:
-        raise InputError(
-            f"data.max_epochs {max_epochs:g} allows {available:.0f} samples of the {len(plan.domains)} domains together, but train.steps x "
-            f"train.global_batch asks for {plan.total_samples}. Allow more epochs, train for fewer steps, or add data."
-        )

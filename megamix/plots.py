@@ -107,10 +107,11 @@ def weights_figure(run: RecordedRun) -> Figure:
     """The weight of each domain over tokens, as steps at the positions where weights take effect."""
     seq_length, train = run.config.data.seq_length, run.config.train
     # Weights are on record before the metrics of the steps they act in; the last ones of a run never act.
-    end = min(max(run.position, run.weights[-1]["position"]), train.steps * train.global_batch)
-    taken = [line for line in run.weights if line["position"] <= end]
-    position = np.array([line["position"] for line in taken] + [end]) * seq_length
-    weights = np.array([line["domain_weights"] for line in taken])
+    starts = np.array([line["position"] for line in run.ledger.lines])
+    end = min(max(run.position, int(starts[-1])), train.steps * train.global_batch)
+    taken = starts <= end
+    position = np.append(starts[taken], end) * seq_length
+    weights = run.ledger.weights()[taken]
     weights = np.vstack([weights, weights[-1]])
     figure, axes = _figure(f"Sampling weights: {_plain(run.run_dir.resolve().name)}", len(run.domain_names))
     labels = []
@@ -120,10 +121,10 @@ def weights_figure(run: RecordedRun) -> Figure:
         labels.append(_Label(float(weights[-1, k]), name, colour, style))
     axes.set_xlim(0, max(float(position[-1]), 1.0))
     highest = float(weights.max())
-    if run.manifest is not None:
-        natural = run.manifest.natural_weights()
-        highest = max(highest, float(natural.max()))
-        for k, share in enumerate(natural):
+    natural = run.natural_shares()
+    if natural:
+        highest = max(highest, *natural.values())
+        for k, share in ((run.domain_names.index(name), share) for name, share in natural.items()):
             axes.plot(
                 [0.0, 0.022], [share, share], transform=axes.get_yaxis_transform(),
                 color=_look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,

@@ -1,66 +1,174 @@
-"""Whether a run may continue from a checkpoint, and from which."""
+"""Whether a run may continue from a checkpoint, from which, and what is different from there on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megamix import checkpoint
+from megamix.data.blend import Blend
+from megamix.domain_change import DomainChange, digest, find_change
 from megamix.errors import InputError, ResumeRefused
+from megamix.mixers import Mixer
 from megamix.plan import Plan
-from megamix.run_config import RunConfig
+from megamix.run_config import FileMixture, RunConfig, StagedMixture
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a run continues from.
+
+    Attributes:
+        state: state.json.
+        domains: how its domains differ from the plan's; None where they do not.
+        changed: the accepted parts (see `fingerprints`) that differ.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    domains: DomainChange | None
+    changed: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.state["step"])
+
+    def blend(self, plan: Plan) -> tuple[Blend, dict[str, Any] | None]:
+        """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
+
+        Weights follow from those in effect by the rules of `megamix.domain_change`, or are the mixture's where that was
+        changed and accepted; then the constraints are applied.
+        """
+        blend = Blend.from_state_dict(self.state["sampler"]["blend"])
+        changed = [part for part in ("mixture", "constraints", "data") if part in self.changed]
+        if self.domains is None and not changed:
+            return blend, None
+        change = self.domains
+        sources = tuple(range(blend.num_domains)) if change is None else change.sources
+        kept = np.array([0 if source is None else blend.counts[source] for source in sources])
+        restarted = () if change is None else tuple(change.after.index(name) for name in change.restarted)
+        kept[list(restarted)] = 0
+
+        def rescale(weights: Floats) -> Floats:
+            wanted = weights if change is None else change.rescale(weights)
+            if "mixture" in changed:
+                wanted = plan.schedule.at(self.step)
+            return plan.constraints.apply(wanted, kept, blend.position)
+
+        record = {"parts": changed, "domains": None if change is None else change.record()}
+        record["manifest"] = self.state["manifest"]
+        return blend.with_domains(plan.num_samples, plan.domain_keys, sources, rescale, restarted=restarted), record
+
+    def set_mixer(self, mixer: Mixer) -> None:
+        """Gives ``mixer`` the state it was saved with, by name where the domains differ.
+
+        Another mixer (accepted by ``checkpoint.accept_changed``) starts afresh from the weights in effect.
+        """
+        state = self.state["mixer"]
+        if state["mixer"] != mixer.name:
+            return
+        if self.domains is None:
+            mixer.load_state_dict(state)
+        else:
+            weights = self.domains.rescale(np.array(state["weights"], np.float64))
+            mixer.adopt_state(state, self.domains.parents, weights)
+
+
+def open_checkpoint(plan: Plan) -> Resumed | None:
+    """The checkpoint that the run will continue from; None to start anew.
+
+    Raises:
+        InputError: a given path is no checkpoint, or the config asks for changes that cannot be made.
+        ResumeRefused: the checkpoint is damaged, or not of this run.
+    """
+    path = find_checkpoint(plan.config)
+    if path is None:
+        return None
+    state = checkpoint.read_state(path)
+    accepted = plan.config.checkpoint.accept_changed
+    saved, present = state["fingerprints"], fingerprints(plan)
+    domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
+    changed = _changed_parts(saved, present)
+    if domains is not None:
+        # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
+        accepted = (*accepted, "mixture", "data") if "mixture" in accepted else (*accepted, "data")
+        changed = {part: key for part, key in changed.items() if part != "mixture" or part in accepted}
+    _refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
+    return Resumed(path, state, domains, tuple(changed))
 
 
 def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
     """What the run is made of, by the names that ``checkpoint.accept_changed`` takes; JSON-serialisable."""
     config = plan.config
     train = config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
+    data = config.data
     return {
-        "data": {"fingerprint": plan.manifest.fingerprint, "domains": list(plan.domain_names)},
+        "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
         "model": plan.model.model_dump(mode="json", exclude={"preset"}),
-        "mixer": {"mixer": config.mixer.model_dump(mode="json"), "mixture": config.mixture},
+        "mixture": {"mixture": _mixture(plan)},
+        "mixer": {"mixer": config.mixer.model_dump(mode="json")},
+        "constraints": data.model_dump(mode="json", include={"max_epochs", "on_exhausted", "min_weight", "max_weight"}),
         "order": {
             "seed": config.train.seed,
             "global_batch": config.train.global_batch,
-            "seq_length": config.data.seq_length,
-            "weight_lag": config.data.weight_lag,
-            "max_epochs": config.data.max_epochs,
+            "seq_length": data.seq_length,
+            "weight_lag": data.weight_lag,
+            "sampling": data.sampling,
         },
-        "train": train,
+        "train": {**train, "eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids},
         "precision": {"precision": config.engine.precision},
     }
 
 
-def check_same_run(
-    saved: Mapping[str, Mapping[str, Any]],
-    present: Mapping[str, Mapping[str, Any]],
-    accepted: Sequence[str],
-    path: Path,
-) -> None:
-    """Refuses a resume that would not continue the same run.
+def _mixture(plan: Plan) -> object:
+    """A file's weights rather than its path: the file may move or change."""
+    mixture = plan.config.mixture
+    if isinstance(mixture, FileMixture | StagedMixture):
+        rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.schedule.weights.tolist()]
+        return {"steps": list(plan.schedule.steps), "weights": rows}
+    return mixture
 
-    Raises:
-        ResumeRefused: something differs that ``accepted`` does not name.
-    """
+
+def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Part -> the first key that differs."""
+    found = {}
     for part, values in present.items():
         before = saved.get(part, {})
         differing = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
-        if differing and part not in accepted:
-            key = differing[0]
-            override = (
-                f"add checkpoint.accept_changed=[{part}] to continue all the same"
-                if part in ACCEPTABLE
-                else "start a new run_dir"
-            )
-            raise ResumeRefused(
-                f"the checkpoint {path} was made with another {part}: {key} was {_short(before.get(key))}, now {_short(values.get(key))}. "
-                f"Use what the run was started with, or {override}."
-            )
+        if differing:
+            found[part] = differing[0]
+    return found
 
 
-ACCEPTABLE = ("data", "tokenizer", "mixer", "train", "precision")
+def _refuse_changes(
+    saved: Mapping[str, Mapping[str, Any]],
+    present: Mapping[str, Mapping[str, Any]],
+    changed: Mapping[str, str],
+    path: Path,
+) -> None:
+    for part, key in changed.items():
+        override = (
+            f"add checkpoint.accept_changed=[{part}] to continue all the same"
+            if part in ACCEPTABLE
+            else "start a new run_dir"
+        )
+        before, now = saved.get(part, {}).get(key), present[part].get(key)
+        raise ResumeRefused(
+            f"the checkpoint {path} was made with another {part}: {key} was {_short(before)}, now {_short(now)}. "
+            f"Use what the run was started with, or {override}."
+        )
+
+
+ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision")
 """Parts that may change in mid-run; the model's shape and what fixes the order of the data may not."""
 
 

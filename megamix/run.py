@@ -6,13 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from megamix.checkpoint import read_state
 from megamix.config import load_config
 from megamix.errors import EXIT_OK, InputError
-from megamix.launch import job_world_size, run_local
+from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
-from megamix.plan import Plan, make_plan
-from megamix.resume import check_same_run, find_checkpoint, fingerprints
+from megamix.plan import make_plan
+from megamix.resume import Resumed, open_checkpoint
 from megamix.run_config import RunConfig
 from megamix.sinks import check_sinks
 
@@ -26,14 +25,15 @@ def train(config_path: Path, overrides: list[str]) -> int:
     config = load_config(RunConfig, config_path, overrides)
     check_sinks(config)
     world_size = job_world_size()
-    plan = make_plan(config, world_size)
     if world_size is not None:
-        _run_rank(plan)
+        _run_rank(config, world_size)
         return EXIT_OK
+    plan = make_plan(config)
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)
-    if _steps_done(plan) >= config.train.steps:
+    resumed = open_checkpoint(plan)
+    if resumed is not None and resumed.step >= config.train.steps:
         log.info(
             "%s is done: all its %d steps are. To train anew, choose another run_dir.",
             config.run_dir,
@@ -44,33 +44,24 @@ def train(config_path: Path, overrides: list[str]) -> int:
     return run_local(["train", str(config_path), *overrides], plan.world_size, config.engine.threads)
 
 
-def _run_rank(plan: Plan) -> None:
+def _run_rank(config: RunConfig, world_size: int) -> None:
+    """One rank. Rank 0 looks at everything first; what it finds wrong ends the job before the others start."""
     import torch.distributed as dist
 
     from megamix.engines.deepspeed import start_distributed
     from megamix.train import Trainer
 
+    is_main = job_rank() == 0
+    plan = make_plan(config, world_size, verify=is_main)
     start_distributed()
-    if dist.get_rank() == 0:
-        _steps_done(plan)
-        _prepare_run_dir(plan.config)
-    Trainer(plan).run()
+    found: list[Resumed | None] = [None]
+    if is_main:
+        found = [open_checkpoint(plan)]
+        _prepare_run_dir(config)
+    dist.broadcast_object_list(found, src=0)
+    Trainer(plan, found[0]).run()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _steps_done(plan: Plan) -> int:
-    """Steps in the checkpoint that the run will continue from; 0 without one.
-
-    Raises:
-        ResumeRefused: there is one, and it is not of this run.
-    """
-    path = find_checkpoint(plan.config)
-    if path is None:
-        return 0
-    state = read_state(path)
-    check_same_run(state["fingerprints"], fingerprints(plan), plan.config.checkpoint.accept_changed, path)
-    return int(state["step"])
 
 
 def _prepare_run_dir(config: RunConfig) -> None:

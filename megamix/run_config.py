@@ -19,6 +19,8 @@ class DataConfig(Config):
 
     manifest: Path
     """manifest.json of `megamix prepare`, or its folder."""
+    domains: tuple[str, ...] | None = None
+    """The domains to train on, in this order; default: all of the manifest."""
     seq_length: int = pydantic.Field(gt=0)
     """Tokens per sample."""
     sampling: Literal["low_discrepancy", "iid"] = "low_discrepancy"
@@ -45,6 +47,54 @@ class DataConfig(Config):
     hides behind."""
 
 
+class FileMixture(Config):
+    """Weights from a file."""
+
+    file: Path
+    """JSON: {domain: weight}, DoReMi's domain config, a line of weights.jsonl; or Megatron's blend as text or JSON."""
+
+
+OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture
+
+
+class StageConfig(Config):
+    """One stretch of a staged mixture."""
+
+    from_tokens: float = pydantic.Field(ge=0)
+    """Tokens of the run before it."""
+    weights: OneMixture
+    """uniform, natural, {domain: weight} or {file: PATH}."""
+
+
+class StagedMixture(Config):
+    """Weights that change at stated numbers of tokens."""
+
+    stages: tuple[StageConfig, ...]
+    """In rising order; the first has from_tokens 0."""
+
+
+def _kind_of_mixture(value: object) -> str:
+    if isinstance(value, StagedMixture) or (isinstance(value, dict) and isinstance(value.get("stages"), list | tuple)):
+        return "stages"
+    if isinstance(value, FileMixture) or (isinstance(value, dict) and isinstance(value.get("file"), str | Path)):
+        return "file"
+    return "weights" if isinstance(value, dict) else "word"
+
+
+class DomainChangeConfig(Config):
+    """How the domains of a resumed run may differ from those it was saved with. What was done already is passed
+    over."""
+
+    add: dict[str, float] = pydantic.Field(default={})
+    """{domain: weight}: new domains and the weight each begins with; the others are scaled down."""
+    remove: tuple[str, ...] = ()
+    """Domains that are no longer there; the others are scaled up."""
+    split: dict[str, tuple[str, ...] | dict[str, float]] = pydantic.Field(default={})
+    """{domain: [parts]}: new domains share the weight of the old one by their training tokens, or by {part: share}."""
+    replace: tuple[str, ...] = ()
+    """Domains with other data under the same name: they keep their weight and are read from their beginning."""
+
+
 class EvaluateConfig(Config):
     """Per-domain validation loss, on the same samples every time."""
 
@@ -65,8 +115,13 @@ class CheckpointConfig(Config):
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint, or start where there is none; never: start anew and refuse a
     run directory that holds one; a path: continue from that checkpoint."""
-    accept_changed: tuple[Literal["data", "tokenizer", "mixer", "train", "precision"], ...] = ()
-    """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume."""
+    accept_changed: tuple[
+        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision"], ...
+    ] = ()
+    """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume. A
+    changed mixture is sampled with from there on."""
+    domains: DomainChangeConfig = DomainChangeConfig()
+    """Which domains may be added, removed, split or replaced on resume."""
 
 
 class LossConfig(Config):
@@ -97,9 +152,15 @@ class RunConfig(Config):
     """Where the run's record and checkpoints go."""
     data: DataConfig
     model: ModelConfig
-    mixture: Literal["uniform", "natural"] | dict[str, float] = "natural"
-    """Initial weights: uniform; natural (each domain's share of the training tokens); or {domain: weight}, normalised
-    to sum 1."""
+    mixture: Annotated[
+        Annotated[Literal["uniform", "natural"], pydantic.Tag("word")]
+        | Annotated[dict[str, float], pydantic.Tag("weights")]
+        | Annotated[FileMixture, pydantic.Tag("file")]
+        | Annotated[StagedMixture, pydantic.Tag("stages")],
+        pydantic.Discriminator(_kind_of_mixture),
+    ] = "natural"
+    """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
+    sum 1; {file: PATH}; or {stages: [...]}, in force until the mixer first changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
     engine: EngineConfig = EngineConfig()
@@ -112,6 +173,9 @@ class RunConfig(Config):
     @pydantic.field_validator("mixture", mode="before")
     @classmethod
     def _known_word(cls, value: object) -> object:
-        if not isinstance(value, dict) and value not in ("uniform", "natural"):
-            raise ValueError(f"got {value!r}, expected uniform, natural or a mapping {{domain: weight}}.")
+        known = isinstance(value, dict | Config) or value in ("uniform", "natural")
+        if not known:
+            raise ValueError(
+                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}} or {{stages: [...]}}."
+            )
         return value

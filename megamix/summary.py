@@ -1,27 +1,23 @@
 """What a run has come to, read from its directory alone: config.resolved.yaml, metrics.jsonl and weights.jsonl.
 
-Domain shares and epochs are exact, not estimates: the blend is a function of its ledger of weight changes, and
-weights.jsonl is that ledger. What only the data set knows (natural shares, epochs, the unigram loss) is left out where
-the data set is no longer there.
+Domain shares and epochs are exact, not estimates: they follow from the ledger of weight changes. What only the data set
+knows (natural shares, epochs, the unigram loss) is left out where the data set is no longer there.
 
-Legend: K domains.
+Legend: N domains, those of the end of the run and those it had before.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megamix.config import load_config
-from megamix.data.blend import Blend
 from megamix.data.manifest import Manifest
 from megamix.errors import InputError
+from megamix.files import read_json_lines
+from megamix.ledger import Ledger
 from megamix.run_config import RunConfig
 from megamix.tables import Report, Table, number
 from megamix.tracking import METRICS, WEIGHTS
@@ -37,7 +33,7 @@ class RecordedRun:
         config: as the run resolved it, its paths as seen from here.
         train: the ``train`` lines of metrics.jsonl, by step.
         evaluations: its ``evaluate`` lines, by step.
-        weights: the lines of weights.jsonl, the initial weights first; at least one.
+        ledger: the weights by position.
         manifest: the data set, or None where it cannot be opened.
         missing_data: why it cannot.
     """
@@ -46,7 +42,7 @@ class RecordedRun:
     config: RunConfig
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    weights: list[dict[str, Any]]
+    ledger: Ledger
     manifest: Manifest | None
     missing_data: str | None
 
@@ -62,32 +58,35 @@ class RecordedRun:
             reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
             raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
         config = _relocate(load_config(RunConfig, run_dir / CONFIG), run_dir)
-        weights = read_record(run_dir / WEIGHTS, ("step", "position", "domain_names", "domain_weights"))
-        if not weights:
+        ledger = Ledger.read(run_dir / WEIGHTS, config.train.seed, config.data.sampling)
+        if ledger is None:
             raise InputError(f"the run {run_dir} has recorded nothing yet: {WEIGHTS} has no line. Train it first.")
-        _check_weights(run_dir / WEIGHTS, weights)
-        metrics = read_record(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
+        metrics = read_json_lines(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
         manifest, missing = None, None
         try:
             manifest = Manifest.load(config.data.manifest)
         except InputError as error:
             missing = str(error)
-        names = tuple(weights[0]["domain_names"])
-        if manifest is not None and tuple(manifest.domain_names) != names:
-            manifest, missing = None, f"{config.data.manifest} has other domains than the run was made with."
+        absent = [name for name in ledger.lines[-1]["domain_names"] if manifest and name not in manifest.domain_names]
+        if absent:
+            manifest, missing = (
+                None,
+                f"{config.data.manifest} has no domain '{absent[0]}', which the run was made with.",
+            )
         return cls(
             run_dir,
             config,
             [line for line in metrics if line["event"] == "train"],
             [line for line in metrics if line["event"] == "evaluate"],
-            weights,
+            ledger,
             manifest,
             missing,
         )
 
     @property
     def domain_names(self) -> tuple[str, ...]:
-        return tuple(self.weights[0]["domain_names"])
+        """The N domains; those that are no longer there come last."""
+        return self.ledger.names
 
     @property
     def steps(self) -> int:
@@ -104,35 +103,19 @@ class RecordedRun:
         """Tokens trained on."""
         return self.position * self.config.data.seq_length
 
-    @property
-    def final_weights(self) -> NDArray[np.float64]:
-        """float64 [K]: the last the mixer computed."""
-        return np.array(self.weights[-1]["domain_weights"], np.float64)
-
-    def num_samples(self) -> NDArray[np.int64] | None:
-        """int64 [K]: windows per domain and epoch; None without the data set."""
-        if self.manifest is None:
+    def epochs(self, name: str) -> float | None:
+        """How often a domain has been read; None where it or the data set is no longer there."""
+        given = self.ledger.read_so_far(self.position).get(name)
+        if self.manifest is None or given is None:
             return None
-        tokens = np.array([domain.train.tokens for domain in self.manifest.domains], np.int64)
-        return np.maximum((tokens - 1) // self.config.data.seq_length, 1)
+        return given / max((self.manifest.domain(name).train.tokens - 1) // self.config.data.seq_length, 1)
 
-    def counts(self) -> NDArray[np.int64]:
-        """int64 [K]: samples taken from each domain, by replaying the weights through the blend."""
-        # How many samples a domain has changes which of them are taken, not how many.
-        sizes = self.num_samples()
-        blend = Blend(
-            np.ones(len(self.domain_names), np.int64) if sizes is None else sizes,
-            self.weights[0]["domain_weights"],
-            self.config.train.seed,
-        )
-        replay_weights(blend, self.weights)
-        return blend.counts_at(self.position)
-
-
-def replay_weights(blend: Blend, weights: Sequence[dict[str, Any]]) -> None:
-    """Makes every change of weights.jsonl in a blend that stands at position 0."""
-    for line in weights:
-        blend.set_weights(line["domain_weights"], at=line["position"])
+    def natural_shares(self) -> dict[str, float]:
+        """Shares of the training tokens of the domains that are there; empty without the data set."""
+        if self.manifest is None:
+            return {}
+        tokens = {name: self.manifest.domain(name).train.tokens for name in self.ledger.lines[-1]["domain_names"]}
+        return {name: number / sum(tokens.values()) for name, number in tokens.items()}
 
 
 @dataclass(frozen=True)
@@ -145,6 +128,7 @@ class DomainRow:
         first_loss, last_loss: validation loss, mean nats per token.
         unigram_loss: what the domain's word frequencies alone reach on the same text.
         epochs: how often the domain has been read so far.
+        present: whether it is still one of the run's domains.
     """
 
     domain: str
@@ -156,6 +140,7 @@ class DomainRow:
     last_loss: float | None
     unigram_loss: float | None
     epochs: float | None
+    present: bool = True
 
     @property
     def beats_unigram(self) -> bool | None:
@@ -166,7 +151,7 @@ class DomainRow:
 
 @dataclass(frozen=True)
 class RunTable:
-    """A run in one table; a mean over domains is None unless every domain has the number."""
+    """A run in one table; a mean over the domains that are there now is None unless every one has the number."""
 
     run_dir: Path
     steps: int
@@ -176,21 +161,25 @@ class RunTable:
     missing_data: str | None = None
 
     @property
+    def _present(self) -> list[DomainRow]:
+        return [row for row in self.rows if row.present]
+
+    @property
     def first_macro(self) -> float | None:
-        return _mean([row.first_loss for row in self.rows])
+        return _mean([row.first_loss for row in self._present])
 
     @property
     def last_macro(self) -> float | None:
-        return _mean([row.last_loss for row in self.rows])
+        return _mean([row.last_loss for row in self._present])
 
     @property
     def first_natural(self) -> float | None:
         """First validation loss, weighted by natural share."""
-        return _weighted([(row.first_loss, row.natural_share) for row in self.rows])
+        return _weighted([(row.first_loss, row.natural_share) for row in self._present])
 
     @property
     def last_natural(self) -> float | None:
-        return _weighted([(row.last_loss, row.natural_share) for row in self.rows])
+        return _weighted([(row.last_loss, row.natural_share) for row in self._present])
 
     @property
     def fall(self) -> float | None:
@@ -218,8 +207,8 @@ class RunTable:
             )
             for row in self.rows
         ]
-        macro_unigram = _mean([row.unigram_loss for row in self.rows])
-        natural_unigram = _weighted([(row.unigram_loss, row.natural_share) for row in self.rows])
+        macro_unigram = _mean([row.unigram_loss for row in self._present])
+        natural_unigram = _weighted([(row.unigram_loss, row.natural_share) for row in self._present])
         rows += [
             self._footer("mean over domains", self.first_macro, self.last_macro, macro_unigram),
             self._footer("by natural share", self.first_natural, self.last_natural, natural_unigram),
@@ -240,11 +229,11 @@ class RunTable:
         if self.fall is not None:
             change = f"fell by {self.fall:.1%}" if self.fall >= 0 else f"rose by {-self.fall:.1%}"
             notes.append(f"The mean validation loss over domains {change}.")
-        known = [row for row in self.rows if row.beats_unigram is not None]
+        known = [row for row in self._present if row.beats_unigram is not None]
         behind = [row.domain for row in known if not row.beats_unigram]
         if behind:
             notes.append(f"It does not beat a unigram model on: {', '.join(behind)}.")
-        elif known and len(known) == len(self.rows):
+        elif known and len(known) == len(self._present):
             notes.append("It beats a unigram model on every domain.")
         if self.missing_data:
             notes.append(f"Shares, epochs and unigram losses are unknown here: {self.missing_data}")
@@ -265,65 +254,29 @@ def run_table(run_dir: Path) -> RunTable:
 
 def table_of(run: RecordedRun) -> RunTable:
     """The table of a run that has been read."""
-    counts, sizes = run.counts(), run.num_samples()
-    total = int(counts.sum())
+    counts = run.ledger.counts(run.position)
+    total = sum(counts.values())
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
     last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}
-    natural = run.manifest.natural_weights() if run.manifest is not None else None
+    natural, weights = run.natural_shares(), run.ledger.weights()
     rows = [
         DomainRow(
             domain=name,
-            natural_share=None if natural is None else float(natural[k]),
-            initial_weight=float(run.weights[0]["domain_weights"][k]),
-            final_weight=float(run.final_weights[k]),
-            realised_share=float(counts[k] / total) if total else None,
+            natural_share=natural.get(name),
+            initial_weight=float(weights[0, k]),
+            final_weight=float(weights[-1, k]),
+            realised_share=counts[name] / total if total else None,
             first_loss=first.get(name),
             last_loss=last.get(name),
-            unigram_loss=run.manifest.domain(name).validation.unigram_nats if run.manifest is not None else None,
-            epochs=None if sizes is None else float(counts[k] / sizes[k]),
+            unigram_loss=run.manifest.domain(name).validation.unigram_nats
+            if run.manifest and name in natural
+            else None,
+            epochs=run.epochs(name),
+            present=name in run.ledger.lines[-1]["domain_names"],
         )
         for k, name in enumerate(run.domain_names)
     ]
     return RunTable(run.run_dir, run.steps, run.config.train.steps, run.tokens, rows, run.missing_data)
-
-
-def read_record(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a .jsonl record, each of which has ``keys``; a last line that is still being written is left out.
-
-    Raises:
-        InputError: the file cannot be read, or a line is damaged; the message names file and line.
-    """
-    if not path.is_file():
-        return []
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
-    lines = []
-    # What follows the last end of a line is a line that was cut off in writing, or nothing.
-    for index, text in enumerate(content.split(b"\n")[:-1], start=1):
-        line, problem = None, None
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            problem = str(error)
-        else:
-            absent = [key for key in keys if key not in line] if isinstance(line, dict) else list(keys)
-            problem = f"it has no '{absent[0]}'" if absent else None
-        if problem is not None:
-            raise InputError(
-                f"{path}, line {index} is damaged: {problem}. "
-                "Remove that line, or resume the run from a checkpoint before it."
-            )
-        lines.append(line)
-    return lines
-
-
-def _check_weights(path: Path, weights: list[dict[str, Any]]) -> None:
-    names = weights[0]["domain_names"]
-    for index, line in enumerate(weights, start=1):
-        if line["domain_names"] != names or len(line["domain_weights"]) != len(names):
-            raise InputError(f"{path}, line {index} has other domains than line 1. It belongs to another run.")
 
 
 def _relocate(config: RunConfig, run_dir: Path) -> RunConfig:

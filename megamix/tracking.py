@@ -8,9 +8,13 @@
 - ``evaluate``: ``step``, ``tokens``, ``domain_loss``, ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by
   natural share), ``worst_domain``.
 
-``weights.jsonl`` holds one object per change of weights (and the initial ones, step 0): ``step`` whose statistics were
-used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``, ``domain_weights``,
-``statistics`` (sums of the step: ``nats``, ``tokens``), and what the mixer shows of itself.
+``weights.jsonl`` is the ledger: one object per change of weights (and the initial ones, step 0): ``step`` whose
+statistics were used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``,
+``domain_weights``, ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
+from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
+mixer shows of itself. After a resume that changed domains, mixture or constraints there are lines with ``change``,
+which says what changed; they take the place of all lines before them that begin at their position or later
+(`megamix.ledger`).
 """
 
 from __future__ import annotations
@@ -23,12 +27,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megamix.data.blend import Segment
 from megamix.data.sampler import StepSamples
-from megamix.errors import InputError
 from megamix.exchange import MixReport
-from megamix.files import replace_file
+from megamix.files import read_json_lines, replace_file
 from megamix.mixers import DomainStats
 from megamix.sinks import Sink
 
@@ -47,12 +50,28 @@ class RunRecord:
         self._weights = _open(run_dir / WEIGHTS, resumed_step)
         self._sinks = sinks
 
-    def initial_weights(self, weights: NDArray[np.float64], mixer_record: Mapping[str, object]) -> None:
-        self._write_weights(0, 0, 0, weights, None, mixer_record)
+    def announce(
+        self,
+        step: int,
+        segments: Sequence[tuple[int, Segment]],
+        mixer_record: Mapping[str, object],
+        change: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The weights a run starts or goes on with, which follow from no step's statistics.
+
+        Args:
+            step: steps taken.
+            segments: (effective step, stretch), rising.
+            change: what is different from the run before, on resume.
+        """
+        extra = {} if change is None else {"change": dict(change)}
+        for effective_step, segment in segments:
+            self._write_weights(step, effective_step, segment.start, segment, {**mixer_record, **extra})
 
     def weights(self, report: MixReport, position: int) -> None:
+        stats = {"nats": report.stats.nats.tolist(), "tokens": report.stats.tokens.tolist()}
         self._write_weights(
-            report.step + 1, report.effective_step, position, report.weights, report.stats, report.record
+            report.step + 1, report.effective_step, position, report.segment, {**report.record, "statistics": stats}
         )
 
     def train(self, line: dict[str, Any]) -> None:
@@ -76,27 +95,25 @@ class RunRecord:
             sink.close()
 
     def _write_weights(
-        self,
-        step: int,
-        effective_step: int,
-        position: int,
-        weights: NDArray[np.float64],
-        stats: DomainStats | None,
-        mixer_record: Mapping[str, object],
+        self, step: int, effective_step: int, position: int, segment: Segment, extra: Mapping[str, object]
     ) -> None:
+        weights = segment.weights.tolist()
         line = {
             "step": step,
             "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
             "effective_step": effective_step,
             "position": position,
             "domain_names": list(self._domains),
-            "domain_weights": weights.tolist(),
-            **mixer_record,
+            "domain_weights": weights,
+            "segment": {
+                "start": segment.start,
+                "counts": segment.counts.tolist(),
+                "deficits": segment.deficits.tolist(),
+            },
+            **extra,
         }
-        if stats is not None:
-            line["statistics"] = {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}
         _append(self._weights, line)
-        by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights.tolist(), strict=True)}
+        by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights, strict=True)}
         for sink in self._sinks:
             sink.scalars(by_name, effective_step)
 
@@ -145,9 +162,9 @@ class IntervalLog:
     def __init__(self, domains: tuple[str, ...], state: Mapping[str, Any] | None = None) -> None:
         self._domains = domains
         self.reset()
-        if state is not None:
-            self._nats = np.asarray(state["nats"], np.float64)
-            self._tokens = np.asarray(state["tokens"], np.int64)
+        for k, name in enumerate(domains if state is not None else ()):
+            assert state is not None
+            self._nats[k], self._tokens[k] = state["domains"].get(name, (0.0, 0))
 
     def reset(self) -> None:
         self._nats = np.zeros(len(self._domains))
@@ -185,25 +202,8 @@ class IntervalLog:
         return line
 
     def state_dict(self) -> dict[str, Any]:
-        return {"nats": self._nats.tolist(), "tokens": self._tokens.tolist()}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl record; a last line that was cut off in writing is left out.
-
-    Raises:
-        InputError: a line in between is damaged.
-    """
-    lines = []
-    if path.is_file():
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-            if not text.endswith("\n"):
-                break
-            try:
-                lines.append(json.loads(text))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number} is damaged: {error}. Remove that line.") from error
-    return lines
+        sums = zip(self._nats.tolist(), self._tokens.tolist(), strict=True)
+        return {"domains": dict(zip(self._domains, sums, strict=True))}
 
 
 def _open(path: Path, resumed_step: int | None) -> TextIO:
@@ -215,7 +215,9 @@ def _open(path: Path, resumed_step: int | None) -> TextIO:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    lines = read_json_lines(path, ("step",))
+    # What a resume at this very step changed is written again, if it changes it again.
+    kept = [line for line in lines if line["step"] < step or (line["step"] == step and "change" not in line)]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
 
 

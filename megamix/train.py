@@ -6,17 +6,15 @@ plan -> engine -> sampler -> loader -> [ train step -> sums -> mixer -> weights 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megamix import saving
-from megamix.checkpoint import read_state
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.permute import hash_words
-from megamix.data.sampler import Sampler
+from megamix.data.sampler import DataExhausted, Sampler
 from megamix.engines.base import Engine
 from megamix.engines.deepspeed import DeepSpeedEngine
 from megamix.evaluate import Validation
@@ -24,7 +22,7 @@ from megamix.exchange import MixExchange, MixReport
 from megamix.log import get_logger, show_progress
 from megamix.mixers import make_mixer
 from megamix.plan import Plan
-from megamix.resume import check_same_run, find_checkpoint, fingerprints
+from megamix.resume import Resumed, fingerprints
 from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
 from megamix.tracking import IntervalLog, RunRecord, SampleLog
@@ -47,49 +45,51 @@ def make_engine(plan: Plan) -> Engine:
 class Trainer:
     """One rank of a run; every rank builds one and calls `run`."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, resumed: Resumed | None) -> None:
+        """
+        Args:
+            resumed: what rank 0 found to continue from; None starts anew. All ranks are given the same: they may see
+                the file system at different moments.
+        """
         self.plan = plan
         self.config: RunConfig = plan.config
         self.is_main = dist.get_rank() == 0
         # Gathering small objects must not need the accelerator.
         self._control: Any = dist.new_group(backend="gloo")
         self._checkpoints = self.config.run_dir / "checkpoints"
-        path = self._agree(find_checkpoint(self.config) if self.is_main else None)
-        state = read_state(path) if path is not None else None
-        if path is not None and state is not None:
-            check_same_run(state["fingerprints"], fingerprints(plan), self.config.checkpoint.accept_changed, path)
         self.engine = make_engine(plan)
         self.place = self.engine.place
-        self.step = 0 if state is None else int(state["step"])
-        if path is not None:
-            saving.load_engine(path, self.engine, self.step)
-        share = plan.share(self.place.data_rank)
-        self.sampler = (
-            Sampler(plan.blend(), share) if state is None else Sampler.from_state_dict(state["sampler"], share)
-        )
-        self._start_mixing(state)
+        self.step = 0 if resumed is None else resumed.step
+        if resumed is not None:
+            saving.load_engine(resumed.path, self.engine, self.step)
+        change = self._start_sampling(resumed)
+        self._start_mixing(resumed)
         self._start_loading()
         self.validation = Validation(plan, self.place)
-        self._log = IntervalLog(plan.domain_names, state["interval"] if state else None)
+        self._log = IntervalLog(plan.domain_names, resumed.state["interval"] if resumed else None)
         self.record = None
         if self.is_main:
             sinks = make_sinks(self.config, self.step + 1)
-            self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if state else None, sinks)
+            self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks)
+            if resumed is None or change is not None:
+                self._announce_weights(change)
         self._sample_log = self._open_sample_log()
-        if path is not None:
-            get_logger().info("resuming from %s", path)
+        if resumed is not None:
+            get_logger().info("resuming from %s", resumed.path)
 
     def run(self) -> None:
         """Trains to the last step (or to ``train.stop_after``), evaluating and saving on the way."""
         config = self.config
         if self.step == 0:
-            if self.record is not None and self._mixer is not None:
-                self.record.initial_weights(self.plan.initial_weights, self._mixer.record())
             self.evaluate()
         stop = min(config.train.steps, config.train.stop_after or config.train.steps)
         try:
             while self.step < stop:
-                self.train_step()
+                try:
+                    self.train_step()
+                except DataExhausted as end:
+                    self._stop_exhausted(end)
+                    break
                 # Not where the run is only interrupted: the record must not depend on where that was.
                 if self.step == config.train.steps or _every(self.step, config.evaluate.every):
                     self.evaluate()
@@ -144,32 +144,71 @@ class Trainer:
             "mixer": self._mixer.state_dict() if self._mixer is not None else None,
             "interval": self._log.state_dict(),
             "seed": self.config.train.seed,
+            "manifest": str(self.config.data.manifest.absolute()),
         }
         path = saving.save(self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control)
         get_logger().info("step %d: saved %s", self.step, path)
 
-    def _start_mixing(self, state: dict[str, Any] | None) -> None:
+    def _start_sampling(self, resumed: Resumed | None) -> dict[str, Any] | None:
+        """Opens the blend; returns what weights.jsonl is to say of a resume that changed it."""
+        plan = self.plan
+        blend, change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
+        # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
+        shared = [{"blend": blend.state_dict()}]
+        dist.broadcast_object_list(shared, src=0, group=self._control)
+        share = plan.share(self.place.data_rank)
+        self.sampler = Sampler.from_state_dict(shared[0], share, plan.constraints.limits)
+        return change
+
+    def _start_mixing(self, resumed: Resumed | None) -> None:
         config, plan = self.config, self.plan
         self._mixer = None
         self._reports: list[MixReport] = []
         if self.is_main:
-            self._mixer = make_mixer(config.mixer, plan.domain_names, plan.initial_weights)
-            if state is not None:
-                self._mixer.load_state_dict(state["mixer"])
+            self._mixer = make_mixer(config.mixer, plan.domain_names, self.sampler.weights_at(self.step))
+            if resumed is not None:
+                resumed.set_mixer(self._mixer)
         batch = config.train.global_batch
         self.exchange = MixExchange(
             self._mixer,
             self.sampler,
+            plan.schedule,
             weight_lag=config.data.weight_lag,
             first_step=self.step,
-            constrain=lambda weights, step: plan.constrain(weights, self.sampler.counts_at(step), step * batch),
+            constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._reports.append,
         )
 
+    def _announce_weights(self, change: dict[str, Any] | None) -> None:
+        """The weights that the run starts with, or goes on with after a change on resume."""
+        assert self.record is not None
+        assert self._mixer is not None
+        batch = self.config.train.global_batch
+        segments = [(segment.start // batch, segment) for segment in self.sampler.segments_from(self.step)]
+        self.record.announce(self.step, segments, self._mixer.record(), change)
+
+    def _stop_exhausted(self, end: DataExhausted) -> None:
+        """Ends the run before a step that would read a domain too often (``data.on_exhausted: stop``)."""
+        self.evaluate()
+        self.save()
+        name, epochs = self.plan.domain_names[end.domain], self.plan.constraints.max_epochs[end.domain]
+        get_logger().warning(
+            "domain '%s' is used up after step %d of %d (data.max_epochs %g x %d samples): the run ends here, as "
+            "data.on_exhausted is stop",
+            name, self.step, self.config.train.steps, epochs, self.plan.num_samples[end.domain],
+        )  # fmt: skip
+
     def _start_loading(self) -> None:
-        reader = WindowReader(self.plan.domains, self.config.data.seq_length, self.plan.vocab_size)
+        data = self.config.data
+        reader = WindowReader(
+            self.plan.domains,
+            data.seq_length,
+            self.plan.vocab_size,
+            eod_mask_loss=data.eod_mask_loss,
+            reset_position_ids=data.reset_position_ids,
+        )
         cuda = self.place.device.type == "cuda"
-        self.loader = Loader(self.sampler, reader if self.place.reads_data else None, self.config.data.seq_length, cuda)
+        self.loader = Loader(self.sampler, reader if self.place.reads_data else None, cuda)
         for _ in range(self.config.data.weight_lag):
             self.loader.request()
 
@@ -214,12 +253,6 @@ class Trainer:
 
     def _tokens(self) -> int:
         return self.step * self.config.train.global_batch * self.config.data.seq_length
-
-    def _agree(self, path: Path | None) -> Path | None:
-        """Rank 0's choice, on every rank: they may see the filesystem at different moments."""
-        choice = [path]
-        dist.broadcast_object_list(choice, src=0, group=self._control)
-        return choice[0]
 
 
 def _every(step: int, every: int) -> bool:

@@ -175,7 +175,7 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
 
 
 def test_warnings_are_not_errors(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_num_cores", lambda: 1)
+    monkeypatch.setattr(module, "num_cores", lambda: 1)
     monkeypatch.setattr(module, "_devices", list)
     changes: dict[str, Any] = {"engine": {"pipeline": 3}, "train": {"micro_batch": 16, "steps": 100}}
     changes["mixer"] = {"name": "odm", "min_exploration_rate": 0.9}
@@ -226,12 +226,12 @@ def test_a_run_dir_that_cannot_be(data: Path, tmp_path: Path) -> None:
 def test_another_runs_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step_5"
     path.mkdir(parents=True)
-    state = json.dumps({"fingerprints": {"data": {"fingerprint": "other"}}, "step": 5}).encode()
+    state = json.dumps({"fingerprints": {"data": {"domains": {"web": "other", "code": "other"}}}, "step": 5}).encode()
     (path / "state.json").write_bytes(state)
     files = {"state.json": {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
     listing = {"format": "megamix-checkpoint", "version": 1, "step": 5, "files": files}
     (path / "checkpoint.json").write_text(json.dumps(listing))
-    with pytest.raises(ResumeRefused, match="another data"):
+    with pytest.raises(ResumeRefused, match="made with other data: the data of domain 'web' was other"):
         doctor(config_of(tmp_path, data))
 
 

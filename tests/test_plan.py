@@ -156,13 +156,13 @@ def test_constrain_at_later_positions(manifest: Path) -> None:
     """The cap is what is left of a domain over what is left of the run; without max_epochs there is none."""
     plan = make_plan(config(manifest, steps=50, data={"max_epochs": 1}))
     counts = np.array([60, 50, 20, 70])
-    result = plan.constrain(np.array([0.1, 0.4, 0.4, 0.1]), counts, 200)
+    result = plan.constraints.apply(np.array([0.1, 0.4, 0.4, 0.1]), counts, 200)
     assert np.allclose(result, [0.7, 0.05, 0.0, 0.25], rtol=0, atol=1e-12)
     unchanged = np.array([0.8, 0.05, 0.0, 0.15])
-    assert plan.constrain(unchanged, counts, 200).tolist() == unchanged.tolist()
+    assert plan.constraints.apply(unchanged, counts, 200).tolist() == unchanged.tolist()
     end = np.array([0.1, 0.4, 0.4, 0.1])
-    assert plan.constrain(end, np.array([250, 60, 20, 70]), 400).tolist() == end.tolist()
-    assert make_plan(config(manifest, steps=50)).constrain(end, counts, 200).tolist() == end.tolist()
+    assert plan.constraints.apply(end, np.array([250, 60, 20, 70]), 400).tolist() == end.tolist()
+    assert make_plan(config(manifest, steps=50)).constraints.apply(end, counts, 200).tolist() == end.tolist()
 
 
 def simulate(plan: Plan, update: str, lag: int, rng: np.random.Generator) -> np.ndarray:
@@ -174,7 +174,7 @@ def simulate(plan: Plan, update: str, lag: int, rng: np.random.Generator) -> np.
         if update == "fixed" or at >= steps * batch:
             continue
         wanted = rng.random(4) ** (1 if update == "random" else 30)
-        weights = plan.constrain(wanted / wanted.sum(), blend.counts_at(at), at)
+        weights = plan.constraints.apply(wanted / wanted.sum(), blend.counts_at(at), at)
         assert abs(weights.sum() - 1) < 1e-9
         assert (weights >= 0).all()
         blend.set_weights(weights, at=at)

@@ -96,7 +96,7 @@ def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Pa
     plan = make_plan(summary.load_config(RunConfig, run_dir / "config.resolved.yaml"))
     sampler = Sampler(plan.blend(), plan.share(0))
     record = RunRecord(run_dir, NAMES, None)
-    record.initial_weights(plan.initial_weights, {"is_warmup": False})
+    record.announce(0, [(0, sampler.segment_at(0))], {"is_warmup": False})
     record.evaluate(evaluation(0))
     rng, counts = np.random.default_rng(5), [[0, 0, 0]]
     for step in range(steps):
@@ -106,7 +106,8 @@ def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Pa
             weights = rng.dirichlet(np.ones(3))
             sampler.set_weights(weights, step + 2)
             stats = DomainStats(nats=np.ones(3), tokens=np.full(3, 4))
-            record.weights(MixReport(step, stats, weights, step + 2, {"is_warmup": False}, True), (step + 2) * BATCH)
+            segment = sampler.segment_at(step + 2)
+            record.weights(MixReport(step, stats, step + 2, segment, {"is_warmup": False}, True), (step + 2) * BATCH)
             line = {"step": step + 1, "tokens": (step + 1) * BATCH * SEQ, "loss": 5.0, "tokens_per_second": 1.0}
             losses = {"web": 6.0 - step / 20, "c_$1$": None, "_books": 6.0 - step / 80}
             record.train({**line, "domain_loss": losses})
@@ -271,9 +272,9 @@ def test_weights_are_drawn_as_steps_where_they_take_effect(run: tuple[Path, list
     x, y = (np.asarray(values) for values in line.get_data())
     assert line.get_drawstyle() == "steps-post"
     # The change of the last step would act after the run; the axis ends with the run.
-    positions = [item["position"] for item in record.weights[:-1]]
+    positions = [item["position"] for item in record.ledger.lines[:-1]]
     assert x.tolist() == [position * SEQ for position in [*positions, STEPS * BATCH]]
-    assert y[:-1].tolist() == [item["domain_weights"][0] for item in record.weights[:-1]]
+    assert y[:-1].tolist() == [item["domain_weights"][0] for item in record.ledger.lines[:-1]]
 
 
 def test_a_folder_that_cannot_be_written(run: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_sample_is_the_one_that_was_trained(run: tuple[Path, list[list[int]]])
     record = summary.RecordedRun.open(run_dir)
     plan = make_plan(record.config)
     sampler = Sampler(plan.blend(), plan.share(0))
-    changes = {line["effective_step"]: line["domain_weights"] for line in record.weights}
+    changes = {line["effective_step"]: line["domain_weights"] for line in record.ledger.lines}
     decode = plan.manifest.load_tokenizer().decode
     for step in range(STEPS):
         if step in changes:
@@ -363,6 +364,7 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
 
     engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=SimpleNamespace(data_rank=0))
     state = {"fingerprints": fingerprints(plan), "sampler": Sampler(blend, plan.share(0)).state_dict(step), "seed": 7}
+    state["manifest"] = str(plan.config.data.manifest)
     store = run_dir / "store"
     dist.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=0, world_size=1)
     try:
@@ -380,7 +382,7 @@ def test_a_checkpoint(data: Path, tmp_path: Path) -> None:
     assert "is a complete checkpoint" in text
     assert f"{plan.model.num_parameters():,} parameters" in text
     assert "step        10, 80 samples taken" in text
-    assert plan.manifest.fingerprint in text
+    assert f"data        {data}" in text
     assert "checkpoints step_10\n" in inspect.inspect_path(tmp_path).text()
 
     layer = path / "layers" / "00001.safetensors"

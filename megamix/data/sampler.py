@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megamix.data.blend import Blend
+from megamix.data.blend import Blend, Segment
 from megamix.errors import InputError
 
 
@@ -52,13 +52,28 @@ class Slice:
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The samples one rank reads in one step: int64 [num_micro_batches, micro_batch] each, and the position of the
-    global batch."""
+    """The samples of one step.
+
+    Attributes:
+        position: where the global batch begins.
+        domain, sample: int64 [num_micro_batches, micro_batch], what one rank reads.
+        all_domain, all_sample: int64 [global_batch], what all ranks read.
+    """
 
     step: int
     position: int
     domain: NDArray[np.int64]
     sample: NDArray[np.int64]
+    all_domain: NDArray[np.int64]
+    all_sample: NDArray[np.int64]
+
+
+class DataExhausted(Exception):
+    """A step would read more of a domain than the run allows; ``step`` counts from 0, ``domain`` is an index."""
+
+    def __init__(self, step: int, domain: int) -> None:
+        super().__init__(f"domain {domain} is used up before step {step}")
+        self.step, self.domain = step, domain
 
 
 class Sampler:
@@ -66,10 +81,14 @@ class Sampler:
 
     Steps may be dealt ahead of training (prefetching); weights may be set for any step that has not been dealt yet.
     Safe to use from a loading thread and the training thread at once.
+
+    Args:
+        limits: int64 [K], the samples that each domain may give in all; None for no limit.
     """
 
-    def __init__(self, blend: Blend, share: Slice) -> None:
+    def __init__(self, blend: Blend, share: Slice, limits: NDArray[np.int64] | None = None) -> None:
         self.share = share
+        self._limits = limits
         self._blend = blend
         self._lock = threading.Lock()
         if blend.position % share.global_batch:
@@ -88,21 +107,44 @@ class Sampler:
         return self._blend.num_domains
 
     def deal(self) -> StepSamples:
-        """The samples of the next step."""
+        """The samples of the next step.
+
+        Raises:
+            DataExhausted: it would take a domain past its limit.
+        """
         share = self.share
         with self._lock:
             position = self._blend.position
             domain, sample = self._blend.take(share.global_batch)
+            over = None if self._limits is None else np.flatnonzero(self._blend.counts > self._limits)
+        if over is not None and over.size:
+            raise DataExhausted(position // share.global_batch, int(over[0]))
         shape = (share.num_micro_batches, share.micro_batch)
         mine = share.samples
         return StepSamples(
-            position // share.global_batch, position, domain[mine].reshape(shape), sample[mine].reshape(shape)
+            position // share.global_batch,
+            position,
+            domain[mine].reshape(shape),
+            sample[mine].reshape(shape),
+            domain,
+            sample,
         )
 
     def set_weights(self, weights: ArrayLike, step: int) -> bool:
         """Sets the sampling weights from ``step`` on; returns whether they differ from those before."""
         with self._lock:
             return self._blend.set_weights(weights, at=step * self.share.global_batch)
+
+    def segment_at(self, step: int) -> Segment:
+        """The stretch of constant weights that ``step`` starts in."""
+        with self._lock:
+            return self._blend.segment_at(step * self.share.global_batch)
+
+    def segments_from(self, step: int) -> list[Segment]:
+        """The stretches from ``step`` on, the announced ones included."""
+        with self._lock:
+            positions = [position for position, _ in self._blend.ledger if position > step * self.share.global_batch]
+            return [self._blend.segment_at(position) for position in (step * self.share.global_batch, *positions)]
 
     def weights_at(self, step: int) -> NDArray[np.float64]:
         """float64 [K]: the sampling weights in effect in ``step``."""
@@ -125,5 +167,8 @@ class Sampler:
             return {"blend": self._blend.state_dict(at=step * self.share.global_batch)}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], share: Slice) -> Sampler:
-        return cls(Blend.from_state_dict(state["blend"]), share)
+    def from_state_dict(
+        cls, state: Mapping[str, Any], share: Slice, limits: NDArray[np.int64] | None = None
+    ) -> Sampler:
+        """The sampler that `state_dict` described; the other arguments are those of the constructor."""
+        return cls(Blend.from_state_dict(state["blend"]), share, limits)

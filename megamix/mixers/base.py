@@ -95,6 +95,11 @@ class Mixer(ABC):
     def _load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nor a state of its own
         """Takes back what `_extra_state` gave; a missing key may simply raise KeyError."""
 
+    def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
+        """What of ``state`` (an `_extra_state` of other domains) has one entry a domain, for these domains; see
+        `adopt_state`."""
+        return {}
+
     def _extra_record(self) -> dict[str, Any]:
         """What weights.jsonl shows beyond the base's keys, JSON-serialisable."""
         return {}
@@ -120,6 +125,11 @@ class Mixer(ABC):
     def is_warmup(self) -> bool:
         """Whether the last step given (or, before any, the beginning) lies in the warm-up."""
         return self._step <= self._schedule.warmup_steps and self._schedule.warmup_steps > 0
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether the weights were ever computed anew; until then they are the initial ones."""
+        return self._num_updates > 0
 
     def changed_at(self, step: int) -> bool:
         """Whether the weights were computed anew in the call for ``step``; true only of the latest such step."""
@@ -225,6 +235,30 @@ class Mixer(ABC):
             ) from error
         self._weights, self._pending = weights, pending
         self._step, self._num_updates, self._last_update = step, num_updates, last_update
+
+    def adopt_state(self, state: Mapping[str, Any], parents: Sequence[int | None], weights: FloatArray) -> None:
+        """Continues from the state of the same mixer over other domains.
+
+        Statistics of an interval that has not ended are dropped: they are of the other domains.
+
+        Args:
+            state: A `state_dict`.
+            parents: [K], for each domain of this mixer the index of the one it continues, or None for a new one, which
+                starts from the mean of the others' estimates.
+            weights: float64 [K], the latest weights, as they follow from the old ones.
+
+        Raises:
+            InputError: See `load_state_dict`.
+        """
+        self.load_state_dict(
+            {
+                **state,
+                "domains": list(self._domains),
+                "weights": np.asarray(weights, np.float64).tolist(),
+                "pending": None,
+                **self._carry_extra_state(state, parents),
+            }
+        )
 
 
 def _difference(saved: Sequence[str], present: Sequence[str]) -> str:

@@ -262,6 +262,18 @@ class OdmMixer(Mixer):
         self._rate, self._previous_rate = float(state["rate"]), float(state["previous_rate"])
         self._estimates = estimates
 
+    def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
+        """A new domain starts from the mean reward of those that have one, so that it is neither starved nor flooded
+        before it was seen."""
+        old = state["estimates"]
+        seen = np.array([value for value in old if value is not None], np.float64)
+        mean: float | None = None
+        if seen.size:
+            largest = float(seen.max())
+            logs = state["reward"] == "exp_loss"
+            mean = largest + math.log(np.exp(seen - largest).mean()) if logs else float((seen / seen.size).sum())
+        return {"estimates": [mean if parent is None else old[parent] for parent in parents]}
+
     def _extra_record(self) -> dict[str, Any]:
         """Keys named as in DataFlex's logs.
 

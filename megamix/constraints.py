@@ -1,0 +1,166 @@
+"""What weights a run allows: bounds, epochs, and what happens to a domain that is used up.
+
+Any mixer's weights pass through here before they are sampled with. They are brought to the nearest that satisfy
+floor <= w <= cap and sum 1 (`project_to_capped_simplex`), where the cap of a domain falls as it is used up:
+
+    cap_i = min(max_weight_i, (max_epochs_i * samples_i - given_i) / samples left in the run)
+
+A domain that is sampled at no more than its cap keeps or raises the cap, so what can be met at the start can be met to
+the end, up to the K samples by which the blend's whole samples differ from its weights.
+
+Legend: K domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megamix.errors import InputError, did_you_mean
+from megamix.mixers import project_to_capped_simplex
+from megamix.run_config import DataConfig
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """The bounds of a run's weights.
+
+    Attributes:
+        names: the K domains.
+        num_samples: int64 [K], training samples per domain and epoch.
+        total_samples: samples of the whole run.
+        floor, cap: float64 [K], ``min_weight`` and ``max_weight``.
+        max_epochs: float64 [K], infinite where nothing was said.
+        on_exhausted: cap, repeat or stop.
+    """
+
+    names: tuple[str, ...]
+    num_samples: Ints
+    total_samples: int
+    floor: Floats
+    cap: Floats
+    max_epochs: Floats
+    on_exhausted: str
+
+    @classmethod
+    def of(cls, config: DataConfig, names: tuple[str, ...], num_samples: Ints, total_samples: int) -> Constraints:
+        """Reads the constraints of a config and checks that a run can keep them.
+
+        Raises:
+            InputError: an unknown domain, a value out of range, or bounds that no weights satisfy.
+        """
+        found = cls(
+            names,
+            num_samples,
+            total_samples,
+            floor=_per_domain("min_weight", config.min_weight, names, 0.0),
+            cap=_per_domain("max_weight", config.max_weight, names, 1.0),
+            max_epochs=_per_domain("max_epochs", config.max_epochs, names, np.inf),
+            on_exhausted=config.on_exhausted,
+        )
+        found._check()
+        return found
+
+    @property
+    def limits(self) -> Ints | None:
+        """int64 [K]: the samples each domain may give before the run stops; None where it does not stop for that."""
+        if self.on_exhausted != "stop":
+            return None
+        allowed = self.max_epochs * self.num_samples
+        return np.where(np.isfinite(allowed), np.minimum(allowed, 2.0**62), 2.0**62).astype(np.int64)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every mixture is allowed."""
+        capped = self.on_exhausted == "cap" and bool(np.isfinite(self.max_epochs).any())
+        return not capped and not self.floor.any() and bool((self.cap >= 1.0).all())
+
+    def apply(self, weights: Floats, counts: ArrayLike, position: float) -> Floats:
+        """The weights nearest to ``weights`` (float64 [K]) that the run allows from ``position`` on.
+
+        Args:
+            counts: [K], samples taken from each domain before ``position``.
+            position: where the weights take effect.
+        """
+        if self.trivial or position >= self.total_samples:
+            return weights
+        cap = np.minimum(self.cap, self._caps_by_epochs(np.asarray(counts, np.float64), position))
+        # Counts are whole and weights are not: near the end the caps of a run that uses everything up may sum to a
+        # little under 1, and a cap may fall below the floor of a domain that has given its share.
+        cap = np.minimum(cap / min(1.0, float(cap.sum())), 1.0)
+        return project_to_capped_simplex(weights, np.minimum(self.floor, cap), cap, self.names)
+
+    def _caps_by_epochs(self, counts: Floats, position: float) -> Floats:
+        if self.on_exhausted != "cap":
+            return np.ones(len(self.names))
+        left = np.maximum(self.max_epochs * self.num_samples - counts, 0.0)
+        return np.minimum(left / (self.total_samples - position), 1.0)
+
+    def _check(self) -> None:
+        for name, low, high in zip(self.names, self.floor, self.cap, strict=True):
+            if low > high:
+                raise InputError(
+                    f"domain '{name}': data.min_weight {low:g} is above data.max_weight {high:g}. Change one of them."
+                )
+        if self.floor.sum() > 1 + 1e-9:
+            raise InputError(
+                f"data.min_weight sums to {self.floor.sum():.6g} over {len(self.names)} domains, more than 1. Lower it "
+                f"to at most {1 / len(self.names):.6g} for all."
+            )
+        if self.cap.sum() < 1 - 1e-9:
+            raise InputError(
+                f"data.max_weight sums to {self.cap.sum():.6g} over {len(self.names)} domains, less than 1: they cannot "
+                f"fill the mixture. Raise it to at least {1 / len(self.names):.6g} for all."
+            )
+        if np.isinf(self.max_epochs).all():
+            if self.on_exhausted == "stop":
+                raise InputError(
+                    "data.on_exhausted is stop, but data.max_epochs does not say when a domain is used up. "
+                    "Set it, for example data.max_epochs=1."
+                )
+            return
+        if self.on_exhausted == "cap":
+            self._check_epochs()
+
+    def _check_epochs(self) -> None:
+        allowed = self.max_epochs * self.num_samples
+        for name, least, most, epochs, weight in zip(
+            self.names, self.floor * self.total_samples, allowed, self.max_epochs, self.floor, strict=True
+        ):
+            if least > most + 1:
+                raise InputError(
+                    f"domain '{name}': data.min_weight {weight:g} asks for {least:.0f} samples of the run's "
+                    f"{self.total_samples}, but data.max_epochs {epochs:g} allows {most:.0f}. Lower the one or raise the other."
+                )
+        available = float(np.minimum(allowed, self.cap * self.total_samples).sum())
+        if available < self.total_samples - 1e-6 * self.total_samples:
+            epochs = np.unique(self.max_epochs)
+            shown = (
+                f"{epochs[0]:g} allows" if epochs.size == 1 and (self.cap >= 1).all() else "and data.max_weight allow"
+            )
+            raise InputError(
+                f"data.max_epochs {shown} {available:.0f} samples of the {len(self.names)} domains together, but train.steps x "
+                f"train.global_batch asks for {self.total_samples}. Allow more epochs, train for fewer steps, or add data."
+            )
+
+
+def _per_domain(key: str, value: float | Mapping[str, float] | None, names: tuple[str, ...], default: float) -> Floats:
+    """``value`` as float64 [K]; domains that a mapping leaves out have ``default``."""
+    if value is None:
+        return np.full(len(names), default)
+    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    for name, number in given.items():
+        if name not in names:
+            raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
+        low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
+        if not low <= number <= high or (key == "max_epochs" and number == 0):
+            where = f" of domain '{name}'" if isinstance(value, Mapping) else ""
+            wanted = "a number above 0" if key == "max_epochs" else "a number from 0 to 1"
+            raise InputError(f"data.{key}{where} is {number}, expected {wanted}.")
+    return np.array([given.get(name, default) for name in names], np.float64)

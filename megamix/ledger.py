@@ -1,0 +1,128 @@
+"""weights.jsonl, read back: which weights were in effect where, and what stood at any position of a run.
+
+Every line carries the blend's counts and deficits where its stretch of weights starts, so a position is found from one
+line, in O(K), without replaying the run.
+
+Legend: K domains of a line, N names that ever occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.data.blend import Blend, Sampling, Segment
+from megamix.errors import InputError
+from megamix.files import read_json_lines
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+KEYS = ("step", "position", "domain_names", "domain_weights", "segment")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The weights of a run by position.
+
+    Attributes:
+        lines: those of weights.jsonl that hold, by rising position; at least one, the initial weights first.
+        seed, sampling: of the run.
+    """
+
+    lines: list[dict[str, Any]]
+    seed: int
+    sampling: Sampling
+
+    @classmethod
+    def read(cls, path: Path, seed: int, sampling: Sampling) -> Ledger | None:
+        """Reads weights.jsonl; None where it has no line yet.
+
+        A line with ``change`` (a resume with other domains, mixture or constraints) takes the place of every line
+        before it that begins at its position or later: those were announced and never came to be.
+
+        Raises:
+            InputError: a damaged line.
+        """
+        held: list[dict[str, Any]] = []
+        for number, line in enumerate(read_json_lines(path, KEYS), start=1):
+            _check_line(line, f"{path}, line {number}")
+            if line.get("change"):
+                while held and held[-1]["position"] >= line["position"]:
+                    held.pop()
+            elif held and line["domain_names"] != held[-1]["domain_names"]:
+                raise InputError(
+                    f"{path}, line {number} has other domains than the one before. It belongs to another run."
+                )
+            held.append(line)
+        return cls(held, seed, sampling) if held else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The N domains: those of the last line, then those that were there before."""
+        names = dict.fromkeys(self.lines[-1]["domain_names"])
+        for line in reversed(self.lines):
+            names |= dict.fromkeys(line["domain_names"])
+        return tuple(names)
+
+    def weights(self) -> Floats:
+        """float64 [lines, N]; 0 where a domain was not there."""
+        place = {name: index for index, name in enumerate(self.names)}
+        rows = np.zeros((len(self.lines), len(place)))
+        for row, line in zip(rows, self.lines, strict=True):
+            row[[place[name] for name in line["domain_names"]]] = line["domain_weights"]
+        return rows
+
+    def line_at(self, position: int) -> dict[str, Any]:
+        """The line in effect at ``position``."""
+        index = np.searchsorted([line["position"] for line in self.lines], position, "right") - 1
+        return self.lines[max(int(index), 0)]
+
+    def blend_at(self, position: int, num_samples: Sequence[int] | Ints, domain_keys: Sequence[int]) -> Blend:
+        """The blend as the run had it at ``position``, from one line.
+
+        Args:
+            num_samples, domain_keys: [K], of the domains of that line.
+        """
+        return Blend.from_segment(
+            num_samples, segment_of(self.line_at(position)), self.seed, domain_keys=domain_keys, sampling=self.sampling
+        )
+
+    def counts(self, position: int) -> dict[str, int]:
+        """Samples before ``position`` that each of the N domains gave, whatever data it had."""
+        totals = dict.fromkeys(self.names, 0)
+        lines = [line for line in self.lines if line["position"] <= position]
+        starts = [index for index, line in enumerate(lines) if index == 0 or line.get("change")]
+        for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+            stop = lines[end]["position"] if end < len(lines) else position
+            given = self._counts_at(lines[end - 1], stop) - self._counts_at(lines[start], lines[start]["position"])
+            for name, count in zip(lines[start]["domain_names"], given.tolist(), strict=True):
+                totals[name] += count
+        return totals
+
+    def read_so_far(self, position: int) -> dict[str, int]:
+        """Samples that the domains in effect at ``position`` have given of the data they have there."""
+        line = self.line_at(position)
+        return dict(zip(line["domain_names"], self._counts_at(line, position).tolist(), strict=True))
+
+    def _counts_at(self, line: dict[str, Any], position: int) -> Ints:
+        # How many samples an epoch has changes which of them are taken, not how many.
+        ones = np.ones(len(line["domain_names"]), np.int64)
+        return Blend.from_segment(ones, segment_of(line), self.seed, sampling=self.sampling).counts_at(position)
+
+
+def segment_of(line: dict[str, Any]) -> Segment:
+    """The stretch of constant weights that a line describes."""
+    return Segment.from_json({**line["segment"], "weights": line["domain_weights"]})
+
+
+def _check_line(line: dict[str, Any], where: str) -> None:
+    names, weights = line["domain_names"], line["domain_weights"]
+    if len(names) != len(weights) or len(set(names)) != len(names):
+        raise InputError(
+            f"{where} has {len(weights)} weights for the domains {names}, expected one for each of different names."
+        )

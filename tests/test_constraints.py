@@ -1,0 +1,128 @@
+"""What bounds the weights: against a brute-force projection, over whole runs, and what cannot be met refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from megamix.constraints import Constraints
+from megamix.data import Blend
+from megamix.errors import InputError
+from megamix.run_config import DataConfig
+
+NAMES = ("web", "code", "mail", "wiki")
+SAMPLES = np.array([300, 60, 20, 120])
+
+
+def constraints(total: int = 400, **data: Any) -> Constraints:
+    config = DataConfig.model_validate({"manifest": "data", "seq_length": 16, **data})
+    return Constraints.of(config, NAMES, SAMPLES, total)
+
+
+def nearest(weights: np.ndarray, floor: np.ndarray, cap: np.ndarray) -> np.ndarray:
+    """The point of the capped simplex with the least KL divergence from ``weights``, by a general solver."""
+    found = minimize(
+        lambda x: float((x * np.log(np.maximum(x, 1e-300) / weights)).sum()),
+        np.clip(weights, floor, cap),
+        bounds=list(zip(floor, cap, strict=True)),
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    return found.x
+
+
+def test_no_constraint_changes_nothing() -> None:
+    weights = np.array([0.1, 0.2, 0.3, 0.4])
+    assert constraints().apply(weights, [0, 0, 0, 0], 0) is weights
+    assert constraints(max_epochs=0.1, on_exhausted="repeat").apply(weights, [0, 0, 0, 0], 0) is weights
+    assert constraints(max_epochs=0.1, on_exhausted="stop").apply(weights, [0, 0, 0, 0], 0) is weights
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_floor_cap_and_epochs_together_are_the_nearest_weights(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.dirichlet(np.full(4, 0.5)) + 1e-6
+    weights /= weights.sum()
+    bounds = constraints(max_epochs={"mail": 2, "code": 1}, min_weight=0.05, max_weight={"web": 0.6, "wiki": 0.9})
+    counts, position = np.array([90, 30, 15, 65]), 200
+    # What is left of code and mail, over the 200 samples left.
+    cap = np.minimum([0.6, 1.0, 1.0, 0.9], [1.0, 30 / 200, 25 / 200, 1.0])
+    result = bounds.apply(weights, counts, position)
+    assert result == pytest.approx(nearest(weights, np.full(4, 0.05), cap), abs=2e-6)
+    assert result.sum() == pytest.approx(1, abs=1e-12)
+    assert (result >= 0.05 - 1e-12).all()
+    assert (result <= cap + 1e-12).all()
+
+
+def test_a_used_up_domain_goes_below_its_floor() -> None:
+    bounds = constraints(max_epochs={"mail": 1}, min_weight=0.04)
+    assert bounds.apply(np.full(4, 0.25), [0, 0, 0, 0], 0)[2] == pytest.approx(0.05)
+    used_up = bounds.apply(np.full(4, 0.25), [100, 50, 20, 30], 200)
+    assert used_up.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["low_discrepancy", "iid"]))
+def test_no_domain_is_read_too_often_whatever_the_mixer_asks(seed: int, sampling: Any) -> None:
+    """A run that uses almost everything up, with random weights at every step: feasible to the end."""
+    rng = np.random.default_rng(seed)
+    batch, total = 8, 480
+    bounds = constraints(total, max_epochs=1, min_weight={"wiki": 0.1}, max_weight={"web": 0.7})
+    start = bounds.apply(rng.dirichlet(np.ones(4)), np.zeros(4), 0)
+    blend = Blend(SAMPLES, start, seed, sampling=sampling)
+    for position in range(0, total, batch):
+        wanted = rng.dirichlet(np.full(4, 0.3))
+        blend.set_weights(bounds.apply(wanted, blend.counts, position))
+        blend.take(batch)
+    # Whole samples differ from the weights by at most (K - 1)/2, with a step's worth of chance where it is drawn.
+    slack = 1.5 if sampling == "low_discrepancy" else 5 * math.sqrt(batch)
+    assert (blend.counts <= SAMPLES + slack).all()
+    assert blend.counts.sum() == total
+
+
+def test_limits_of_a_run_that_stops() -> None:
+    assert constraints().limits is None
+    limits = constraints(max_epochs={"mail": 2.5}, on_exhausted="stop").limits
+    assert limits is not None
+    assert limits[2] == 50
+    assert limits[0] > 10**18
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"max_epochs": {"mial": 1}}, r"data\.max_epochs: there is no domain 'mial'\. Did you mean 'mail'"),
+        ({"max_epochs": 0}, r"data\.max_epochs is 0.*expected a number above 0"),
+        ({"max_epochs": {"mail": -1}}, r"data\.max_epochs of domain 'mail' is -1.*above 0"),
+        ({"max_epochs": math.nan}, r"data\.max_epochs is nan"),
+        ({"min_weight": 1.2}, r"data\.min_weight is 1\.2, expected a number from 0 to 1"),
+        ({"min_weight": math.nan}, r"data\.min_weight is nan"),
+        ({"max_weight": {"web": math.inf}}, r"data\.max_weight of domain 'web' is inf"),
+        ({"min_weight": 0.3}, r"data\.min_weight sums to 1\.2 over 4 domains, more than 1"),
+        ({"max_weight": 0.2}, r"data\.max_weight sums to 0\.8 over 4 domains, less than 1"),
+        (
+            {"min_weight": {"code": 0.5}, "max_weight": 0.4},
+            r"'code': data\.min_weight 0\.5 is above data\.max_weight 0\.4",
+        ),
+        ({"max_epochs": 0.5}, r"max_epochs 0\.5 allows 250 samples of the 4 domains .* asks for 400"),
+        (
+            {"max_epochs": {"mail": 1}, "min_weight": {"mail": 0.2}},
+            r"'mail': data\.min_weight 0\.2 asks for 80 samples of the run's 400, but data\.max_epochs 1 allows 20",
+        ),
+        (
+            {"max_epochs": {"code": 1, "mail": 1, "wiki": 1}, "max_weight": {"web": 0.4}},
+            r"data\.max_epochs and data\.max_weight allow 360 samples .* asks for 400",
+        ),
+        ({"on_exhausted": "stop"}, r"on_exhausted is stop, but data\.max_epochs does not say"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_with_its_numbers(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        constraints(**data)
