@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2
 
-from megamix.data.permute import MAX_RANKED, grid, hash_next, hash_words, permute
+from megamix.data.permute import MAX_RANKED, MAX_SIZE, divide, epoch_keys, grid, hash_next, hash_words, permute
 
 Ints = NDArray[np.int64]
 
@@ -21,6 +22,25 @@ def places(index: ArrayLike, size: int, key: ArrayLike) -> Ints:
     sizes, all_rows, all_columns = (np.full(indices.size, value, np.int64) for value in (size, rows, columns))
     flat = permute(indices.ravel().copy(), sizes, all_rows, all_columns, keys.ravel().copy())
     return flat.reshape(indices.shape)
+
+
+def reference_place(index: int, size: int, key: int) -> int:
+    """`permute` above `MAX_RANKED`, in Python integers: no float, no wrapping around unseen."""
+    word = 2**64 - 1
+    square = math.isqrt(size - 1) + 1
+    columns = min(range(square, square + min(square // 8, 4096) + 1), key=lambda one: (-size % one, one))
+    limits = [-(-size // columns), columns]
+    while True:
+        halves = list(divmod(index, columns))
+        for turn in range(8):
+            target = turn % 2
+            mixed = (halves[1 - target] + key + turn * 0x9E3779B97F4A7C15) & word
+            mixed = (mixed * 0xBF58476D1CE4E5B9) & word
+            mixed = ((mixed ^ (mixed >> 32)) * 0x94D049BB133111EB) & word
+            halves[target] = (halves[target] + ((mixed >> 32) * limits[target] >> 32)) % limits[target]
+        index = halves[0] * columns + halves[1]
+        if index < size:
+            return index
 
 
 def keys(number: int, seed: int = 5) -> NDArray[np.uint64]:
@@ -46,7 +66,7 @@ def test_bijection_for_large_sizes(size: int) -> None:
     assert np.array_equal(np.sort(places(np.arange(size), size, keys(1)[0])), np.arange(size))
 
 
-@pytest.mark.parametrize("size", [10**6, 10**6 + 3, 2**31 - 1, 10**10 + 19, 10**12, 2**61])
+@pytest.mark.parametrize("size", [10**6, 10**6 + 3, 2**31 - 1, 10**10 + 19, 10**12, MAX_SIZE])
 def test_injective_over_a_sample_of_huge_sizes(size: int) -> None:
     rng = np.random.default_rng(size)
     index = np.unique(np.concatenate([rng.integers(0, size, 10**5), np.arange(10**4), size - 1 - np.arange(10**4)]))
@@ -55,6 +75,35 @@ def test_injective_over_a_sample_of_huge_sizes(size: int) -> None:
     assert result.min() >= 0
     assert result.max() < size
     assert 0.49 < result.mean() / size < 0.51
+
+
+@pytest.mark.parametrize("size", [65, 66, 100, 4099, 10**6 + 3, 2**31 - 1, 10**12, MAX_SIZE - 1, MAX_SIZE])
+def test_places_in_exact_integers(size: int) -> None:
+    rng = np.random.default_rng(size)
+    index = [0, 1, size - 2, size - 1, *rng.integers(0, size, 40).tolist()]
+    for key in keys(2, seed=size % 1000).tolist():
+        assert places(index, size, key).tolist() == [reference_place(one, size, key) for one in index]
+
+
+def test_divide_is_exact() -> None:
+    """Also just below and at a multiple, where a quotient is nearest to being rounded up."""
+    rng = np.random.default_rng(0)
+    divisor = np.concatenate([2 ** rng.integers(0, 52, 20000), rng.integers(1, 2**51, 20000)])
+    divisor += rng.integers(0, 3, divisor.size)
+    multiple = rng.integers(0, 2**52 // divisor, endpoint=True) * divisor
+    for dividend in (multiple, np.maximum(multiple - 1, 0)):
+        assert np.array_equal(divide(dividend, divisor), dividend // divisor)
+
+
+@pytest.mark.parametrize("size", [65, 1000, 10**6, 10**6 + 7, 10**10])
+def test_grid_is_nearly_square_with_few_cells_to_spare(size: int) -> None:
+    """Each cell to spare is a chance that a batch goes through the cipher twice. From 10**6 samples on there are more
+    than 100 grids to choose from."""
+    rows, columns = grid(size)
+    assert 0 <= rows * columns - size < columns
+    assert 1 <= columns / rows < 1.5
+    if size >= 10**6:
+        assert (rows * columns - size) / size < 1e-4
 
 
 def test_sizes_mixed_in_one_call_as_alone() -> None:
@@ -101,13 +150,24 @@ def test_pairs_of_places_are_uniform(size: int) -> None:
     assert p_value(counts[~np.eye(size, dtype=bool)]) > 1e-3
 
 
+@pytest.mark.parametrize("apart", ["one", "epoch"])
 @pytest.mark.parametrize("size", [50, 1000])
-def test_keys_give_unrelated_orders(size: int) -> None:
-    """Keys one apart, as different in the order as any: about one fixed point between each two."""
-    orders = places(np.arange(size), size, np.arange(40, dtype=np.uint64)[:, None])
+def test_keys_give_unrelated_orders(size: int, apart: str) -> None:
+    """Keys one or one epoch apart, as different in the order as any: about one fixed point between each two."""
+    numbers = np.arange(40)
+    some = numbers.astype(np.uint64) if apart == "one" else epoch_keys(keys(1), numbers)
+    orders = places(np.arange(size), size, some[:, None])
     same = [(first == second).sum() for first, second in itertools.combinations(orders, 2)]
     assert 0.8 < np.mean(same) < 1.2
     assert max(same) < 10
+
+
+@pytest.mark.parametrize("size", [10, 65, 100, 1000])
+def test_epochs_are_independent(size: int) -> None:
+    """Where a sample stands in the next epoch says nothing about where it stood in this one."""
+    orders = places(np.arange(size), size, epoch_keys(keys(1), np.arange(400_000 // size))[:, None])
+    assert p_value(np.bincount(((orders[1:] - orders[:-1]) % size).ravel(), minlength=size)) > 1e-3
+    assert p_value(np.bincount(orders[:, -1], minlength=size)) > 1e-3
 
 
 def test_golden_places() -> None:
@@ -115,8 +175,8 @@ def test_golden_places() -> None:
     key = hash_words(1234, 0, 0)
     assert int(key) == 14429899377425696178
     assert places(np.arange(10), 10, key).tolist() == [0, 8, 6, 4, 7, 9, 3, 2, 1, 5]
-    assert places(np.arange(10), 1000, key).tolist() == [521, 531, 597, 652, 528, 418, 227, 891, 829, 855]
-    assert places([0, 1, 10**12 - 1], 10**12, key).tolist() == [724219666025, 849566478802, 209363839560]
+    assert places(np.arange(10), 1000, key).tolist() == [245, 168, 316, 673, 683, 269, 759, 163, 850, 48]
+    assert places([0, 1, 10**12 - 1], 10**12, key).tolist() == [378553377567, 158361780895, 981397437819]
 
 
 def test_hash_words() -> None:

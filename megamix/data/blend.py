@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamix.data.iid import Draws
-from megamix.data.permute import grid, hash_next, hash_words, permute
+from megamix.data.permute import MAX_SIZE, divide, epoch_keys, grid, hash_words, permute
 from megamix.data.schedule import Order
 from megamix.data.segment import Segment
 from megamix.errors import InputError
@@ -62,8 +62,8 @@ class Blend:
         if self.num_samples.ndim != 1 or self.num_samples.size == 0:
             raise InputError(f"num_samples has shape {self.num_samples.shape}, expected [K] with K >= 1.")
         for domain, number in enumerate(self.num_samples):
-            if number < 1:
-                raise InputError(f"domain {domain} has {number} samples per epoch, expected at least 1.")
+            if not 1 <= number <= MAX_SIZE:
+                raise InputError(f"domain {domain} has {number} samples per epoch, expected 1 to 2**52.")
         if sampling not in get_args(Sampling):
             raise InputError(f"sampling is {sampling!r}, expected one of {', '.join(get_args(Sampling))}.")
         self.sampling: Sampling = sampling
@@ -159,7 +159,7 @@ class Blend:
         last = self._segments[-1]
         if at < last.start:
             raise InputError(f"weights cannot change at position {at}: a change at {last.start} was made before.")
-        if np.array_equal(checked, last.weights):
+        if (checked == last.weights).all():
             return False
         if at == last.start:
             self._segments[-1] = Segment(at, checked, last.deficits, last.counts)
@@ -318,22 +318,24 @@ class Blend:
         if number < 0:
             raise InputError(f"cannot take {number} samples, expected 0 or more.")
         stop, index = start + number, self._index_at(start)
-        domains, ordinals = [], []
-        while start < stop or not domains:
+        pieces = []
+        while start < stop or not pieces:
             segment = self._segments[index]
             end = min(stop, self._segments[index + 1].start) if index + 1 < len(self._segments) else stop
             known = None if given is None else given - segment.counts
             domain, ordinal = self._order_of(segment).window(start - segment.start, end - segment.start, known)
-            domains.append(domain)
-            ordinals.append(segment.counts[domain] + ordinal)
+            pieces.append((domain, ordinal + segment.counts.take(domain)))
             start, index, given = end, index + 1, None
-        return np.concatenate(domains), np.concatenate(ordinals)
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([domain for domain, _ in pieces]), np.concatenate([ordinal for _, ordinal in pieces])
 
     def _samples(self, domain: Ints, ordinal: Ints) -> Ints:
+        """int64 [number]: which of its domain's samples each ordinal is."""
         size = self.num_samples[domain]
-        epoch, index = np.divmod(ordinal, size)
-        key = hash_next(self._domain_hashes[domain], epoch)
-        return permute(index, size, self._rows[domain], self._columns[domain], key)
+        epoch = divide(ordinal, size)
+        key = epoch_keys(self._domain_hashes[domain], epoch)
+        return permute(ordinal - epoch * size, size, self._rows[domain], self._columns[domain], key)
 
     def _index_at(self, position: int) -> int:
         """The index of the segment that ``position`` lies in."""
@@ -350,12 +352,12 @@ class Blend:
         array = np.array(weights, np.float64)  # a copy: the caller may go on to change theirs
         if array.shape != (self.num_domains,):
             raise InputError(f"weights have shape {array.shape}, expected [{self.num_domains}], one for each domain.")
-        bad = np.flatnonzero(~((array >= 0) & (array < np.inf)))
-        if bad.size:
-            raise InputError(
-                f"the weight of domain {bad[0]} is {array[bad[0]]}, expected a finite number that is not negative."
-            )
         largest = array.max()
+        if not (array.min() >= 0 and largest < np.inf):  # not: nor where one is nan
+            bad = int(np.argmin((array >= 0) & (array < np.inf)))
+            raise InputError(
+                f"the weight of domain {bad} is {array[bad]}, expected a finite number that is not negative."
+            )
         if largest == 0:
             raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
         with np.errstate(over="ignore"):

@@ -2,12 +2,12 @@
 
 Position n of the run draws with the 53-bit number h(seed, n): domain i where bound_{i-1} <= h < bound_i, the bounds
 being the cumulative weights in units of 2**-53, rounded. So the domain is a pure function of (seed, n, weights), a
-probability is right within 2**-53, and a domain of weight 0 (or below 2**-54) is never drawn. The numbers are the stream
-of SplitMix64 (Steele, Lea and Flood, 2014) that starts at a hash of the seed.
+probability is right within 2**-53, and a domain of weight 0 (or below 2**-54) is never drawn. The numbers are the
+stream of SplitMix64 (Steele, Lea and Flood, 2014) that starts at a hash of the seed.
 
 The samples within a domain still come in order, each once an epoch, so a position's sample needs the draws of its
-domain so far. These have no closed form: they are counted, from the nearest place where they are known. Such *marks* are
-the start of the segment, the ends of the last `RECENT` windows, and one every `STRIDE` positions that were read or
+domain so far. These have no closed form: they are counted, from the nearest place where they are known. Such *marks*
+are the start of the segment, the ends of the last `RECENT` windows, and one every `STRIDE` positions that were read or
 counted; a run that goes on in sequence counts nothing.
 """
 

@@ -1,12 +1,16 @@
 """A keyed bijection of [0, size): the order of samples within a domain, with no array to store.
 
 A generalised Feistel cipher (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): an index is written as
-(row, column) of a nearly square grid of ``rows x columns >= size`` cells, the two coordinates are mixed alternately by
-a hash of the other, and an index that lands outside [0, size) is sent through again ("cycle walking"; at most one cell
-in ``columns`` is outside, so almost none is). A Feistel cipher of few cells favours some orders however many rounds it
-has (on 3 x 3 cells it makes even permutations only), so up to `MAX_RANKED` samples are ordered by the ranks of their
-hashes instead, which favours none. Only integer arithmetic modulo 2**64 is used, so that every machine computes the
-same order.
+(row, column) of a nearly square grid of ``rows x columns >= size`` cells, to the two coordinates a hash of the other is
+added by turns, modulo their number, and an index that lands outside [0, size) is sent through again ("cycle walking";
+less than one row of cells is outside, and the grid is chosen for as few as possible, so almost none is). A Feistel
+cipher of few cells favours some orders however many rounds it has (on 3 x 3 cells it makes even permutations only), so
+up to `MAX_RANKED` samples are ordered by the ranks of their hashes instead, which favours none. Only integer arithmetic
+modulo 2**64 and float64 quotients whose floor is exact are used, so that every machine computes the same order.
+
+numpy spends 8 ns on an integer division and less than 1 on anything else, so nothing here divides integers: a hash is
+brought into [0, rows) as the upper half of 32 of its bits times ``rows`` (Lemire, "Fast Random Integer Generation in an
+Interval", 2019; even within rows / 2**32), a sum below 2 rows by one subtraction.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 
 ROUNDS = 8
 MAX_RANKED = 64
+_GRIDS = 4096  # to choose from
+MAX_SIZE = 2**52  # floors of float64 quotients are exact below
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-_ONE, _27, _30, _31 = (np.uint64(number) for number in (1, 27, 30, 31))
+_EPOCH = np.uint64(0xD1342543DE82EF95)
+_27, _30, _31, _32 = (np.uint64(number) for number in (27, 30, 31, 32))
 
 
 def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -49,10 +56,25 @@ def hash_next(state: NDArray[np.uint64], word: ArrayLike) -> NDArray[np.uint64]:
 
 
 def grid(size: int) -> tuple[int, int]:
-    """The grid (rows, columns) for a domain of ``size`` samples: rows * columns >= size, with less than one row to
-    spare."""
-    columns = max(1, math.isqrt(size - 1) + 1) if size > 1 else 1
-    return -(-size // columns), columns
+    """The grid (rows, columns) for a domain of ``size`` samples: the one with the fewest cells to spare,
+    rows * columns - size < columns, among some nearly square ones. Then hardly an index has to walk, which costs
+    a small batch as much as all its other indices together."""
+    square = math.isqrt(size - 1) + 1 if size > 1 else 1
+    columns = square + np.arange(min(square // 8, _GRIDS) + 1)
+    best = int(columns[(-size % columns).argmin()])
+    return -(-size // best), best
+
+
+def divide(dividend: NDArray[np.int64], divisor: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The whole part of the quotient of numbers >= 0 and > 0, each below 2**52. A quotient below a whole number q is
+    at least 1/divisor below it, which is more than q / 2**53, so that it is not rounded up to q."""
+    return (dividend / divisor).astype(np.int64)
+
+
+def epoch_keys(key: NDArray[np.uint64], epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """uint64 [n]: the keys for `permute` of a domain's epochs, from the domain's own key, a hash. Multiples of an odd
+    constant keep what the rounds of different epochs hash apart."""
+    return key + epoch.view(np.uint64) * _EPOCH
 
 
 def permute(
@@ -66,21 +88,18 @@ def permute(
 
     Args:
         index: int64 [n].
-        size: int64 [n], the size of the domain each index belongs to, below 2**62.
+        size: int64 [n], the size of the domain each index belongs to, at most `MAX_SIZE`.
         rows, columns: int64 [n], `grid` of that size.
         key: uint64 [n].
 
     Returns:
         int64 [n], each in [0, size[n]).
     """
-    # Not copies: no number here is negative.
-    num_rows, num_columns, limit = rows.view(np.uint64), columns.view(np.uint64), size.view(np.uint64)
-    result = _encrypt(index.view(np.uint64), num_rows, num_columns, key)
-    outside = np.flatnonzero(result >= limit)
+    places = _encrypt(index, rows, columns, key)
+    outside = np.flatnonzero(places >= size)
     while outside.size:
-        result[outside] = _encrypt(result[outside], num_rows[outside], num_columns[outside], key[outside])
-        outside = outside[result[outside] >= limit[outside]]
-    places = result.view(np.int64)
+        places[outside] = _encrypt(places[outside], rows[outside], columns[outside], key[outside])
+        outside = outside[places[outside] >= size[outside]]
     ranked = np.flatnonzero(size <= MAX_RANKED)
     if ranked.size:
         places[ranked] = _rank(index[ranked], size[ranked], key[ranked])
@@ -88,17 +107,44 @@ def permute(
 
 
 def _encrypt(
-    value: NDArray[np.uint64], rows: NDArray[np.uint64], columns: NDArray[np.uint64], key: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    row, column = np.divmod(value, columns)
-    with np.errstate(over="ignore"):
-        for _ in range(ROUNDS // 2):
-            # Half a hash, so that the sum cannot wrap around.
-            row = (row + (mix64(column + key) >> _ONE)) % rows
-            key = key + GOLDEN
-            column = (column + (mix64(row + key) >> _ONE)) % columns
-            key = key + GOLDEN
-        return row * columns + column
+    value: NDArray[np.int64], rows: NDArray[np.int64], columns: NDArray[np.int64], key: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    quotient = divide(value, columns)
+    # Not copies: no number here is negative.
+    row, column = quotient.view(np.uint64), (value - quotient * columns).view(np.uint64)
+    num_rows, num_columns = rows.view(np.uint64), columns.view(np.uint64)
+    round_key, mixed, shifted = key.copy(), np.empty_like(row), np.empty_like(row)
+    for _ in range(ROUNDS // 2):
+        _add_hash(row, column, round_key, num_rows, mixed, shifted)
+        round_key += GOLDEN
+        _add_hash(column, row, round_key, num_columns, mixed, shifted)
+        round_key += GOLDEN
+    row *= num_columns
+    row += column
+    return row.view(np.int64)
+
+
+def _add_hash(
+    target: NDArray[np.uint64],
+    source: NDArray[np.uint64],
+    key: NDArray[np.uint64],
+    limit: NDArray[np.uint64],
+    mixed: NDArray[np.uint64],
+    shifted: NDArray[np.uint64],
+) -> None:
+    """Adds a hash of ``source`` to ``target``, modulo ``limit``; the last two arrays are room to work in."""
+    np.add(source, key, out=mixed)
+    np.multiply(mixed, _MULTIPLIER_1, out=mixed)
+    np.right_shift(mixed, _32, out=shifted)
+    np.bitwise_xor(mixed, shifted, out=mixed)
+    np.multiply(mixed, _MULTIPLIER_2, out=mixed)
+    np.right_shift(mixed, _32, out=mixed)
+    np.multiply(mixed, limit, out=mixed)
+    np.right_shift(mixed, _32, out=mixed)
+    np.add(target, mixed, out=target)
+    # Where target < limit the difference wraps around to a larger number.
+    np.subtract(target, limit, out=shifted)
+    np.minimum(target, shifted, out=target)
 
 
 def _rank(index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:

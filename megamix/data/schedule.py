@@ -38,6 +38,8 @@ window and every machine sees the same bits.
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,9 +61,16 @@ class Order:
     def __init__(self, weights: Floats, deficits: Floats) -> None:
         self._num_domains = weights.size
         self._domains = (weights > 0).nonzero()[0]  # all that follows, except what is returned, is of these alone
-        self._weights = weights[self._domains]
-        self._deficits = deficits[self._domains]
+        self._each = np.arange(self._domains.size)
+        self._weights = weights.take(self._domains)
+        self._deficits = deficits.take(self._domains)
         self._starts, self._levels, self._shares = _phases(self._weights, self._deficits)
+        self._last = self._shares.size - 1
+        # As lists too, from which single numbers are read faster.
+        self._start_list, self._level_list, self._share_list = (
+            array[: self._last + 1].tolist() for array in (self._starts, self._levels, self._shares)
+        )
+        self._settled = np.inf  # from this position on, all samples are known to be due in the last phase
 
     def window(self, start: int, stop: int, given: Ints | None = None) -> tuple[Ints, Ints]:
         """Positions [start, stop) of the order, 0 <= start <= stop.
@@ -73,57 +82,75 @@ class Order:
             (domain, ordinal), int64 [stop - start] each: sample number ``ordinal`` of ``domain``, counted from where
             the weights were set.
         """
-        low = self._below(start) if given is None else given[self._domains]
-        skip = start - int(low.sum())
-        index, ordinal = self._sorted(low, start, stop)
-        return self._domains[index[skip : skip + stop - start]], ordinal[skip : skip + stop - start]
+        if given is None:
+            low = self._below(start)
+            skip = start - int(low.sum())
+            index, ordinal = self._sorted(low, start, stop, False)
+        else:
+            skip = 0
+            index, ordinal = self._sorted(given.take(self._domains), start, stop, start >= self._settled)
+        return self._domains.take(index[skip : skip + stop - start]), ordinal[skip : skip + stop - start]
 
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
         low = self._below(position)
-        index, _ = self._sorted(low, position, position)
+        index, _ = self._sorted(low, position, position, False)
         counts = np.zeros(self._num_domains, np.int64)
         counts[self._domains] = low + np.bincount(index[: position - int(low.sum())], minlength=low.size)
         return counts
 
-    def _sorted(self, low: Ints, start: int, stop: int) -> tuple[Ints, Ints]:
+    def _sorted(self, low: Ints, start: int, stop: int, settled: bool) -> tuple[Ints, Ints]:
         """(index into the domains of weight above 0, ordinal) of the samples from ``low`` on, at least as far as
         position ``stop``, in order; ``low`` are no more samples than given before ``start``."""
         high = np.maximum(self._above(stop), low)
         number = high - low
-        index = np.arange(low.size).repeat(number)
-        ordinal = np.arange(index.size) + (high - number.cumsum()).repeat(number)
-        due = self._due(index, ordinal, *self._phases_between(low, high, start, stop))
-        # Stable, so that equal due times keep the order of their domains, and a domain that of its samples.
-        order = due.argsort(kind="stable")
+        index = self._each.repeat(number)
+        ordinal = (high - number.cumsum()).repeat(number)
+        ordinal += np.arange(index.size)
+        first, last = (self._last, self._last) if settled else self._phases_between(low, high, start, stop)
+        due = self._due(index, ordinal, first, last)
+        # Stable, so that equal due times keep the order of their domains, and a domain that of its samples. Due times
+        # are above 0, so that their bits sort as they do, only faster.
+        order = due.view(np.int64).argsort(kind="stable")
         return index.take(order), ordinal.take(order)
 
     def _due(self, index: Ints, ordinal: Ints, first: int, last: int) -> Floats:
-        """When samples are due that are due in phases ``first`` to ``last``; the result does not depend on these."""
-        height = self._deficits.take(index) - (ordinal + 0.5)  # of the sample's line, which meets the level when due
+        """When samples are due that are due in phases ``first`` to ``last``; the result does not depend on these, and
+        for no domain does it fall with the ordinal."""
+        height = self._deficits.take(index)  # of the sample's line, which meets the level when due
+        height -= ordinal + 0.5
+        if first == last:
+            begin, weights = self._start_list[first], self._weights
+            height += (weights * begin).take(index)
+            due = self._level_list[first] - height
+            due /= (weights + self._share_list[first]).take(index)
+            due += begin
+            return np.minimum(due, self._starts[first + 1], out=due)
         weight = self._weights.take(index)
-        phase: int | Ints = first
-        if last > first:
-            phase = np.full(index.size, first)
-            for step in _HALVES[-(last - first).bit_length() :]:
-                later = phase + step
-                phase += step * (height + weight * self._starts.take(later) <= self._levels.take(later))
-        begin = self._starts[phase]
+        phase = np.full(index.size, first)
+        for step in _HALVES[-(last - first).bit_length() :]:
+            later = phase + step
+            phase += step * (height + weight * self._starts.take(later) <= self._levels.take(later))
+        begin = self._starts.take(phase)
         with np.errstate(over="ignore"):
-            way = (self._levels[phase] - (height + weight * begin)) / (weight + self._shares[phase])
-        return np.minimum(begin + way, self._starts[phase + 1])
+            way = (self._levels.take(phase) - (height + weight * begin)) / (weight + self._shares.take(phase))
+        return np.minimum(begin + way, self._starts.take(phase + 1))
 
     def _phases_between(self, low: Ints, high: Ints, start: int, stop: int) -> tuple[int, int]:
         """The first and last phase that samples [low_i, high_i) may be due in: where the clock says, unless a sample
         at the edge was rounded to another phase; then any."""
-        end = self._shares.size - 1
         first, last = self._phase_at(self._early(start)), self._phase_at(self._late(stop))
-        height = self._deficits - (low + 0.5)
-        if first and not (height + self._weights * self._starts[first] <= self._levels[first]).all():
-            first = 0
-        height = self._deficits - (high - 0.5)
-        if last < end and (height + self._weights * self._starts[last + 1] <= self._levels[last + 1]).any():
-            last = end
+        if first:
+            height = self._deficits - (low + 0.5)
+            if not (height + self._weights * self._start_list[first] <= self._level_list[first]).all():
+                first = 0
+            elif first == self._last:
+                # Later positions have no samples before those of low.
+                self._settled = min(self._settled, start)
+        if last < self._last:
+            height = self._deficits - (high - 0.5)
+            if (height + self._weights * self._start_list[last + 1] <= self._level_list[last + 1]).any():
+                last = self._last
         return first, last
 
     def _below(self, position: int) -> Ints:
@@ -145,12 +172,15 @@ class Order:
     def _due_by(self, clock: float, slack: float) -> Ints:
         """Whole numbers of samples due by ``clock``; a value within ``slack`` of the next one counts as the next."""
         phase = self._phase_at(clock)
-        level = self._levels[phase] - self._shares[phase] * (clock - self._starts[phase])
-        number = np.ceil(self._weights * clock + (self._deficits - level - 0.5 + slack))
-        return np.maximum(number, 0.0).astype(np.int64)
+        level = self._level_list[phase] - self._share_list[phase] * (clock - self._start_list[phase])
+        number = self._weights * clock
+        number += self._deficits
+        number -= level + 0.5 - slack
+        np.ceil(number, out=number)
+        return np.maximum(number, 0.0, out=number).astype(np.int64)
 
     def _phase_at(self, clock: float) -> int:
-        return int(self._starts.searchsorted(clock, "right")) - 1
+        return bisect.bisect_right(self._start_list, clock) - 1
 
 
 def _rounding(position: int) -> float:
@@ -172,7 +202,7 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
         that start at `NEVER` or later are left out; infinities follow the starts and levels, for a search by halves.
     """
     members = np.arange(1.0, weights.size + 1)
-    times, joins, means, shares = np.zeros((4, weights.size))
+    times, means, joins, shares = np.zeros((4, weights.size))
     order = (-deficits).argsort(kind="stable")
     with np.errstate(over="ignore"):
         for _ in range(weights.size):
@@ -181,11 +211,9 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
             # Summed from the end: 1 - (those that joined) would lose tiny weights.
             shares[:-1] = weight[:0:-1].cumsum()[::-1] / members[:-1]
             joins[1:] = (means[:-1] - deficit[1:]) / (weight[1:] + shares[:-1])
-            if (joins[1:] >= joins[:-1]).all():
-                break
             times[order] = np.maximum(times.take(order), joins)
             before, order = order, times.argsort(kind="stable")
-            if (before == order).all():
+            if before.tobytes() == order.tobytes():
                 break
     joins = np.maximum.accumulate(joins)
     number = int(joins.searchsorted(NEVER))
