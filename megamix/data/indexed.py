@@ -18,7 +18,7 @@ import hashlib
 import os
 import resource
 import struct
-from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -252,27 +252,70 @@ class WrittenTokens:
 class IndexedWriter:
     """Writes documents to ``prefix.bin`` / ``prefix.idx``; the final names appear on `close`, complete, or never.
 
-    As a context manager it closes on success and aborts on an exception. An existing pair is replaced. It holds 4 bytes
-    of memory a document.
+    As a context manager it closes on success and aborts on an exception. An existing pair is replaced. Its memory does
+    not grow with what is written.
+
+    A writer can take up what an earlier one left when its process died: whatever that one had flushed with `sync` is
+    kept, the rest cut off.
 
     Args:
         prefix: Path without suffix; its folder must exist.
         dtype: Type of a token, one of the eight of the format.
+        kept: Tokens and documents of an earlier writer to go on after.
+        seen: Is given all kept tokens in order, in pieces.
+
+    Raises:
+        FileNotFoundError: The earlier writer's files are gone or hold less than ``kept``.
     """
 
-    def __init__(self, prefix: str | Path, dtype: Any) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: Any,
+        *,
+        kept: tuple[int, int] = (0, 0),
+        seen: Callable[[np.ndarray], None] = lambda tokens: None,
+    ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODE_OF_DTYPE:
             known = ", ".join(known.name for known in CODE_OF_DTYPE)
             raise InputError(f"tokens cannot be stored as {self.dtype.name}. Use one of: {known}.")
-        self._lengths = array("i")
         self._hash = hashlib.sha256()
         self._max_token = -1
-        self._num_tokens = 0
+        self._num_tokens, self._num_documents = kept
         self._written: WrittenTokens | None = None
         self._temporary = {suffix: Path(f"{prefix}.{suffix}.tmp") for suffix in ("bin", "idx")}
-        self._data = open(self._temporary["bin"], "wb")  # noqa: SIM115 - lives as long as the writer
+        again = any(kept)
+        if again:
+            self._check_kept()
+        # The index begins with the lengths, after a header that is written last.
+        self._data = open(self._temporary["bin"], "r+b" if again else "wb")  # noqa: SIM115 - lives as long as the writer
+        self._index = open(self._temporary["idx"], "r+b" if again else "wb")  # noqa: SIM115
+        if again:
+            self._read_kept(seen)
+        self._index.truncate(_HEADER.size + 4 * self._num_documents)
+        self._index.seek(0, os.SEEK_END)
+
+    def _check_kept(self) -> None:
+        sizes = {"bin": self._num_tokens * self.dtype.itemsize, "idx": _HEADER.size + 4 * self._num_documents}
+        for suffix, size in sizes.items():
+            final = Path(f"{self.prefix}.{suffix}")
+            if not self._temporary[suffix].exists():
+                os.replace(final, self._temporary[suffix])  # it died between the renames of `close`
+            if self._temporary[suffix].stat().st_size < size:
+                raise FileNotFoundError(errno.ENOENT, "holds less than was kept", str(self._temporary[suffix]))
+
+    def _read_kept(self, seen: Callable[[np.ndarray], None]) -> None:
+        left = self._num_tokens
+        while left:
+            tokens = np.fromfile(self._data, self.dtype, min(left, _CHECK_AT_ONCE))
+            self._hash.update(tokens)
+            self._max_token = max(self._max_token, int(tokens.max()))
+            seen(tokens)
+            left -= len(tokens)
+        self._data.seek(self._num_tokens * self.dtype.itemsize)
+        self._data.truncate()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -311,28 +354,37 @@ class IndexedWriter:
                     f" (0 to {np.iinfo(self.dtype).max}). Use int32, or a smaller vocabulary."
                 )
             self._max_token = max(self._max_token, int(high))
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
-        self._data.write(data)
+        data = np.ascontiguousarray(tokens, dtype=self.dtype)
+        self._data.write(data.data)
         self._hash.update(data)
+        self._index.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
-        self._lengths.extend(lengths.tolist())
+        self._num_documents += len(lengths)
 
     @property
     def num_documents(self) -> int:
         """Documents added so far."""
-        return len(self._lengths)
+        return self._num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._num_tokens
+
+    def sync(self) -> None:
+        """Flushes everything added so far to disk, for a later writer to keep."""
+        for file in (self._data, self._index):
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> WrittenTokens:
         """Writes the index, flushes both files to disk and gives them their names. Closing again only answers again."""
         if self._written is not None:
             return self._written
-        with self._data:
-            self._data.flush()
-            os.fsync(self._data.fileno())
-        with open(self._temporary["idx"], "wb") as file:
-            self._write_index(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with self._data, self._index:
+            self._index.flush()
+            self._finish_index()
+            self.sync()
         # An index under its final name always has its own data beside it: the old goes first, the new comes last.
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._temporary["bin"], bin_path(self.prefix))
@@ -343,19 +395,29 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Removes the temporary files; whatever stood under the final names stays."""
-        self._data.close()
+        self.leave()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
-    def _write_index(self, file: Any) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        file.write(_HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(lengths) + 1))
-        file.write(lengths.astype("<i4").tobytes())
+    def leave(self) -> None:
+        """Closes the temporary files and leaves them as they are, for a later writer to keep."""
+        self._data.close()
+        self._index.close()
+
+    def _finish_index(self) -> None:
+        """Adds pointers and bounds to the lengths, and then the header."""
         pointer = 0
-        for start in range(0, len(lengths), _CHECK_AT_ONCE):
-            sizes = lengths[start : start + _CHECK_AT_ONCE].astype(np.int64) * self.dtype.itemsize
-            ends = pointer + np.cumsum(sizes)
-            file.write((ends - sizes).astype("<i8").tobytes())
-            pointer = int(ends[-1])
-        for start in range(0, len(lengths) + 1, _CHECK_AT_ONCE):
-            file.write(np.arange(start, min(start + _CHECK_AT_ONCE, len(lengths) + 1), dtype="<i8").tobytes())
+        with open(self._temporary["idx"], "rb") as file:
+            file.seek(_HEADER.size)
+            for start in range(0, self._num_documents, _CHECK_AT_ONCE):
+                lengths = np.fromfile(file, "<i4", min(_CHECK_AT_ONCE, self._num_documents - start))
+                sizes = lengths.astype(np.int64) * self.dtype.itemsize
+                ends = pointer + np.cumsum(sizes)
+                self._index.write((ends - sizes).astype("<i8").tobytes())
+                pointer = int(ends[-1])
+        for start in range(0, self._num_documents + 1, _CHECK_AT_ONCE):
+            stop = min(start + _CHECK_AT_ONCE, self._num_documents + 1)
+            self._index.write(np.arange(start, stop, dtype="<i8").tobytes())
+        self._index.seek(0)
+        counts = (self._num_documents, self._num_documents + 1)
+        self._index.write(_HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], *counts))
