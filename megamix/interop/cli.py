@@ -22,7 +22,7 @@ def adopt(
     named: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=PREFIX[,PREFIX]...]...",
+            metavar="NAME=PREFIX[,PREFIX]",
             help="The files of a domain; beside a blend, names for its files. Default names: the files' own.",
         ),
     ] = None,
@@ -48,3 +48,35 @@ def adopt(
         named or [], data_path=data_path, data_args_path=data_args_path, per_split=per_split_data_args_path
     )
     run(sources, out, tokenizer=tokenizer, eod=eod, split=split, workers=workers).report().show()
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_DATA", help="A run directory, or a data set.")],
+    format: Annotated[
+        str | None, typer.Option(help="megatron (default), per-split-json (default of stages), doremi or json.")
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="Of a run: mean (default, over all samples), final, initial or realised.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a data set: a file of weights; default: natural.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Of a run: so many phases of equal length.")] = None,
+    stages_at: Annotated[str | None, typer.Option(help="Of a run: phases cut at these tokens, as 1e9,2e9.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file, or the folder of the phases.")] = None,
+) -> None:
+    """Write the blend of a run or a data set for Megatron or DoReMi, as one mixture or in phases.
+
+    Example: megamix blend export runs/demo --format per-split-json --out blend.json
+
+    Example: megamix blend export runs/demo --stages 4 --out phases
+    """
+    from megamix.interop.commands import export_phases_to, export_to
+
+    if stages is None and stages_at is None:
+        lines, notes = export_to(path, format or "megatron", which, weights, out)
+    else:
+        lines, notes = export_phases_to(path, format or "per-split-json", which, weights, stages, stages_at, out)
+    for line in lines:
+        typer.echo(line)
+    for note in notes:
+        typer.echo(note, err=True)

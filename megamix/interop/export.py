@@ -1,0 +1,200 @@
+"""A run's or a data set's blend in the formats of other projects.
+
+    megatron         "W PREFIX W PREFIX ...", for --data-path or --data-args-path: training files
+    per-split-json   for --per-split-data-args-path: training files with the weights, validation files with natural ones
+    doremi           DoReMi's domain config: the weights, and natural ones to evaluate with
+    json             {domain: weight}
+
+A domain of several files shares its weight among them by their tokens. Megatron divides the weights by their sum and
+gives file i the next sample whenever its count lags its weight most, so its counts stay within a few samples of weight
+times length; its weights have all their digits here. It has no weight 0 (a bare AssertionError): such a domain is left
+out of the two Megatron formats, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.data.manifest import FILE_NAME, Manifest, Split
+from megamix.data.stream import DomainTokens
+from megamix.errors import InputError, did_you_mean
+from megamix.files import replace_file
+from megamix.interop.average import mean_weights
+from megamix.interop.megatron import data_path, per_split_json
+from megamix.interop.weights import doremi_config, read_weights
+from megamix.summary import CONFIG, RecordedRun
+
+FORMATS = ("megatron", "per-split-json", "doremi", "json")
+WHICH = ("mean", "final", "initial", "realised")
+WHOLE_SPLIT = "100,0,0"
+"""Megatron's ``--split`` where validation lies in files of its own."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A blend as text.
+
+    Attributes:
+        text: ends with a newline.
+        notes: what whoever uses it has to know.
+    """
+
+    text: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where the files of an exported blend are.
+
+    Attributes:
+        source: what is exported, for messages.
+        manifest: None where there is none.
+        natural: each domain's share of the training tokens.
+        missing: why there is no manifest.
+    """
+
+    source: str
+    manifest: Manifest | None
+    natural: Mapping[str, float]
+    missing: str | None = None
+
+    @classmethod
+    def of_run(cls, run: RecordedRun) -> DataSet:
+        """The data set of a run, with the domains that are in the run at its end."""
+        return cls(str(run.run_dir), run.manifest, run.natural_shares(), run.missing_data)
+
+
+def export_blend(
+    path: Path, format: str = "megatron", which: str | None = None, weights: Path | None = None
+) -> Exported:
+    """The blend of a run or a data set as one static mixture.
+
+    Args:
+        path: a run directory, or a manifest or its folder.
+        format: see the module.
+        which: of a run. mean (the default): the mean of its weights over the samples trained on; realised: the shares
+            of the samples, which the mean determines within a few samples; final: the last weights the mixer computed;
+            initial: those it began with.
+        weights: for a data set, a file that `read_weights` reads; None: natural weights.
+
+    Raises:
+        InputError: neither a run nor a data set, an option that does not fit it, or a format that cannot say it.
+    """
+    path = Path(path)
+    if not is_run(path):
+        if which is not None:
+            raise InputError(f"--which {which} is for runs, but {path} is a data set. Leave it out, or use --weights.")
+        manifest = Manifest.load(path)
+        names = manifest.domain_names
+        natural = dict(zip(names, manifest.natural_weights().tolist(), strict=True))
+        data = DataSet(str(path), manifest, natural)
+        return render(natural if weights is None else read_weights(weights, names), format, data)
+    if weights is not None:
+        raise InputError(f"--weights is for data sets, but {path} is a run, which has its own. Use --which.")
+    run = RecordedRun.open(path)
+    return render(run_weights(run, which or "mean"), format, DataSet.of_run(run))
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory rather than a data set.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if (path / CONFIG).is_file():
+        return True
+    if path.is_file() or (path / FILE_NAME).is_file():
+        return False
+    raise InputError(f"{path} is neither a run (it has no {CONFIG}) nor a data set (no {FILE_NAME}). Check the path.")
+
+
+def run_weights(run: RecordedRun, which: str) -> dict[str, float]:
+    """The weights of a run by domain.
+
+    Raises:
+        InputError: nothing trained yet, or an unknown ``which``.
+    """
+    if which not in WHICH:
+        raise InputError(f"--which {which}: no such weights." + did_you_mean(which, WHICH))
+    if which in ("initial", "final"):
+        line = run.ledger.lines[0 if which == "initial" else -1]
+        return dict(zip(line["domain_names"], line["domain_weights"], strict=True))
+    if run.position == 0:
+        raise InputError(f"the run {run.run_dir} has not trained yet: no weights to average. Use --which initial.")
+    if which == "mean":
+        return mean_weights(run.ledger, 0, run.position)
+    return {name: count / run.position for name, count in run.ledger.counts(run.position).items()}
+
+
+def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported:
+    """Weights by domain as text.
+
+    Raises:
+        InputError: an unknown format, no data set, a domain that it does not have, or files that the format cannot
+            name.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: no such format." + did_you_mean(format, FORMATS))
+    if format == "json":
+        return Exported(_json(dict(weights)), [])
+    manifest = data.manifest
+    if manifest is None:
+        raise InputError(f"{data.source}: --format {format} needs its data set. {data.missing} Or use --format json.")
+    if format == "doremi":
+        return Exported(_json(doremi_config(weights, {name: data.natural.get(name, 0.0) for name in weights})), [])
+    gone = [name for name, weight in weights.items() if weight > 0 and name not in manifest.domain_names]
+    if gone:
+        raise InputError(
+            f"{data.source}: domain '{gone[0]}' has the weight {weights[gone[0]]:.6g} and no files in {manifest.folder}:"
+            " it was removed during the run. Use --which final, or --format json."
+        )
+    used = {name: weight for name, weight in weights.items() if weight > 0}
+    out = [name for name, weight in weights.items() if weight == 0]
+    notes = [f"Left out, since their weight is 0, which Megatron refuses: {', '.join(out)}."] if out else []
+    train = _files(manifest, used, "train")
+    if format == "megatron":
+        split = manifest.split or WHOLE_SPLIT
+        why = "which its validation is held out by" if manifest.split else "validation lies in files of its own"
+        return Exported(data_path(train) + "\n", [*notes, f"Give Megatron --split {split}: {why}."])
+    if manifest.split is not None:
+        raise InputError(
+            f"{data.source}: its validation is held out of the same files by --split {manifest.split}, which"
+            " --per-split-data-args-path cannot say. Use --format megatron with that --split."
+        )
+    return Exported(_json(per_split_json(train, _files(manifest, data.natural, "validation"))), notes)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all; makes its folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another --out.") from error
+
+
+def _files(manifest: Manifest, weights: Mapping[str, float], split: Split) -> list[tuple[float, str]]:
+    """(weight, absolute prefix) of every file that holds tokens."""
+    files = []
+    for name, weight in weights.items():
+        entry = manifest.domain(name).train if split == "train" else manifest.domain(name).validation
+        prefixes = manifest.prefixes(name, split)
+        ranges = entry.ranges or [None] * len(prefixes)
+        for prefix, documents in zip(prefixes, ranges, strict=True):
+            tokens = DomainTokens(name, [prefix], verify=False, ranges=[documents]).num_tokens
+            if tokens:
+                files.append((weight * (tokens / entry.tokens), os.path.abspath(prefix)))
+    return files
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

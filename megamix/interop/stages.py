@@ -1,0 +1,154 @@
+"""A run exported as phases of constant weights, as Megatron trains them.
+
+Megatron cannot change a blend while it runs. With ``--phase-transition-iterations`` it saves and ends itself at each
+of these iterations, and the restarted job reads another blend. Each phase's samples are counted from 0: a phase begins
+anew in every file, in an order of its own, so a domain's samples may come again in a later phase before all of them
+came once. The batch size must not change between phases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.errors import InputError
+from megamix.interop.average import mean_weights
+from megamix.interop.export import WHOLE_SPLIT, DataSet, render, write_text
+from megamix.summary import RecordedRun
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Iterations [first, end), counted from 0, and the mean of the weights over them."""
+
+    first: int
+    end: int
+    weights: dict[str, float]
+
+
+def make_phases(run: RecordedRun, cuts: Sequence[int]) -> list[Phase]:
+    """The phases between ``cuts``, iterations that rise and lie inside the run."""
+    batch, bounds = run.config.train.global_batch, [0, *cuts, run.steps]
+    return [
+        Phase(first, end, mean_weights(run.ledger, first * batch, end * batch))
+        for first, end in itertools.pairwise(bounds)
+    ]
+
+
+def equal_cuts(run: RecordedRun, stages: int) -> list[int]:
+    """The iterations that cut the run as it stands into equal phases, to the nearest iteration.
+
+    Raises:
+        InputError: more phases than iterations, or fewer than 1.
+    """
+    if not 1 <= stages <= run.steps:
+        raise InputError(
+            f"--stages {stages}: {run.run_dir} has {run.steps} iterations on record. Give 1 to {run.steps}."
+        )
+    return [round(number * run.steps / stages) for number in range(1, stages)]
+
+
+def cuts_at(run: RecordedRun, tokens: str) -> list[int]:
+    """The iterations nearest to numbers of tokens, "1e9,2e9".
+
+    Raises:
+        InputError: no numbers, or phases without an iteration.
+    """
+    per_step = run.config.train.global_batch * run.config.data.seq_length
+    try:
+        numbers = [float(word) for word in tokens.split(",")]
+        cuts = [round(number / per_step) for number in numbers]
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"--stages-at {tokens}: expected numbers of tokens with commas, for example 1e9,2e9."
+        ) from error
+    bounds = [0, *cuts, run.steps]
+    for first, end in itertools.pairwise(bounds):
+        if end <= first:
+            raise InputError(
+                f"--stages-at {tokens} cuts at the iterations {', '.join(map(str, cuts))} ({per_step} tokens each), which"
+                f" leaves a phase from {first} to {end}. Give rising numbers between {per_step} and"
+                f" {(run.steps - 1) * per_step}: {run.run_dir} has {run.steps} iterations on record."
+            )
+    return cuts
+
+
+def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path) -> tuple[list[Path], list[str]]:
+    """Writes a blend per phase, ``phases.json`` and, for Megatron's formats, ``phases.sh`` into ``out``.
+
+    Returns:
+        The files written, and notes.
+
+    Raises:
+        InputError: see `render`, or a file that cannot be written.
+    """
+    suffix = "txt" if format == "megatron" else "json"
+    batch, seq_length = run.config.train.global_batch, run.config.data.seq_length
+    data, written, notes, entries = DataSet.of_run(run), [], [], []
+    for number, phase in enumerate(make_phases(run, cuts), start=1):
+        source = f"{run.run_dir}, phase {number} (iterations {phase.first} to {phase.end})"
+        blend = render(phase.weights, format, dataclasses.replace(data, source=source))
+        written.append((out / f"phase_{number}.{suffix}", blend.text))
+        notes += [f"Phase {number}: {note}" for note in blend.notes]
+        samples = (phase.end - phase.first) * batch
+        entries.append(
+            {
+                "file": f"phase_{number}.{suffix}",
+                "iterations": [phase.first, phase.end],
+                "samples": samples,
+                "tokens": samples * seq_length,
+                "weights": phase.weights,
+            }
+        )
+    content = {
+        "global_batch_size": batch,
+        "seq_length": seq_length,
+        "train_samples": run.position,
+        "phase_transition_iterations": list(cuts),
+        "phases": entries,
+    }
+    written.append((out / "phases.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+    if format in ("megatron", "per-split-json"):
+        split = run.manifest.split if run.manifest is not None else None
+        names = [path.name for path, _ in written[:-1]]
+        written.append((out / "phases.sh", _shell(run, cuts, names, format, split or WHOLE_SPLIT)))
+    for path, text in written:
+        write_text(path, text)
+    return [path for path, _ in written], notes
+
+
+def _shell(run: RecordedRun, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:
+    """Sets PHASE_ARGS, Megatron's arguments for the phase that a checkpoint's iteration lies in."""
+    data = f"--split {split} --data-args-path" if format == "megatron" else "--per-split-data-args-path"
+    transitions = f" --phase-transition-iterations {','.join(map(str, cuts))}" if cuts else ""
+    cases = [
+        f'    if [ "$iteration" -lt {cut} ]; then file={name}; return; fi'
+        for cut, name in zip(cuts, names[:-1], strict=True)
+    ]
+    return "\n".join(
+        [
+            f"# Phases of {shlex.quote(str(run.run_dir))}. In the script that starts Megatron, with CHECKPOINTS what --save names:",
+            '#     source phases.sh; pick_phase CHECKPOINTS; torchrun ... pretrain_gpt.py ... "${PHASE_ARGS[@]}"',
+            "# Megatron saves and ends at the end of each phase; start it again for the next. Learning rates are to be",
+            "# given in samples (--lr-decay-samples, --lr-warmup-samples), as --train-samples asks for.",
+            "phase_of() {",
+            "    local iteration=$1",
+            *cases,
+            f"    file={names[-1]}",
+            "}",
+            "pick_phase() {",
+            "    local file folder iteration=0",
+            '    folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)',
+            '    if [ -f "$1/latest_checkpointed_iteration.txt" ]; then iteration=$(cat "$1/latest_checkpointed_iteration.txt"); fi',
+            '    phase_of "$iteration"',
+            f"    PHASE_ARGS=(--global-batch-size {run.config.train.global_batch} --seq-length {run.config.data.seq_length}"
+            f' --train-samples {run.position}{transitions} {data} "$folder/$file")',
+            "}",
+            "",
+        ]
+    )
