@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import STDLIB
+from records import record, samples
+from torch.multiprocessing.spawn import spawn
+from transformers import GPTNeoXForCausalLM
 
 from megamix.data.blend import Blend
-from megamix.data.loader import IGNORED_LABEL, Batch, Loader, WindowReader
+from megamix.data.loader import IGNORED_LABEL, Batch, Loader, WindowReader, positions_in_documents
+from megamix.data.manifest import Manifest
 from megamix.data.sampler import Sampler, Slice
 from megamix.data.stream import DomainTokens
+from megamix.models.config import ModelConfig
+from megamix.models.layers import Decoder, Embedding, Head, hugging_face_config
+from megamix.train_config import TrainConfig
+from megamix_kernels import DomainSums
 
 SEQ = 16
 VOCAB = 100
@@ -153,3 +166,146 @@ def test_a_batch_moves_with_its_positions(domains: list[DomainTokens]) -> None:
     tensors = (moved.tokens, moved.labels, moved.domains, moved.positions)
     assert {str(tensor.device) for tensor in tensors} == {"meta"}
     assert moved.samples is not None
+
+
+LAYOUTS = {
+    "data": {"data": 2},
+    "stages": {"pipeline": 2},
+    "recomputed": {"pipeline": 2, "activation_checkpointing": True},
+}
+# Initial weights large enough for attention to matter to the loss.
+MODEL = ModelConfig(
+    architecture="neox", hidden_size=32, num_layers=3, num_heads=2, ffn_size=48, vocab_size=VOCAB, init_std=0.3
+)
+TRAIN = TrainConfig(steps=2, global_batch=4, micro_batch=1, lr=0.01)
+
+
+def random_batch(with_positions: bool, data_rank: int, data_size: int) -> Batch:
+    """A rank's part of 4 samples in micro-batches of 1, in which documents begin about every six tokens."""
+    rng = np.random.default_rng(8)
+    tokens = torch.from_numpy(rng.integers(0, VOCAB, (4, 1, SEQ)))
+    labels = torch.from_numpy(rng.integers(0, VOCAB, (4, 1, SEQ)))
+    labels[torch.from_numpy(rng.random(labels.shape) < 0.2)] = IGNORED_LABEL
+    positions = torch.from_numpy(positions_in_documents(rng.random((4, SEQ)) < 0.15)).view(4, 1, SEQ)
+    mine = slice(data_rank * 4 // data_size, (data_rank + 1) * 4 // data_size)
+    domains = torch.from_numpy(rng.integers(0, 2, tokens.shape)).int()
+    counted = int((labels != IGNORED_LABEL).sum())
+    chosen = positions[mine] if with_positions else None
+    return Batch(tokens[mine], labels[mine], domains[mine], counted, chosen)
+
+
+def engine_job(rank: int, store: str, result: str) -> None:
+    """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
+    import torch.distributed as dist
+
+    from megamix.engines.config import EngineConfig
+    from megamix.engines.deepspeed import DeepSpeedEngine, start_distributed
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    start_distributed()
+    nats = {}
+    for (name, layout), positions in itertools.product(LAYOUTS.items(), (True, False)):
+        engine = DeepSpeedEngine(
+            EngineConfig(**layout),
+            MODEL,
+            TRAIN,
+            seq_length=SEQ,
+            num_domains=2,
+            vocab_size=VOCAB,
+            loss_implementation="torch",
+        )
+        batch = random_batch(positions, engine.place.data_rank, engine.place.data_size)
+        found = []
+        for step in range(4):
+            if step in (1, 2):
+                engine.train_step(batch, TRAIN.lr, lambda sums, to=found: to.append(sums.clone()))
+            else:
+                found.append(engine.evaluate(batch, len(batch.tokens)).clone())
+        total = torch.stack(found)
+        dist.all_reduce(total)
+        nats[name, positions] = torch.stack([DomainSums.from_buffer(part).nats for part in total])
+    if rank == 0:
+        torch.save(nats, result)
+    dist.destroy_process_group()
+
+
+def test_positions_pass_from_stage_to_stage(tmp_path: Path) -> None:
+    """The loss per domain before, in and after two optimizer steps is the same in every layout; before them it is that
+    of transformers' own model with these position ids; and positions matter to it."""
+    spawn(engine_job, (str(tmp_path / "store"), str(tmp_path / "nats.pt")), nprocs=2)
+    nats = torch.load(tmp_path / "nats.pt")
+    for positions in (True, False):
+        whole = nats["data", positions]
+        assert whole.shape == (4, 2)
+        assert whole[3].sum() < whole[0].sum() - 1
+        for name in ("stages", "recomputed"):
+            torch.testing.assert_close(nats[name, positions], whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(whole[0], reference_nats(random_batch(positions, 0, 1)), rtol=1e-5, atol=0)
+    assert ((nats["data", True] - nats["data", False]) / nats["data", False]).abs().min() > 1e-3
+
+
+def reference_nats(batch: Batch) -> torch.Tensor:
+    """float64 [2]: the loss of the initial model summed over the counted labels of each domain, by transformers."""
+    layers = [
+        Embedding(MODEL, 0, TRAIN.seed),
+        *[Decoder(MODEL, number, TRAIN.seed, SEQ) for number in (1, 2, 3)],
+        Head(MODEL, 4, TRAIN.seed),
+    ]
+    upstream: Any = hugging_face_config(MODEL, SEQ)
+    model = GPTNeoXForCausalLM(upstream).double()
+    names = [(layer.hugging_face_names(), dict(layer.named_parameters())) for layer in layers]
+    model.load_state_dict({names[name]: value for names, values in names for name, value in values.items()})
+    tokens, labels, domains = (part.flatten(0, 1) for part in (batch.tokens, batch.labels, batch.domains))
+    positions = None if batch.positions is None else batch.positions.flatten(0, 1)
+    # Without a mask of its own transformers takes positions that begin again for packed samples and parts them.
+    logits = model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").detach()
+    return torch.stack([loss[domains == domain].sum() for domain in (0, 1)])
+
+
+@pytest.fixture
+def short_documents(tmp_path: Path) -> Path:
+    """A prepared data set of two domains, whose documents are single lines of Python and of prose."""
+    from megamix.data.prepare import prepare
+
+    prose = (STDLIB / "pydoc_data" / "topics.py").read_text(encoding="utf-8").splitlines()[:3000]
+    code = [line for path in sorted(STDLIB.glob("*.py"))[:8] for line in path.read_text(encoding="utf-8").splitlines()]
+    text = tmp_path / "text"
+    text.mkdir()
+    for name, documents in (("prose", prose), ("code", code)):
+        lines = [json.dumps({"text": document}) + "\n" for document in documents if document.strip()]
+        (text / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    prepare([str(text)], tmp_path / "data", tokenizer="train:512", validation_fraction=0.1, workers=1, progress=False)
+    return tmp_path / "data"
+
+
+def test_options_of_a_run(
+    tiny_config: Callable[..., Path], short_documents: Path, megamix: Callable[..., object], tmp_path: Path
+) -> None:
+    """Both options on two stages, then only the mask on one: every step counts exactly the labels that do not follow
+    an end of document, and the positions change the losses of training and of validation."""
+    config = tiny_config(
+        data={"manifest": str(short_documents), "seq_length": 32, "eod_mask_loss": True},
+        model={"init_std": 0.3},
+        mixer={"name": "static"},
+        train={"steps": 3},
+        evaluate={"every": 0, "batches": 4},
+    )
+    both, mask = tmp_path / "both", tmp_path / "mask"
+    megamix("train", config, f"run_dir={both}", "data.reset_position_ids=true", "engine.pipeline=2")
+    megamix("train", config, f"run_dir={mask}")
+    manifest = Manifest.load(short_documents)
+    streams = [manifest.open_domain(name) for name in manifest.domain_names]
+    counts = []
+    for pairs in samples(mask).values():
+        inputs = [streams[domain].window(sample, 32)[:-1] for domain, sample in pairs]
+        counts.append(sum(int((tokens != manifest.tokenizer.eod_id).sum()) for tokens in inputs))
+    assert max(counts) < 8 * 32
+    for run in (both, mask):
+        metrics = [line for line in record(run)[0] if line["event"] == "train"]
+        assert [sum(line["domain_tokens"].values()) for line in metrics] == counts
+    for line, twin in zip(record(both)[0], record(mask)[0], strict=True):
+        for name, loss in line["domain_loss"].items():
+            assert abs(loss - twin["domain_loss"][name]) > 1e-3
