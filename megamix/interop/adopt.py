@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens
+from megamix.data.indexed import IndexedTokens, bin_path
 from megamix.data.manifest import FILE_NAME, DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.prepare import unigram_nats
 from megamix.data.tokenizer import LoadedTokenizer
@@ -31,7 +31,7 @@ from megamix.tables import Report, Table
 
 TOKENIZER_FILE = "tokenizer.json"
 MIXTURE_FILE = "mixture.json"
-_SAMPLED_DOCUMENTS = 1000
+_SAMPLED_DOCUMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,10 @@ def _endings(domain: _Domain, eod_id: int) -> tuple[int, int]:
         number = min(file.num_documents, _SAMPLED_DOCUMENTS)
         documents = np.linspace(0, file.num_documents - 1, number).astype(np.int64)
         starts, ends = file.starts_of(documents), file.starts_of(documents + 1)
-        last = ends[ends > starts] - 1
+        size = file.dtype.itemsize
+        # Not through the memory map: each token would map a page of up to 2 MiB.
+        with open(bin_path(file.prefix), "rb") as data:
+            last = [os.pread(data.fileno(), size, int(end - 1) * size) for end in ends[ends > starts]]
         looked += len(last)
-        ended += int((file.tokens[last] == eod_id).sum())
+        ended += int((np.frombuffer(b"".join(last), file.dtype) == eod_id).sum())
     return looked, ended
