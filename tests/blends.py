@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from megamix.data import Blend
+from megamix.data.blend import Sampling
 
 Change = tuple[int, list[float]]  # samples to take, then the weights from there on
 
 FEW = settings(max_examples=60, deadline=None)
+SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 WEIGHT = st.one_of(st.floats(0.01, 1.0), st.sampled_from([0.0, 1e-9, 1e-300, 0.25, 1.0]))
 
 
@@ -37,17 +40,21 @@ def random_weights(rng: np.random.Generator, num_domains: int) -> list[float]:
     return weights.tolist()
 
 
-def make(num_domains: int, weights: Sequence[float], size: int = 10**6) -> Blend:
-    return Blend([size] * num_domains, weights, seed=7)
+def make(
+    num_domains: int, weights: Sequence[float], size: int = 10**6, sampling: Sampling = "low_discrepancy"
+) -> Blend:
+    return Blend([size] * num_domains, weights, seed=7, sampling=sampling)
 
 
 def pairs(window: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
     return list(zip(window[0].tolist(), window[1].tolist(), strict=True))
 
 
-def follow(run: list[Change], size: int = 10**6) -> tuple[Blend, list[tuple[int, int]], list[tuple[int, list[float]]]]:
+def follow(
+    run: list[Change], size: int = 10**6, sampling: Sampling = "low_discrepancy"
+) -> tuple[Blend, list[tuple[int, int]], list[tuple[int, list[float]]]]:
     """Takes ``run``; returns the blend, all it gave, and the stretches with the weights as the blend holds them."""
-    blend = make(len(run[0][1]), run[0][1], size)
+    blend = make(len(run[0][1]), run[0][1], size, sampling)
     taken, stretches = [], []
     for length, weights in run:
         blend.set_weights(weights)

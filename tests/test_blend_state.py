@@ -10,20 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blends import FEW, Change, follow, make, pairs, random_weights, runs
+from blends import FEW, SAMPLINGS, Change, follow, make, pairs, random_weights, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamix.data import Blend
+from megamix.data.blend import Sampling
+from megamix.data.segment import Segment
 from megamix.errors import InputError
 
 
 @FEW
-@given(runs(), st.data())
-def test_cuts_and_windows_change_nothing(run: list[Change], data: st.DataObject) -> None:
+@given(runs(), st.sampled_from(SAMPLINGS), st.data())
+def test_cuts_and_windows_change_nothing(run: list[Change], sampling: Sampling, data: st.DataObject) -> None:
     """Announced changes ahead or made in passing, cut anywhere, or read by `window` in any order: the same samples."""
-    _, taken, _ = follow(run, size=37)
-    blend, at = make(len(run[0][1]), run[0][1], 37), 0
+    _, taken, _ = follow(run, 37, sampling)
+    blend, at = make(len(run[0][1]), run[0][1], 37, sampling), 0
     for length, weights in run:
         blend.set_weights(weights, at=at)
         at += length
@@ -72,11 +74,11 @@ def test_jump(position: int, seed: int) -> None:
 
 
 @FEW
-@given(runs(), st.data())
-def test_state_continues_exactly(run: list[Change], data: st.DataObject) -> None:
+@given(runs(), st.sampled_from(SAMPLINGS), st.data())
+def test_state_continues_exactly(run: list[Change], sampling: Sampling, data: st.DataObject) -> None:
     """Through JSON, at any retained position, with changes announced ahead, before or after forgetting the past."""
     total = sum(length for length, _ in run)
-    blend, at = make(len(run[0][1]), run[0][1], 11), 0
+    blend, at = make(len(run[0][1]), run[0][1], 11, sampling), 0
     for length, weights in run:
         blend.set_weights(weights, at=at)
         at += length
@@ -93,6 +95,12 @@ def test_state_continues_exactly(run: list[Change], data: st.DataObject) -> None
         assert resumed.counts.tolist() == blend.counts_at(position).tolist()
         assert resumed.ledger == [entry for entry in blend.ledger if entry in resumed.ledger]
         assert pairs(resumed.take(total + 30 - position)) == whole[position:]
+        segment = Segment.from_json(json.loads(json.dumps(blend.segment_at(position).to_json())))
+        opened = Blend.from_segment(blend.num_samples, segment, blend.seed, sampling=sampling)
+        assert opened.position == segment.start
+        assert opened.counts.tolist() == segment.counts.tolist()
+        end = min([start for start, _ in blend.ledger if start > position], default=total + 30)
+        assert pairs(opened.window(position, end - position)) == whole[position:end]
         resumed.set_weights(run[0][1][::-1] if any(run[0][1]) else run[0][1])
         same = Blend.from_state_dict(resumed.state_dict())
         assert pairs(same.take(20)) == pairs(resumed.take(20))
@@ -199,6 +207,15 @@ def test_bad_weights(weights: Any, message: str) -> None:
     assert blend.ledger == [(0, [0.25, 0.25, 0.5])]
 
 
+def test_bad_segments() -> None:
+    """Of other lengths than each other, or than the domains."""
+    good = make(3, [1, 1, 2]).segment_at(0).to_json()
+    with pytest.raises(InputError, match=r"position 0 has .*\(3,\), \(3,\), \(2,\)"):
+        Segment.from_json({**good, "counts": [0, 0]})
+    with pytest.raises(InputError, match=r"shape \(3,\), expected \[2\]"):
+        Blend.from_segment([5, 5], Segment.from_json(good), seed=7)
+
+
 def test_extreme_weights_are_normalised() -> None:
     assert make(2, [1e308, 1e308]).weights.tolist() == [0.5, 0.5]
     assert make(2, [5e-324, 5e-324]).weights.tolist() == [0.5, 0.5]
@@ -207,10 +224,14 @@ def test_extreme_weights_are_normalised() -> None:
 def test_bad_sizes() -> None:
     with pytest.raises(InputError, match="domain 1 has 0 samples"):
         Blend([4, 0], [1, 1], seed=0)
+    with pytest.raises(InputError, match=f"domain 0 has {2**52 + 1} samples"):
+        Blend([2**52 + 1], [1], seed=0)
     with pytest.raises(InputError, match=r"num_samples has shape \(0,\)"):
         Blend([], [], seed=0)
     with pytest.raises(InputError, match=r"2 different integers, got \[3, 3\]"):
         Blend([4, 4], [1, 1], seed=0, domain_keys=[3, 3])
+    with pytest.raises(InputError, match="sampling is 'random', expected one of low_discrepancy, iid"):
+        Blend([4], [1], seed=0, sampling="random")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="cannot take -1"):
         make(1, [1]).take(-1)
     with pytest.raises(InputError, match="position -1 lies before 0"):

@@ -8,7 +8,8 @@ stream of SplitMix64 (Steele, Lea and Flood, 2014) that starts at a hash of the 
 The samples within a domain still come in order, each once an epoch, so a position's sample needs the draws of its
 domain so far. These have no closed form: they are counted, from the nearest place where they are known. Such *marks*
 are the start of the segment, the ends of the last `RECENT` windows, and one every `STRIDE` positions that were read or
-counted; a run that goes on in sequence counts nothing.
+counted. So a run that goes on in sequence counts nothing, and elsewhere up to `STRIDE` positions are counted where it
+has been and all where it has not, at 50 to 80 million a second (one core of 2.5 GHz, 22 domains).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 RECENT = 64
-STRIDE = 2**20  # positions; at about 50 million counted a second, 20 ms
-_CHUNK = 2**15  # positions hashed at once: the arrays stay in the processor's cache
+STRIDE = 2**20  # positions
+_CHUNK = 2**15  # positions drawn at once: the arrays stay in the processor's cache
 _STREAM = 0x64726177  # keeps these hashes apart from those of domains
-_11 = np.uint64(11)
+_TABLE_SIZE = 2**12
+_11, _TABLE_BITS, _TABLE_SHIFT = (np.array(number, np.uint64) for number in (11, 12, 64 - 12))
 _STEPS = np.arange(_CHUNK, dtype=np.uint64) * GOLDEN
 
 
@@ -44,7 +46,11 @@ class Draws:
         self._start = start
         self._stream = int(hash_words(np.uint64(seed & (2**64 - 1)), _STREAM, 0))
         cumulative = weights.cumsum()
-        self._bounds = np.rint(cumulative / cumulative[-1] * 2.0**53).astype(np.uint64)
+        bounds = np.rint(cumulative / cumulative[-1] * 2.0**53).astype(np.int64)
+        self._domains = np.diff(bounds, prepend=0).nonzero()[0]  # those that can be drawn
+        # Those between the domains, for hashes of 64 bits.
+        self._bounds = bounds.take(self._domains[:-1]).astype(np.uint64) << _11
+        self._table = self._shortcuts(weights.size)
         self._marks = [0]
         self._counts = [np.zeros(weights.size, np.int64)]  # before each mark
 
@@ -59,14 +65,14 @@ class Draws:
             segment's start.
         """
         before = self.counts_at(start) if given is None else given
-        domain = np.concatenate([self._drawn(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)] or [[]])
-        domain = domain.astype(np.int64)
+        chunks = [self._drawn(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+        domain = np.concatenate([self._table[:0], *chunks])
         number = np.bincount(domain, minlength=before.size)
-        order = domain.argsort(kind="stable")
+        after = before + number
         ordinal = np.empty(domain.size, np.int64)
-        ordinal[order] = np.arange(domain.size) + (before - (number.cumsum() - number)).repeat(number)
-        self.know(stop, before + number)
-        return domain, ordinal
+        ordinal[domain.argsort(kind="stable")] = np.arange(domain.size) + (after - number.cumsum()).repeat(number)
+        self.know(stop, after)
+        return domain.astype(np.int64), ordinal
 
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
@@ -91,8 +97,21 @@ class Draws:
         if old > 0 and self._marks[old] - self._marks[old - 1] < STRIDE:
             del self._marks[old], self._counts[old]
 
-    def _drawn(self, start: int, stop: int) -> Ints:
+    def _drawn(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """The domains of at most `_CHUNK` positions."""
         first = np.uint64((self._stream + (self._start + start) * int(GOLDEN)) & (2**64 - 1))
-        number = mix64(_STEPS[: stop - start] + first) >> _11
-        return self._bounds.searchsorted(number, "right")
+        number = mix64(_STEPS[: stop - start] + first)
+        domain = self._table.take((number >> _TABLE_SHIFT).view(np.int64))
+        unclear = (domain == self._counts[0].size).nonzero()[0]
+        domain[unclear] = self._domains.take(self._bounds.searchsorted(number.take(unclear), "right"))
+        return domain
+
+    def _shortcuts(self, num_domains: int) -> NDArray[np.unsignedinteger]:
+        """[`_TABLE_SIZE`], by the first bits of a hash: the domain it draws, or K where a bound lies between hashes
+        with these bits."""
+        entry = (self._bounds >> _TABLE_SHIFT).view(np.int64)
+        within = (self._bounds << _TABLE_BITS) > 0
+        ends = np.append(entry + within, _TABLE_SIZE)
+        table = self._domains.repeat(np.diff(ends, prepend=0)).astype(np.min_scalar_type(num_domains))
+        table[entry[within]] = num_domains
+        return table

