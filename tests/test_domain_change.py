@@ -14,9 +14,11 @@ import pytest
 import yaml
 from records import lines, samples
 
+from megamix.data.manifest import Manifest
 from megamix.data.prepare import prepare
 from megamix.domain_change import find_change
 from megamix.errors import InputError, ResumeRefused
+from megamix.inspect import inspect_sample
 from megamix.mixers import make_mixer
 from megamix.mixers.stats import DomainStats
 from megamix.run_config import DomainChangeConfig
@@ -212,15 +214,13 @@ def test_domains_are_added_and_removed_in_mid_run(megamix: Run, tiny_config: Wri
     ] == [{key: value for key, value in line.items() if key not in drop} for line in ledger]
 
     # And everything that reads the run understands it.
-    shown = megamix("inspect", run).stdout
-    assert "tables" in shown
-    assert "domain      packages" in "".join(
-        megamix("inspect", run, "--sample", str(40 + row)).stdout for row in range(8)
-    )
-    old_domain, old_sample = samples(run)[3][2]
-    text = megamix("inspect", run, "--sample", "18").stdout
-    assert f"domain      {['code', 'tables', 'topics'][old_domain]} " in text
-    assert f"sample      {old_sample} of " in text
+    assert "tables" in megamix("inspect", run).stdout
+    for step, names in ((3, ["code", "tables", "topics"]), (6, ["code", "packages", "topics"])):
+        for row in range(8):
+            domain, sample = samples(run)[step][row]
+            text = inspect_sample(run, (step - 1) * 8 + row).text()
+            assert f"domain      {names[domain]} " in text
+            assert f"sample      {sample} of " in text
     megamix("plot", run)
     assert (run / "plots" / "weights.png").is_file()
 
@@ -262,7 +262,7 @@ def test_domains_are_split_and_replaced(
     }  # fmt: skip
     # A sample from before the change is read from the data the run had then.
     domain, sample = samples(run)[2][0]
-    text_then = megamix("inspect", run, "--sample", "8").stdout
+    text_then = inspect_sample(run, 8).text()
     assert f"domain      {held['domain_names'][domain]} " in text_then
     assert f"sample      {sample} of " in text_then
 
@@ -316,7 +316,7 @@ def test_stages_alone_and_before_a_mixer(megamix: Run, tiny_config: Write, tmp_p
     log = samples(alone)
     assert not any(domain == 2 for step in range(5, 9) for domain, _ in log[step])
     parts = tmp_path / "parts"
-    for stop in (3, 6, 12):
+    for stop in (3, 12):
         megamix(
             "train",
             tiny_config(run_dir=str(parts), mixture=mixture, mixer={"name": "static"}),
@@ -331,27 +331,25 @@ def test_stages_alone_and_before_a_mixer(megamix: Run, tiny_config: Write, tmp_p
     assert [line["is_warmup"] for line in ledger] == [True, True, True, *[False] * 7]
 
 
-def test_a_run_that_stops_where_a_domain_is_used_up(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+def test_a_run_that_stops_where_a_domain_is_used_up(
+    megamix: Run, tiny_config: Write, data_dir: Path, tmp_path: Path
+) -> None:
+    """Two samples a step of each domain, of which one may give 11."""
     run = tmp_path / "run"
-    limits = {"max_epochs": {"tables": 0.01}, "on_exhausted": "stop"}
+    windows = (Manifest.load(data_dir).domain("tables").train.tokens - 1) // 64
+    data = {"max_epochs": {"tables": 11.5 / windows}, "on_exhausted": "stop"}
     config = tiny_config(
-        run_dir=str(run), data=limits, mixture="uniform", mixer={"name": "static"}, engine={"pipeline": 2}
+        run_dir=str(run), data=data, mixture="uniform", mixer={"name": "static"}, evaluate={"every": 0}
     )
-    planned = megamix("doctor", config).stdout
-    assert "the run will stop near step" in planned
-    ended = megamix("train", config).stderr
-    assert "domain 'tables' is used up after step" in ended
-    steps = max(samples(run))
-    assert f"after step {steps} of 12" in ended
+    assert "so the run will stop near step 5 of 12" in megamix("doctor", config).stdout
+    assert (
+        f"domain 'tables' is used up after step 5 of 12 (data.max_epochs {11.5 / windows:g} x {windows} samples)"
+        in (megamix("train", config).stderr)
+    )
     names = lines(run / "weights.jsonl")[0]["domain_names"]
-    sizes = int(ended.split("data.max_epochs 0.01 x ")[1].split()[0])
-    taken = len(given(run, range(1, steps + 1), names)["tables"])
-    assert taken <= 0.01 * sizes < taken + 2 + 1  # a step takes two of each domain, give or take one
-    metrics = lines(run / "metrics.jsonl")
-    assert metrics[-1]["event"] == "evaluate"
-    assert metrics[-1]["step"] == steps
-    again = megamix("train", config).stderr
-    assert f"after step {steps} of 12" in again
-    longer = "data.max_epochs={tables: 0.012}"
-    megamix("train", config, longer, "checkpoint.accept_changed=[constraints]")
-    assert max(samples(run)) >= steps
+    assert {name: len(taken) for name, taken in given(run, range(1, 6), names).items()} == dict.fromkeys(names, 10)
+    assert max(samples(run)) == 5
+    assert [(line["event"], line["step"]) for line in lines(run / "metrics.jsonl")][-1] == ("evaluate", 5)
+    assert "is used up after step 5 of 12" in megamix("train", config).stderr
+    longer = [f"data.max_epochs={{tables: {15 / windows}}}", "checkpoint.accept_changed=[constraints]"]
+    assert "is used up after step 7 of 12" in megamix("train", config, *longer).stderr
