@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ENVIRONMENT
 
 from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype
 from megamix.data.stream import DomainTokens
@@ -270,3 +273,27 @@ def test_ranges_of_documents_cut_into_sequences(tmp_path: Path) -> None:
     assert DomainTokens("web", [tmp_path / "a"], ranges=[(0, 1)]).read(0, 5).tolist() == [1, 2, 70000, 4, 5]
     second = DomainTokens("web", [tmp_path / "a"], ranges=[(1, 2)])
     assert (second.num_tokens, second.read(0, 1).tolist(), second.document_at(0)) == (1, [9], (0, 1, 0))
+
+
+MANY_FILES = """
+import resource, sys
+from megamix.data.stream import DomainTokens
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+domain = DomainTokens("web", [sys.argv[1]] * 100)
+print(domain.num_tokens, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+def test_more_files_than_the_soft_limit(tmp_path: Path) -> None:
+    """100 prefixes keep 200 files open: the soft limit of 64 is raised; a hard limit of 64 is an error that says so."""
+
+    def run(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-c", MANY_FILES, str(tmp_path / "a"), str(soft), str(hard)]
+        return subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+    write(tmp_path / "a", GOLDEN_DOCUMENTS)
+    assert run(64, 300).stdout.split() == ["600", "300"]
+    refused = run(64, 64).stderr
+    assert "domain 'web': cannot read" in refused
+    assert "Too many open files" in refused
+    assert "may open 64: raise `ulimit -n`" in refused

@@ -15,6 +15,7 @@ import bisect
 import errno
 import functools
 import hashlib
+import mmap
 import os
 import resource
 import struct
@@ -183,29 +184,31 @@ class IndexedTokens:
 def _map(path: Path) -> np.ndarray:
     """The bytes of a file, uint8 [size], read as they are needed.
 
-    Not an `np.memmap`, of which every slice costs several times what it does of an array.
+    Not an `np.memmap`, of which every slice costs several times what it does of an array, and opening twice as much.
     """
+    _allow_more_files()
     try:
         with open(path, "rb") as file:
-            _allow_more_files(file.fileno())
             # An empty file cannot be mapped.
-            empty = os.fstat(file.fileno()).st_size == 0
-            return np.empty(0, np.uint8) if empty else np.asarray(np.memmap(file, np.uint8, mode="r"))
+            if os.fstat(file.fileno()).st_size == 0:
+                return np.empty(0, np.uint8)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         advice = "Check the path, or run `megamix prepare`."
         if error.errno == errno.EMFILE:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            advice = f"Each token file stays open twice and this process may open {limit}: raise `ulimit -n`."
+            advice = f"Both files of every prefix stay open, and this process may open {limit}: raise `ulimit -n`."
         raise InputError(f"cannot read {path}: {error.strerror or error}. {advice}") from error
 
 
-def _allow_more_files(descriptor: int) -> None:
-    """Raises the process's soft limit of open files to the hard one when half of it is in use.
+def _allow_more_files() -> None:
+    """Raises the process's soft limit of open files to the hard one.
 
-    Python keeps a file open for as long as it is mapped, and corpora have more files than the usual limit of 1024.
+    Python keeps a file open for as long as it is mapped. Corpora have more files than the usual soft limit of 1024, and
+    whatever else the process opens would be the first to fail.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard and 2 * descriptor > soft:
+    if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
