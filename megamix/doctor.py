@@ -24,8 +24,8 @@ from megamix.launch import job_world_size, num_cores
 from megamix.memory import StageMemory, checkpoint_bytes, estimate_memory
 from megamix.mixers import make_mixer, normalise_weights
 from megamix.models.config import ModelConfig
-from megamix.plan import Plan, make_plan
-from megamix.run_config import RunConfig
+from megamix.plan import Plan, check_layout, make_plan
+from megamix.run_config import FileMixture, RunConfig, StagedMixture
 from megamix.tables import ABSENT, Report, Table, gib, number, plural
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "triton", "megatron-core")
@@ -107,22 +107,12 @@ def _shape(plan: Plan) -> _Shape:
 
 def _shape_without_data(config: RunConfig, world_size: int | None) -> _Shape:
     """The checks of `make_plan` that need no data."""
-    ranks = world_size or config.engine.world_size()
-    try:
-        data_size = config.engine.data_size(ranks)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    ranks, data_size = check_layout(config, world_size)
     if config.model.vocab_size is None:
         raise InputError(
             "model.vocab_size is not given, and --plan-only opens no data to take it from. "
             "Add model.vocab_size=N (the tokenizer's entries), or leave --plan-only out."
         )
-    if config.engine.pipeline > config.model.num_layers:
-        raise InputError(
-            f"engine.pipeline is {config.engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "
-            "Use at most one stage per layer."
-        )
-    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
     return _Shape(config, config.model, ranks, data_size, None)
 
 
@@ -162,10 +152,28 @@ def _what_runs(shape: _Shape) -> str:
                   f"{engine.name}, ZeRO {engine.zero}, {engine.precision}{recompute}"),
         ("schedule", f"{micro_batches} of {train.micro_batch} samples per rank and step; "
                      f"pipeline bubble {shape.bubble:.1%}"),
+        ("mixture", _mixture_line(shape)),
         ("mixer", f"{config.mixer.name}; weights act {delay} after the one they follow from"),
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
     )  # fmt: skip
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _mixture_line(shape: _Shape) -> str:
+    """Where the weights come from and what bounds them."""
+    data, mixture = shape.config.data, shape.config.mixture
+    said = [mixture if isinstance(mixture, str) else "as given"]
+    if isinstance(mixture, FileMixture):
+        said = [f"from {mixture.file}"]
+    elif isinstance(mixture, StagedMixture):
+        said = [f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in mixture.stages)} tokens on"]
+    if data.sampling == "iid":
+        said.append("drawn independently")
+    bounds = {"at least": (data.min_weight, 0.0), "at most": (data.max_weight, 1.0)}
+    said += [f"{words} {value}" for words, (value, default) in bounds.items() if value != default]
+    if data.max_epochs is not None:
+        said.append(f"max_epochs {data.max_epochs}, then {data.on_exhausted}")
+    return "; ".join(said)
 
 
 def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) -> str | Table:
@@ -181,7 +189,7 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
                 names, plan.domains, plan.natural_weights, initial, plan.epochs, strict=True
             )
         ]
-    return Table(("domain", "tokens", "natural share", "initial weight", "epochs at initial weights"), rows)
+    return Table(("domain", "tokens", "natural share", "initial weight", "planned epochs"), rows)
 
 
 def _memory(stages: Sequence[StageMemory]) -> Table:

@@ -159,19 +159,9 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
     Raises:
         InputError: anything that would stop the run later.
     """
-    ranks = world_size or config.engine.world_size()
-    try:
-        data_size = config.engine.data_size(ranks)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    ranks, data_size = check_layout(config, world_size)
     manifest = Manifest.load(config.data.manifest)
     model = config.model.with_vocabulary(manifest.tokenizer.vocab_size)
-    if config.engine.pipeline > model.num_layers:
-        raise InputError(
-            f"engine.pipeline is {config.engine.pipeline}, but the model has {model.num_layers} decoder layers. "
-            "Use at most one stage per layer."
-        )
-    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
     entries = _entries(config, manifest)
     names = tuple(entry.name for entry in entries)
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
@@ -187,6 +177,26 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
         schedule=make_schedule(config, names, natural),
         constraints=Constraints.of(config.data, names, num_samples, total_samples),
     )  # fmt: skip
+
+
+def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int, int]:
+    """The ranks of the job and the data-parallel ranks among them; see `make_plan`.
+
+    Raises:
+        InputError: ranks, pipeline stages or batches that do not divide.
+    """
+    ranks = world_size or config.engine.world_size()
+    try:
+        data_size = config.engine.data_size(ranks)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if config.engine.pipeline > config.model.num_layers:
+        raise InputError(
+            f"engine.pipeline is {config.engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "
+            "Use at most one stage per layer."
+        )
+    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
+    return ranks, data_size
 
 
 def _entries(config: RunConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:
