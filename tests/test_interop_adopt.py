@@ -129,6 +129,15 @@ def test_per_split_files_of_several_parts(tmp_path: Path, tokenizer: Path) -> No
     assert stream(Manifest.load(tmp_path / "moved"), "web", "train") == flat(parts[0] + parts[1])
 
 
+def test_separate_train_and_valid_strings(tmp_path: Path, tokenizer: Path, files: dict[str, list[list[int]]]) -> None:
+    raw, held = tmp_path / "raw", write_documents(tmp_path / "v/web", [8, 3])
+    given = ("--train-data-path", f"2 {raw}/web_text_document", "--valid-data-path", tmp_path / "v/web")
+    blend("adopt", *given, "--out", tmp_path / "out", "--tokenizer", tokenizer)
+    manifest = Manifest.load(tmp_path / "out")
+    assert stream(manifest, "web", "train") == flat(files["web"])
+    assert stream(manifest, "web", "validation") == flat(held)
+
+
 def test_documents_of_several_sequences_are_not_cut(tmp_path: Path, tokenizer: Path) -> None:
     torch = pytest.importorskip("torch")
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is in the dev extra")
@@ -267,6 +276,9 @@ WEB, CODE = "{raw}/web_text_document", "{raw}/code"
         ([f"web={WEB}", "--eod", "[END]"], None, r"has no end-of-document token \(looked for \[END\]\)"),
         ([], None, r"0 blends are given, expected one of --data-path"),
         (["--data-path", WEB, "--data-args-path", "x"], None, r"2 blends are given"),
+        (["--train-data-path", WEB], None, "--valid-data-path gives no files; training and validation files are both"),
+        (["--valid-data-path", WEB], None, "--train-data-path gives no files"),
+        (["--train-data-path", WEB, "--data-path", WEB], None, "2 blends are given"),
         (["--data-path", ""], None, r"--data-path names no token files"),
         (["--data-path", f"1 {WEB} {CODE}"], None, r"3 words, of which '1' is a number"),
         (
@@ -313,17 +325,21 @@ def test_refused(
 @pytest.mark.parametrize(
     ("blends", "extra", "message"),
     [
-        ({"train": ["web"], "valid": None}, [], "valid is null; training and validation files are both needed"),
-        ({"train": None, "valid": ["web"]}, [], "train is null"),
+        (
+            {"train": ["web"], "valid": None},
+            [],
+            "blend.json, valid gives no files; training and validation files are both needed",
+        ),
+        ({"train": None, "valid": ["web"]}, [], "blend.json, train gives no files"),
         (
             {"train": ["web", "code"], "valid": ["other"]},
             [],
-            r"the domain 'web' \(web\) is in train and not in valid, which has other",
+            r"the domain 'web' \(web\) is in .*blend.json, train and not in .*, valid, which has other",
         ),
         (
             {"train": ["web"], "valid": ["v/web", "code"]},
             [],
-            r"the domain 'code' \(code\) is in valid and not in train",
+            r"the domain 'code' \(code\) is in .*, valid and not in .*, train",
         ),
         ({"train": ["web"], "valid": ["./web"]}, [], r"./web stands in train of 'web' and in valid of 'web'"),
         (

@@ -30,6 +30,8 @@ def adopt(
     data_path: Annotated[str | None, typer.Option(help='"WEIGHT PREFIX WEIGHT PREFIX ...", or prefixes alone.')] = None,
     data_args_path: Annotated[Path | None, typer.Option(help="A file with that string.")] = None,
     per_split_data_args_path: Annotated[Path | None, typer.Option(help="JSON with train, valid and test.")] = None,
+    train_data_path: Annotated[str | None, typer.Option(help="The training files, where they are others ...")] = None,
+    valid_data_path: Annotated[str | None, typer.Option(help="... than those for validation.")] = None,
     split: Annotated[
         str | None,
         typer.Option(help="Shares of train, valid and test in every file, as in Megatron; default: 969,30,1."),
@@ -45,7 +47,12 @@ def adopt(
     from megamix.interop.sources import find_sources
 
     sources = find_sources(
-        named or [], data_path=data_path, data_args_path=data_args_path, per_split=per_split_data_args_path
+        named or [],
+        data_path=data_path,
+        data_args_path=data_args_path,
+        per_split=per_split_data_args_path,
+        train_path=train_data_path,
+        valid_path=valid_data_path,
     )
     run(sources, out, tokenizer=tokenizer, eod=eod, split=split, workers=workers).report().show()
 

@@ -32,6 +32,8 @@ def find_sources(
     data_path: str | None = None,
     data_args_path: Path | None = None,
     per_split: Path | None = None,
+    train_path: str | None = None,
+    valid_path: str | None = None,
 ) -> Sources:
     """Reads one blend, or takes the named files alone; beside a blend, ``named`` says which domain its files are.
 
@@ -40,20 +42,30 @@ def find_sources(
         data_path: Megatron's ``--data-path`` string.
         data_args_path: a file with that string.
         per_split: a ``--per-split-data-args-path`` file.
+        train_path, valid_path: the strings of ``--train-data-path`` and ``--valid-data-path``.
 
     Raises:
         InputError: no files or more than one blend, names that cannot be used, a file in two places, or a domain that
             has training and no validation files or the other way round.
     """
-    given = [value for value in (data_path, data_args_path, per_split) if value is not None]
+    separate = train_path if train_path is not None else valid_path
+    given = [value for value in (data_path, data_args_path, per_split, separate) if value is not None]
     names = _parse_named(named)
     if len(given) > 1 or not (given or names):
         raise InputError(
-            f"{len(given)} blends are given, expected one of --data-path, --data-args-path and"
-            " --per-split-data-args-path, or NAME=PREFIX[,PREFIX...] for every domain."
+            f"{len(given)} blends are given, expected one of --data-path, --data-args-path, --per-split-data-args-path"
+            " and --train-data-path with --valid-data-path, or NAME=PREFIX[,PREFIX...] for every domain."
         )
     if per_split is not None:
-        return _of_per_split(per_split, names)
+        blends = read_per_split(per_split)
+        return _of_splits(blends["train"], blends["valid"], f"{per_split}, train", f"{per_split}, valid", names)
+    if separate is not None:
+        options = ("--train-data-path", "--valid-data-path")
+        train, valid = (
+            None if text is None else parse_blend(text.split(), option)
+            for text, option in zip((train_path, valid_path), options, strict=True)
+        )
+        return _of_splits(train, valid, *options, names)
     if not given:
         _refuse_shared(names, {})
         return Sources(names, None, None)
@@ -64,27 +76,34 @@ def find_sources(
     )
     source = str(data_args_path or "--data-path")
     _check_named(names, blend.prefixes, source)
-    train, weights = _grouped(blend, source, names)
-    _refuse_shared(train, {})
-    return Sources(train, None, weights)
+    files, weights = _grouped(blend, source, names)
+    _refuse_shared(files, {})
+    return Sources(files, None, weights)
 
 
-def _of_per_split(path: Path, names: Mapping[str, Sequence[str]]) -> Sources:
-    blends = read_per_split(path)
-    blend, valid_blend = blends["train"], blends["valid"]
-    if blend is None or valid_blend is None:
+def _of_splits(
+    train_blend: FileBlend | None,
+    valid_blend: FileBlend | None,
+    train_source: str,
+    valid_source: str,
+    names: Mapping[str, Sequence[str]],
+) -> Sources:
+    if train_blend is None or valid_blend is None:
         raise InputError(
-            f"{path}: {'train' if blend is None else 'valid'} is null; training and validation files are both needed. To"
-            " split the training files instead, give them with --data-path and --split."
+            f"{train_source if train_blend is None else valid_source} gives no files; training and validation files are"
+            " both needed. To split the training files instead, give them with --data-path and --split."
         )
-    _check_named(names, (*blend.prefixes, *valid_blend.prefixes), str(path))
-    train, weights = _grouped(blend, f"{path}, train", names)
-    valid, _ = _grouped(valid_blend, f"{path}, valid", names)
-    for has, lacks, one, other in ((train, valid, "train", "valid"), (valid, train, "valid", "train")):
+    _check_named(names, (*train_blend.prefixes, *valid_blend.prefixes), f"{train_source} or {valid_source}")
+    train, weights = _grouped(train_blend, train_source, names)
+    valid, _ = _grouped(valid_blend, valid_source, names)
+    for has, lacks, one, other in (
+        (train, valid, train_source, valid_source),
+        (valid, train, valid_source, train_source),
+    ):
         alone = [name for name in has if name not in lacks]
         if alone:
             raise InputError(
-                f"{path}: the domain '{alone[0]}' ({', '.join(has[alone[0]])}) is in {one} and not in {other}, which has"
+                f"the domain '{alone[0]}' ({', '.join(has[alone[0]])}) is in {one} and not in {other}, which has"
                 f" {', '.join(lacks)}. Name the files of a domain in both: {alone[0]}=PREFIX,PREFIX."
             )
     _refuse_shared(train, valid)

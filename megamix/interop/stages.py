@@ -89,12 +89,14 @@ def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path)
     """
     suffix = "txt" if format == "megatron" else "json"
     batch, seq_length = run.config.train.global_batch, run.config.data.seq_length
-    data, written, notes, entries = DataSet.of_run(run), [], [], []
+    data, written, entries = DataSet.of_run(run), [], []
+    notes: dict[str, list[int]] = {}  # and the phases that each is about
     for number, phase in enumerate(make_phases(run, cuts), start=1):
         source = f"{run.run_dir}, phase {number} (iterations {phase.first} to {phase.end})"
         blend = render(phase.weights, format, dataclasses.replace(data, source=source))
         written.append((out / f"phase_{number}.{suffix}", blend.text))
-        notes += [f"Phase {number}: {note}" for note in blend.notes]
+        for note in blend.notes:
+            notes.setdefault(note, []).append(number)
         samples = (phase.end - phase.first) * batch
         entries.append(
             {
@@ -119,7 +121,11 @@ def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path)
         written.append((out / "phases.sh", _shell(run, cuts, names, format, split or WHOLE_SPLIT)))
     for path, text in written:
         write_text(path, text)
-    return [path for path, _ in written], notes
+    said = [
+        note if len(numbers) == len(entries) else f"Phase {', '.join(map(str, numbers))}: {note}"
+        for note, numbers in notes.items()
+    ]
+    return [path for path, _ in written], said
 
 
 def _shell(run: RecordedRun, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:
