@@ -133,21 +133,23 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` has
-    another ``name``: then it is of another kind, and none of the old keys apply."""
+    """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` is of another kind: then
+    none of the old keys apply."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and "name" in value
-            and value["name"] != old.get("name", value["name"])
-        ):
-            result[key] = dict(value)
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = dict(value) if _another_kind(old, value) else merge(old, value)
         else:
-            result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+            result[key] = value
     return result
+
+
+def _another_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """A mixer has a ``name``; a mixture is a mapping of domains, or a ``file``, or ``stages``."""
+    if "name" in new:
+        return new["name"] != old.get("name", new["name"])
+    return any((key in old) != (key in new) for key in ("file", "stages"))
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

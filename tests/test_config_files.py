@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_config import SMALL, small
 
-from megamix.config import apply_overrides, load_config, parse_yaml, read_yaml
+from megamix.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
 from megamix.errors import InputError
 from megamix.mixers import OdmConfig, StaticConfig
 from megamix.run_config import RunConfig
@@ -177,6 +177,19 @@ def test_another_name_replaces_the_mapping() -> None:
 
 
 # Includes
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"web": 1, "code": 2}, {"file": "w.json"}),
+        ({"web": 1, "code": 2}, {"stages": []}),
+        ({"file": "w.json"}, {"web": 1}),
+        ({"stages": []}, {"file": "w.json"}),
+    ],
+)
+def test_a_mixture_of_another_kind_replaces_the_mapping(old: dict[str, object], new: dict[str, object]) -> None:
+    assert merge({"mixture": old}, {"mixture": new}) == {"mixture": new}
 
 
 def test_includes_merge_and_later_wins(tmp_path: Path) -> None:
