@@ -130,21 +130,20 @@ def adopt(
     entries = [_entry(domain, scans, out) for domain in domains]
     held = sum(entry.validation.documents for entry in entries)
     documents = held + sum(entry.train.documents for entry in entries)
-    dtype = np.result_type(*(file.dtype for domain in domains for file in domain.files())).name
+    manifest = Manifest.build(
+        out,
+        tokenizer=TokenizerEntry(
+            file=TOKENIZER_FILE, sha256=loaded.sha256, vocab_size=loaded.vocab_size, eod_id=loaded.eod_id
+        ),
+        dtype=np.result_type(*(file.dtype for domain in domains for file in domain.files())).name,
+        validation_fraction=held / documents if split is None else validation_share(split),
+        split=split,
+        domains=entries,
+    )
+    weights = _weights(manifest, sources.weights)
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / TOKENIZER_FILE, path.read_bytes())
-        manifest = Manifest.build(
-            out,
-            tokenizer=TokenizerEntry(
-                file=TOKENIZER_FILE, sha256=loaded.sha256, vocab_size=loaded.vocab_size, eod_id=loaded.eod_id
-            ),
-            dtype=dtype,
-            validation_fraction=held / documents if split is None else validation_share(split),
-            split=split,
-            domains=entries,
-        )
-        weights = _weights(manifest, sources.weights)
         replace_file(out / MIXTURE_FILE, (json.dumps(weights, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
         manifest.save()
     except OSError as error:
