@@ -61,3 +61,11 @@ def follow(
         taken += pairs(blend.take(length))
         stretches.append((length, blend.ledger[-1][1]))
     return blend, taken, stretches
+
+
+def assert_near_the_weights(deficits: np.ndarray, tolerance: float = 1e-6) -> None:
+    """No k of K domains lag by more than k (K - k)/2 together: what `megamix.data.schedule` proves. So none is more
+    than (K - 1)/2 off."""
+    number = np.arange(1, deficits.size + 1)
+    assert (np.sort(deficits)[::-1].cumsum() <= number * (deficits.size - number) / 2 + tolerance).all()
+    assert np.abs(deficits).max() <= (deficits.size - 1) / 2 + tolerance

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blends import FEW, Change, follow, make, pairs, random_weights, runs, some_weights
+from blends import FEW, Change, assert_near_the_weights, follow, make, pairs, random_weights, runs, some_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,14 +145,6 @@ def integral(blend: Blend) -> np.ndarray:
     ends = [start for start, _ in ledger[1:]] + [blend.position]
     pieces = [np.array(w) * (end - start) for (start, w), end in zip(ledger, ends, strict=True)]
     return functools.reduce(np.add, pieces, np.zeros(blend.num_domains))
-
-
-def assert_near_the_weights(deficits: np.ndarray) -> None:
-    """No k of K domains lag by more than k (K - k)/2 together: what `megamix.data.schedule` proves. So none is more
-    than (K - 1)/2 off."""
-    number = np.arange(1, deficits.size + 1)
-    assert (np.sort(deficits)[::-1].cumsum() <= number * (deficits.size - number) / 2 + 1e-6).all()
-    assert np.abs(deficits).max() <= (deficits.size - 1) / 2 + 1e-6
 
 
 def lead(blend: Blend, weights: list[float], length: int) -> None:

@@ -183,8 +183,8 @@ class Blend:
         A domain that is kept goes on where it is: with its next sample, and with its deficit. One that joins starts
         with both at 0. Changes that were announced ahead stay at their positions.
 
-        The result is the blend of all domains there ever were in which the weights of those not there are 0. So the
-        bound is that of their number: each domain that was removed or restarted adds 1/2 to the (K' - 1)/2.
+        The samples are those of a blend of all domains there ever were, in which the weights of those not there are 0.
+        So the bound is that of their number: each domain that left, or was restarted, adds 1/2 to the (K' - 1)/2.
 
         Args:
             num_samples: [K'], samples each domain has per epoch.
@@ -199,7 +199,9 @@ class Blend:
                 lost or repeated; two domains have the same source; lengths or weights that cannot be used.
         """
         kept = [None if new in restarted else source for new, source in enumerate(sources)]
-        blend = Blend(num_samples, np.ones(len(kept)), self.seed, domain_keys=domain_keys, sampling=self.sampling)
+        blend = Blend(
+            num_samples, np.ones(len(num_samples)), self.seed, domain_keys=domain_keys, sampling=self.sampling
+        )
         self._check_kept(blend, kept)
         counts, deficits = np.zeros(len(kept), np.int64), np.zeros(len(kept))
         new = [index for index, source in enumerate(kept) if source is not None]

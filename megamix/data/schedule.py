@@ -27,6 +27,11 @@ linear in w(A), w(B) >= 0 with w(A) + w(B) <= 1, and at the corners 1, (a + b)/2
 No smaller number than (K - 1)/2 would do: tests/test_blend.py comes within 2 % of it. Serving the greatest deficit at
 every single position has the same bound, but would have to be walked through.
 
+A domain that joins the blend or leaves it is one whose weight is 0 before or after. The others do not see it: the
+order is of the domains of weight above 0 alone, and depends on the differences of their deficits only. So the proof
+holds with K the number of domains there ever were: the bound is (K' - 1)/2, K' those there are, and 1/2 for each that
+left.
+
 Between two domains' joining, a *phase*, everything is linear in s, and a segment has at most K phases. How many samples
 are due before a clock has a closed form up to rounding, and s is within K/2 of p. So a window of the order is found
 from a number of samples of each domain that surely lie before it and one that surely suffices: O(K + window log K) work
