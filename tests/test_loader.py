@@ -187,3 +187,20 @@ def test_close_does_not_wait_for_what_is_under_way(domains: list[DomainTokens]) 
     assert not release.is_set()
     assert sampler.next_step == 0
     release.set()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_pinned_batches(domains: list[DomainTokens]) -> None:
+    """Every tensor is pinned, holds what the others hold, and is copied without waiting for the GPU."""
+    reader = WindowReader(domains, SEQ, VOCAB, eod_mask_loss=True, reset_position_ids=True)
+    rows = np.arange(6)
+    plain = reader.batch(rows % 3, rows, rows, (3, 2))
+    pinned = reader.batch(rows % 3, rows, rows, (3, 2), pin_memory=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = pinned.to(torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("tokens", "labels", "domains", "positions"):
+        assert getattr(pinned, name).is_pinned()
+        assert torch.equal(getattr(moved, name).cpu(), getattr(plain, name))

@@ -97,14 +97,17 @@ class WindowReader:
         return window_nt
 
     def document_starts(self, domain_n: Ints, sample_n: Ints) -> tuple[Ints, Ints]:
-        """(row in ``domain_n``, token in the window, 0 to S) of every token that is the first of its document."""
+        """Row in ``domain_n`` and token in the window, 0 to S, of every token that is the first of its document; int64
+        [m] each, in ascending order."""
         rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for domain in np.unique(domain_n):
             row_n = np.flatnonzero(domain_n == domain)
             row_m, token_m = self._domains[domain].document_starts(sample_n[row_n], self._seq_length)
             rows.append(row_n[row_m])
             tokens.append(token_m)
-        return np.concatenate(rows), np.concatenate(tokens)
+        row_m, token_m = np.concatenate(rows), np.concatenate(tokens)
+        order_m = np.argsort(row_m, kind="stable")
+        return row_m[order_m], token_m[order_m]
 
     def batch(
         self, domain_n: Ints, sample_n: Ints, mine: Ints, shape: tuple[int, int], *, pin_memory: bool = False
@@ -132,13 +135,16 @@ class WindowReader:
         domains = tensor(domain_n[mine][:, None], torch.int32)
         num_tokens, positions = domain_n.size * self._seq_length, None
         if self._eod_mask_loss or self._reset_position_ids:
-            start_nt = np.zeros((domain_n.size, self._seq_length + 1), np.bool_)
-            start_nt[self.document_starts(domain_n, sample_n)] = True
+            row_m, token_m = self.document_starts(domain_n, sample_n)
+            own_m, own_token_m = _rows_of(mine, row_m, token_m)
             if self._eod_mask_loss:
-                num_tokens -= int(np.count_nonzero(start_nt[:, 1:]))
-                labels.view(-1, self._seq_length).numpy()[start_nt[mine, 1:]] = IGNORED_LABEL
+                num_tokens -= int(np.count_nonzero(token_m))  # token 0 of a window is no label
+                is_label_m = own_token_m > 0
+                label_ns = labels.view(-1, self._seq_length).numpy()
+                label_ns[own_m[is_label_m], own_token_m[is_label_m] - 1] = IGNORED_LABEL
             if self._reset_position_ids:
-                positions = tensor(positions_in_documents(start_nt[mine, :-1]), torch.int64)
+                positions = tensor(np.array(1), torch.int64)
+                count_positions(positions.view(-1, self._seq_length).numpy(), own_m, own_token_m)
         return Batch(tokens, labels, domains, num_tokens, positions)
 
     def _refuse(self, window_nt: np.ndarray, domain_n: Ints, sample_n: Ints) -> None:
@@ -149,17 +155,31 @@ class WindowReader:
         )
 
 
-def positions_in_documents(start_ns: NDArray[np.bool_]) -> Ints:
-    """Positions that begin at 0 with every sample and, in it, with every document.
+def _rows_of(mine: Ints, row_m: Ints, token_m: Ints) -> tuple[Ints, Ints]:
+    """The entries of rows ``mine``, which may come in any order and more than once, with the index in ``mine`` as row.
 
     Args:
-        start_ns: bool [n, S], true where a token is the first of its document.
-
-    Returns:
-        int64 [n, S].
+        row_m, token_m: int64 [m], ascending.
     """
-    column_s = np.arange(start_ns.shape[1])
-    return column_s - np.maximum.accumulate(np.where(start_ns, column_s, 0), axis=1)
+    first_n, end_n = np.searchsorted(row_m, mine), np.searchsorted(row_m, mine, side="right")
+    count_n = end_n - first_n
+    place = np.arange(count_n.sum()) + np.repeat(end_n - np.cumsum(count_n), count_n)
+    return np.repeat(np.arange(mine.size), count_n), token_m[place]
+
+
+def count_positions(position_ns: Ints, row_m: Ints, token_m: Ints) -> None:
+    """Turns int64 [n, S] of ones into positions that begin at 0 with every row and, in it, with every document.
+
+    Args:
+        row_m, token_m: where documents begin, ascending; token S, which is only a label, may be among them.
+    """
+    num_rows, seq_length = position_ns.shape
+    inside_m = token_m < seq_length
+    flat = position_ns.reshape(-1)
+    starts = np.union1d(row_m[inside_m] * seq_length + token_m[inside_m], np.arange(num_rows) * seq_length)
+    # Their sums up to each token are the positions: a start takes back what the tokens since the one before have added.
+    flat[starts] = 1 - np.diff(starts, prepend=-1)
+    np.cumsum(flat, out=flat)
 
 
 class Loader:
