@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from interop_files import blend, error_of, write_documents, write_tokenizer
 
-from megamix.data.indexed import IndexedTokens
+from megamix.data.indexed import IndexedTokens, IndexedWriter
 from megamix.data.manifest import Manifest
 from megamix.errors import InputError
 from megamix.interop.scan import FileJob, scan_files
@@ -187,6 +187,11 @@ def test_documents_without_their_end(tmp_path: Path) -> None:
     shown = blend("adopt", f"web={tmp_path}/web", "-o", tmp_path / "out", "--tokenizer", tokenizer, "--split", "1,1",
                   "--eod", "a")  # fmt: skip
     assert "Domain 'web': 10 of 10 documents looked at do not end with token" in shown
+    with IndexedWriter(tmp_path / "gaps", "uint16") as writer:
+        for document in ([], [5], [], [7, 0], [0], []):
+            writer.add_document(document)
+    shown = blend("adopt", f"web={tmp_path}/gaps", "-o", tmp_path / "two", "--tokenizer", tokenizer, "--split", "2,1")
+    assert "Domain 'web': 1 of 3 documents looked at do not end with token 0" in shown
 
 
 def test_chunks_of_a_large_file_add_up(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_a_domain_may_be_called_train(tmp_path: Path) -> None:
         ({"train": ["1", None], "valid": None, "test": None}, "None is neither a weight nor a prefix"),
         ({"train": [], "valid": None, "test": None}, "train names no token files"),
         (f"{WEB} {CODE}", "2 token files without weights, which Megatron blends by their length"),
+        (f"1 {WEB} 2", "3 words, of which '1' is a number, are not weights and prefixes in turn"),
         (f"0.5 {WEB} {CODE}", "3 words, of which '0.5' is a number, are not weights and prefixes in turn"),
         (f"0.5 {WEB} {CODE} 0.5", f"first words of each two are 0.5, {CODE}"),
         (f"0 {WEB} 1 {CODE}", "the weight of /a/web_text_document is 0.0, expected a finite number above 0"),
