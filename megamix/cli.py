@@ -58,10 +58,18 @@ def prepare(
     validation: Annotated[float, typer.Option(help="Share of the documents of each domain to hold out.")] = 0.02,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores of this machine.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
-    text_key: Annotated[str, typer.Option(help="The key of the text in .jsonl files.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(help="The key of the text in .jsonl files, the column in .parquet.")
+    ] = "text",
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts of the work; `merge` joins them.")
+    ] = None,
+    tokenizer_only: Annotated[
+        bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
+    ] = False,
 ) -> None:
-    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst) into Megatron's .bin/.idx files, one pair per domain and
-    split.
+    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet) into Megatron's .bin/.idx files, one pair per
+    domain and split. Killed and started again, it goes on.
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
     """
@@ -75,7 +83,24 @@ def prepare(
         workers=workers,
         seed=seed,
         text_key=text_key,
+        shard=shard,
+        tokenizer_only=tokenizer_only,
     )
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the `prepare --shard I/N` jobs.")],
+) -> None:
+    """Make one data set of what all shards of a prepare have written. No token is copied.
+
+    Example: megamix merge data/pile
+    """
+    from megamix.data.merge import merge as run
+
+    manifest = run(out)
+    tokens = sum(domain.train.tokens + domain.validation.tokens for domain in manifest.domains)
+    typer.echo(f"{out}: {len(manifest.domains)} domains, {tokens:,} tokens")
 
 
 def _print_config_help(wanted: bool) -> None:

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from json_lines import jsonl
 
-from megamix.data.documents import find_inputs, iter_documents, read_blocks, sample_texts
+from megamix.data.blocks import iter_documents, pieces_of, read_piece
+from megamix.data.documents import find_inputs, sample_texts
 from megamix.data.prepare import prepare
 from megamix.errors import InputError
 
@@ -69,7 +70,7 @@ def test_damaged_input(tmp_path: Path, name: str, data: bytes, message: str) -> 
 def test_line_of_damage_in_a_later_block(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["some text"] * 1000) + b"broken\n")
     with pytest.raises(InputError, match="line 1001: not valid JSON"):
-        [text for block in read_blocks(tmp_path / "a.jsonl", 100) for text in block.texts()]
+        [block.documents() for block in read_piece(*pieces_of(tmp_path / "a.jsonl"), block_bytes=100)]
     rng = np.random.default_rng(0)
     lines = jsonl([rng.bytes(100).hex() for _ in range(5000)])
     cut = zstandard.compress(lines)[:-2000]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pydantic
 
 from megamix.config import Config
-from megamix.data.manifest import DomainEntry
+from megamix.data.manifest import SplitEntry
 from megamix.files import replace_file
 
 R = TypeVar("R", bound=Config)
@@ -31,6 +31,8 @@ class PrepareSettings(Config):
     """Token at the end of every document."""
     dtype: str
     """Type of a stored token."""
+    block_bytes: int
+    """Text in a block. It decides which job reads what, not what is written in all."""
 
 
 class InputFile(Config):
@@ -44,15 +46,30 @@ class InputFile(Config):
     """When it was last changed."""
 
 
-class DomainRecord(Config):
-    """A finished domain."""
+class PartRecord(Config):
+    """A finished part: what one job has made of one domain. Where there is one job, that is the domain."""
 
     settings: PrepareSettings
     """The options it was made with."""
     inputs: tuple[InputFile, ...]
-    """The text it was made from."""
-    entry: DomainEntry
-    """Its entry of the manifest."""
+    """The text of the domain."""
+    train: SplitEntry
+    """What is trained on."""
+    validation: SplitEntry
+    """What is held out."""
+    nearest_train: tuple[int, int] | None
+    """Hash and number of the training document that would be held out next."""
+    nearest_validation: tuple[int, int] | None
+    """Hash and number of the held-out document that would be trained on next."""
+
+
+class ShardRecord(Config):
+    """A job of several that has finished all its parts."""
+
+    settings: PrepareSettings
+    """Its options."""
+    domains: tuple[str, ...]
+    """The domains."""
 
 
 class TokenizerRecord(Config):

@@ -1,30 +1,18 @@
 """Tokenizers: trained on the corpus, a local tokenizer.json, or one from the Hugging Face hub.
 
-Whatever its origin, a tokenizer ends as one ``tokenizer.json`` beside the tokens, and is opened from there. `Encoders`
-runs it over blocks of text in several processes.
+Whatever its origin, a tokenizer ends as one ``tokenizer.json`` beside the tokens, and is opened from there.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from megamix.data.documents import Block
-from megamix.errors import InputError, RankFailed
+from megamix.data.words import WordEncoder
+from megamix.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end|>")
@@ -168,6 +156,10 @@ class LoadedTokenizer:
         """Token ids of every text; no end-of-document tokens."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def word_encoder(self, dtype: Any) -> WordEncoder | None:
+        """A faster way to the same ids, for tokenizers that have one."""
+        return WordEncoder.of(self._tokenizer, dtype)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
@@ -186,134 +178,3 @@ def _find_eod(path: Path, ids: dict[str, int], eod: str | int | None) -> int:
         f"{path} has no end-of-document token (looked for {', '.join(names)}). Name one of its tokens, or use another"
         " tokenizer."
     )
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """All that a worker process needs to know."""
-
-    path: str
-    """The tokenizer.json."""
-    sha256: str
-    """Its hash, so that another tokenizer under the same path is another job."""
-    eod_id: int
-    """Token appended to every document."""
-    dtype: str
-    """Type of a token."""
-    text_key: str
-    """Key of the text in a JSON line."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of one block; empty documents are left out."""
-
-    tokens: np.ndarray
-    """All documents one after the other, each with its end-of-document token, [sum(lengths)]."""
-    lengths: np.ndarray
-    """Tokens of each document, int64 [documents]."""
-    file_bytes: int
-    """See `Block`."""
-
-
-_LIVENESS_SECONDS = 2.0
-"""How long a result may take before the workers are looked at."""
-
-
-class Encoders:
-    """Worker processes that turn blocks into tokens, in order. With one worker, this process does it.
-
-    Args:
-        num_workers: How many.
-        job: What they do.
-    """
-
-    def __init__(self, num_workers: int, job: EncodeJob) -> None:
-        self._job = job
-        self._num_workers = num_workers
-        self._pool: ProcessPoolExecutor | None = None
-        if num_workers > 1:
-            # Not fork: this process may hold threads and an accelerator.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-
-    def __enter__(self) -> Encoders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def encode(self, blocks: Iterable[Block]) -> Iterator[Encoded]:
-        """The tokens of every block, in the order of the blocks. Only a few blocks are read ahead.
-
-        Raises:
-            InputError: A damaged block.
-            RankFailed: A worker died.
-        """
-        if self._pool is None:
-            yield from (_encode(self._job, block) for block in blocks)
-            return
-        pending: deque[Future[Encoded]] = deque()
-        try:
-            for block in blocks:
-                pending.append(self._pool.submit(_encode, self._job, block))
-                if len(pending) > 2 * self._num_workers:
-                    yield self._result(pending.popleft())
-            while pending:
-                yield self._result(pending.popleft())
-        except BrokenProcessPool as error:
-            raise RankFailed(
-                f"one of the {self._num_workers} tokenising processes died: killed, or out of memory. Nothing"
-                " half-written was left; call prepare again to go on, with fewer workers if memory is short."
-            ) from error
-
-    def _result(self, future: Future[Encoded]) -> Encoded:
-        while True:
-            try:
-                return future.result(timeout=_LIVENESS_SECONDS)
-            except TimeoutError:
-                self._break_if_a_worker_died()
-
-    def _break_if_a_worker_died(self) -> None:
-        """Makes the pool notice a worker that was killed while it was sending a result: the pool goes on reading the
-        rest of that result, which nobody will write, from a pipe that its own process keeps open."""
-        assert self._pool is not None
-        processes = list((self._pool._processes or {}).values())
-        if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.kill()
-            queue: Any = self._pool._result_queue  # pyright: ignore[reportAttributeAccessIssue]
-            queue._writer.close()
-
-
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of as many processes as there are cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next task for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer_of(job: EncodeJob) -> LoadedTokenizer:
-    return LoadedTokenizer(job.path, job.eod_id)
-
-
-def _encode(job: EncodeJob, block: Block) -> Encoded:
-    texts = [text for text in block.texts(job.text_key) if text and not text.isspace()]
-    tokens: list[int] = []
-    lengths: list[int] = []
-    for ids in _tokenizer_of(job).encode_batch(texts):
-        if ids:
-            tokens += ids
-            tokens.append(job.eod_id)
-            lengths.append(len(ids) + 1)
-    return Encoded(np.array(tokens, dtype=job.dtype), np.array(lengths, dtype=np.int64), block.file_bytes)

@@ -1,0 +1,243 @@
+"""Parts into a data set: ``merge`` checks what all jobs of a sharded `prepare` have left and writes ``manifest.json``.
+
+No token is copied: the manifest lists the files of the jobs in order. A `prepare` that was alone ends in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megamix.data.indexed import IndexedTokens, IndexedWriter
+from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.parts import SPLITS, Part, check_documents
+from megamix.data.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
+from megamix.data.shards import Shard
+from megamix.data.tokenizer import LoadedTokenizer
+from megamix.data.writing import TOKENIZER_FILE, sole_writer, writing_to
+from megamix.errors import InputError
+
+_COPIED_AT_ONCE = 4096  # documents
+
+
+def shard_record_path(out: Path, shard: Shard) -> Path:
+    """The record of a job that has finished all its parts."""
+    return out / f"shard{shard.suffix}.json"
+
+
+def merge(out: str | Path) -> Manifest:
+    """Makes a data set of what the jobs of a sharded `prepare` have left in a folder.
+
+    Args:
+        out: The output folder of the jobs.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        InputError: A job has not finished, jobs differ in options, tokenizer or input, files are missing, a domain has
+            fewer than two documents, or a job is still writing.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise InputError(f"{out} is no folder. Give the --out of the `megamix prepare --shard i/n` jobs.")
+    with writing_to(out), sole_writer(out, Shard()):
+        shards = _all_shards(out)
+        records = [_finished(out, shard) for shard in shards]
+        first = records[0]
+        for shard, record in zip(shards, records, strict=True):
+            _check_same(out, shards[0], shard, first, record)
+        domains = {name: [Part(out, name, shard) for shard in shards] for name in sorted(first.domains)}
+        return assemble(out, domains, first.settings)
+
+
+def _all_shards(out: Path) -> list[Shard]:
+    """All jobs, whether finished or not, from the names of what they have left."""
+    names = re.compile(r"(?:shard|prepare)-(\d{5})-of-(\d{5})\.(?:json|journal)")
+    found = [names.fullmatch(path.name) for path in (*out.iterdir(), *out.glob("*/prepare-*"))]
+    counts = sorted({int(match[2]) for match in found if match})
+    if not counts:
+        raise InputError(f"{out} holds no shards to merge. Run `megamix prepare ... --shard i/n` for every i first.")
+    if len(counts) > 1:
+        raise InputError(
+            f"{out} holds shards of {' and of '.join(map(str, counts))} jobs. Remove those that are not wanted"
+            f" (shard-*-of-{counts[0]:05}.json and */*-of-{counts[0]:05}*)."
+        )
+    return [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
+
+
+def _finished(out: Path, shard: Shard) -> ShardRecord:
+    record = read_record(ShardRecord, shard_record_path(out, shard))
+    if record is None:
+        missing = [
+            str(Shard(number, shard.count))
+            for number in range(shard.number, shard.count + 1)
+            if not shard_record_path(out, Shard(number, shard.count)).is_file()
+        ]
+        raise InputError(
+            f"{out}: shard {', '.join(missing or [str(shard)])} has not finished. Run `megamix prepare ... --shard"
+            f" {shard}` to its end, then merge."
+        )
+    return record
+
+
+def _check_same(out: Path, one: Shard, other: Shard, wanted: ShardRecord, seen: ShardRecord) -> None:
+    options, others = wanted.settings.model_dump(), seen.settings.model_dump()
+    for key, value in options.items():
+        if others[key] != value:
+            raise InputError(
+                f"{out}: {key} is {value} in shard {one}, but {others[key]} in shard {other}. Run one of them again with"
+                " the options of the other."
+            )
+    if wanted.domains != seen.domains:
+        differ = ", ".join(sorted(set(wanted.domains) ^ set(seen.domains)))
+        raise InputError(f"{out}: shards {one} and {other} do not have the same domains ({differ}). Run one again.")
+
+
+def assemble(out: Path, domains: Mapping[str, Sequence[Part]], settings: PrepareSettings) -> Manifest:
+    """Writes the manifest of finished parts.
+
+    Args:
+        out: The output folder.
+        domains: The parts of every domain, in the order of the jobs.
+        settings: The options they were made with.
+
+    Raises:
+        InputError: See `merge`.
+    """
+    tokenizer = LoadedTokenizer(out / TOKENIZER_FILE, settings.eod_id)
+    if tokenizer.sha256 != settings.tokenizer_sha256:
+        raise InputError(
+            f"{tokenizer.path} has the hash {tokenizer.sha256[:12]}, but the tokens were made with"
+            f" {settings.tokenizer_sha256[:12]}. Put the old file back, or run `megamix prepare` again."
+        )
+    manifest = Manifest.build(
+        out,
+        tokenizer=TokenizerEntry(
+            file=TOKENIZER_FILE, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id
+        ),
+        dtype=settings.dtype,
+        validation_fraction=settings.validation_fraction,
+        domains=[_domain(name, parts) for name, parts in domains.items()],
+    )
+    manifest.save()
+    return manifest
+
+
+def _domain(name: str, parts: Sequence[Part]) -> DomainEntry:
+    records = [_read(part) for part in parts]
+    for part, record in zip(parts, records, strict=True):
+        changed = [path.path for path, other in zip(record.inputs, records[0].inputs, strict=False) if path != other]
+        if record.inputs != records[0].inputs:
+            which = changed[0] if changed else f"{len(records[0].inputs)} and {len(record.inputs)} files"
+            raise InputError(
+                f"domain '{name}': shards {parts[0].shard} and {part.shard} were made from different text ({which})."
+                " Run all of them again on the same files."
+            )
+    records = _with_both_splits(name, parts, records)
+    train_counts_V, validation_counts_V = np.sum([np.load(part.counts_path) for part in parts], axis=0)
+    validation = _joined([record.validation for record in records])
+    return DomainEntry(
+        name=name,
+        train=_joined([record.train for record in records]),
+        validation=ValidationEntry(**dict(validation), unigram_nats=unigram_nats(train_counts_V, validation_counts_V)),
+    )
+
+
+def _read(part: Part) -> PartRecord:
+    record = part.read()
+    if record is None:
+        raise InputError(
+            f"domain '{part.domain}': shard {part.shard} is not finished there, or its files are not those it wrote."
+            f" Run `megamix prepare ... --shard {part.shard}` again."
+        )
+    return record
+
+
+def _joined(splits: Sequence[SplitEntry]) -> SplitEntry:
+    """The files of all jobs, without those that hold nothing: an empty file cannot be mapped into memory."""
+    held = [split for split in splits if split.tokens]
+    return SplitEntry(
+        prefixes=tuple(split.prefixes[0] for split in held),
+        tokens=sum(split.tokens for split in held),
+        documents=sum(split.documents for split in held),
+        max_token=max(split.max_token for split in held),
+        sha256=tuple(split.sha256[0] for split in held),
+    )
+
+
+def unigram_nats(train_counts_V: np.ndarray, validation_counts_V: np.ndarray) -> float:
+    """Mean nats per validation token under token frequencies: add-one smoothed counts of the training tokens.
+
+    Args:
+        train_counts_V: Occurrences of each token in the training split, int64 [V].
+        validation_counts_V: The same in the validation split, int64 [V].
+    """
+    log_probability_V = np.log(train_counts_V + 1.0) - np.log(float(train_counts_V.sum() + len(train_counts_V)))
+    return float(-(validation_counts_V * log_probability_V).sum() / validation_counts_V.sum())
+
+
+# A domain whose every document is in one split. ----------------------------------------------------------------------
+
+
+def _with_both_splits(name: str, parts: Sequence[Part], records: list[PartRecord]) -> list[PartRecord]:
+    """Where chance has left a split of the whole domain empty, the document nearest to the limit changes sides."""
+    num_train = sum(record.train.documents for record in records)
+    num_held_out = sum(record.validation.documents for record in records)
+    check_documents(name, num_train + num_held_out)
+    if num_train and num_held_out:
+        return records
+    if num_train:
+        at = min((record.nearest_train, number) for number, record in enumerate(records) if record.nearest_train)
+    else:
+        at = max(
+            (record.nearest_validation, number) for number, record in enumerate(records) if record.nearest_validation
+        )
+    (_, document), number = at
+    moved = _move(parts[number], records[number], document, source=0 if num_train else 1)
+    return [*records[:number], moved, *records[number + 1 :]]
+
+
+def _move(part: Part, record: PartRecord, document: int, source: int) -> PartRecord:
+    """Moves one document from a split, 0 or 1, to the other one, which is empty. Killed in between, the part is to be
+    made again."""
+    part.record_path.unlink()
+    part.journal_path.unlink(missing_ok=True)
+    prefixes = [part.out / part.prefix(split) for split in SPLITS]
+    files = IndexedTokens(prefixes[source])
+    starts = np.append(files.document_starts, files.num_tokens)
+    counts = np.load(part.counts_path)
+    with (
+        IndexedWriter(prefixes[source], files.dtype) as stay,
+        IndexedWriter(prefixes[1 - source], files.dtype) as leave,
+    ):
+        for begin, end in ((0, document), (document + 1, files.num_documents)):
+            for first in range(begin, end, _COPIED_AT_ONCE):
+                last = min(first + _COPIED_AT_ONCE, end)
+                stay.add_documents(files.tokens[starts[first] : starts[last]], np.diff(starts[first : last + 1]))
+        tokens = np.asarray(files.tokens[starts[document] : starts[document + 1]])
+        leave.add_document(tokens)
+    occurrences = np.bincount(tokens, minlength=counts.shape[1])
+    counts[source] -= occurrences
+    counts[1 - source] += occurrences
+    part.save_counts(counts)
+    splits: list[SplitEntry] = []
+    for split, writer in zip(SPLITS, (stay, leave) if source == 0 else (leave, stay), strict=True):
+        written = writer.close()
+        splits.append(
+            SplitEntry(
+                prefixes=(part.prefix(split),),
+                tokens=written.tokens,
+                documents=written.documents,
+                max_token=written.max_token,
+                sha256=(written.sha256,),
+            )
+        )
+    moved = record.model_copy(
+        update={"train": splits[0], "validation": splits[1], "nearest_train": None, "nearest_validation": None}
+    )
+    write_record(moved, part.record_path)
+    return moved

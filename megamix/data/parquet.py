@@ -1,0 +1,130 @@
+"""The text column of parquet files, read row group by row group in a memory that does not grow with them.
+
+pyarrow is needed for it, and only here: what leaves this file is bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megamix.errors import InputError
+
+_MAX_ROWS = 4096
+"""Rows read at once at most; the sizes that a parquet file states say little where its texts repeat."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a row group lies."""
+
+    number: int
+    """Its number in the file, from 0."""
+    first_row: int
+    """Rows of the file before it."""
+    num_rows: int
+    """Its rows."""
+    num_bytes: int
+    """Bytes its text takes in the file, compressed."""
+    text_bytes: int
+    """Bytes of its text column as encoded, before compression."""
+
+
+def row_groups(path: str, text_key: str) -> list[RowGroup]:
+    """The row groups of a file that have rows, in order.
+
+    Raises:
+        InputError: pyarrow is missing, the file is damaged, or it has no column ``text_key`` of strings.
+    """
+    with _opened(path) as file:
+        column = _find_column(path, file, text_key)
+        found: list[RowGroup] = []
+        row = 0
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            chunk = group.column(column)
+            sizes = (chunk.total_compressed_size, chunk.total_uncompressed_size)
+            if group.num_rows:
+                found.append(RowGroup(number, row, group.num_rows, *sizes))
+            row += group.num_rows
+        return found
+
+
+def read_rows(
+    path: str, group: RowGroup, text_key: str, block_bytes: int
+) -> Iterator[tuple[int, int, np.ndarray, bytes]]:
+    """Reads a row group in blocks of about ``block_bytes`` of text.
+
+    Yields:
+        The number of the block, its first row in the file (from 0), the bytes of each row, int64 [rows], and the texts
+        one after the other, UTF-8. A block may come in several parts with the same number.
+
+    Raises:
+        InputError: The file is damaged, or a row has no text; the message names the row, counted from 1.
+    """
+    rows = max(1, min(_MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
+    done = 0
+    with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
+        # Without prefetching and with a buffer, pages are read one after the other, not the whole column.
+        for batch in file.iter_batches(batch_size=rows, row_groups=[group.number], columns=[text_key]):
+            texts = batch.column(0)
+            while len(texts):
+                # However pyarrow cuts its batches, a row's block follows from its number.
+                part = texts[: rows - done % rows]
+                row = group.first_row + done
+                yield (done // rows, row, *_bytes_of(part, f"{path}, row ", row, text_key))
+                done += len(part)
+                texts = texts[len(part) :]
+        if done != group.num_rows:
+            raise InputError(f"{path}: row group {group.number} has {done} rows, expected {group.num_rows}.")
+
+
+def _bytes_of(texts: Any, where: str, row: int, text_key: str) -> tuple[np.ndarray, bytes]:
+    if texts.null_count:
+        missing = int(np.flatnonzero(np.asarray(texts.is_null()))[0])
+        raise InputError(f"{where}{row + missing + 1}: '{text_key}' is null, expected a string. Fix or remove the row.")
+    large = texts.cast("large_string")
+    _, offsets, data = large.buffers()
+    ends = np.frombuffer(offsets, np.int64)[large.offset : large.offset + len(large) + 1]
+    return np.diff(ends), bytes(memoryview(data)[ends[0] : ends[-1]]) if data is not None else b""
+
+
+@contextlib.contextmanager
+def _opened(path: str, where: Any = lambda: "") -> Iterator[Any]:
+    pyarrow, parquet = _library()
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}{where()}: the parquet file is damaged ({reason}). Fetch it again.") from error
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise InputError(
+            f'reading parquet files needs pyarrow, which is not there ({error}): pip install "megamix[parquet]".'
+        ) from error
+
+
+def _find_column(path: str, file: Any, text_key: str) -> int:
+    """Number of the leaf column; checks that it holds strings."""
+    pyarrow, _ = _library()
+    schema = file.schema_arrow
+    if text_key not in schema.names:
+        seen = ", ".join(schema.names[:8]) or "none"
+        raise InputError(f"{path}: no column '{text_key}' (columns: {seen}). Choose another with --text-key.")
+    kind = schema.field(text_key).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        raise InputError(f"{path}: the column '{text_key}' holds {kind}, expected strings. Choose another.")
+    names = [file.metadata.schema.column(number).path for number in range(len(file.metadata.schema))]
+    return names.index(text_key)

@@ -1,0 +1,239 @@
+"""Parts: what one job makes of one domain, ``OUT/<domain>/{train,validation}.{bin,idx}`` with a record beside it.
+
+A job of several adds ``-00002-of-00008`` to the names. A part is finished when its record is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megamix.data.encoders import Encoded, Nearest, SplitTokens
+from megamix.data.indexed import IndexedTokens, IndexedWriter, bin_path, idx_path
+from megamix.data.journal import Header, Journal, Kept, Mark
+from megamix.data.manifest import FILE_NAME, SplitEntry
+from megamix.data.records import InputFile, PartRecord, PrepareSettings, read_record, write_record
+from megamix.data.shards import Shard, Share
+from megamix.errors import InputError
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Names the files of a part."""
+
+    out: Path
+    """The output folder."""
+    domain: str
+    """The domain."""
+    shard: Shard
+    """The job."""
+
+    def prefix(self, split: str) -> str:
+        """Of a split's token files, relative to the output folder."""
+        return f"{self.domain}/{split}{self.shard.suffix}"
+
+    @property
+    def record_path(self) -> Path:
+        """Says that the part is finished, and what it is."""
+        return self.out / self.domain / f"prepare{self.shard.suffix}.json"
+
+    @property
+    def journal_path(self) -> Path:
+        """Says how far it has come while it is not finished."""
+        return self.out / self.domain / f"prepare{self.shard.suffix}.journal"
+
+    @property
+    def counts_path(self) -> Path:
+        """How often each token occurs in the two splits, int64 [2, V] in numpy's format."""
+        return self.out / self.domain / f"counts{self.shard.suffix}.npy"
+
+    def read(self) -> PartRecord | None:
+        """The record, if the part is finished and its files are still there, with the sizes they had."""
+        record = read_record(PartRecord, self.record_path)
+        if record is None or not self.counts_path.is_file():
+            return None
+        try:
+            for split in (record.train, record.validation):
+                files = IndexedTokens(self.out / split.prefixes[0], verify=False)
+                if (files.num_tokens, files.num_documents) != (split.tokens, split.documents):
+                    return None
+        except InputError:
+            return None
+        return record
+
+    def discard(self, *, files: bool = True) -> None:
+        """Makes the part an unfinished one, or with ``files`` removes it. What another job has made stays."""
+        (self.out / FILE_NAME).unlink(missing_ok=True)
+        self.record_path.unlink(missing_ok=True)
+        self.counts_path.unlink(missing_ok=True)
+        prefixes = [self.out / self.prefix(split) for split in SPLITS] if files else []
+        for path in (*map(idx_path, prefixes), *map(bin_path, prefixes)):
+            path.unlink(missing_ok=True)
+
+    def save_counts(self, counts: np.ndarray) -> None:
+        """Writes the counts, whole or not at all."""
+        temporary = self.counts_path.with_suffix(".npy.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, counts)
+        temporary.replace(self.counts_path)
+
+
+class PartWriter:
+    """Writes a part, and goes on with one that was begun.
+
+    As a context manager: where an exception ends it, what is safe by the journal stays for the next call, and nothing
+    stays where there is nothing safe.
+
+    Args:
+        part: The part.
+        settings: The options.
+        inputs: The text of the domain.
+        shares: What of it is to be read.
+        vocab_size: Largest token id + 1.
+        journal_bytes: Tokens written between two safe points, in bytes.
+
+    Attributes:
+        mark: Where it begins: what to read next.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        settings: PrepareSettings,
+        inputs: tuple[InputFile, ...],
+        shares: list[Share],
+        vocab_size: int,
+        journal_bytes: int,
+    ) -> None:
+        self._part, self._settings, self._inputs, self._shares = part, settings, inputs, shares
+        self._journal_bytes = journal_bytes
+        self.counts = np.zeros((2, vocab_size), np.int64)
+        self._journal = Journal(part.journal_path, Header(settings=settings, shard=str(part.shard), inputs=inputs))
+        try:
+            self._splits = self._open()
+        except FileNotFoundError:  # the journal came here without its files
+            self.counts[:] = 0
+            self._journal.mark = Mark()
+            self._splits = self._open()
+        self.mark = self._journal.mark
+        self._journal.begin()
+        self._unsafe_bytes = 0
+
+    def _open(self) -> list[_SplitWriter]:
+        mark = self._journal.mark
+        self._part.discard(files=mark == Mark())
+        kept = (mark.train, mark.validation)
+        return [
+            _SplitWriter(self._part.out, self._part.prefix(split), self._settings.dtype, counts, safe)
+            for split, counts, safe in zip(SPLITS, self.counts, kept, strict=True)
+        ]
+
+    def add(self, encoded: Encoded) -> None:
+        """Appends the documents of the next block."""
+        train, validation = self._splits
+        train.add(encoded.train, lowest=True)
+        validation.add(encoded.validation, lowest=False)
+        share, block = encoded.position
+        self.mark = self._mark(
+            share, block + 1, self._shares[share].piece.file + 1, self.mark.file_bytes + encoded.file_bytes
+        )
+        self._unsafe_bytes += encoded.train.tokens.nbytes + encoded.validation.tokens.nbytes
+        if self._unsafe_bytes >= self._journal_bytes:
+            self._make_safe()
+
+    def _mark(self, share: int, block: int, num_files: int, file_bytes: int) -> Mark:
+        train, validation = (split.kept() for split in self._splits)
+        return Mark(
+            share=share, block=block, num_files=num_files, file_bytes=file_bytes, train=train, validation=validation
+        )
+
+    def _make_safe(self) -> None:
+        for split in self._splits:
+            split.writer.sync()
+        self._journal.add(self.mark)
+        self._unsafe_bytes = 0
+
+    def close(self) -> PartRecord:
+        """Puts the files and the record in place.
+
+        Raises:
+            InputError: The whole domain has fewer than two documents.
+        """
+        if self._part.shard.count == 1:
+            check_documents(self._part.domain, sum(split.writer.num_documents for split in self._splits))
+        self.mark = self._mark(len(self._shares), 0, len(self._inputs), self.mark.file_bytes)
+        self._make_safe()
+        train, validation = (split.close() for split in self._splits)
+        self._part.save_counts(self.counts)
+        record = PartRecord(
+            settings=self._settings,
+            inputs=self._inputs,
+            train=train,
+            validation=validation,
+            nearest_train=self.mark.train.nearest,
+            nearest_validation=self.mark.validation.nearest,
+        )
+        write_record(record, self._part.record_path)
+        self._journal.remove()
+        return record
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        safe = self._journal.mark != Mark()
+        for split in self._splits:
+            if kind is not None and safe:
+                split.writer.leave()
+            else:
+                split.writer.abort()  # of no effect after close
+        if kind is not None and not safe:
+            self._journal.remove()
+
+
+class _SplitWriter:
+    """One split of a part."""
+
+    def __init__(self, out: Path, prefix: str, dtype: str, counts: np.ndarray, kept: Kept) -> None:
+        self._prefix, self._counts, self._nearest = prefix, counts, kept.nearest
+        self.writer = IndexedWriter(out / prefix, dtype, kept=(kept.tokens, kept.documents), seen=self._count)
+
+    def _count(self, tokens: np.ndarray) -> None:
+        self._counts += np.bincount(tokens, minlength=len(self._counts))
+
+    def add(self, found: SplitTokens, *, lowest: bool) -> None:
+        """Appends documents; ``lowest`` says which of them is nearest to changing sides."""
+        if found.nearest is not None:
+            candidate = Nearest(found.nearest.hash, self.writer.num_documents + found.nearest.document)
+            nearer = self._nearest is None or (candidate < self._nearest) == lowest
+            self._nearest = (candidate.hash, candidate.document) if nearer else self._nearest
+        self.writer.add_documents(found.tokens, found.lengths)
+        self._count(found.tokens)
+
+    def kept(self) -> Kept:
+        """What is written so far."""
+        return Kept(tokens=self.writer.num_tokens, documents=self.writer.num_documents, nearest=self._nearest)
+
+    def close(self) -> SplitEntry:
+        """Puts the files in place."""
+        written = self.writer.close()
+        return SplitEntry(
+            prefixes=(self._prefix,),
+            tokens=written.tokens,
+            documents=written.documents,
+            max_token=written.max_token,
+            sha256=(written.sha256,),
+        )
+
+
+def check_documents(name: str, num_documents: int) -> None:
+    """Refuses a domain that cannot have a document in each split."""
+    if num_documents < 2:
+        raise InputError(
+            f"domain '{name}' has {num_documents} non-empty documents, expected at least 2: one to train on, one to"
+            " validate with. Split its text: one document a line of .jsonl, or more .txt files."
+        )
