@@ -181,6 +181,16 @@ def test_ranges_that_do_not_fit(tmp_path: Path, tokenizer: Path, files: dict[str
         Manifest.load(out)
 
 
+def test_files_wider_than_the_manifest_says(tmp_path: Path, tokenizer: Path, files: dict[str, list[list[int]]]) -> None:
+    out, prefix = tmp_path / "out", tmp_path / "raw/web_text_document"
+    blend("adopt", f"web={prefix}", "-o", out, "--tokenizer", tokenizer, "--split", "80,20")
+    with IndexedWriter(prefix, "int32") as writer:
+        for document in files["web"]:
+            writer.add_document(document)
+    with pytest.raises(InputError, match="domain 'web': its train files store int32, but the manifest says uint16"):
+        Manifest.load(out).open_domain("web")
+
+
 def test_documents_without_their_end(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path)
     write_documents(tmp_path / "web", [4] * 10)
