@@ -35,7 +35,7 @@ class Shard:
         Raises:
             InputError: It is not of that form, or i is not within 1 to n.
         """
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise InputError(
                 f"shard '{text}': expected i/n with i from 1 to n, for example 2/8 for the second of eight jobs."
