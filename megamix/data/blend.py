@@ -16,6 +16,7 @@ counts stray from the weights as chance has it, and what lies far from the posit
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -354,19 +355,26 @@ class Blend:
         array = np.array(weights, np.float64)  # a copy: the caller may go on to change theirs
         if array.shape != (self.num_domains,):
             raise InputError(f"weights have shape {array.shape}, expected [{self.num_domains}], one for each domain.")
-        largest = array.max()
-        if not (array.min() >= 0 and largest < np.inf):  # not: nor where one is nan
-            bad = int(np.argmin((array >= 0) & (array < np.inf)))
-            raise InputError(
-                f"the weight of domain {bad} is {array[bad]}, expected a finite number that is not negative."
-            )
-        if largest == 0:
-            raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
-        with np.errstate(over="ignore"):
-            total = np.cumsum(array)[-1]  # one by one: np.sum may group terms differently from machine to machine
+        values = array.tolist()  # of some hundred numbers, Python finds the least and the sum in less time than numpy
+        least, largest = min(values), max(values)
+        if not (least >= 0 and 1e-200 < largest < 1e200):
+            largest = self._largest(array)
+            array /= largest  # so that the sum of huge weights is finite and tiny ones keep their digits
+            values = array.tolist()
+        total = math.fsum(values)  # exact, so the same on every machine
+        if math.isnan(total):
+            self._largest(array)
         # Weights that were normalised before stay what they are to the last bit, so that setting them again is no
         # change.
-        if abs(total - 1.0) <= 1e-12:
-            return array
-        array /= largest  # first, so that the sum of huge weights is finite and tiny ones keep their digits
-        return array / np.cumsum(array)[-1]
+        return array if abs(total - 1.0) <= 1e-12 else array / total
+
+    def _largest(self, array: Floats) -> float:
+        """The largest weight; raises unless all are finite and not negative, and one is above 0."""
+        bad = np.flatnonzero(~((array >= 0) & (array < np.inf)))
+        if bad.size:
+            raise InputError(
+                f"the weight of domain {bad[0]} is {array[bad[0]]}, expected a finite number that is not negative."
+            )
+        if not array.any():
+            raise InputError(f"the weights of all {self.num_domains} domains are 0, expected at least one above 0.")
+        return float(array.max())

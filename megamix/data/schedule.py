@@ -71,10 +71,7 @@ class Order:
         self._deficits = deficits.take(self._domains)
         self._starts, self._levels, self._shares = _phases(self._weights, self._deficits)
         self._last = self._shares.size - 1
-        # As lists too, from which single numbers are read faster.
-        self._start_list, self._level_list, self._share_list = (
-            array[: self._last + 1].tolist() for array in (self._starts, self._levels, self._shares)
-        )
+        self._start_list = self._starts[: self._last + 1].tolist()  # a list is searched faster
         self._settled = np.inf  # from this position on, all samples are known to be due in the last phase
 
     def window(self, start: int, stop: int, given: Ints | None = None) -> tuple[Ints, Ints]:
@@ -127,8 +124,8 @@ class Order:
         if first == last:
             begin, weights = self._start_list[first], self._weights
             height += (weights * begin).take(index)
-            due = self._level_list[first] - height
-            due /= (weights + self._share_list[first]).take(index)
+            due = self._levels.item(first) - height
+            due /= (weights + self._shares.item(first)).take(index)
             due += begin
             return np.minimum(due, self._starts[first + 1], out=due)
         weight = self._weights.take(index)
@@ -147,14 +144,14 @@ class Order:
         first, last = self._phase_at(self._early(start)), self._phase_at(self._late(stop))
         if first:
             height = self._deficits - (low + 0.5)
-            if not (height + self._weights * self._start_list[first] <= self._level_list[first]).all():
+            if not (height + self._weights * self._start_list[first] <= self._levels.item(first)).all():
                 first = 0
             elif first == self._last:
                 # Later positions have no samples before those of low.
                 self._settled = min(self._settled, start)
         if last < self._last:
             height = self._deficits - (high - 0.5)
-            if (height + self._weights * self._start_list[last + 1] <= self._level_list[last + 1]).any():
+            if (height + self._weights * self._start_list[last + 1] <= self._levels.item(last + 1)).any():
                 last = self._last
         return first, last
 
@@ -177,7 +174,7 @@ class Order:
     def _due_by(self, clock: float, slack: float) -> Ints:
         """Whole numbers of samples due by ``clock``; a value within ``slack`` of the next one counts as the next."""
         phase = self._phase_at(clock)
-        level = self._level_list[phase] - self._share_list[phase] * (clock - self._start_list[phase])
+        level = self._levels.item(phase) - self._shares.item(phase) * (clock - self._start_list[phase])
         number = self._weights * clock
         number += self._deficits
         number -= level + 0.5 - slack
@@ -206,24 +203,36 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
         (starts, levels, shares), float64: the clock where each phase starts, L there, and how fast it falls. Phases
         that start at `NEVER` or later are left out; infinities follow the starts and levels, for a search by halves.
     """
-    members = np.arange(1.0, weights.size + 1)
-    times, means, joins, shares = np.zeros((4, weights.size))
-    order = (-deficits).argsort(kind="stable")
+    number = weights.size
+    earlier = np.arange(float(number))
+
+    def in_order(order: Ints) -> tuple[Floats, Floats, Floats]:
+        """Deficits summed so far, weights summed from there on, and when each domain meets those before it."""
+        weight, deficit = weights.take(order), deficits.take(order)
+        total = deficit.cumsum()
+        # From the end: 1 - (the weight of those that joined) would lose tiny weights.
+        waiting = weight[::-1].cumsum()[::-1]
+        # (mean of those before - deficit) / (weight + share), both times the number before.
+        return total, waiting, (total - deficit - earlier * deficit) / (waiting + earlier * weight)
+
     with np.errstate(over="ignore"):
-        for _ in range(weights.size):
-            weight, deficit = weights.take(order), deficits.take(order)
-            means = deficit.cumsum() / members
-            # Summed from the end: 1 - (those that joined) would lose tiny weights.
-            shares[:-1] = weight[:0:-1].cumsum()[::-1] / members[:-1]
-            joins[1:] = (means[:-1] - deficit[1:]) / (weight[1:] + shares[:-1])
+        times = np.zeros(number)
+        order = (-deficits).argsort(kind="stable")
+        total, waiting, joins = in_order(order)
+        for _ in range(number):
             times[order] = np.maximum(times.take(order), joins)
             before, order = order, times.argsort(kind="stable")
             if before.tobytes() == order.tobytes():
                 break
+            total, waiting, joins = in_order(order)
     joins = np.maximum.accumulate(joins)
-    number = int(joins.searchsorted(NEVER))
-    starts = np.full(2 * number + 1, np.inf)
-    starts[:number] = joins[:number]
+    shares = np.zeros(number)
+    shares[:-1] = waiting[1:]
+    phases = int(joins.searchsorted(NEVER))
+    members, joins, shares = earlier[:phases] + 1.0, joins[:phases], shares[:phases]
+    shares /= members
+    starts = np.full(2 * phases + 1, np.inf)
+    starts[:phases] = joins
     levels = -starts
-    levels[:number] = np.minimum.accumulate(means[:number] - shares[:number] * joins[:number])
-    return starts, levels, shares[:number]
+    levels[:phases] = np.minimum.accumulate(total[:phases] / members - shares * joins)
+    return starts, levels, shares
