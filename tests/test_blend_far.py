@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamix.data import Blend
+from megamix.data.blend import MAX_ORDERS
 
 FAR = 10**10
 
@@ -118,6 +119,20 @@ class CountedList(list[Any]):
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
         CountedList.reads += 1
         return super().__getitem__(index)
+
+
+def test_many_changes_kept_are_not_all_worked_out() -> None:
+    """Nobody forgets: of each segment four short arrays stay, and what was worked out from them for the last ones."""
+    rng = np.random.default_rng(0)
+    blend = Blend([1000] * 3, [1] * 3, 1)
+    taken = []
+    for _ in range(MAX_ORDERS + 50):
+        blend.set_weights(rng.random(3) + 0.1)
+        taken += pairs(blend.take(3))
+    assert len(blend._segments) == MAX_ORDERS + 50
+    assert len(blend._orders) == MAX_ORDERS
+    assert pairs(blend.window(0, len(taken))) == taken
+    assert len(blend._orders) == MAX_ORDERS
 
 
 def test_many_changes_kept_are_searched_by_halves() -> None:

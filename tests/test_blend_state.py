@@ -121,6 +121,8 @@ def test_forgetting_keeps_what_follows() -> None:
     for call in (lambda: blend.window(69, 1), lambda: blend.counts_at(69), lambda: blend.state_dict(at=69)):
         with pytest.raises(InputError, match="position 69 lies before 70"):
             call()
+    blend.forget_before(3)  # long gone
+    assert blend.ledger[0][0] == 70
     blend.forget_before(10**6)
     assert [start for start, _ in blend.ledger] == [90, 120]
     assert pairs(blend.take(60)) == pairs(whole.take(60))

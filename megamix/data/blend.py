@@ -33,6 +33,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Sampling = Literal["low_discrepancy", "iid"]
 
+MAX_ORDERS = 256  # kept worked out, of segments that were not forgotten
+
 
 class Blend:
     """An endless sequence of (domain, sample) in which each domain's share follows its weight.
@@ -80,7 +82,7 @@ class Blend:
         self._rows, self._columns = grids[:, 0], grids[:, 1]
         zeros = np.zeros(self.num_domains)
         counts = zeros.astype(np.int64)
-        self._orders: dict[int, Order | Draws] = {}  # by the start of their segment; worked out when first needed
+        self._orders: dict[int, Order | Draws] = {}  # by the start of their segment
         self._stand([Segment(0, self._checked(weights), zeros, counts)], 0, counts)
 
     @property
@@ -217,7 +219,7 @@ class Blend:
     def forget_before(self, position: int) -> None:
         """Drops segments that end at or before ``position``, so that memory does not grow with the number of changes;
         never what lies ahead of the current position."""
-        past = self._index_at(min(position, self._position))
+        past = self._index_at(max(self._segments[0].start, min(position, self._position)))
         for segment in self._segments[:past]:
             self._orders.pop(segment.start, None)
         del self._segments[:past]
@@ -288,13 +290,15 @@ class Blend:
 
     def _order_of(self, segment: Segment) -> Order | Draws:
         """The order of a segment's positions, of which 0 is its start."""
-        order = self._orders.get(segment.start)
+        order = self._orders.pop(segment.start, None)
         if order is None:
             if self.sampling == "iid":
                 order = Draws(self.seed, segment.start, segment.weights)
             else:
                 order = Order(segment.weights, segment.deficits)
-            self._orders[segment.start] = order
+            if len(self._orders) == MAX_ORDERS:
+                del self._orders[next(iter(self._orders))]
+        self._orders[segment.start] = order  # last, as the one used last
         return order
 
     def _check_kept(self, blend: Blend, kept: Sequence[int | None]) -> None:
