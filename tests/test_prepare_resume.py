@@ -156,6 +156,7 @@ def test_kept_work_is_not_done_again_and_workers_end(corpus: Path, prepared: Pat
     assert second.returncode == 0
     assert f"code: going on after {done['file_bytes'] / 1e6:.1f} MB" in errors.decode()
     assert "books: unchanged, kept" in errors.decode()
+    assert "books: going on" not in errors.decode()
     assert contents(out) == contents(prepared)
 
 

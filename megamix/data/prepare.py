@@ -211,7 +211,6 @@ class _Work:
                 record = part.read()
                 if record is not None and (record.settings, record.inputs) == (self._settings, inputs):
                     part.journal_path.unlink(missing_ok=True)
-                    shown.begin(name, sizes[name])
                     shown.finish(name, "unchanged, kept")
                     continue
                 (self._out / name).mkdir(exist_ok=True)

@@ -85,12 +85,12 @@ def start_worker(path: str, layer: str) -> None:
         from transformers import PreTrainedTokenizerFast
 
         fast = PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END_OF_DOCUMENT)
-        _encode, _eod = lambda text: fast(text).input_ids, fast.convert_tokens_to_ids(END_OF_DOCUMENT)
+        _encode, _eod = lambda text: fast(text).input_ids, fast.get_vocab()[END_OF_DOCUMENT]
     else:
         from tokenizers import Tokenizer
 
         raw = Tokenizer.from_file(path)
-        _encode, _eod = lambda text: raw.encode(text).ids, raw.token_to_id(END_OF_DOCUMENT)
+        _encode, _eod = lambda text: raw.encode(text).ids, raw.get_vocab()[END_OF_DOCUMENT]
 
 
 def encode_line(line: str) -> tuple[list[int], list[int], int]:
@@ -156,7 +156,7 @@ def parent_alone(corpus: Path, out: Path, tokenizer: Path) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", nargs="*", default=[], help="files as megamix prepare reads them")
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
