@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import gzip
-import io
 import json
 import math
 import shutil
@@ -41,30 +40,28 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def plain(path: Path) -> bytes:
+    """The contents, decompressed."""
+    if path.suffix == ".gz":
+        return gzip.decompress(path.read_bytes())
+    if path.suffix == ".zst":
+        with zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True) as stream:
+            return stream.readall()
+    return path.read_bytes()
+
+
 def held_out(name: str, paths: list[Path], fraction: float) -> list[bool]:
     """Of every document that is not empty, in order, by the byte of its file at which its line begins."""
     chooser = HeldOut(name, 1234, fraction)
     found: list[bool] = []
     for file, path in enumerate(paths):
         place = 0
-        opened = {".gz": gzip.open, ".zst": lambda path: io.BytesIO(read_zst(path))}.get(path.suffix, open)
-        with opened(path, *(["rb"] if path.suffix != ".zst" else [])) as lines:
-            for line in [lines.read()] if path.suffix == ".txt" else lines:
-                text = line.decode() if path.suffix == ".txt" else json.loads(line)["text"] if line.strip() else ""
-                if text.strip():
-                    hashes = chooser.hashes(file, np.array([place]))
-                    found.append(bool(chooser.take(hashes, first=False)[0]))
-                place += len(line)
+        for line in [plain(path)] if path.suffix == ".txt" else plain(path).splitlines(keepends=True):
+            if line.strip() and (path.suffix == ".txt" or json.loads(line)["text"].strip()):
+                hashes = chooser.hashes(file, np.array([place]))
+                found.append(bool(chooser.take(hashes, first=False)[0]))
+            place += len(line)
     return found
-
-
-def read_zst(path: Path) -> bytes:
-    return b"".join(
-        zstandard.ZstdDecompressor()
-        .stream_reader(path.read_bytes(), read_across_frames=True)
-        .readall()
-        .splitlines(True)
-    )
 
 
 def test_every_document_once_in_order(corpus: Path, prepared: Path) -> None:
