@@ -36,11 +36,9 @@ def check_num_domains(num_domains: int) -> None:
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise ValueError for an unknown name and NotImplementedError for one that is still to come."""
+    """Raise ValueError for an unknown name."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation == "triton":
-        raise NotImplementedError("implementation 'triton' is not in this version; use 'auto' or 'torch'")
 
 
 def check_logits(logits_NV: Tensor) -> None:
@@ -54,15 +52,13 @@ def check_logits(logits_NV: Tensor) -> None:
         raise ValueError(f"logits_NV must have at least one column, got shape {shape}")
 
 
-def check_vectors(logits_NV: Tensor, vectors: Mapping[str, Tensor | None]) -> None:
+def check_vectors(num_rows: int, device: torch.device, vectors: Mapping[str, Tensor | None]) -> None:
     """Raise unless each given tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits'
     device."""
     for name, vector_N in vectors.items():
         if vector_N is None and name in ("mask_N", "reference_loss_N"):
             continue
-        _check_like(
-            name, vector_N, VECTOR_DTYPES[name], logits_NV.shape[0], logits_NV.device, "one entry a row of logits_NV"
-        )
+        _check_like(name, vector_N, VECTOR_DTYPES[name], num_rows, device, "one entry a row of logits_NV")
 
 
 def check_loss_weights(loss_weights_K: Tensor | None, num_domains: int, device: torch.device) -> None:
@@ -84,27 +80,30 @@ def check_options(
         raise ValueError(f"vocab_size must be from 1 to {num_columns}, the columns of logits_NV; got {vocab_size}")
 
 
-def check_normaliser(normaliser: float | Tensor | None, device: torch.device) -> float | Tensor | None:
-    """The divisor as a number where the host has it, else as a tensor on the device; None stays None.
+def check_scalar(
+    name: str, value: float | Tensor | None, device: torch.device, *, positive: bool
+) -> float | Tensor | None:
+    """The value as a number where the host has it, else as a tensor on the device; None stays None.
 
     Raises:
         TypeError: a complex or bool tensor.
-        ValueError: not one element, on a third device, or (where the host can see it) not finite and positive.
+        ValueError: not one element, on a third device, or (where the host can see it) not finite or, if asked for, not
+            positive.
     """
-    if normaliser is None:
+    if value is None:
         return None
-    if isinstance(normaliser, Tensor):
-        _check_dtype("normaliser", normaliser, (*FLOAT_DTYPES, *INTEGER_DTYPES))
-        if normaliser.numel() != 1:
-            raise ValueError(f"normaliser must have one element, got shape {list(normaliser.shape)}")
-        if normaliser.device.type != "cpu":
-            if normaliser.device != device:
-                raise ValueError(f"normaliser is on {normaliser.device}; wanted {device}, like logits_NV, or cpu")
-            return normaliser.detach().reshape(())
-        normaliser = float(normaliser.detach())
-    if not (math.isfinite(normaliser) and normaliser > 0):
-        raise ValueError(f"normaliser must be finite and positive, got {normaliser}")
-    return normaliser
+    if isinstance(value, Tensor):
+        _check_dtype(name, value, (*FLOAT_DTYPES, *INTEGER_DTYPES))
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+        if value.device.type != "cpu":
+            if value.device != device:
+                raise ValueError(f"{name} is on {value.device}; wanted {device}, like logits_NV, or cpu")
+            return value.detach().reshape(())
+        value = float(value.detach())
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
+    return value
 
 
 def check_values(

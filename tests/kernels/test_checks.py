@@ -55,7 +55,6 @@ REFUSED = {
     "sums K": ({"sums": DomainSums(4)}, ValueError, "sums are for 4 domains on cpu; wanted 3 domains on cpu"),
     "sums type": ({"sums": torch.zeros(3, 4).long()}, TypeError, "sums must be a DomainSums, got Tensor"),
     "implementation": ({"implementation": "cuda"}, ValueError, "auto, torch, triton; got 'cuda'"),
-    "triton": ({"implementation": "triton"}, NotImplementedError, "'triton' is not in this version; use 'auto' or"),
 }
 
 

@@ -1,0 +1,306 @@
+"""The kernels of the Triton path: one program a row of logits, in fp32, the statistics inside.
+
+`loss_rows` reads every row once (mode B) or, with GRADIENT, a second time to write the gradient, preferably over the
+logits (mode A). `gradient_rows` is mode B's backward pass. Under a vocabulary split over ranks, `partial_rows` reads
+this rank's columns, the ranks exchange four numbers a row, and `finish_rows` merges them as `loss_rows` would have.
+
+Optional pointers are None; ``scale`` and ``divisor`` are numbers the host knows, and their pointers, where given, are
+further factors that only the device knows. Offsets of rows are int64: 16384 rows of 131072 are 2**31 elements.
+
+Shapes: N tokens, V logits a token (of this rank), K domains, T ranks.
+"""
+
+# tl.static_range has no type that a checker can iterate over:
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from megamix_kernels.triton_rows import LOG2_E, conclude, describe, read_row, write_gradient, write_zeros
+
+
+@triton.jit
+def _times(number, pointer):
+    """The number times what the pointer, if there is one, points to."""
+    if pointer is not None:
+        number = number * tl.load(pointer).to(tl.float32)
+    return number
+
+
+@triton.jit
+def loss_rows(
+    logits,
+    gradients,
+    labels,
+    domains,
+    mask,
+    weights,
+    references,
+    sums,
+    row_losses,
+    token_losses,
+    maxima,
+    norms,
+    scale_pointer,
+    divisor_pointer,
+    scale,
+    divisor,
+    num_columns,
+    row_stride,
+    gradient_stride,
+    ignore_index,
+    vocab_size,
+    num_domains,
+    z_loss,
+    softcap,
+    smoothing,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Loss and statistics of one row, and with GRADIENT its gradient; else its maximum and norm are kept."""
+    row = tl.program_id(0).to(tl.int64)
+    counted, label, domain, weight, valid = describe(
+        row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
+    )
+    if counted == 0:
+        tl.store(row_losses + row, 0.0)
+        if token_losses is not None:
+            tl.store(token_losses + row, 0.0)
+        if GRADIENT:
+            write_zeros(gradients + row * gradient_stride, num_columns, CHUNKS, CHUNK)
+        return
+    logits_row = logits + row * row_stride
+    column = tl.where(valid, label, -1).to(tl.int32)
+    row_max, norm, target, deviation = read_row(
+        logits_row, column, num_columns, vocab_size, softcap, SOFTCAP, SMOOTHING, CHUNKS, CHUNK
+    )
+    conclude(
+        row,
+        True,
+        True,
+        valid,
+        domain,
+        weight,
+        row_max,
+        norm,
+        target,
+        deviation,
+        references,
+        sums,
+        row_losses,
+        token_losses,
+        _times(divisor, divisor_pointer),
+        vocab_size,
+        z_loss,
+        smoothing,
+        Z_LOSS,
+        SMOOTHING,
+    )
+    if GRADIENT:
+        write_gradient(
+            gradients + row * gradient_stride,
+            logits_row,
+            column,
+            num_columns,
+            vocab_size,
+            vocab_size,
+            row_max,
+            norm,
+            weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
+            z_loss,
+            softcap,
+            smoothing,
+            Z_LOSS,
+            SOFTCAP,
+            CHUNKS,
+            CHUNK,
+        )
+    else:
+        tl.store(maxima + row, row_max)
+        tl.store(norms + row, norm)
+
+
+@triton.jit
+def gradient_rows(
+    logits,
+    gradients,
+    labels,
+    domains,
+    mask,
+    weights,
+    maxima,
+    norms,
+    scale_pointer,
+    divisor_pointer,
+    scale,
+    divisor,
+    num_columns,
+    valid_columns,
+    first_column,
+    row_stride,
+    gradient_stride,
+    ignore_index,
+    vocab_size,
+    num_domains,
+    z_loss,
+    softcap,
+    smoothing,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The gradient of one row of this rank's columns, whose maximum and norm over all columns are known."""
+    row = tl.program_id(0).to(tl.int64)
+    counted, label, _, weight, valid = describe(
+        row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
+    )
+    gradient_row = gradients + row * gradient_stride
+    if counted == 0:
+        write_zeros(gradient_row, num_columns, CHUNKS, CHUNK)
+        return
+    write_gradient(
+        gradient_row,
+        logits + row * row_stride,
+        tl.where(valid, label - first_column, -1).to(tl.int32),
+        num_columns,
+        valid_columns,
+        vocab_size,
+        tl.load(maxima + row),
+        tl.load(norms + row),
+        weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
+        z_loss,
+        softcap,
+        smoothing,
+        Z_LOSS,
+        SOFTCAP,
+        CHUNKS,
+        CHUNK,
+    )
+
+
+@triton.jit
+def partial_rows(
+    logits,
+    labels,
+    domains,
+    mask,
+    partials,
+    num_rows,
+    num_columns,
+    valid_columns,
+    first_column,
+    row_stride,
+    ignore_index,
+    vocab_size,
+    num_domains,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Four numbers of one row of this rank's columns, into [4, N]: maximum, norm, label's score, deviation."""
+    row = tl.program_id(0).to(tl.int64)
+    counted, label, _, _, valid = describe(
+        row, True, labels, domains, mask, None, ignore_index, vocab_size, num_domains
+    )
+    if counted == 0:
+        return
+    column = tl.where(valid, label - first_column, -1).to(tl.int32)
+    row_max, norm, target, deviation = read_row(
+        logits + row * row_stride,
+        column,
+        num_columns,
+        valid_columns,
+        softcap,
+        SOFTCAP,
+        SMOOTHING,
+        CHUNKS,
+        CHUNK,
+    )
+    tl.store(partials + row, row_max)
+    tl.store(partials + num_rows + row, norm)
+    tl.store(partials + 2 * num_rows + row, target)
+    tl.store(partials + 3 * num_rows + row, deviation)
+
+
+@triton.jit
+def finish_rows(
+    partials,
+    labels,
+    domains,
+    mask,
+    weights,
+    references,
+    sums,
+    row_losses,
+    token_losses,
+    maxima,
+    norms,
+    divisor_pointer,
+    divisor,
+    num_rows,
+    num_columns,
+    ignore_index,
+    vocab_size,
+    num_domains,
+    z_loss,
+    smoothing,
+    Z_LOSS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Losses and statistics of a block of rows from all ranks' numbers [T, 4, N], merged in the order of ranks."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < num_rows
+    counted, _, domain, weight, valid = describe(
+        row, here, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
+    )
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    target = tl.full([ROWS], float("-inf"), tl.float32)
+    for rank in tl.static_range(RANKS):
+        part = partials + rank * 4 * num_rows + row
+        row_max = tl.maximum(row_max, tl.load(part, mask=counted, other=0.0))
+        target = tl.maximum(target, tl.load(part + 2 * num_rows, mask=counted, other=0.0))
+    safe = tl.where(row_max == float("-inf"), 0.0, row_max)
+    norm = tl.zeros([ROWS], tl.float32)
+    deviation = tl.zeros([ROWS], tl.float32)
+    for rank in tl.static_range(RANKS):
+        part = partials + rank * 4 * num_rows + row
+        part_max = tl.load(part, mask=counted, other=0.0)
+        norm += tl.load(part + num_rows, mask=counted, other=1.0) * tl.exp2((part_max - safe) * LOG2_E)
+        if SMOOTHING:
+            columns = tl.minimum(tl.maximum(vocab_size - rank * num_columns, 0), num_columns)
+            part_safe = tl.where(part_max == float("-inf"), 0.0, part_max)
+            deviation += tl.load(part + 3 * num_rows, mask=counted, other=0.0) + columns * (part_safe - safe)
+
+    tl.store(maxima + row, row_max, mask=counted)
+    tl.store(norms + row, norm, mask=counted)
+    conclude(
+        row,
+        here,
+        counted,
+        valid,
+        domain,
+        weight,
+        row_max,
+        norm,
+        target,
+        deviation,
+        references,
+        sums,
+        row_losses,
+        token_losses,
+        _times(divisor, divisor_pointer),
+        vocab_size,
+        z_loss,
+        smoothing,
+        Z_LOSS,
+        SMOOTHING,
+    )
