@@ -7,7 +7,8 @@
 This package imports torch and nothing from megamix, so that it can be used in any trainer.
 """
 
+from megamix_kernels.linear import linear_domain_cross_entropy
 from megamix_kernels.loss import DomainLoss, domain_cross_entropy
 from megamix_kernels.sums import DomainSums
 
-__all__ = ["DomainLoss", "DomainSums", "domain_cross_entropy"]
+__all__ = ["DomainLoss", "DomainSums", "domain_cross_entropy", "linear_domain_cross_entropy"]

@@ -52,6 +52,19 @@ def check_logits(logits_NV: Tensor) -> None:
         raise ValueError(f"logits_NV must have at least one column, got shape {shape}")
 
 
+def check_projection(hidden_NH: Tensor, weight_VH: Tensor) -> None:
+    """Raise unless [N, H] and [V, H] have one floating dtype and device, V >= 1 and H >= 1."""
+    _check_dtype("hidden_NH", hidden_NH, FLOAT_DTYPES)
+    _check_dtype("weight_VH", weight_VH, (hidden_NH.dtype,))
+    shapes = f"{list(hidden_NH.shape)} and {list(weight_VH.shape)}"
+    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(f"hidden_NH and weight_VH must be [N, H] and [V, H], got {shapes}")
+    if not weight_VH.numel():
+        raise ValueError(f"weight_VH must have at least one row and one column, got {list(weight_VH.shape)}")
+    if hidden_NH.device != weight_VH.device:
+        raise ValueError(f"weight_VH is on {weight_VH.device}, but hidden_NH is on {hidden_NH.device}; move it there")
+
+
 def check_vectors(num_rows: int, device: torch.device, vectors: Mapping[str, Tensor | None]) -> None:
     """Raise unless each given tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits'
     device."""

@@ -306,7 +306,7 @@ class _DomainLoss(torch.autograd.Function):
 
 
 class PromisedGradient:
-    """Gradients computed for a promised incoming gradient, to be handed on once and unchanged."""
+    """Gradients computed with the loss, to be handed on once; for the promised incoming gradient ``scale``, if any."""
 
     def __init__(self, scale: float | Tensor | None, *gradients: Tensor) -> None:
         self._scale = scale
@@ -320,20 +320,22 @@ class PromisedGradient:
             RuntimeError: taken before, overwritten since, or (on the CPU) promised for another incoming gradient.
         """
         if not self._gradients:
-            raise RuntimeError("the gradient of gradient_scale was handed on by an earlier backward pass; call once")
+            raise RuntimeError(
+                "the gradient, computed with the loss, was handed on by an earlier backward pass; a second backward "
+                "pass needs a second call"
+            )
         if [gradient._version for gradient in self._gradients] != self._versions:
             raise RuntimeError(
                 "the logits were modified by an inplace operation after their gradient had been written over them; "
                 "pass keep_logits=True or leave them alone"
             )
-        if grad_loss.device.type == "cpu":
-            self._check(grad_loss)
+        if self._scale is not None and grad_loss.device.type == "cpu":
+            self._check(grad_loss, self._scale)
         gradients, self._gradients = self._gradients, ()
         return gradients
 
-    def _check(self, grad_loss: Tensor) -> None:
-        assert self._scale is not None
-        promised = torch.as_tensor(self._scale, dtype=grad_loss.dtype)
+    def _check(self, grad_loss: Tensor, scale: float | Tensor) -> None:
+        promised = torch.as_tensor(scale, dtype=grad_loss.dtype)
         if not torch.allclose(grad_loss, promised, rtol=1e-6, atol=0.0):
             raise RuntimeError(
                 f"gradient_scale promised an incoming gradient of {promised.item()}, but {grad_loss.item()} came; "

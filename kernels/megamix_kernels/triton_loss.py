@@ -27,6 +27,8 @@ from megamix_kernels.task import NUM_PARTIALS, Task, gather_partials
 
 OVERWRITES = True  # the gradient may be written over the logits
 FINISH_ROWS = 128
+# Stated, because the default is to change, and with it the last bits.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # TRITON_INTERPRET=1 makes kernels that run on the host.
 INTERPRETED = not isinstance(kernels.loss_rows, triton.JITFunction)
 
@@ -45,13 +47,14 @@ class Launch(NamedTuple):
 def launch_for(num_columns: int, element_size: int) -> Launch:
     """The launch for rows of that width.
 
-    A chunk is one 16-byte load. Wide rows get 32 warps with two loads each under way: one or two programs then fill a
-    multiprocessor, and the rows in work (264 x 128 KB for 65536 bf16 columns) fit the second-level cache, so that the
-    second reading of a row need not come from memory.
+    A chunk is one 16-byte load, and a thread has two of them under way. The number of warps is chosen for the second
+    reading of a row to come from the second-level cache: a multiprocessor holds about 32 warps of these kernels, so at
+    10 KiB of row a warp, the rows in work on 132 of them are at most 42 MB.
     """
     chunk = 16 // element_size
-    chunks = min(max(triton.next_power_of_2(triton.cdiv(num_columns, chunk)), 32), 2048)
-    return Launch(chunks, chunk, min(max(chunks // 64, 1), 32))
+    num_warps = min(triton.next_power_of_2(triton.cdiv(num_columns * element_size, 10 * 1024)), 32)
+    chunks = min(64 * num_warps, triton.next_power_of_2(triton.cdiv(num_columns, chunk)))
+    return Launch(max(chunks, 32 * num_warps), chunk, num_warps)
 
 
 def why_not(logits_NV: Tensor) -> str | None:
@@ -201,6 +204,7 @@ def _launch_parallel_loss(
         **_objective_arguments(task, "Z_LOSS", "SMOOTHING"),
         RANKS=partials_T4N.shape[0],
         ROWS=FINISH_ROWS,
+        **COMPILE_OPTIONS,
     )
 
 
@@ -224,7 +228,7 @@ def _scales(**values: float | Tensor | None) -> dict[str, Any]:
 
 
 def _tile_arguments(launch: Launch) -> dict[str, Any]:
-    return {"CHUNKS": launch.chunks, "CHUNK": launch.chunk, "num_warps": launch.num_warps}
+    return {"CHUNKS": launch.chunks, "CHUNK": launch.chunk, "num_warps": launch.num_warps, **COMPILE_OPTIONS}
 
 
 def _launch_of(logits_NV: Tensor) -> Launch:

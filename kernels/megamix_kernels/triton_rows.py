@@ -37,19 +37,15 @@ def _capped(logit, softcap):
 
 
 @triton.jit
-def _tile(logits_row, columns, num_columns, valid_columns, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of one tile in fp32. With MASKED, columns beyond the row are not touched and invalid ones are -inf."""
+def _tile(logits_tile, offsets_EG, num_left, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """Scores of one tile in fp32. With MASKED only the ``num_left`` columns that the row has left are touched."""
     if MASKED:
-        # The bound of the load is the row's allocated width, which keeps the load vectorised whatever is valid.
-        score = tl.load(logits_row + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+        score_EG = tl.load(logits_tile + offsets_EG, mask=offsets_EG < num_left, other=0.0).to(tl.float32)
     else:
-        score = tl.load(logits_row + columns).to(tl.float32)
+        score_EG = tl.load(logits_tile + offsets_EG).to(tl.float32)
     if SOFTCAP:
-        score = _capped(score, softcap)
-    if MASKED:
-        # After the cap, which would make -inf a finite number.
-        score = tl.where(columns < valid_columns, score, float("-inf"))
-    return score
+        score_EG = _capped(score_EG, softcap)
+    return score_EG
 
 
 @triton.jit
@@ -104,14 +100,15 @@ def read_row(
     shifted_E = tl.zeros([CHUNKS], tl.float32)
     whole = valid_columns // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        columns = start + offsets_EG
-        score = _tile(logits_row, columns, num_columns, valid_columns, softcap, SOFTCAP, False)
-        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score, True, shift, SMOOTHING, False)
-    for start in range(whole, valid_columns, BLOCK):
-        columns = start + offsets_EG
-        score = _tile(logits_row, columns, num_columns, valid_columns, softcap, SOFTCAP, True)
-        valid = columns < valid_columns
-        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score, valid, shift, SMOOTHING, True)
+        score_EG = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
+        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, True, shift, SMOOTHING, False)
+    if whole < valid_columns:
+        # Loaded up to the row's allocated width, which keeps the loads wide whatever is valid; masked after the cap,
+        # which would make -inf a finite number.
+        score_EG = _tile(logits_row + whole, offsets_EG, num_columns - whole, softcap, SOFTCAP, True)
+        valid_EG = offsets_EG < valid_columns - whole
+        score_EG = tl.where(valid_EG, score_EG, float("-inf"))
+        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, valid_EG, shift, SMOOTHING, True)
 
     row_max = tl.max(max_E, axis=0)
     safe = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -121,9 +118,9 @@ def read_row(
 
 
 @triton.jit
-def _gradient_of(score, columns, label_column, row_max, peak, spread, at_label, softcap, SOFTCAP: tl.constexpr):
+def _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP: tl.constexpr):
     """The gradient of one tile in fp32: (exp(s - max) * peak - scaled target distribution) * ds/dlogit."""
-    gradient = tl.exp2((score - row_max) * LOG2_E) * peak - tl.where(columns == label_column, at_label, spread)
+    gradient = tl.exp2((score - row_max) * LOG2_E) * peak - tl.where(is_label, at_label, spread)
     if SOFTCAP:
         gradient = gradient * (1.0 - (score / softcap) * (score / softcap))
     return gradient
@@ -157,18 +154,19 @@ def write_gradient(
     spread = scale * smoothing / vocab_size
     at_label = scale * (1.0 - smoothing) + spread
     whole = valid_columns // BLOCK * BLOCK
-    tail = (num_columns - whole + BLOCK - 1) // BLOCK
-    for step in range(tail):
-        columns = whole + (tail - 1 - step) * BLOCK + offsets_EG
-        score = _tile(logits_row, columns, num_columns, valid_columns, softcap, SOFTCAP, True)
-        gradient = _gradient_of(score, columns, label_column, row_max, peak, spread, at_label, softcap, SOFTCAP)
-        gradient = tl.where(columns < valid_columns, gradient, 0.0)
-        tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=columns < num_columns)
+    dtype: tl.constexpr = gradient_row.dtype.element_ty
+    for start in range(whole, num_columns, BLOCK):
+        score = _tile(logits_row + start, offsets_EG, num_columns - start, softcap, SOFTCAP, True)
+        is_label = offsets_EG == label_column - start
+        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
+        gradient = tl.where(offsets_EG < valid_columns - start, gradient, 0.0)
+        tl.store(gradient_row + start + offsets_EG, gradient.to(dtype), mask=offsets_EG < num_columns - start)
     for step in range(whole // BLOCK):
-        columns = whole - (step + 1) * BLOCK + offsets_EG
-        score = _tile(logits_row, columns, num_columns, valid_columns, softcap, SOFTCAP, False)
-        gradient = _gradient_of(score, columns, label_column, row_max, peak, spread, at_label, softcap, SOFTCAP)
-        tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty))
+        start = whole - (step + 1) * BLOCK
+        score = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
+        is_label = offsets_EG == label_column - start
+        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
+        tl.store(gradient_row + start + offsets_EG, gradient.to(dtype))
 
 
 @triton.jit
@@ -196,7 +194,7 @@ def describe(row, here, labels, domains, mask, weights, ignore_index, vocab_size
     weight = tl.where(valid, 1.0, float("nan"))
     if weights is not None:
         weight = weight * tl.load(weights + nearest, mask=here, other=0.0).to(tl.float32)
-    return counted, label, nearest, weight, valid
+    return counted, label, nearest.to(tl.int32), weight, valid
 
 
 @triton.jit
