@@ -16,6 +16,7 @@ REQUIRES = [
     "numpy>=1.26",
     "pydantic>=2.9",
     "pyyaml",
+    "regex",
     "rich",
     "safetensors>=0.5",
     "tokenizers>=0.21",
@@ -44,6 +45,7 @@ EXTRAS = {
         "scipy",
         "setuptools>=77",
         "tensorboard",
+        "triton>=3.6",
     ],
 }
 

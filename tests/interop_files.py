@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from megamix.cli import app
 from megamix.data.blend import Blend
-from megamix.data.indexed import IndexedWriter
 from megamix.data.tokenizer import train_tokenizer
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 
 EOD = 0

@@ -15,8 +15,8 @@ import torch
 
 from megamix import doctor as module
 from megamix.config import validate
-from megamix.data.indexed import IndexedWriter
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.writer import IndexedWriter
 from megamix.doctor import doctor
 from megamix.engines.config import EngineConfig
 from megamix.errors import InputError, ResumeRefused

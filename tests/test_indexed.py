@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT
 
-from megamix.data.indexed import IndexedTokens, IndexedWriter, pick_dtype
+from megamix.data.indexed import IndexedTokens, pick_dtype
 from megamix.data.stream import DomainTokens
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 
 # Written once by megatron-core 0.16.1's IndexedDatasetBuilder.

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from interop_files import blend, error_of, write_documents, write_tokenizer
 
-from megamix.data.indexed import IndexedTokens, IndexedWriter
+from megamix.data.indexed import IndexedTokens
 from megamix.data.manifest import Manifest
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 from megamix.interop.scan import FileJob, scan_files
 from megamix.interop.weights import read_weights

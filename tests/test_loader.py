@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megamix.data.blend import Blend
-from megamix.data.indexed import IndexedWriter
 from megamix.data.loader import Loader, WindowReader
 from megamix.data.sampler import Sampler, Slice
 from megamix.data.stream import DomainTokens
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError, MegamixError
 
 SEQ = 8

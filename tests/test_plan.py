@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megamix.data.indexed import IndexedWriter, bin_path
+from megamix.data.indexed import bin_path
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 from megamix.plan import Plan, domain_key, make_plan
 from megamix.run_config import RunConfig

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import yaml
 
 from megamix import inspect, plots, saving, summary
-from megamix.data.indexed import IndexedWriter
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.sampler import Sampler
 from megamix.data.tokenizer import train_tokenizer
+from megamix.data.writer import IndexedWriter
 from megamix.engines.base import ParameterState
 from megamix.errors import InputError
 from megamix.exchange import MixReport

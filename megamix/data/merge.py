@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens, IndexedWriter
+from megamix.data.indexed import IndexedTokens
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.parts import SPLITS, Part, check_documents
 from megamix.data.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
 from megamix.data.shards import Shard
 from megamix.data.tokenizer import LoadedTokenizer
+from megamix.data.writer import IndexedWriter
 from megamix.data.writing import TOKENIZER_FILE, sole_writer, writing_to
 from megamix.errors import InputError
 

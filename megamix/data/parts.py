@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from megamix.data.encoders import Encoded, Nearest, SplitTokens
-from megamix.data.indexed import IndexedTokens, IndexedWriter, bin_path, idx_path
+from megamix.data.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.journal import Header, Journal, Kept, Mark
 from megamix.data.manifest import FILE_NAME, SplitEntry
 from megamix.data.records import InputFile, PartRecord, PrepareSettings, read_record, write_record
 from megamix.data.shards import Shard, Share
+from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 
 SPLITS = ("train", "validation")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedWriter
 from megamix.data.loader import WindowReader
 from megamix.data.stream import DomainTokens
+from megamix.data.writer import IndexedWriter
 
 NUM_DOMAINS = 22
 DOMAIN_TOKENS = 6_000_000
