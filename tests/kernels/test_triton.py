@@ -1,0 +1,40 @@
+"""Runs the tests of the Triton path in tests/kernels/on_device: under Triton's interpreter, and on a GPU.
+
+Each is a process of its own: whether kernels are interpreted is settled when Triton is first imported.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_in_a_process(**environment: str) -> str:
+    """The output of the tests in on_device, which must all pass."""
+    paths = [str(HERE), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    files = sorted(str(file) for file in (HERE / "on_device").glob("*.py"))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_under_the_interpreter():
+    output = run_in_a_process(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    # Without the interpreter's own warnings of exp2 and log of what is not finite the last line says how many.
+    assert int(output.split(" passed")[0].split()[-1]) > 90
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    assert " passed" in run_in_a_process(TRITON_INTERPRET="0")
