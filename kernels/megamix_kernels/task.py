@@ -73,9 +73,10 @@ class Task:
 
 def gather_partials(partials_4N: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's [4, N] as [T, 4, N], in one collective."""
-    partials_T4N = partials_4N.new_empty(group.size(), *partials_4N.shape)
-    dist.all_gather_into_tensor(partials_T4N, partials_4N, group=group)
-    return partials_T4N
+    num_rows = partials_4N.shape[1]
+    stacked = partials_4N.new_empty(group.size() * NUM_PARTIALS, num_rows)
+    dist.all_gather_into_tensor(stacked, partials_4N, group=group)
+    return stacked.view(group.size(), NUM_PARTIALS, num_rows)
 
 
 def counted_rows(labels_N: Tensor, mask_N: Tensor | None, ignore_index: int) -> Tensor:
