@@ -98,7 +98,7 @@ def test_limits_of_a_run_that_stops() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"max_epochs": {"mial": 1}}, r"data\.max_epochs: there is no domain 'mial'\. Did you mean 'mail'"),
+        ({"max_epochs": {"mailx": 1}}, r"data\.max_epochs: there is no domain 'mailx'\. Did you mean 'mail'"),
         ({"max_epochs": 0}, r"data\.max_epochs is 0.*expected a number above 0"),
         ({"max_epochs": {"mail": -1}}, r"data\.max_epochs of domain 'mail' is -1.*above 0"),
         ({"max_epochs": math.nan}, r"data\.max_epochs is nan"),

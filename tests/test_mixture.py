@@ -88,7 +88,7 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
         ),
         ([{"from_tokens": 0, "weights": {"web": 1}}], r"mixture\.stages, stage 1: no weight for code"),
         ([{"from_tokens": 0, "weights": {"web": 1, "cod": 1}}], r"no domain 'cod'\. Did you mean 'code'"),
-        ([{"from_tokens": 0, "weights": "unifrom"}], r"mixture\.stages\.0\.weights"),
+        ([{"from_tokens": 0, "weights": "uni"}], r"mixture\.stages\.0\.weights"),
         ([{"from_tokens": -1, "weights": "uniform"}], r"mixture\.stages\.0\.from_tokens"),
         ([{"until": 0, "weights": "uniform"}], r"unknown key 'mixture\.stages\.0\.until'"),
     ],
