@@ -44,16 +44,18 @@ class Launch(NamedTuple):
         return f"{self.chunks}x{self.chunk} columns, {self.num_warps} warps"
 
 
-def launch_for(num_columns: int, element_size: int) -> Launch:
+def launch_for(num_columns: int, element_size: int, *, softcap: bool = False) -> Launch:
     """The launch for rows of that width.
 
-    A chunk is one 16-byte load, and a thread has two of them under way. The number of warps is chosen for the second
-    reading of a row to come from the second-level cache: a multiprocessor holds about 32 warps of these kernels, so at
-    10 KiB of row a warp, the rows in work on 132 of them are at most 42 MB.
+    A chunk is one 16-byte load, and a thread has two of them under way (one with softcap). The number of warps is
+    chosen for the second reading of a row to come from the second-level cache: a multiprocessor holds about 32 warps of
+    these kernels, so at 10 KiB of row a warp, the rows in work on 132 of them are at most 42 MB.
     """
     chunk = 16 // element_size
+    # With a softcap there is more to compute and to keep in registers: two loads a thread would spill some.
+    chunks_a_warp = 32 if softcap else 64
     num_warps = min(triton.next_power_of_2(triton.cdiv(num_columns * element_size, 10 * 1024)), 32)
-    chunks = min(64 * num_warps, triton.next_power_of_2(triton.cdiv(num_columns, chunk)))
+    chunks = min(chunks_a_warp * num_warps, triton.next_power_of_2(triton.cdiv(num_columns, chunk)))
     return Launch(max(chunks, 32 * num_warps), chunk, num_warps)
 
 
@@ -103,7 +105,7 @@ def gradient(
     """Write the gradient for an incoming gradient of ``scale`` into grad_NV, which may be the logits."""
     if not logits_NV.shape[0]:
         return
-    shard, launch = task.shard, _launch_of(logits_NV)
+    shard = task.shard
     with _device_of(logits_NV):
         kernels.gradient_rows[(logits_NV.shape[0],)](
             logits_NV,
@@ -123,7 +125,7 @@ def gradient(
             softcap=task.softcap,
             **_objective_arguments(task, "Z_LOSS"),
             SOFTCAP=bool(task.softcap),
-            **_tile_arguments(launch),
+            **_tile_arguments(logits_NV, task),
         )
 
 
@@ -157,7 +159,7 @@ def _launch_loss(
         **_objective_arguments(task, "Z_LOSS", "SMOOTHING"),
         SOFTCAP=bool(task.softcap),
         GRADIENT=grad_NV is not None,
-        **_tile_arguments(_launch_of(logits_NV)),
+        **_tile_arguments(logits_NV, task),
     )
 
 
@@ -183,7 +185,7 @@ def _launch_parallel_loss(
         softcap=task.softcap,
         SOFTCAP=bool(task.softcap),
         SMOOTHING=bool(task.label_smoothing),
-        **_tile_arguments(_launch_of(logits_NV)),
+        **_tile_arguments(logits_NV, task),
     )
     partials_T4N = gather_partials(partials_4N, shard.group)
     kernels.finish_rows[(triton.cdiv(num_rows, FINISH_ROWS),)](
@@ -227,12 +229,9 @@ def _scales(**values: float | Tensor | None) -> dict[str, Any]:
     return arguments
 
 
-def _tile_arguments(launch: Launch) -> dict[str, Any]:
+def _tile_arguments(logits_NV: Tensor, task: Task) -> dict[str, Any]:
+    launch = launch_for(logits_NV.shape[1], logits_NV.element_size(), softcap=bool(task.softcap))
     return {"CHUNKS": launch.chunks, "CHUNK": launch.chunk, "num_warps": launch.num_warps, **COMPILE_OPTIONS}
-
-
-def _launch_of(logits_NV: Tensor) -> Launch:
-    return launch_for(logits_NV.shape[1], logits_NV.element_size())
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
