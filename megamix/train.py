@@ -59,7 +59,7 @@ class Trainer:
         self._checkpoints = self.config.run_dir / "checkpoints"
         self.engine = make_engine(plan)
         self.place = self.engine.place
-        self.step = 0 if resumed is None else resumed.step
+        self.step = self._first_step = 0 if resumed is None else resumed.step
         if resumed is not None:
             saving.load_engine(resumed.path, self.engine, self.step)
         change = self._start_sampling(resumed)
@@ -189,8 +189,9 @@ class Trainer:
 
     def _stop_exhausted(self, end: DataExhausted) -> None:
         """Ends the run before a step that would read a domain too often (``data.on_exhausted: stop``)."""
-        self.evaluate()
-        self.save()
+        if self.step > self._first_step:  # else it had ended here before
+            self.evaluate()
+            self.save()
         name, epochs = self.plan.domain_names[end.domain], self.plan.constraints.max_epochs[end.domain]
         get_logger().warning(
             "domain '%s' is used up after step %d of %d (data.max_epochs %g x %d samples): the run ends here, as "

@@ -350,6 +350,8 @@ def test_a_run_that_stops_where_a_domain_is_used_up(
     assert {name: len(taken) for name, taken in given(run, range(1, 6), names).items()} == dict.fromkeys(names, 10)
     assert max(samples(run)) == 5
     assert [(line["event"], line["step"]) for line in lines(run / "metrics.jsonl")][-1] == ("evaluate", 5)
+    record = (run / "metrics.jsonl").read_text()
     assert "is used up after step 5 of 12" in megamix("train", config).stderr
+    assert (run / "metrics.jsonl").read_text() == record
     longer = [f"data.max_epochs={{tables: {15 / windows}}}", "checkpoint.accept_changed=[constraints]"]
     assert "is used up after step 7 of 12" in megamix("train", config, *longer).stderr
