@@ -213,7 +213,10 @@ def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str
         ("train.min_lr=1", "train: min_lr 1.0 is above lr 0.001"),
         ("mixer.alpha=1.5", "mixer.alpha: Input should be less than 1, got 1.5"),
         ("mixer=3", "mixer: Input should be a valid dictionary"),
-        ("mixture=natura", "mixture: got 'natura', expected uniform, natural, {domain: weight}, {file: PATH} or {stages: [...]}."),
+        (
+            "mixture=natura",
+            "mixture: got 'natura', expected uniform, natural, {domain: weight}, {file: PATH} or {stages: [...]}.",
+        ),
         ("mixture=[0.5, 0.5]", "mixture: got [0.5, 0.5], expected uniform"),
         ("mixture={web: heavy}", "small.yaml: mixture.web: Input should be a valid number"),
         ("data=3", "data: Input should be a valid dictionary"),
