@@ -146,7 +146,7 @@ def _launch_loss(
         task.mask_N,
         task.loss_weights_K,
         task.reference_loss_N,
-        task.sums.buffer,
+        task.sums.buffer if task.shard.holds_sums else None,
         row_loss_N,
         token_loss_N,
         *(saved or (None, None)),

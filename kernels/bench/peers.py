@@ -1,0 +1,131 @@
+"""Cross-entropies that the benchmark runs side by side, each as one function of logits and labels.
+
+Every builder imports what it needs and raises ImportError where that is not installed. A loss is the mean over tokens;
+the benchmark multiplies it by 1/8, as gradient accumulation does, so that the incoming gradient is not 1.
+
+Shapes: N tokens, V logits a token, K domains.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megamix_kernels import DomainSums, domain_cross_entropy
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+INCOMING = 0.125
+
+
+def megamix(device: torch.device, *, implementation: str, promised: bool, num_domains: int = 22) -> Loss:
+    """The loss of this package, with domain statistics; ``promised`` is mode A."""
+    sums = DomainSums(num_domains, device)
+    domains: dict[int, Tensor] = {}  # made once for each number of rows, not in the time of every run
+
+    def loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        if len(labels_N) not in domains:
+            domains[len(labels_N)] = labels_N % num_domains
+        return domain_cross_entropy(
+            logits_NV,
+            labels_N,
+            domains[len(labels_N)],
+            num_domains,
+            normaliser=float(len(labels_N)),
+            sums=sums,
+            gradient_scale=INCOMING if promised else None,
+            implementation=implementation,
+        ).loss
+
+    return loss
+
+
+def torch_eager(device: torch.device) -> Loss:
+    return F.cross_entropy
+
+
+def torch_compiled(device: torch.device) -> Loss:
+    return torch.compile(lambda logits_NV, labels_N: F.cross_entropy(logits_NV.float(), labels_N))
+
+
+def liger(device: torch.device) -> Loss:
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_cross_entropy,
+    )
+
+    return liger_cross_entropy
+
+
+def megatron(device: torch.device, *, fused: bool) -> Loss:
+    """Megatron's losses take logits [S, B, V] and return one loss a token."""
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    _one_rank(device)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        logits, labels = logits_NV[:, None], labels_N[:, None]
+        if fused:
+            return fused_vocab_parallel_cross_entropy(logits, labels, group).mean()
+        return vocab_parallel_cross_entropy(logits, labels).mean()
+
+    return loss
+
+
+def transformer_engine(device: torch.device) -> Loss:
+    from transformer_engine.pytorch.cross_entropy import (  # pyright: ignore[reportMissingImports]
+        parallel_cross_entropy,
+    )
+
+    # The function wants [B, S, V] and [B, S]; its further arguments have defaults.
+    return lambda logits_NV, labels_N: parallel_cross_entropy(logits_NV[None], labels_N[None]).mean()
+
+
+def quack(device: torch.device) -> Loss:
+    from quack.cross_entropy import cross_entropy  # pyright: ignore[reportMissingImports]
+
+    return lambda logits_NV, labels_N: cross_entropy(logits_NV, labels_N, reduction="mean")
+
+
+PEERS: dict[str, Callable[..., Loss]] = {
+    "torch": torch_eager,
+    "torch.compile": torch_compiled,
+    "liger-kernel": liger,
+    "megatron fused": lambda device: megatron(device, fused=True),
+    "megatron unfused": lambda device: megatron(device, fused=False),
+    "transformer-engine": transformer_engine,
+    "quack": quack,
+}
+
+
+def ours(device: torch.device) -> dict[str, Callable[..., Loss]]:
+    """This package's: both paths on a GPU, the torch path alone on a CPU."""
+    paths = ("triton", "torch") if device.type == "cuda" else ("torch",)
+    made: dict[str, Callable[..., Loss]] = {}
+    for path in paths:
+        for mode in "AB":
+            made[f"megamix {mode} ({path})"] = _maker(implementation=path, promised=mode == "A")
+    return made
+
+
+def _maker(**options: Any) -> Callable[..., Loss]:
+    return lambda device: megamix(device, **options)
+
+
+def _one_rank(device: torch.device) -> None:
+    if not dist.is_initialized():
+        folder = tempfile.mkdtemp()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = f"file://{os.path.join(folder, 'rendezvous')}"
+        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
