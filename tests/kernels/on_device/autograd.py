@@ -25,7 +25,7 @@ def loss_of(logits_NV, case, **options):
 
 
 def leaf_of(case):
-    return case[0].to(DEVICE).requires_grad_()
+    return case[0].to(DEVICE, copy=True).requires_grad_()
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -49,6 +49,20 @@ def test_leaves_and_logits_to_keep_are_left_alone(keep, scale):
     loss_of(logits_NV, case, gradient_scale=scale, keep_logits=keep).backward()
     assert torch.equal(logits_NV.cpu(), case[0])
     assert leaf_NV.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_further_apart_than_those_of_the_gradient(scale):
+    case = make_case(4, 40)
+    case[1][[0, 2]] = -100
+    leaf_NV = torch.full((4, 64), math.nan, device=DEVICE)
+    leaf_NV[:, :40] = case[0].to(DEVICE)
+    leaf_NV.requires_grad_()
+    loss_of(leaf_NV[:, :40], case, gradient_scale=scale).backward()
+    want_NV = leaf_of(case)
+    loss_of(want_NV, case, gradient_scale=scale).backward()
+    assert torch.equal(leaf_NV.grad[:, :40], want_NV.grad)
+    assert not want_NV.grad[[0, 2]].any()
 
 
 @pytest.mark.parametrize("scale", SCALES)
