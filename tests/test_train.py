@@ -16,6 +16,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 from records import largest_difference, lines, record, samples
 
+from megamix.inspect import inspect_sample
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
 
@@ -58,15 +60,17 @@ def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path
     assert weight < 1e-5
 
 
-@pytest.mark.parametrize(("zero", "weight_lag", "preset"), [(0, 1, "official"), (1, 3, "paper")])
+@pytest.mark.parametrize(
+    ("zero", "weight_lag", "preset", "sampling"), [(0, 1, "official", "low_discrepancy"), (1, 3, "paper", "iid")]
+)
 def test_stop_and_resume_is_the_uninterrupted_run(
-    megamix: Run, tiny_config: Write, tmp_path: Path, zero: int, weight_lag: int, preset: str
+    megamix: Run, tiny_config: Write, tmp_path: Path, zero: int, weight_lag: int, preset: str, sampling: str
 ) -> None:
     """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the
     last digit; also with steps dealt further ahead and weight changes under way."""
     sections = {
         "engine": {"pipeline": 2, "zero": zero},
-        "data": {"weight_lag": weight_lag},
+        "data": {"weight_lag": weight_lag, "sampling": sampling},
         "mixer": {"name": "odm", "preset": preset, "warmup_steps": 2},
         "log": {"every": 4, "samples": True},
     }
@@ -84,6 +88,11 @@ def test_stop_and_resume_is_the_uninterrupted_run(
     assert record(halves) == record(whole)
     _, weights = record(whole)
     assert [line["effective_step"] - line["step"] for line in weights[1:]] == [weight_lag] * (len(weights) - 1)
+    for step in (1, 7, 12):
+        domain, sample = samples(whole)[step][5]
+        shown = inspect_sample(whole, (step - 1) * 8 + 5).text()
+        assert f"domain      {weights[0]['domain_names'][domain]} " in shown
+        assert f"sample      {sample} of " in shown
 
 
 def test_resume_in_another_layout_continues_the_same_samples(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
