@@ -47,13 +47,13 @@ class Launch(NamedTuple):
 def launch_for(num_columns: int, element_size: int, *, softcap: bool = False) -> Launch:
     """The launch for rows of that width.
 
-    A chunk is one 16-byte load, and a thread has two of them under way (one with softcap). The number of warps is
-    chosen for the second reading of a row to come from the second-level cache: a multiprocessor holds about 32 warps of
-    these kernels, so at 10 KiB of row a warp, the rows in work on 132 of them are at most 42 MB.
+    A chunk is one 16-byte load, and a thread has two of them under way. The number of warps is chosen for the second
+    reading of a row to come from the second-level cache: a multiprocessor holds about 32 warps of these kernels, so at
+    10 KiB of row a warp, the rows in work on 132 of them are at most 42 MB.
     """
     chunk = 16 // element_size
-    # With a softcap there is more to compute and to keep in registers: two loads a thread would spill some.
-    chunks_a_warp = 32 if softcap else 64
+    # With a softcap there is more to keep in registers: two loads of eight numbers a thread would spill some.
+    chunks_a_warp = 32 if softcap and chunk > 4 else 64
     num_warps = min(triton.next_power_of_2(triton.cdiv(num_columns * element_size, 10 * 1024)), 32)
     chunks = min(chunks_a_warp * num_warps, triton.next_power_of_2(triton.cdiv(num_columns, chunk)))
     return Launch(max(chunks, 32 * num_warps), chunk, num_warps)

@@ -148,8 +148,8 @@ def test_nothing_is_spilled_in_any_combination(architecture, tmp_path):
 def test_the_check_sees_a_spill(tmp_path, monkeypatch):
     from megamix_kernels import triton_loss
 
-    # 256 numbers a thread cannot be kept in 255 registers.
-    launch = triton_loss.Launch(chunks=1024, chunk=8, num_warps=1)
+    # 64 numbers a thread cannot be kept in 64 registers beside all else.
+    launch = triton_loss.Launch(chunks=8192, chunk=8, num_warps=32)
     monkeypatch.setattr(triton_loss, "launch_for", lambda *args, **kwargs: launch)
     with pytest.raises(AssertionError, match="STACK"):
         check(90, Variant("gradient_rows", "bf16", OFF, False), tmp_path)
@@ -165,4 +165,4 @@ def test_the_launch_depends_on_width_and_dtype_alone():
         chunks, chunk, num_warps = launch_for(width, size)
         assert chunk * size == 16
         assert num_warps * 32 <= chunks <= num_warps * 64
-        assert launch_for(width, size, softcap=True) == (num_warps * 32, chunk, num_warps)
+        assert launch_for(width, size, softcap=True)[1:] == (chunk, num_warps)
