@@ -159,12 +159,17 @@ def domain_cross_entropy(
         task=task,
         gradient_scale=gradient_scale,
         want_gradient=logits_NV.requires_grad and torch.is_grad_enabled(),
-        # A leaf is somebody's variable, and so is what a leaf is the base of.
-        overwrite=not (keep_logits or (logits_NV if logits_NV._base is None else logits_NV._base).is_leaf),
+        overwrite=not keep_logits and _may_be_overwritten(logits_NV),
         want_token_loss=return_token_loss,
     )
     loss, token_loss_N = _DomainLoss.apply(logits_NV, plan)
     return DomainLoss(loss, task.sums, token_loss_N)
+
+
+def _may_be_overwritten(logits_NV: Tensor) -> bool:
+    """Whether each logit has its own memory, and none of it is a leaf's, which is somebody's variable."""
+    owner = logits_NV if logits_NV._base is None else logits_NV._base
+    return not owner.is_leaf and logits_NV.stride(0) >= logits_NV.shape[1]
 
 
 def choose_backend(implementation: str, logits_NV: Tensor) -> ModuleType:
@@ -231,12 +236,12 @@ def make_task(
             checks.check_values(labels_N, domain_N, mask_N, counted_N, **ranges)
         divisor = counted_N.sum().clamp(min=1) if divisor is None else divisor
     return Task(
-        labels_N=labels_N,
-        domain_N=domain_N,
+        labels_N=labels_N.contiguous(),
+        domain_N=domain_N.contiguous(),
         num_domains=num_domains,
-        mask_N=mask_N,
-        loss_weights_K=None if loss_weights_K is None else loss_weights_K.detach(),
-        reference_loss_N=None if reference_loss_N is None else reference_loss_N.detach(),
+        mask_N=None if mask_N is None else mask_N.contiguous(),
+        loss_weights_K=None if loss_weights_K is None else loss_weights_K.detach().contiguous(),
+        reference_loss_N=None if reference_loss_N is None else reference_loss_N.detach().contiguous(),
         ignore_index=ignore_index,
         z_loss=z_loss,
         softcap=softcap,

@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Task:
-    """The arguments of `domain_cross_entropy` but the logits, after the checks; see there.
+    """The arguments of `domain_cross_entropy` but the logits, after the checks; see there. Tensors are contiguous.
 
     Attributes:
         vocab_size: of the whole valid vocabulary, over all ranks.

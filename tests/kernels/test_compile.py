@@ -33,7 +33,8 @@ MULTIPLES = {"num_columns", "row_stride", "gradient_stride", "valid_columns"}
 
 
 class Variant(NamedTuple):
-    """One way to compile a kernel; ``flags`` are Z_LOSS, SOFTCAP and SMOOTHING, ``pointers`` the optional ones."""
+    """One way to compile a kernel; ``flags`` are Z_LOSS, SOFTCAP and SMOOTHING, ``pointers`` the optional ones. With
+    ``ones`` every count is 1, which Triton makes a constant."""
 
     kernel: str
     dtype: str
@@ -41,6 +42,7 @@ class Variant(NamedTuple):
     pointers: bool
     gradient: bool = False
     width: int = 128256
+    ones: bool = False
 
 
 OFF, ON = (False, False, False), (True, True, True)
@@ -91,6 +93,8 @@ def compile_for(architecture, variant):
     for index, name in enumerate(kernel.arg_names):
         if name in values or name in absent:
             signature[name], constants[index,] = "constexpr", values.get(name)
+        elif name in COUNTS and variant.ones:
+            signature[name], constants[index,] = "constexpr", 1
         elif name in NUMBERS:
             signature[name] = "fp32"
         elif name in COUNTS:
@@ -99,7 +103,7 @@ def compile_for(architecture, variant):
             signature[name] = "*" + (
                 variant.dtype if name in ("logits", "gradients") else WHOLE_NUMBERS.get(name, "fp32")
             )
-        if name in MULTIPLES or signature[name].startswith("*"):
+        if (name in MULTIPLES and not variant.ones) or signature[name].startswith("*"):
             hints[index,] = [["tt.divisibility", 16]]
     num_warps = 4 if variant.kernel == "finish_rows" else launch.num_warps
     source = ASTSource(kernel, signature, constants, hints)
@@ -136,6 +140,11 @@ def check(architecture, variant, folder):
 @pytest.mark.parametrize("variant", EXTREMES, ids=lambda variant: "-".join(map(str, variant)).replace(" ", ""))
 def test_nothing_is_spilled(variant, architecture, tmp_path):
     check(architecture, variant, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loss_rows", "gradient_rows", "partial_rows", "finish_rows"])
+def test_counts_of_one_compile(name):
+    assert compile_for(90, Variant(name, "fp32", ON, True, name == "loss_rows", width=1, ones=True))
 
 
 @pytest.mark.slow

@@ -52,6 +52,17 @@ def test_leaves_and_logits_to_keep_are_left_alone(keep, scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_rows_that_share_memory_are_not_overwritten(scale):
+    case = make_case(3, 40)
+    leaf_1V = case[0][:1].to(DEVICE, copy=True).requires_grad_()
+    loss_of((leaf_1V * 1).expand(3, 40), case, gradient_scale=scale).backward()
+    want_1V = case[0][:1].to(DEVICE, copy=True).requires_grad_()
+    labels_N, domain_N = (tensor.to(DEVICE) for tensor in case[1:])
+    domain_cross_entropy(want_1V.expand(3, 40), labels_N, domain_N, 3, implementation="torch").loss.backward()
+    torch.testing.assert_close(leaf_1V.grad, want_1V.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_rows_further_apart_than_those_of_the_gradient(scale):
     case = make_case(4, 40)
     case[1][[0, 2]] = -100

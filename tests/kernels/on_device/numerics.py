@@ -234,6 +234,22 @@ def test_a_view_of_rows_is_overwritten_and_nothing_beside_it(mode):
     assert (root.detach().cpu()[untouched] == 7.0).all()
 
 
+def test_vectors_with_strides():
+    logits_NV, labels_N, domain_N = make_case(4, 60)
+    more = {"mask_N": torch.tensor([1, 1, 0, 1]), "reference_loss_N": torch.linspace(0, 9, 4)}
+    more["loss_weights_K"] = torch.tensor([0.5, 1.0, 2.0])
+    want, want_grad = run(logits_NV, labels_N, domain_N, 3, **more)
+
+    def apart(values):
+        return torch.stack([values, torch.full_like(values, 77)], dim=1).to(DEVICE)[:, 0]
+
+    spread = {name: apart(value) for name, value in more.items()}
+    out, grad_NV = run(logits_NV, apart(labels_N), apart(domain_N), 3, **spread)
+    assert torch.equal(out.loss, want.loss)
+    assert torch.equal(out.stats.buffer, want.stats.buffer)
+    assert torch.equal(grad_NV, want_grad)
+
+
 def test_offsets_beyond_32_bits():
     # Three rows 2**30 elements apart; only the pages that are used become memory.
     logits_NV, labels_N, domain_N = make_case(3, 40, dtype=torch.float16)
