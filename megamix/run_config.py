@@ -127,8 +127,8 @@ class CheckpointConfig(Config):
 class LossConfig(Config):
     """The domain loss."""
 
-    implementation: Literal["auto", "torch"] = "auto"
-    """torch: plain PyTorch; auto: the best there is for the device."""
+    implementation: Literal["auto", "triton", "torch"] = "auto"
+    """triton: the fused kernel, on a GPU; torch: plain PyTorch; auto: the kernel where it can be used."""
 
 
 class LogConfig(Config):

@@ -110,7 +110,8 @@ class DeepSpeedEngine(Engine):
             # the whole step.
             # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
             normaliser = max(batch.num_tokens, 1) / (micro_batches * self.place.data_size)
-            self._loss.start_step(micro_batches, normaliser, on_statistics)
+            # It divides each loss by the number of micro-batches before the backward pass.
+            self._loss.start_step(micro_batches, normaliser, 1.0 / micro_batches, on_statistics)
         if not self.place.has_loss:
             on_statistics(self._empty_sums)
         for group in self._optimizer.param_groups:
