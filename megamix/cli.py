@@ -73,7 +73,7 @@ def prepare(
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
     """
-    from megamix.data.prepare import prepare as run
+    from megamix.data.prepare.run import prepare as run
 
     run(
         inputs,
@@ -96,7 +96,7 @@ def merge(
 
     Example: megamix merge data/pile
     """
-    from megamix.data.merge import merge as run
+    from megamix.data.prepare.merge import merge as run
 
     manifest = run(out)
     tokens = sum(domain.train.tokens + domain.validation.tokens for domain in manifest.domains)

@@ -52,7 +52,7 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared data set of `text_dir`, with a vocabulary of 512."""
-    from megamix.data.prepare import prepare
+    from megamix.data.prepare.run import prepare
 
     folder = tmp_path_factory.mktemp("data")
     prepare([str(text_dir)], folder, tokenizer="train:512", validation_fraction=0.1, workers=1, progress=False)

@@ -268,7 +268,7 @@ def reference_nats(batch: Batch) -> torch.Tensor:
 @pytest.fixture
 def short_documents(tmp_path: Path) -> Path:
     """A prepared data set of two domains, whose documents are single lines of Python and of prose."""
-    from megamix.data.prepare import prepare
+    from megamix.data.prepare.run import prepare
 
     prose = (STDLIB / "pydoc_data" / "topics.py").read_text(encoding="utf-8").splitlines()[:3000]
     code = [line for path in sorted(STDLIB.glob("*.py"))[:8] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -15,7 +15,7 @@ import yaml
 from records import lines, samples
 
 from megamix.data.manifest import Manifest
-from megamix.data.prepare import prepare
+from megamix.data.prepare.run import prepare
 from megamix.domain_change import find_change
 from megamix.errors import InputError, ResumeRefused
 from megamix.inspect import inspect_sample

@@ -18,12 +18,12 @@ import zstandard
 from json_lines import jsonl
 from prepared import contents, tree, write_corpus
 
-from megamix.data.blocks import iter_documents
-from megamix.data.documents import find_inputs
-from megamix.data.heldout import HeldOut
 from megamix.data.manifest import Manifest, Split
-from megamix.data.merge import unigram_nats
-from megamix.data.prepare import prepare
+from megamix.data.prepare.blocks import iter_documents
+from megamix.data.prepare.documents import find_inputs
+from megamix.data.prepare.heldout import HeldOut
+from megamix.data.prepare.merge import unigram_nats
+from megamix.data.prepare.run import prepare
 from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec
 from megamix.errors import InputError
 

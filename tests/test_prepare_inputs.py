@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from json_lines import jsonl
 
-from megamix.data.blocks import iter_documents, pieces_of, read_piece
-from megamix.data.documents import find_inputs, sample_texts
-from megamix.data.prepare import prepare
+from megamix.data.prepare.blocks import iter_documents, pieces_of, read_piece
+from megamix.data.prepare.documents import find_inputs, sample_texts
+from megamix.data.prepare.run import prepare
 from megamix.errors import InputError
 
 

@@ -13,10 +13,10 @@ import pytest
 from json_lines import jsonl
 from prepared import stdlib_texts
 
-from megamix.data.blocks import iter_documents, pieces_of, read_piece
-from megamix.data.documents import find_inputs, sample_texts
 from megamix.data.manifest import Manifest
-from megamix.data.prepare import prepare
+from megamix.data.prepare.blocks import iter_documents, pieces_of, read_piece
+from megamix.data.prepare.documents import find_inputs, sample_texts
+from megamix.data.prepare.run import prepare
 from megamix.errors import InputError
 
 

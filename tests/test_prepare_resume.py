@@ -19,10 +19,10 @@ import pytest
 from json_lines import jsonl
 from prepared import contents, stdlib_texts, tree, write_corpus
 
-from megamix.data.encoders import Encoders
 from megamix.data.indexed import IndexedTokens
-from megamix.data.prepare import prepare
-from megamix.data.progress import Rate
+from megamix.data.prepare.encoders import Encoders
+from megamix.data.prepare.progress import Rate
+from megamix.data.prepare.run import prepare
 from megamix.errors import InputError, RankFailed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SCRIPT = """
 import importlib, json, sys, time
-module = importlib.import_module("megamix.data.prepare")
+module = importlib.import_module("megamix.data.prepare.run")
 if __name__ == "__main__":
     corpus, out, tokenizer, seconds, options = sys.argv[1:]
     def slowly(*arguments, **options):
@@ -162,7 +162,7 @@ def test_kept_work_is_not_done_again_and_workers_end(corpus: Path, prepared: Pat
 
 def test_every_safe_point_leads_to_the_same_bytes(corpus: Path, prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """Stops after every mark in turn, with all that was written behind it lost or half there."""
-    from megamix.data.journal import Journal
+    from megamix.data.prepare.journal import Journal
 
     class Stopped(Exception):
         pass
@@ -211,7 +211,7 @@ def test_damage_costs_only_what_comes_after_it(prepared: Path, tmp_path: Path) -
     (tmp_path / "in" / "1.jsonl").write_bytes(good)
     node = (tmp_path / "out/mail/train.bin.tmp").stat().st_ino
     seen: list[int] = []
-    from megamix.data import parts
+    from megamix.data.prepare import parts
 
     writer = parts.PartWriter.__init__
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from megamix.data.indexed import IndexedTokens, bin_path
 from megamix.data.manifest import FILE_NAME, DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.merge import unigram_nats
+from megamix.data.prepare.merge import unigram_nats
 from megamix.data.tokenizer import LoadedTokenizer
 from megamix.errors import InputError
 from megamix.files import replace_file

@@ -35,10 +35,10 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from megamix.data.blocks import iter_documents
-from megamix.data.encoders import EncodeJob, Encoders
 from megamix.data.indexed import IndexedTokens, pick_dtype
-from megamix.data.prepare import prepare
+from megamix.data.prepare.blocks import iter_documents
+from megamix.data.prepare.encoders import EncodeJob, Encoders
+from megamix.data.prepare.run import prepare
 from megamix.data.tokenizer import END_OF_DOCUMENT, LoadedTokenizer, train_tokenizer
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megamix.data.blocks import Block
-from megamix.data.heldout import HeldOut
+from megamix.data.prepare.blocks import Block
+from megamix.data.prepare.heldout import HeldOut
 from megamix.data.tokenizer import LoadedTokenizer
 from megamix.errors import RankFailed
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megamix.data.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
+from megamix.data.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
 from megamix.errors import InputError
 
 # A folder may hold other files, such as a report in .json.

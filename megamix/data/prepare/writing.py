@@ -8,7 +8,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamix.data.shards import Shard
+from megamix.data.prepare.shards import Shard
 from megamix.errors import InputError
 from megamix.log import get_logger
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamix.data.blocks import Piece
+from megamix.data.prepare.blocks import Piece
 from megamix.errors import InputError
 
 _SPLIT_ABOVE = 0.25  # of what one job has to read: a larger piece is dealt out in blocks

@@ -13,7 +13,7 @@ from pathlib import Path
 import pydantic
 
 from megamix.config import Config
-from megamix.data.records import InputFile, PrepareSettings
+from megamix.data.prepare.records import InputFile, PrepareSettings
 from megamix.files import replace_file
 
 

@@ -17,16 +17,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megamix.data.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
-from megamix.data.documents import find_inputs, sample_texts
-from megamix.data.encoders import EncodeJob, Encoders
 from megamix.data.indexed import pick_dtype
-from megamix.data.journal import Mark
 from megamix.data.manifest import FILE_NAME, Manifest
-from megamix.data.merge import assemble, shard_record_path
-from megamix.data.parts import Part, PartWriter
-from megamix.data.progress import Progress
-from megamix.data.records import (
+from megamix.data.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
+from megamix.data.prepare.documents import find_inputs, sample_texts
+from megamix.data.prepare.encoders import EncodeJob, Encoders
+from megamix.data.prepare.journal import Mark
+from megamix.data.prepare.merge import assemble, shard_record_path
+from megamix.data.prepare.parts import Part, PartWriter
+from megamix.data.prepare.progress import Progress
+from megamix.data.prepare.records import (
     PartRecord,
     PrepareSettings,
     ShardRecord,
@@ -35,9 +35,9 @@ from megamix.data.records import (
     read_record,
     write_record,
 )
-from megamix.data.shards import Shard, Share, divide
+from megamix.data.prepare.shards import Shard, Share, divide
+from megamix.data.prepare.writing import TOKENIZER_FILE, sole_writer, writing_to
 from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
-from megamix.data.writing import TOKENIZER_FILE, sole_writer, writing_to
 from megamix.errors import InputError
 from megamix.files import replace_file
 from megamix.log import get_logger

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.encoders import Encoded, Nearest, SplitTokens
 from megamix.data.indexed import IndexedTokens, bin_path, idx_path
-from megamix.data.journal import Header, Journal, Kept, Mark
 from megamix.data.manifest import FILE_NAME, SplitEntry
-from megamix.data.records import InputFile, PartRecord, PrepareSettings, read_record, write_record
-from megamix.data.shards import Shard, Share
+from megamix.data.prepare.encoders import Encoded, Nearest, SplitTokens
+from megamix.data.prepare.journal import Header, Journal, Kept, Mark
+from megamix.data.prepare.records import InputFile, PartRecord, PrepareSettings, read_record, write_record
+from megamix.data.prepare.shards import Shard, Share
 from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
 

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import zstandard
 
-from megamix.data import parquet
+from megamix.data.prepare import parquet
 from megamix.errors import InputError
 
 TEXT_KEY = "text"

@@ -13,12 +13,12 @@ import numpy as np
 
 from megamix.data.indexed import IndexedTokens
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.parts import SPLITS, Part, check_documents
-from megamix.data.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
-from megamix.data.shards import Shard
+from megamix.data.prepare.parts import SPLITS, Part, check_documents
+from megamix.data.prepare.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
+from megamix.data.prepare.shards import Shard
+from megamix.data.prepare.writing import TOKENIZER_FILE, sole_writer, writing_to
 from megamix.data.tokenizer import LoadedTokenizer
 from megamix.data.writer import IndexedWriter
-from megamix.data.writing import TOKENIZER_FILE, sole_writer, writing_to
 from megamix.errors import InputError
 
 _COPIED_AT_ONCE = 4096  # documents
