@@ -83,7 +83,7 @@ def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, len(os.sched_getaffinity(0)) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, num_cores() // ranks)))
     with tempfile.TemporaryDirectory(prefix="megamix-") as reports:
         environment[REPORTS] = reports
         processes = [

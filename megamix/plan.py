@@ -169,8 +169,7 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
     for domain in validation:
         _windows(domain, "validation", config.data.seq_length)
-    tokens_K = np.array([entry.train.tokens for entry in entries], np.float64)
-    natural = tokens_K / tokens_K.sum()
+    natural = manifest.natural_weights(names)
     total_samples = config.train.steps * config.train.global_batch
     return Plan(
         config, manifest, model, ranks, data_size, entries, domains, validation, num_samples, natural,

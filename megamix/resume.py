@@ -99,7 +99,7 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     changed = _changed_parts(saved, present)
     if domains is not None:
         # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
-        accepted = (*accepted, "mixture", "data") if "mixture" in accepted else (*accepted, "data")
+        accepted = (*accepted, "data")
         changed = {part: key for part, key in changed.items() if part != "mixture" or part in accepted}
     _refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
     return Resumed(path, state, domains, tuple(changed))

@@ -103,19 +103,21 @@ class RecordedRun:
         """Tokens trained on."""
         return self.position * self.config.data.seq_length
 
-    def epochs(self, name: str) -> float | None:
-        """How often a domain has been read; None where it or the data set is no longer there."""
-        given = self.ledger.read_so_far(self.position).get(name)
-        if self.manifest is None or given is None:
-            return None
-        return given / max((self.manifest.domain(name).train.tokens - 1) // self.config.data.seq_length, 1)
+    def epochs(self) -> dict[str, float]:
+        """How often each of the domains that are there has been read; empty without the data set."""
+        if self.manifest is None:
+            return {}
+        return {
+            name: given / max((self.manifest.domain(name).train.tokens - 1) // self.config.data.seq_length, 1)
+            for name, given in self.ledger.read_so_far(self.position).items()
+        }
 
     def natural_shares(self) -> dict[str, float]:
         """Shares of the training tokens of the domains that are there; empty without the data set."""
         if self.manifest is None:
             return {}
-        tokens = {name: self.manifest.domain(name).train.tokens for name in self.ledger.lines[-1]["domain_names"]}
-        return {name: number / sum(tokens.values()) for name, number in tokens.items()}
+        names = self.ledger.lines[-1]["domain_names"]
+        return dict(zip(names, self.manifest.natural_weights(names).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def table_of(run: RecordedRun) -> RunTable:
     total = sum(counts.values())
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
     last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}
-    natural, weights = run.natural_shares(), run.ledger.weights()
+    natural, epochs, weights = run.natural_shares(), run.epochs(), run.ledger.weights()
     rows = [
         DomainRow(
             domain=name,
@@ -271,7 +273,7 @@ def table_of(run: RecordedRun) -> RunTable:
             unigram_loss=run.manifest.domain(name).validation.unigram_nats
             if run.manifest and name in natural
             else None,
-            epochs=run.epochs(name),
+            epochs=epochs.get(name),
             present=name in run.ledger.lines[-1]["domain_names"],
         )
         for k, name in enumerate(run.domain_names)

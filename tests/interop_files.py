@@ -128,3 +128,10 @@ def at_every_position(lines: Sequence[Line], start: int, end: int) -> list[list[
 def as_dict(text: str) -> dict[str, float]:
     """What ``--format json`` prints."""
     return json.loads(text)
+
+
+def changing_run(data: Path) -> tuple[Path, list[Line], Blend]:
+    """A run of 50 steps whose weights changed 12 times, and once more past its end; its ledger and its blend."""
+    changes = {**some_changes(1, 12), STEPS * BATCH: [0.1, 0.1, 0.8], (STEPS + 1) * BATCH: [0.2, 0.0, 0.8]}
+    lines, state = lines_of(changes)
+    return write_run(data.parent / "run", data, lines), lines, state

@@ -17,9 +17,9 @@ from interop_files import (
     as_dict,
     at_every_position,
     blend,
+    changing_run,
     error_of,
     lines_of,
-    some_changes,
     write_data,
     write_run,
 )
@@ -38,10 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> tuple[Path, list[Line], Blend]:
-    """A run of 50 steps whose weights changed 12 times, and once more past its end."""
-    changes = {**some_changes(1, 12), STEPS * BATCH: [0.1, 0.1, 0.8], (STEPS + 1) * BATCH: [0.2, 0.0, 0.8]}
-    lines, state = lines_of(changes)
-    return write_run(data.parent / "run", data, lines), lines, state
+    return changing_run(data)
 
 
 def test_mean_is_the_integral(run: tuple[Path, list[Line], Blend]) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from megamix.data.tokenizer import LoadedTokenizer
 
 FILE_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+"""What `prepare` and `blend adopt` call it, beside the manifest."""
 FORMAT = "megamix-manifest"
 VERSION = 1
 Split = Literal["train", "validation"]
@@ -42,6 +44,13 @@ class TokenizerEntry(Config):
     """Largest token id + 1."""
     eod_id: int
     """Token that ends every document."""
+
+    @classmethod
+    def of(cls, tokenizer: LoadedTokenizer) -> TokenizerEntry:
+        """The entry of a tokenizer that lies, or will lie, beside the manifest as `TOKENIZER_FILE`."""
+        return cls(
+            file=TOKENIZER_FILE, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id
+        )
 
 
 class SplitEntry(Config):
@@ -171,9 +180,10 @@ class Manifest(Config):
                 return domain
         raise InputError(f"{self.folder / FILE_NAME} has no domain '{name}'." + did_you_mean(name, self.domain_names))
 
-    def natural_weights(self) -> np.ndarray:
-        """Each domain's share of the training tokens, float64 [K], sums to 1."""
-        tokens_K = np.array([domain.train.tokens for domain in self.domains], dtype=np.float64)
+    def natural_weights(self, names: Sequence[str] | None = None) -> np.ndarray:
+        """Each domain's share of the training tokens, float64 [K], sums to 1; ``names``: of these domains alone."""
+        domains = self.domains if names is None else [self.domain(name) for name in names]
+        tokens_K = np.array([domain.train.tokens for domain in domains], dtype=np.float64)
         return tokens_K / tokens_K.sum()
 
     def prefixes(self, name: str, split: Split) -> list[Path]:
@@ -210,11 +220,7 @@ class Manifest(Config):
         from megamix.data.tokenizer import LoadedTokenizer
 
         tokenizer = LoadedTokenizer(self.folder / self.tokenizer.file, eod=self.tokenizer.eod_id)
-        if tokenizer.sha256 != self.tokenizer.sha256:
-            raise InputError(
-                f"{tokenizer.path} has the hash {tokenizer.sha256[:12]}, but the tokens were made with"
-                f" {self.tokenizer.sha256[:12]}. Put the old file back, or run `megamix prepare` again."
-            )
+        tokenizer.expect(self.tokenizer.sha256)
         return tokenizer
 
     def verify_hashes(self) -> None:

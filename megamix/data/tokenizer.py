@@ -152,6 +152,18 @@ class LoadedTokenizer:
         self.vocab_size = max(ids.values()) + 1
         self.eod_id = _find_eod(self.path, ids, eod)
 
+    def expect(self, sha256: str) -> None:
+        """Refuses another tokenizer than the one tokens were made with, whose hash this is.
+
+        Raises:
+            InputError: It is another one.
+        """
+        if self.sha256 != sha256:
+            raise InputError(
+                f"{self.path} has the hash {self.sha256[:12]}, but the tokens were made with {sha256[:12]}. Put the old"
+                " file back, or run `megamix prepare` again."
+            )
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text; no end-of-document tokens."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

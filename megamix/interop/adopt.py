@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from megamix.data.indexed import IndexedTokens, bin_path
-from megamix.data.manifest import FILE_NAME, DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.manifest import (
+    FILE_NAME,
+    TOKENIZER_FILE,
+    DomainEntry,
+    Manifest,
+    SplitEntry,
+    TokenizerEntry,
+    ValidationEntry,
+)
 from megamix.data.prepare.merge import unigram_nats
 from megamix.data.tokenizer import LoadedTokenizer
 from megamix.errors import InputError
@@ -29,7 +37,6 @@ from megamix.interop.scan import FileJob, FileScan, scan_files
 from megamix.interop.sources import Sources
 from megamix.tables import Report, Table
 
-TOKENIZER_FILE = "tokenizer.json"
 MIXTURE_FILE = "mixture.json"
 _SAMPLED_DOCUMENTS = 100
 
@@ -132,9 +139,7 @@ def adopt(
     documents = held + sum(entry.train.documents for entry in entries)
     manifest = Manifest.build(
         out,
-        tokenizer=TokenizerEntry(
-            file=TOKENIZER_FILE, sha256=loaded.sha256, vocab_size=loaded.vocab_size, eod_id=loaded.eod_id
-        ),
+        tokenizer=TokenizerEntry.of(loaded),
         dtype=np.result_type(*(file.dtype for domain in domains for file in domain.files())).name,
         validation_fraction=held / documents if split is None else validation_share(split),
         split=split,

@@ -9,6 +9,8 @@ import hashlib
 
 import numpy as np
 
+from megamix.data.permute import GOLDEN, mix64
+
 
 class HeldOut:
     """The choice for one domain.
@@ -32,7 +34,8 @@ class HeldOut:
             places: Where they begin in it; see `Documents`.
         """
         key = hashlib.blake2b(f"{self._seed}/{self._name}/{file}".encode(), digest_size=8).digest()
-        return _mix(int.from_bytes(key, "little"), places.astype(np.uint64))
+        # Outputs of SplitMix64, started at the key, of these numbers.
+        return mix64((places.astype(np.uint64) + np.uint64(1)) * GOLDEN + np.uint64(int.from_bytes(key, "little")))
 
     def take(self, hashes: np.ndarray, *, first: bool) -> np.ndarray:
         """Whether each document is held out, bool [documents]; ``first``: they are the domain's first block."""
@@ -40,11 +43,3 @@ class HeldOut:
         if first and not self._limit:
             mask[:1] = True
         return mask
-
-
-def _mix(key: int, places: np.ndarray) -> np.ndarray:
-    """Outputs of splitmix64 (Steele et al. 2014), started at ``key``, of the given numbers."""
-    z = (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

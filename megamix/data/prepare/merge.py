@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from megamix.data.indexed import IndexedTokens
-from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.prepare.parts import SPLITS, Part, check_documents
+from megamix.data.manifest import TOKENIZER_FILE, DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.prepare.parts import SPLITS, Part, check_documents, split_entry
 from megamix.data.prepare.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
 from megamix.data.prepare.shards import Shard
-from megamix.data.prepare.writing import TOKENIZER_FILE, sole_writer, writing_to
+from megamix.data.prepare.writing import sole_writer, writing_to
 from megamix.data.tokenizer import LoadedTokenizer
 from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError
@@ -110,16 +110,10 @@ def assemble(out: Path, domains: Mapping[str, Sequence[Part]], settings: Prepare
         InputError: See `merge`.
     """
     tokenizer = LoadedTokenizer(out / TOKENIZER_FILE, settings.eod_id)
-    if tokenizer.sha256 != settings.tokenizer_sha256:
-        raise InputError(
-            f"{tokenizer.path} has the hash {tokenizer.sha256[:12]}, but the tokens were made with"
-            f" {settings.tokenizer_sha256[:12]}. Put the old file back, or run `megamix prepare` again."
-        )
+    tokenizer.expect(settings.tokenizer_sha256)
     manifest = Manifest.build(
         out,
-        tokenizer=TokenizerEntry(
-            file=TOKENIZER_FILE, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id
-        ),
+        tokenizer=TokenizerEntry.of(tokenizer),
         dtype=settings.dtype,
         validation_fraction=settings.validation_fraction,
         domains=[_domain(name, parts) for name, parts in domains.items()],
@@ -225,18 +219,8 @@ def _move(part: Part, record: PartRecord, document: int, source: int) -> PartRec
     counts[source] -= occurrences
     counts[1 - source] += occurrences
     part.save_counts(counts)
-    splits: list[SplitEntry] = []
-    for split, writer in zip(SPLITS, (stay, leave) if source == 0 else (leave, stay), strict=True):
-        written = writer.close()
-        splits.append(
-            SplitEntry(
-                prefixes=(part.prefix(split),),
-                tokens=written.tokens,
-                documents=written.documents,
-                max_token=written.max_token,
-                sha256=(written.sha256,),
-            )
-        )
+    writers = (stay, leave) if source == 0 else (leave, stay)
+    splits = [split_entry(part.prefix(split), writer) for split, writer in zip(SPLITS, writers, strict=True)]
     moved = record.model_copy(
         update={"train": splits[0], "validation": splits[1], "nearest_train": None, "nearest_validation": None}
     )

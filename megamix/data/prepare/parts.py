@@ -221,14 +221,23 @@ class _SplitWriter:
 
     def close(self) -> SplitEntry:
         """Puts the files in place."""
-        written = self.writer.close()
-        return SplitEntry(
-            prefixes=(self._prefix,),
-            tokens=written.tokens,
-            documents=written.documents,
-            max_token=written.max_token,
-            sha256=(written.sha256,),
-        )
+        return split_entry(self._prefix, self.writer)
+
+
+def split_entry(prefix: str, writer: IndexedWriter) -> SplitEntry:
+    """Puts a writer's files in place, and says what they hold.
+
+    Args:
+        prefix: Theirs, relative to the output folder.
+    """
+    written = writer.close()
+    return SplitEntry(
+        prefixes=(prefix,),
+        tokens=written.tokens,
+        documents=written.documents,
+        max_token=written.max_token,
+        sha256=(written.sha256,),
+    )
 
 
 def check_documents(name: str, num_documents: int) -> None:

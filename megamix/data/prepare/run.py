@@ -13,12 +13,11 @@ writes the manifest. A job that is alone merges at its end. The manifest goes be
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megamix.data.indexed import pick_dtype
-from megamix.data.manifest import FILE_NAME, Manifest
+from megamix.data.manifest import FILE_NAME, TOKENIZER_FILE, Manifest
 from megamix.data.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
 from megamix.data.prepare.documents import find_inputs, sample_texts
 from megamix.data.prepare.encoders import EncodeJob, Encoders
@@ -36,10 +35,11 @@ from megamix.data.prepare.records import (
     write_record,
 )
 from megamix.data.prepare.shards import Shard, Share, divide
-from megamix.data.prepare.writing import TOKENIZER_FILE, sole_writer, writing_to
+from megamix.data.prepare.writing import sole_writer, writing_to
 from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
 from megamix.errors import InputError
 from megamix.files import replace_file
+from megamix.launch import num_cores
 from megamix.log import get_logger
 
 RECORD_FILE = "prepare.json"
@@ -112,7 +112,7 @@ def prepare(
             if job.count > 1:
                 shard_record_path(out, job).unlink(missing_ok=True)
             work = _Work(out, job, settings, loaded.vocab_size, journal_bytes)
-            work.run(domains, workers or _num_cores(), progress)
+            work.run(domains, workers or num_cores(), progress)
             if job.count > 1:
                 write_record(ShardRecord(settings=settings, domains=tuple(domains)), shard_record_path(out, job))
                 return None
@@ -125,10 +125,6 @@ def _check_options(tokenizer: str, validation_fraction: float, workers: int | No
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}: expected at least 1, or none given for one per core.")
     return TokenizerSpec.parse(tokenizer)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # The tokenizer. ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from megamix.data.prepare.shards import Shard
 from megamix.errors import InputError
 from megamix.log import get_logger
 
-TOKENIZER_FILE = "tokenizer.json"
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
 
 
