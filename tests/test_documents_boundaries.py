@@ -121,15 +121,17 @@ def batches(domains: list[DomainTokens], steps: int, data_size: int, mask: bool,
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 def test_labels_and_positions(domains: list[DomainTokens], mask: bool, reset: bool) -> None:
-    """Against a walk over every row's token ids; the normaliser is on each rank the count of what all ranks count."""
+    """Against a walk over every row's token ids; each rank's counts per domain are those of what all
+    ranks read."""
     masked = 0
     for per_rank in zip(*batches(domains, 6, 2, mask, reset), strict=True):
-        counted = 0
+        counted = [0, 0, 0]
         for batch in per_rank:
             assert batch.samples is not None
             assert (batch.positions is None) == (not reset)
             for at in np.ndindex(batch.samples.domain.shape):
-                domain, sample = domains[int(batch.samples.domain[at])], int(batch.samples.sample[at])
+                number, sample = int(batch.samples.domain[at]), int(batch.samples.sample[at])
+                domain = domains[number]
                 window = domain.read(sample * SEQ, SEQ + 1).tolist()
                 positions, labels, position = [], [], 0
                 for token, label in itertools.pairwise(window):
@@ -141,9 +143,9 @@ def test_labels_and_positions(domains: list[DomainTokens], mask: bool, reset: bo
                 if batch.positions is not None:
                     assert batch.positions.dtype == torch.int64
                     assert batch.positions[at].tolist() == positions
-                counted += sum(label != IGNORED_LABEL for label in labels)
-        assert [batch.num_tokens for batch in per_rank] == [counted, counted]
-        masked += 12 * SEQ - counted
+                counted[number] += sum(label != IGNORED_LABEL for label in labels)
+        assert [batch.domain_tokens.tolist() for batch in per_rank] == [counted, counted]
+        masked += 12 * SEQ - sum(counted)
     assert (masked > 0) == mask
 
 
@@ -189,7 +191,7 @@ def random_batch(with_positions: bool, data_rank: int, data_size: int) -> Batch:
     positions = torch.arange(SEQ).repeat(4, 1, 1) % torch.from_numpy(rng.integers(3, SEQ, (4, 1, 1)))
     mine = slice(data_rank * 4 // data_size, (data_rank + 1) * 4 // data_size)
     domains = torch.from_numpy(rng.integers(0, 2, tokens.shape)).int()
-    counted = int((labels != IGNORED_LABEL).sum())
+    counted = torch.bincount(domains[labels != IGNORED_LABEL], minlength=2).numpy()
     chosen = positions[mine] if with_positions else None
     return Batch(tokens[mine], labels[mine], domains[mine], counted, chosen)
 
@@ -198,7 +200,7 @@ def engine_job(rank: int, store: str, result: str) -> None:
     """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
     import torch.distributed as dist
 
-    from megamix.engines.config import EngineConfig
+    from megamix.engines.config import DeepSpeedConfig
     from megamix.engines.deepspeed import DeepSpeedEngine, start_distributed
 
     torch.set_num_threads(1)
@@ -208,7 +210,7 @@ def engine_job(rank: int, store: str, result: str) -> None:
     nats = {}
     for (name, layout), positions in itertools.product(LAYOUTS.items(), (True, False)):
         engine = DeepSpeedEngine(
-            EngineConfig(**layout),
+            DeepSpeedConfig(**layout),
             MODEL,
             TRAIN,
             seq_length=SEQ,

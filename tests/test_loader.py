@@ -61,7 +61,8 @@ def test_batches_are_the_windows_of_the_samples(domains: list[DomainTokens], ran
         assert batch.samples is not None
         assert batch.samples.step == step
         assert waited >= 0
-        assert batch.num_tokens == BATCH * SEQ
+        assert batch.domain_tokens.tolist() == [SEQ * int((samples.all_domain == k).sum()) for k in range(3)]
+        assert (batch.num_tokens, batch.reference) == (BATCH * SEQ, None)
         shape = (BATCH // MICRO // 2, MICRO, SEQ)
         assert batch.tokens.shape == batch.labels.shape == batch.domains.shape == shape
         assert (batch.tokens.dtype, batch.labels.dtype, batch.domains.dtype) == (torch.int64, torch.int64, torch.int32)
@@ -81,7 +82,7 @@ def test_a_rank_reads_its_rows_and_counts_all(domains: list[DomainTokens]) -> No
     domain_n, sample_n = np.array([2, 0, 1, 2, 0]), np.array([5, 6, 7, 8, 9])
     mine = np.array([3, 0, 3, 1])
     batch = WindowReader(domains, SEQ, VOCAB).batch(domain_n, sample_n, mine, (2, 2))
-    assert (batch.num_tokens, batch.positions) == (5 * SEQ, None)
+    assert (batch.domain_tokens.tolist(), batch.positions) == ([2 * SEQ, SEQ, 2 * SEQ], None)
     assert batch.domains.flatten(0, 1).tolist() == [[domain] * SEQ for domain in (2, 2, 2, 0)]
     rows = [domains[domain].read(sample * SEQ, SEQ + 1).tolist() for domain, sample in ((2, 8), (2, 5), (2, 8), (0, 6))]
     assert batch.tokens.flatten(0, 1).tolist() == [row[:-1] for row in rows]

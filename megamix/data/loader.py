@@ -1,6 +1,6 @@
 """Tokens, labels and domain ids of a step, read in the background while the step before it trains.
 
-Legend: M micro-batches, B samples in one, S tokens in a sample.
+Legend: M micro-batches, B samples in one, S tokens in a sample, K domains.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megamix.data.reference import ReferenceLosses
 from megamix.data.sampler import Sampler, StepSamples
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
@@ -30,18 +31,33 @@ class Batch:
     Attributes:
         tokens, labels: int64 [M, B, S]; a label is the token that follows, or ``IGNORED_LABEL``.
         domains: int32 [M, B, S], the domain of every label.
-        num_tokens: labels that count in the step's loss over the whole world; known here, before any forward pass.
+        domain_tokens: int64 [K], labels of each domain that count in the step's loss over the whole world; known here,
+            before any forward pass.
         positions: int64 [M, B, S], the position of every token in its document; None where positions are those in the
             sample.
+        reference: float32 [M, B, S], a reference model's loss of every label in nats; None without a reference.
         samples: where the rows came from; None for validation data.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     domains: torch.Tensor
-    num_tokens: int
+    domain_tokens: Ints
     positions: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
     samples: StepSamples | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that count, of all domains together."""
+        return int(self.domain_tokens.sum())
+
+    @property
+    def targets(self) -> tuple[torch.Tensor, ...]:
+        """What the loss of a micro-batch is given, [M, B, S] each: labels, domains and, where there is one,
+        reference."""
+        known = (self.labels, self.domains)
+        return known if self.reference is None else (*known, self.reference)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; from pinned memory without waiting for the copy."""
@@ -55,6 +71,7 @@ class Batch:
             labels=move(self.labels),
             domains=move(self.domains),
             positions=None if self.positions is None else move(self.positions),
+            reference=None if self.reference is None else move(self.reference),
         )
 
 
@@ -64,6 +81,7 @@ class WindowReader:
     Args:
         eod_mask_loss: A label that is a document's first token becomes ``IGNORED_LABEL``.
         reset_position_ids: Batches have ``positions``, which begin again at 0 with every document in a sample.
+        reference: Batches have ``reference``, read from here.
     """
 
     def __init__(
@@ -74,12 +92,14 @@ class WindowReader:
         *,
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
+        reference: ReferenceLosses | None = None,
     ) -> None:
         self._domains = domains
         self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._eod_mask_loss = eod_mask_loss
         self._reset_position_ids = reset_position_ids
+        self._reference = reference
         self._dtype = np.result_type(*(domain.dtype for domain in domains))
 
     def read(self, domain_n: Ints, sample_n: Ints) -> np.ndarray:
@@ -115,8 +135,8 @@ class WindowReader:
         """One rank's part of the samples of all ranks.
 
         Args:
-            domain_n, sample_n: int64 [n], what all ranks read together; ``num_tokens`` counts their labels. The other
-                ranks' tokens are not read: the index files say where documents begin.
+            domain_n, sample_n: int64 [n], what all ranks read together; ``domain_tokens`` counts their labels. The
+                other ranks' tokens are not read: the index files say where documents begin.
             mine: int64 [M * B], which of them this rank reads, in order.
             shape: [M, B].
             pin_memory: Makes the tensors ones that a GPU can copy from by itself. Their memory goes back to torch's
@@ -133,19 +153,27 @@ class WindowReader:
 
         tokens, labels = tensor(window_nt[:, :-1], torch.int64), tensor(window_nt[:, 1:], torch.int64)
         domains = tensor(domain_n[mine][:, None], torch.int32)
-        num_tokens, positions = domain_n.size * self._seq_length, None
+        domain_tokens = np.bincount(domain_n, minlength=len(self._domains)) * self._seq_length
+        positions = None
         if self._eod_mask_loss or self._reset_position_ids:
             row_m, token_m = self.document_starts(domain_n, sample_n)
             own_m, own_token_m = _rows_of(mine, row_m, token_m)
             if self._eod_mask_loss:
-                num_tokens -= int(np.count_nonzero(token_m))  # token 0 of a window is no label
+                masked_m = row_m[token_m > 0]  # token 0 of a window is no label
+                domain_tokens -= np.bincount(domain_n[masked_m], minlength=len(self._domains))
                 is_label_m = own_token_m > 0
                 label_ns = labels.view(-1, self._seq_length).numpy()
                 label_ns[own_m[is_label_m], own_token_m[is_label_m] - 1] = IGNORED_LABEL
             if self._reset_position_ids:
                 positions = tensor(np.array(1), torch.int64)
                 count_positions(positions.view(-1, self._seq_length).numpy(), own_m, own_token_m)
-        return Batch(tokens, labels, domains, num_tokens, positions)
+        reference = None
+        if self._reference is not None:
+            reference = tensor(np.array(0.0), torch.float32)
+            loss_ns = reference.view(-1, self._seq_length).numpy()
+            for loss_s, row in zip(loss_ns, mine.tolist(), strict=True):
+                self._reference.read_window(int(domain_n[row]), int(sample_n[row]), loss_s)
+        return Batch(tokens, labels, domains, domain_tokens, positions, reference)
 
     def _refuse(self, window_nt: np.ndarray, domain_n: Ints, sample_n: Ints) -> None:
         row, column = np.argwhere((window_nt >= self._vocab_size) | (window_nt < 0))[0]
