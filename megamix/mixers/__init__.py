@@ -16,17 +16,19 @@ from pydantic import Field
 from megamix.config import Config, validate
 from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
+from megamix.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixers.odm import OdmConfig, OdmMixer
 from megamix.mixers.static import StaticConfig, StaticMixer
 from megamix.mixers.stats import DomainStats
 from megamix.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
 
-MixerConfig = Annotated[StaticConfig | OdmConfig, Field(discriminator="name")]
+MixerConfig = Annotated[StaticConfig | OdmConfig | DoremiConfig, Field(discriminator="name")]
 """The config of any mixer, told apart by ``name``."""
 
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
     "odm": (OdmConfig, OdmMixer),
+    "doremi": (DoremiConfig, DoremiMixer),
 }
 """Config class and mixer class by name."""
 
@@ -63,6 +65,8 @@ def make_mixer(
 __all__ = [
     "MIXERS",
     "DomainStats",
+    "DoremiConfig",
+    "DoremiMixer",
     "Mixer",
     "MixerConfig",
     "OdmConfig",

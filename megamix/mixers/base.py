@@ -122,6 +122,11 @@ class Mixer(ABC):
         return self._weights.copy()
 
     @property
+    def loss_weights(self) -> FloatArray | None:
+        """float64 [K], what each domain's losses are to be weighted with in the next step; None: all alike."""
+        return None
+
+    @property
     def is_warmup(self) -> bool:
         """Whether the last step given (or, before any, the beginning) lies in the warm-up."""
         return self._step <= self._schedule.warmup_steps and self._schedule.warmup_steps > 0
