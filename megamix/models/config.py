@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from megamix.config import Config, read_yaml
 from megamix.errors import InputError, did_you_mean
+from megamix.models.pretrained_config import read_pretrained_config
 from megamix.resources import configs_dir
 
 
 class ModelConfig(Config):
-    """A decoder-only transformer. ``preset`` fills every key that is not given."""
+    """A decoder-only transformer. ``preset`` fills every key that is not given, ``from_pretrained`` those that make the
+    function."""
 
     preset: str | None = None
     """A file of configs/models/ without its ending, for example neox-2m; keys given beside it win."""
+    from_pretrained: Path | None = None
+    """A folder with a model in Hugging Face's form (config.json and safetensors; GPTNeoXForCausalLM or
+    LlamaForCausalLM): a run that starts anew starts from its weights. Dimensions given beside it must be its own."""
     architecture: Literal["neox", "llama"]
     """neox: LayerNorm, biases, GELU, partial rotary (Pythia, GPT-NeoX). llama: RMSNorm, no biases, SwiGLU, full
     rotary."""
@@ -35,6 +41,8 @@ class ModelConfig(Config):
     """Share of each head's dimensions that the rotary embedding turns (neox only; llama turns all)."""
     rotary_base: float = pydantic.Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
+    parallel_residual: bool = False
+    """Attention and feed-forward both read the layer's input (neox only; Pythia has it so)."""
     norm_epsilon: float = pydantic.Field(default=1e-5, gt=0)
     """Added to the variance in the norms."""
     init_std: float = pydantic.Field(default=0.02, gt=0)
@@ -45,9 +53,11 @@ class ModelConfig(Config):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, data: Any) -> Any:
+    def _fill(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("preset") is not None:
-            return {**preset(str(data["preset"])), **data}
+            data = {**preset(str(data["preset"])), **data}
+        if isinstance(data, dict) and data.get("from_pretrained") is not None:
+            data = _fill_from_pretrained(data)
         return data
 
     @pydantic.model_validator(mode="after")
@@ -70,6 +80,8 @@ class ModelConfig(Config):
             raise ValueError("num_key_value_heads is for architecture llama; GPT-NeoX has as many as num_heads.")
         if self.architecture == "llama" and self.dropout:
             raise ValueError("dropout is for architecture neox; Llama models have none.")
+        if self.architecture == "llama" and self.parallel_residual:
+            raise ValueError("parallel_residual is for architecture neox; Llama models have a sequential one.")
         return self
 
     @property
@@ -96,6 +108,13 @@ class ModelConfig(Config):
                 "Leave vocab_size out, or give at least that many."
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What a run may not change in the middle, JSON-serialisable: not where the dimensions and the initial weights
+        came from."""
+        found = self.model_dump(mode="json", exclude={"preset", "from_pretrained"})
+        # Checkpoints from before there was this key are of models without.
+        return found if self.parallel_residual else {k: v for k, v in found.items() if k != "parallel_residual"}
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; ``vocab_size`` must be settled."""
@@ -139,3 +158,24 @@ def preset(name: str) -> dict[str, Any]:
     if name not in known:
         raise InputError(f"model.preset: unknown '{name}'." + did_you_mean(name, known))
     return read_yaml(known[name])
+
+
+def _fill_from_pretrained(data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a config with the dimensions that its ``from_pretrained`` has.
+
+    Raises:
+        InputError: no such model, one that the engines do not compute, or a key that contradicts it.
+    """
+    folder = Path(str(data["from_pretrained"]))
+    given = {key: value for key, value in data.items() if value is not None}
+    required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+    if not folder.exists() and required <= given.keys():
+        # The resolved config of a run whose starting point is gone, which only a start anew would need.
+        return data
+    dimensions = read_pretrained_config(folder).dimensions
+    for key, value in dimensions.items():
+        if given.get(key, value) != value:
+            raise InputError(
+                f"model.{key} is {given[key]}, but model.from_pretrained {folder} has {value}. Leave one of them out."
+            )
+    return {**dimensions, **given}

@@ -41,8 +41,7 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         return GPTNeoXConfig(
             **shared,
             layer_norm_eps=config.norm_epsilon,
-            # megatron.core has no parallel residual, and both engines must train the same function.
-            use_parallel_residual=False,
+            use_parallel_residual=config.parallel_residual,
             attention_dropout=config.dropout,
             hidden_dropout=config.dropout,
             rope_parameters={**rope, "partial_rotary_factor": config.rotary_percent},
@@ -53,6 +52,19 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         num_key_value_heads=config.key_value_heads,
         rope_parameters=rope,
     )
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, torch.Size]:
+    """Hugging Face name -> shape of every parameter of the pipeline layer ``index``; nothing is allocated."""
+    with torch.device("meta"):
+        if index == 0:
+            layer: PipelineLayer = Embedding(config, index, seed=0)
+        elif index <= config.num_layers:
+            layer = Decoder(config, index, seed=0, seq_length=1)
+        else:
+            layer = Head(config, index, seed=0)
+    names = layer.hugging_face_names()
+    return {names[name]: parameter.shape for name, parameter in layer.named_parameters()}
 
 
 # What goes from layer to layer: tokens or hidden states, where positions are not 0 to S - 1 together with them,

@@ -1,0 +1,232 @@
+"""The weights of a model in Hugging Face's form, by pipeline layer, and whether the data fit it.
+
+Rows of the embedding and the output projection that only padding needs are zero: no token id reaches them, they join
+no softmax, so no gradient does either, and weight decay leaves them at zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megamix.errors import InputError
+from megamix.log import get_logger
+from megamix.models.config import ModelConfig
+from megamix.models.layers import layer_shapes
+from megamix.models.pretrained_config import OUTPUT_NAMES, read_json_object, read_pretrained_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+# Constants that older files of GPT-NeoX hold beside the parameters.
+_CONSTANTS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+_PROBE = "Hello, world!  def f(x):\n\treturn x + 1  # 12345\n\nGrüße, 你好, здравствуйте "
+"""Text that tokenizers cut differently where only their rules of cutting differ."""
+
+
+class PretrainedWeights:
+    """The weights of a model, read a layer at a time.
+
+    Args:
+        folder: config.json and ``model.safetensors``, or shards with their index.
+        model: with its vocabulary settled.
+
+    Raises:
+        InputError: files are missing or damaged, or the tensors are not those of ``model``.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        self.folder = Path(folder)
+        self._model = model
+        config = read_pretrained_config(self.folder)
+        self._vocab_size, self._tied = config.vocab_size, config.tied
+        self._files = _find_tensors(self.folder)
+        if self._tied:
+            get_logger().warning(
+                "%s has one matrix for embedding and output (tie_word_embeddings). Here they are two: both start from "
+                "it and are trained by themselves.",
+                self.folder,
+            )
+        self._check()
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Hugging Face name -> float32 tensor on the CPU, of every parameter of the pipeline layer ``index`` (0: the
+        embedding, 1 to num_layers: the decoder layers, num_layers + 1: norm and output).
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        tensors = {}
+        for name, shape in layer_shapes(self._model, index).items():
+            stored = self._stored(name)
+            try:
+                with safe_open(self._files[stored], "pt") as file:
+                    tensor = file.get_tensor(stored).float()
+            except (OSError, SafetensorError) as error:
+                raise _damaged(self._files[stored], error) from error
+            if tensor.shape != shape:
+                rows = min(len(tensor), shape[0])
+                tensor = torch.cat([tensor[:rows], tensor.new_zeros(shape[0] - rows, *shape[1:])])
+            tensors[name] = tensor.contiguous()
+        return tensors
+
+    def _stored(self, name: str) -> str:
+        """The name that a parameter has in the files."""
+        if name != "lm_head.weight":
+            return name
+        if self._tied:
+            return next(iter(layer_shapes(self._model, 0)))
+        saved = OUTPUT_NAMES[self._model.architecture]
+        return saved if saved in self._files else name
+
+    def _check(self) -> None:
+        """Compares names, shapes and types with the model's, from the heads of the files."""
+        wanted = {}
+        for index in range(self._model.num_layers + 2):
+            for name, shape in layer_shapes(self._model, index).items():
+                rows = self._vocab_size if _has_vocabulary(name, index, self._model) else shape[0]
+                wanted[self._stored(name)] = (rows, *shape[1:])
+        unused = {OUTPUT_NAMES[self._model.architecture], "lm_head.weight"} if self._tied else set()
+        stray = [name for name in self._files if name not in wanted and name not in unused and not _is_constant(name)]
+        missing = [name for name in wanted if name not in self._files]
+        if stray or missing:
+            problem = f"has no tensor '{missing[0]}'" if missing else f"has a tensor '{stray[0]}'"
+            raise InputError(
+                f"{self.folder} {problem}, unlike the model that its config.json describes ({len(missing)} missing, "
+                f"{len(stray)} too many). Copy it again."
+            )
+        for path in sorted(set(self._files.values())):
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in wanted:
+                        if self._files[name] == path:
+                            _check_tensor(file.get_slice(name), name, wanted[name], path)
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from error
+
+
+def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) -> PretrainedWeights:
+    """The weights that ``model.from_pretrained`` names, for data with this tokenizer.
+
+    Args:
+        model: with its vocabulary settled.
+        tokenizer: the tokenizer.json of the data.
+        tokenizer_size: its largest token id + 1.
+
+    Raises:
+        InputError: the folder is no such model, or its tokenizer is another.
+    """
+    folder = model.from_pretrained
+    if folder is None:
+        raise InputError("model.from_pretrained is not given. Name the folder of a model.")
+    weights = PretrainedWeights(folder, model)
+    rows = read_pretrained_config(folder).vocab_size
+    if rows < tokenizer_size:
+        raise InputError(
+            f"model.from_pretrained {folder} knows {rows} token ids, but the tokenizer of the data has {tokenizer_size}. "
+            "Prepare the data with the model's tokenizer."
+        )
+    _compare_tokenizers(folder, tokenizer)
+    return weights
+
+
+def _find_tensors(folder: Path) -> dict[str, Path]:
+    """Name of a tensor -> the file that holds it."""
+    if (folder / INDEX).is_file():
+        files = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise InputError(f"{folder / INDEX} has no weight_map. Copy it again.")
+        for file in sorted(set(files.values())):
+            if not (folder / file).is_file():
+                raise InputError(f"{folder} has no {file}, which its index names. Copy it again.")
+        return {name: folder / file for name, file in files.items()}
+    path = folder / SINGLE
+    if not path.is_file():
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        if pickles:
+            raise InputError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which could run code. Convert them with "
+                f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers, then give that folder."
+            )
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}. Give the folder of a model.")
+    try:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_tensor(head: Any, name: str, shape: Iterable[int], path: Path) -> None:
+    if list(head.get_shape()) != list(shape):
+        raise InputError(
+            f"{path}: {name} has shape {list(head.get_shape())}, but config.json means {list(shape)}. Copy both again."
+        )
+    if head.get_dtype() not in _FLOATS:
+        raise InputError(
+            f"{path}: {name} is stored as {head.get_dtype()}, expected {', '.join(_FLOATS)}. Choose a model that is not "
+            "quantised."
+        )
+
+
+def _has_vocabulary(name: str, index: int, model: ModelConfig) -> bool:
+    return index == 0 or (index == model.num_layers + 1 and name == "lm_head.weight")
+
+
+def _is_constant(name: str) -> bool:
+    return name.endswith(_CONSTANTS)
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read: {error}. Copy it again.")
+
+
+def _compare_tokenizers(folder: Path, of_data: Path) -> None:
+    """Refuses data that were cut by another tokenizer than the model's.
+
+    The files may be written differently, so ids, merges and what becomes of some text are compared.
+
+    Raises:
+        InputError: they differ, or one of them cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        get_logger().warning(
+            "%s has no tokenizer.json: whether the data were cut by the model's tokenizer cannot be checked", folder
+        )
+        return
+    ids, merges, probes = [], [], []
+    for file in (path, of_data):
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise InputError(f"{file} is not a tokenizer.json: {error}. Copy it again.") from error
+        ids.append(tokenizer.get_vocab(with_added_tokens=True))
+        merges.append(_merges(file))
+        probes.append(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
+    differing = sorted(name for name in ids[0].keys() | ids[1].keys() if ids[0].get(name) != ids[1].get(name))
+    if differing:
+        name = differing[0]
+        problem = f"the id of {name!r} is {ids[0].get(name)} in the model's and {ids[1].get(name)} in the data's"
+    elif merges[0] != merges[1]:
+        problem = "their merges differ"
+    elif probes[0] != probes[1]:
+        problem = "they cut the same text differently"
+    else:
+        return
+    raise InputError(
+        f"{of_data}, the tokenizer of the data, is not that of model.from_pretrained ({path}): {problem}. Prepare the "
+        f"data with --tokenizer {path}."
+    )
+
+
+def _merges(path: Path) -> list[str]:
+    """The merges of a BPE tokenizer as "a b", which is one of two ways to write them."""
+    model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
