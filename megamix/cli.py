@@ -134,6 +134,21 @@ def train(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run (its newest checkpoint), or one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model, new or empty.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write the model of a run in Hugging Face's form: safetensors, config and tokenizer.
+
+    Example: megamix export runs/demo --out demo-hf
+    """
+    from megamix.export import export as run
+
+    typer.echo(run(path, out, dtype).line())
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the PNGs; default: RUN/plots.")] = None,

@@ -1,0 +1,237 @@
+"""``megamix export``: the model of a run in Hugging Face's form, read from a checkpoint without engine or ranks.
+
+    OUT/model.safetensors             (or shards and their index) the weights
+        config.json                   GPTNeoXConfig or LlamaConfig
+        generation_config.json        which token ends a text
+        tokenizer.json                that of the data, byte for byte
+        tokenizer_config.json         what transformers wants to know of it
+        megamix.json                  run, step, config and mixture
+
+The rows of the embedding and the output projection beyond the tokenizer's ids are left out. One tensor is in memory at
+a time. OUT is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+import megamix
+from megamix import checkpoint
+from megamix.config import validate
+from megamix.data.manifest import TOKENIZER_FILE, Manifest
+from megamix.errors import InputError, MegamixError, ResumeRefused, did_you_mean
+from megamix.files import sync_folder
+from megamix.models import ModelConfig
+from megamix.models.layers import hugging_face_config, layer_shapes
+from megamix.models.pretrained_config import CLASSES, OUTPUT_NAMES
+from megamix.summary import CONFIG, RecordedRun
+from megamix.tensor_files import TensorSpec, write_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        source: the checkpoint.
+        num_bytes: of the weights.
+    """
+
+    out: Path
+    source: Path
+    num_parameters: int
+    num_bytes: int
+
+    def line(self) -> str:
+        size = f"{self.num_parameters:,} parameters, {self.num_bytes:,} bytes"
+        return f"{self.out}: the model of {self.source} ({size})"
+
+
+def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MAX_SHARD_BYTES) -> Exported:
+    """Writes the model of a run to the folder ``out``.
+
+    Args:
+        path: a run directory (its newest complete checkpoint is taken) or a checkpoint in one.
+        out: new or empty.
+        dtype: fp32 or bf16; checkpoints hold fp32.
+        max_shard_bytes: weights beyond this are cut into several files.
+
+    Raises:
+        InputError: no run or checkpoint, one in another form, a data set that is not there or not the checkpoint's, or
+            an ``out`` that is not empty.
+        ResumeRefused: the checkpoint is damaged.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is '{dtype}'." + did_you_mean(dtype, DTYPES))
+    out = out.absolute()
+    _check_out(out)
+    source, run = _find(path)
+    if (source / "megatron").is_dir():
+        raise InputError(
+            f"{source} is in Megatron's own form (engine.checkpoint_format: dist), which export does not read. Resume the "
+            "run with engine.checkpoint_format=layers, and export the checkpoint that it writes then."
+        )
+    state = checkpoint.read_state(source)
+    manifest = _manifest(run, state, source)
+    fingerprints = state["fingerprints"]
+    model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
+    partial = out.with_name(out.name + checkpoint.PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        exported = _weights(source, partial, model, manifest.tokenizer.vocab_size, DTYPES[dtype], max_shard_bytes)
+        eod = manifest.tokenizer.eod_id
+        _write_config(partial, model, fingerprints["order"]["seq_length"], manifest.tokenizer.vocab_size, eod, dtype)
+        _write_tokenizer(partial, manifest, fingerprints["order"]["seq_length"])
+        _write_json(partial / "megamix.json", _provenance(run, state, source, dtype))
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise MegamixError(f"cannot write {out}: {error.strerror or error}. Free space or choose another.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(out, source, *exported)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already and not an empty folder. Choose another --out, or remove it.")
+
+
+def _find(path: Path) -> tuple[Path, RecordedRun]:
+    """The checkpoint to export, and the run it is of."""
+    if (path / CONFIG).is_file():
+        source = checkpoint.newest(path / "checkpoints")
+        if source is None:
+            raise InputError(f"the run {path} has no complete checkpoint. Train it until one is written.")
+        return source, RecordedRun.open(path)
+    if not (path / "checkpoint.json").is_file():
+        raise InputError(f"{path} is neither a run (no {CONFIG}) nor a checkpoint (no checkpoint.json). Give one.")
+    return path, RecordedRun.open(path.absolute().parent.parent)
+
+
+def _manifest(run: RecordedRun, state: dict[str, Any], source: Path) -> Manifest:
+    """The data set, which has the tokenizer; the run may have moved on to another than the checkpoint's."""
+    if run.manifest is None:
+        raise InputError(
+            f"the tokenizer is with the data, and the data of {run.run_dir} cannot be opened: {run.missing_data}"
+        )
+    wanted, seen = state["fingerprints"]["tokenizer"]["sha256"], run.manifest.tokenizer.sha256
+    if wanted != seen:
+        raise InputError(
+            f"{source} was trained with a tokenizer of hash {wanted[:12]}, but {run.config.data.manifest} has {seen[:12]}. "
+            "Put the data set back that the run was made with."
+        )
+    return run.manifest
+
+
+def _weights(
+    source: Path, out: Path, model: ModelConfig, vocab_size: int, dtype: torch.dtype, max_bytes: int
+) -> tuple[int, int]:
+    """Writes the tensor files; returns parameters and bytes."""
+    layers = [layer_shapes(model, index) for index in range(model.num_layers + 2)]
+    ends = (0, model.num_layers + 1)
+    specs = []
+    for index, shapes in enumerate(layers):
+        for name, shape in shapes.items():
+            saved = OUTPUT_NAMES[model.architecture] if name == "lm_head.weight" else name
+            trimmed = index in ends and len(shape) == 2
+            specs.append(TensorSpec(saved, (vocab_size, *shape[1:]) if trimmed else tuple(shape)))
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for index, shapes in enumerate(layers):
+            yield from _layer(source, index, shapes, vocab_size if index in ends else None)
+
+    write_tensors(out, specs, tensors(), dtype, max_bytes)
+    num_parameters = sum(spec.size for spec in specs)
+    return num_parameters, num_parameters * dtype.itemsize
+
+
+def _layer(source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: int | None) -> Iterator[torch.Tensor]:
+    """The weights of a layer of a checkpoint, matrices cut to ``vocab_size`` rows where it is given.
+
+    Raises:
+        ResumeRefused: the file is damaged, or of another model.
+    """
+    name = f"layers/{index:05d}.safetensors"
+    checkpoint.verify(source, name)
+    try:
+        with safe_open(source / name, "pt") as file:
+            for parameter, shape in shapes.items():
+                tensor = file.get_tensor(f"weight/{parameter}")
+                if tensor.shape != shape:
+                    raise ResumeRefused(
+                        f"{source / name}: {parameter} has shape {list(tensor.shape)}, expected {list(shape)}: the "
+                        "checkpoint is of another model."
+                    )
+                yield tensor[:vocab_size] if len(shape) == 2 else tensor
+    except SafetensorError as error:
+        raise ResumeRefused(f"{source / name}: {error}: the checkpoint is of another model.") from error
+
+
+def _write_config(folder: Path, model: ModelConfig, seq_length: int, vocab_size: int, eod: int, dtype: str) -> None:
+    upstream = hugging_face_config(model.model_copy(update={"vocab_size": vocab_size}), seq_length)
+    upstream.architectures = [CLASSES[model.architecture]]
+    upstream.dtype = DTYPES[dtype]
+    upstream.use_cache = True
+    # A document follows the token that ended the one before, so that token also begins one.
+    upstream.bos_token_id = upstream.eos_token_id = eod
+    config = json.loads(upstream.to_json_string())
+    # What transformers before 5 and programs made for it read instead of rope_parameters.
+    if model.architecture == "neox":
+        config.update(rotary_pct=model.rotary_percent, rotary_emb_base=model.rotary_base)
+    else:
+        config.update(rope_theta=model.rotary_base)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod})
+
+
+def _write_tokenizer(folder: Path, manifest: Manifest, seq_length: int) -> None:
+    tokenizer = manifest.load_tokenizer()
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    name = Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eod_id)
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": seq_length,
+    }
+    _write_json(folder / "tokenizer_config.json", described)
+
+
+def _provenance(run: RecordedRun, state: dict[str, Any], source: Path, dtype: str) -> dict[str, Any]:
+    """Where the model is from, and on which blend it was trained."""
+    position = state["step"] * run.config.train.global_batch
+    line = run.ledger.line_at(position)
+    return {
+        "format": "megamix-export",
+        "version": 1,
+        "megamix": megamix.__version__,
+        "run": str(run.config.run_dir),
+        "checkpoint": source.name,
+        "step": state["step"],
+        "tokens": position * run.config.data.seq_length,
+        "dtype": dtype,
+        "weights": dict(zip(line["domain_names"], line["domain_weights"], strict=True)),
+        "samples": {name: int(count) for name, count in run.ledger.counts(position).items()},
+        "fingerprints": state["fingerprints"],
+        "config": run.config.model_dump(mode="json"),
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
