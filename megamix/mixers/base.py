@@ -191,8 +191,10 @@ class Mixer(ABC):
     def _apply(self, weights: FloatArray | None, step: int) -> None:
         if weights is None:
             return
-        source = f"mixer '{self.name}', weights of step {step}"
-        self._weights = normalise_weights(np.asarray(weights, dtype=np.float64), self._domains, source)
+        # Dividing by a sum of 1 in all but the last bit would change weights that are to stay as they are.
+        if not np.array_equal(weights, self._weights):
+            source = f"mixer '{self.name}', weights of step {step}"
+            self._weights = normalise_weights(np.asarray(weights, dtype=np.float64), self._domains, source)
         self._num_updates += 1
         self._last_update = step
 
