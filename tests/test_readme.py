@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from conftest import ROOT
+from readme_code import readme_code
 
 
 def test_the_pieces_in_a_trainer_of_ones_own() -> None:
     """The README's loop, run with a toy in place of the reader's model: the losses fall and the weights move."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
+    code = readme_code("forward(domain, sample)")
     torch.manual_seed(0)
     logits = torch.zeros(2, 16, requires_grad=True)
     optimizer = torch.optim.SGD([logits], lr=2.0)
@@ -28,7 +26,7 @@ def test_the_pieces_in_a_trainer_of_ones_own() -> None:
         return logits[domain], labels, domain
 
     names: dict[str, object] = {"forward": forward, "steps": 40}
-    exec(code[1], names)
+    exec(code, names)
     weights = names["blend"].weights
     assert seen[0] == [336, 144], "the first batch follows the initial weights"
     assert weights[1] > 0.6, "perplexity draws ODM to the domain that cannot be learnt"
