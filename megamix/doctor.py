@@ -19,28 +19,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.sampler import Slice
+from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.errors import InputError
 from megamix.launch import job_world_size, num_cores
 from megamix.memory import StageMemory, checkpoint_bytes, estimate_memory
+from megamix.mix_plan import MixPlan, planned_mix
 from megamix.mixers import make_mixer, normalise_weights
 from megamix.models.config import ModelConfig
 from megamix.plan import Plan, check_layout, make_plan
 from megamix.run_config import FileMixture, RunConfig, StagedMixture
 from megamix.tables import ABSENT, Report, Table, gib, number, plural
 
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "triton", "megatron-core")
-OPTIONAL = ("triton", "megatron-core")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+OPTIONAL = ("deepspeed", "megatron-core", "transformer-engine", "triton")
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is known of a run with and without its data."""
+    """What is known of a run with and without its data.
+
+    Attributes:
+        plan: with the data.
+        mix: without it, where the config says how many tokens it is to have.
+    """
 
     config: RunConfig
     model: ModelConfig
     world_size: int
     data_size: int
-    plan: Plan | None
+    plan: Plan | None = None
+    mix: MixPlan | None = None
+
+    @property
+    def mixture(self) -> Plan | MixPlan | None:
+        """The mixture over the run, as far as it is known."""
+        return self.plan or self.mix
 
     @property
     def num_micro_batches(self) -> int:
@@ -50,9 +63,12 @@ class _Shape:
 
     @property
     def bubble(self) -> float:
-        """Share of a step in which a pipeline stage waits: (p - 1) / (m + p - 1)."""
-        stages = self.config.engine.pipeline
-        return (stages - 1) / (self.num_micro_batches + stages - 1)
+        """Share of a step in which a pipeline stage waits: (p - 1) / (v m + p - 1) with v chunks a stage (Narayanan et
+        al., 2021, arXiv 2104.04473, section 2.2)."""
+        engine = self.config.engine
+        chunks = engine.virtual_pipeline if isinstance(engine, MegatronConfig) else 1
+        waiting = engine.pipeline - 1
+        return waiting / (chunks * self.num_micro_batches + waiting)
 
 
 def doctor(config: RunConfig | None = None, *, world_size: int | None = None, plan_only: bool = False) -> Report:
@@ -82,9 +98,10 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
         micro_batch=config.train.micro_batch,
         num_micro_batches=shape.num_micro_batches,
         data_size=shape.data_size,
+        local_layers=_local_layers(config.engine, plan_only),
     )
     names, initial = _mixture(shape)
-    warnings = shape.plan.warnings() if shape.plan is not None else []
+    warnings = shape.mixture.warnings() if shape.mixture is not None else []
     if names:
         warnings += _mixer_warnings(config, names, initial)
     if shape.bubble > 0.5:
@@ -113,13 +130,22 @@ def _shape_without_data(config: RunConfig, world_size: int | None) -> _Shape:
             "model.vocab_size is not given, and --plan-only opens no data to take it from. "
             "Add model.vocab_size=N (the tokenizer's entries), or leave --plan-only out."
         )
-    return _Shape(config, config.model, ranks, data_size, None)
+    return _Shape(config, config.model, ranks, data_size, mix=planned_mix(config))
+
+
+def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
+    """Whether Megatron is to use its own layers; of a machine that is elsewhere, only what the config says is known."""
+    if not isinstance(engine, MegatronConfig):
+        return False
+    from megamix.engines.megatron_layout import uses_transformer_engine
+
+    return engine.transformer_engine == "off" if plan_only else not uses_transformer_engine(engine)
 
 
 def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Domains and initial weights, as far as they are known; none without data, unless the config spells them out."""
-    if shape.plan is not None:
-        return shape.plan.domain_names, shape.plan.initial_weights
+    if shape.mixture is not None:
+        return shape.mixture.domain_names, shape.mixture.initial_weights
     mixture = shape.config.mixture
     if isinstance(mixture, dict):
         return tuple(mixture), normalise_weights(mixture, tuple(mixture), "mixture")
@@ -136,10 +162,9 @@ def _mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[
 
 def _what_runs(shape: _Shape) -> str:
     config, model = shape.config, shape.model
-    train, engine = config.train, config.engine
+    train = config.train
     samples = train.steps * train.global_batch
     step_tokens = train.global_batch * config.data.seq_length
-    recompute = ", activation checkpointing" if engine.activation_checkpointing else ""
     micro_batches = plural(shape.num_micro_batches, "micro-batch", "micro-batches")
     delay = plural(config.data.weight_lag + 1, "step")
     lines = (
@@ -148,8 +173,8 @@ def _what_runs(shape: _Shape) -> str:
                   f"{model.vocabulary:,}: {model.num_parameters():,} parameters"),
         ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
         ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
-        ("ranks", f"{shape.world_size} = pipeline {engine.pipeline} x tensor {engine.tensor} x data {shape.data_size}; "
-                  f"{engine.name}, ZeRO {engine.zero}, {engine.precision}{recompute}"),
+        ("ranks", f"{shape.world_size} = {_factors(config.engine)} x data {shape.data_size}; {_engine(config.engine)}"),
+        ("other sizes", _other_sizes(config)),
         ("schedule", f"{micro_batches} of {train.micro_batch} samples per rank and step; "
                      f"pipeline bubble {shape.bubble:.1%}"),
         ("mixture", _mixture_line(shape)),
@@ -157,6 +182,34 @@ def _what_runs(shape: _Shape) -> str:
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
     )  # fmt: skip
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _factors(engine: EngineConfig) -> str:
+    return " x ".join(f"{name} {factor}" for name, factor in engine.layout.items())
+
+
+def _engine(engine: EngineConfig) -> str:
+    """How the engine works, in words."""
+    said = [engine.name]
+    if isinstance(engine, DeepSpeedConfig):
+        said.append(f"ZeRO {engine.zero}")
+    else:
+        if engine.virtual_pipeline > 1:
+            said.append(f"{engine.virtual_pipeline} chunks a stage")
+        switches = ("sequence_parallel", "distributed_optimizer", "gradient_accumulation_fusion")
+        said += [name.replace("_", " ") for name in switches if getattr(engine, name)]
+    said.append(engine.precision)
+    if engine.activation_checkpointing:
+        said.append("activation checkpointing")
+    return ", ".join(said)
+
+
+def _other_sizes(config: RunConfig) -> str:
+    """The ranks that this layout runs on, given the batches: multiples of those that share a copy of the model."""
+    train, unit = config.train, config.engine.model_ranks
+    turns = train.global_batch // train.micro_batch
+    sizes = ", ".join(str(size * unit) for size in range(1, turns + 1) if turns % size == 0)
+    return f"{sizes} ranks ({unit} for a copy of the model; {train.global_batch} samples in micro-batches of {train.micro_batch})"
 
 
 def _mixture_line(shape: _Shape) -> str:
@@ -177,19 +230,24 @@ def _mixture_line(shape: _Shape) -> str:
 
 
 def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) -> str | Table:
-    plan = shape.plan
-    if plan is None:
+    mix, columns = shape.mixture, ["domain", "tokens", "natural share", "initial weight", "planned epochs"]
+    if mix is None:
         if not names:
             return f"domains      known once the data is there; initial weights: {shape.config.mixture}"
         rows = [(name, ABSENT, ABSENT, number(weight), ABSENT) for name, weight in zip(names, initial, strict=True)]
+        return Table(columns, rows)
+    if shape.plan is not None:
+        tokens = [domain.num_tokens for domain in shape.plan.domains]
     else:
-        rows = [
-            (name, f"{tokens.num_tokens:,}", number(share), number(weight), number(epochs, 2))
-            for name, tokens, share, weight, epochs in zip(
-                names, plan.domains, plan.natural_weights, initial, plan.epochs, strict=True
-            )
-        ]
-    return Table(("domain", "tokens", "natural share", "initial weight", "planned epochs"), rows)
+        columns[1] = "tokens expected"
+        tokens = [(shape.config.data.token_counts or {})[name] for name in names]
+    rows = [
+        (name, f"{count:,.0f}", number(share), number(weight), number(epochs, 2))
+        for name, count, share, weight, epochs in zip(
+            names, tokens, mix.natural_weights, initial, mix.epochs, strict=True
+        )
+    ]
+    return Table(columns, rows)
 
 
 def _memory(stages: Sequence[StageMemory]) -> Table:
@@ -198,7 +256,7 @@ def _memory(stages: Sequence[StageMemory]) -> Table:
     rows = []
     for stage in stages:
         sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.total)
-        layers = f"{stage.first_layer}-{stage.last_layer}"
+        layers = ", ".join(f"{first}-{last}" for first, last in stage.chunks)
         rows.append(
             (f"stage {stage.stage}", layers, f"{stage.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes))
         )
@@ -207,12 +265,11 @@ def _memory(stages: Sequence[StageMemory]) -> Table:
 
 def _machine(config: RunConfig | None) -> str:
     lines = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    for package in PACKAGES:
+    needed = (*PACKAGES, *([_engine_package(config.engine)] if config is not None else []))
+    for package in (*PACKAGES, *OPTIONAL):
         version = _version(package)
-        if version is None and package not in OPTIONAL:
-            raise InputError(
-                f"the package {package} is not installed. Install megamix with its dependencies: pip install -e ."
-            )
+        if version is None and package in needed:
+            raise InputError(f"the package {package} is not installed. Install it: pip install {package}")
         if version is not None:
             lines.append(f"{package:<12} {version}")
     devices = _devices()
@@ -221,6 +278,10 @@ def _machine(config: RunConfig | None) -> str:
     if config is not None:
         lines.append(f"disk         {gib(shutil.disk_usage(_existing(config.run_dir)).free)} free at {config.run_dir}")
     return "\n".join(lines)
+
+
+def _engine_package(engine: EngineConfig) -> str:
+    return "deepspeed" if isinstance(engine, DeepSpeedConfig) else "megatron-core"
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:

@@ -1,8 +1,9 @@
 """How much memory a rank needs, by formula, before anything is started.
 
-Legend: P parameters of a stage, D data-parallel ranks, p pipeline stages, m micro-batches of a rank per step, B samples
-in a micro-batch, S tokens in a sample, H hidden size, F inner size of the feed-forward layer, V vocabulary, e bytes of
-a number in the precision of the forward pass (fp32: 4, bf16: 2).
+Legend: P parameters on a rank (of its stage; with tensor parallelism its shard), p pipeline stages, v chunks per stage,
+t tensor-parallel ranks, c context-parallel ranks, D ranks that share the optimizer's state, m micro-batches of a rank
+per step, B samples in a micro-batch, S tokens in a sample, H hidden size, H_kv width of the keys, F inner size of the
+feed-forward layer, V vocabulary, e bytes of a number in the precision of the forward pass (fp32: 4, bf16: 2).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 from dataclasses import dataclass
 
-from megamix.engines.config import EngineConfig
+from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.models.config import ModelConfig
 
 FP32 = 4
@@ -22,24 +23,41 @@ ADAM_MOMENTS = 2
 class StageMemory:
     """Bytes that one rank of a pipeline stage holds at its fullest.
 
+    ``chunks`` are the pipeline layers (embedding 0, decoder layers, head) of each of the stage's v chunks. Under
+    DeepSpeed (counted on transformers' layers with fused attention, which keeps no [S, S] matrix):
+
     - ``weights``: e P.
     - ``gradients``: 4 P; in bf16 another 2 P, the gradients of a micro-batch before they are added to the fp32 sum.
     - ``optimizer``: Adam's moments, 8 P, and an fp32 copy of the weights, 4 P. ZeRO 1 and the bf16 optimizer spread
       both over the D data-parallel ranks; fp32 without ZeRO needs no copy.
     - ``activations``: per token and decoder layer e (11 H + 2 F) for neox (with dropout 2 H more) and
-      e (6 H + 2 H_kv + 4 F) + 8 H for llama (H_kv: width of keys; its norms work in fp32), counted on transformers'
-      layers with fused attention, which keeps no [S, S] matrix. Stage s of p holds min(m, p - s) micro-batches at once
-      (1F1B; s from 0). With activation checkpointing e H per token and decoder layer of each, and one layer in full.
-      Each stage also holds its input, e H per token.
+      e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s of p holds min(m, p - s) micro-batches at
+      once (1F1B; s from 0). With activation checkpointing e H per token and decoder layer of each, and one layer in
+      full. Each stage also holds its input, e H per token.
     - ``logits``: on the last stage 2 e B S V, one micro-batch's logits and their gradient.
+
+    Under Megatron:
+
+    - ``weights``, ``gradients``, ``optimizer``: e P, 4 P in one buffer, and Adam's 8 P with, in bf16, an fp32 copy of
+      4 P. The distributed optimizer spreads the last over the D data- and context-parallel ranks: 6 + 12 / D bytes a
+      parameter in bf16, 8 + 8 / D in fp32 (Megatron Core's developer guide, "Distributed Optimizer"). Matrices and the
+      biases of their columns are split in t, norms and the other biases are not.
+    - ``activations``: per token and decoder layer e (4 H / s + (4 H + 2 F) / t) for neox and
+      e (4 H / s + (2 H + 2 H_kv + 3 F) / t) for llama, where s is t with sequence parallelism and 1 without:
+      Korthikanti et al., 2022 (arXiv 2205.05198), table 2, without dropout (whose masks add 2 H / s) and without the
+      [S, S] matrix of each of the a heads, which fused attention does not keep. Megatron's own layers, used without
+      Transformer Engine, keep that and more, counted on them: e (4 H / s + (6 H + 2 F + a S) / t) for neox and
+      e (6 H / s + (4 H + 5 F + a S) / t) for llama. A rank has B S / c tokens of a micro-batch.
+      With v chunks a stage, min(m v, 2 (p - s - 1) + (v - 1) p + 1) chunks are held at once (interleaved 1F1B,
+      Narayanan et al., 2021, arXiv 2104.04473). With activation checkpointing e H / s per token and layer of each.
+    - ``logits``: 2 e B S V / (c t).
 
     Not counted: what CUDA, NCCL and the allocator keep for themselves (1 to 2 GiB on a GPU), communication buffers, and
     the loaded libraries.
     """
 
     stage: int
-    first_layer: int
-    last_layer: int
+    chunks: tuple[tuple[int, int], ...]
     parameters: int
     weights: int
     gradients: int
@@ -52,18 +70,37 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def layer_parameters(model: ModelConfig) -> list[int]:
-    """Parameters of each pipeline layer: embedding, decoder layers, head."""
-    embedding = model.vocabulary * model.hidden_size
+def layer_parameters(model: ModelConfig, tensor: int = 1) -> list[int]:
+    """Parameters of each pipeline layer (embedding, decoder layers, head) on one of ``tensor`` ranks."""
+    hidden, embedding = model.hidden_size, model.vocabulary * model.hidden_size
     ends = model.model_copy(update={"num_layers": 0}).num_parameters()
+    norm = ends - 2 * embedding
     decoder = (model.num_parameters() - ends) // model.num_layers
-    return [embedding, *[decoder] * model.num_layers, ends - embedding]
+    # Norms, and the biases of the projections that sum over the tensor-parallel ranks.
+    whole = 2 * norm + (2 * hidden if model.architecture == "neox" else 0)
+    decoder = (decoder - whole) // tensor + whole
+    return [embedding // tensor, *[decoder] * model.num_layers, embedding // tensor + norm]
 
 
-def stage_bounds(model: ModelConfig, seq_length: int, num_stages: int) -> list[int]:
-    """[num_stages + 1]: the first pipeline layer of each stage, and the number of layers; as DeepSpeed cuts them."""
+def stage_chunks(model: ModelConfig, engine: EngineConfig, seq_length: int) -> list[tuple[tuple[int, int], ...]]:
+    """(first, last) pipeline layer of each chunk of each stage, as the engine cuts them."""
+    if isinstance(engine, DeepSpeedConfig):
+        bounds = _deepspeed_bounds(model, engine, seq_length)
+        return [((first, stop - 1),) for first, stop in itertools.pairwise(bounds)]
+    from megamix.engines.megatron_layout import stage_layers
+
+    sizes = stage_layers(model, engine.pipeline * engine.virtual_pipeline, seq_length)
+    # The embedding joins the first chunk, the head the last; chunk k is on stage k % p.
+    bounds = [0, *(1 + stop for stop in itertools.accumulate(sizes))]
+    bounds[-1] += 1
+    chunks = [(first, stop - 1) for first, stop in itertools.pairwise(bounds)]
+    return [tuple(chunks[stage :: engine.pipeline]) for stage in range(engine.pipeline)]
+
+
+def _deepspeed_bounds(model: ModelConfig, engine: DeepSpeedConfig, seq_length: int) -> list[int]:
+    """[p + 1]: the first pipeline layer of each stage, and the number of layers."""
     costs = model.layer_costs(seq_length)
-    if num_stages == 1:
+    if engine.pipeline == 1:
         return [0, len(costs)]
     import torch
 
@@ -71,16 +108,29 @@ def stage_bounds(model: ModelConfig, seq_length: int, num_stages: int) -> list[i
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
     from deepspeed.runtime.utils import partition_balanced
 
-    return [int(bound) for bound in partition_balanced(costs, num_stages)]
+    return [int(bound) for bound in partition_balanced(costs, engine.pipeline)]
 
 
-def activation_bytes(model: ModelConfig, precision: str) -> int:
-    """Bytes per token that a decoder layer keeps for its backward pass; formula in `StageMemory`."""
-    size, hidden, ffn = _bytes(precision), model.hidden_size, model.ffn_size
-    if model.architecture == "neox":
-        return size * (11 * hidden + 2 * ffn + (2 * hidden if model.dropout else 0))
-    key_value = hidden // model.num_heads * model.key_value_heads
-    return size * (6 * hidden + 2 * key_value + 4 * ffn) + 2 * FP32 * hidden
+def activation_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, local_layers: bool = False) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass; formulas in `StageMemory`.
+
+    Args:
+        local_layers: under Megatron, its own layers instead of Transformer Engine's.
+    """
+    size, hidden, ffn = _bytes(engine), model.hidden_size, model.ffn_size
+    neox, key_value = model.architecture == "neox", hidden // model.num_heads * model.key_value_heads
+    if isinstance(engine, DeepSpeedConfig):
+        if neox:
+            return size * (11 * hidden + 2 * ffn + (2 * hidden if model.dropout else 0))
+        return size * (6 * hidden + 2 * key_value + 4 * ffn) + 2 * FP32 * hidden
+    if local_layers:
+        whole = (4 if neox else 6) * hidden
+        split = (6 * hidden + 2 * ffn if neox else 4 * hidden + 5 * ffn) + model.num_heads * seq_length
+    else:
+        whole = 4 * hidden
+        split = 4 * hidden + 2 * ffn if neox else 2 * hidden + 2 * key_value + 3 * ffn
+    masks = 2 * hidden if model.dropout else 0
+    return (size * whole + masks) // (engine.tensor if engine.sequence_parallel else 1) + size * split // engine.tensor
 
 
 def estimate_memory(
@@ -91,40 +141,43 @@ def estimate_memory(
     micro_batch: int,
     num_micro_batches: int,
     data_size: int,
+    local_layers: bool = False,
 ) -> list[StageMemory]:
     """The memory of a rank of each stage; formulas in `StageMemory`.
 
     Args:
         model: its vocabulary settled.
         num_micro_batches: of one rank in one step.
+        data_size: data-parallel ranks.
+        local_layers: under Megatron, its own layers instead of Transformer Engine's.
     """
-    parameters = layer_parameters(model)
-    bounds = stage_bounds(model, seq_length, engine.pipeline)
-    size = _bytes(engine.precision)
-    spread = engine.zero == 1 or engine.precision == "bf16"
-    tokens = micro_batch * seq_length
+    megatron = engine if isinstance(engine, MegatronConfig) else None
+    tensor, context, chunks_per_stage = (
+        (megatron.tensor, megatron.context, megatron.virtual_pipeline) if megatron else (1, 1, 1)
+    )
+    size, tokens = _bytes(engine), micro_batch * seq_length // context
+    parameters = layer_parameters(model, tensor)
+    layer = activation_bytes(model, engine, seq_length, local_layers)
+    boundary = size * model.hidden_size // (tensor if megatron and megatron.sequence_parallel else 1)
     stages = []
-    for stage, (first, stop) in enumerate(itertools.pairwise(bounds)):
-        count = sum(parameters[first:stop])
-        decoders = min(stop, model.num_layers + 1) - max(first, 1)
-        in_flight = min(num_micro_batches, engine.pipeline - stage)
-        layer, boundary = activation_bytes(model, engine.precision), size * model.hidden_size
+    for stage, chunks in enumerate(stage_chunks(model, engine, seq_length)):
+        count = sum(sum(parameters[first : last + 1]) for first, last in chunks)
+        decoders = max(min(last, model.num_layers) - max(first, 1) + 1 for first, last in chunks)
+        held = _chunks_held(engine.pipeline, stage, chunks_per_stage, num_micro_batches)
         if engine.activation_checkpointing:
-            kept = tokens * (in_flight * boundary * (decoders + 1) + (layer if decoders else 0))
+            kept = tokens * (held * boundary * (decoders + 1) + (layer if decoders else 0))
         else:
-            kept = tokens * in_flight * (layer * decoders + boundary)
-        state = FP32 * ADAM_MOMENTS * count
+            kept = tokens * held * (layer * decoders + boundary)
         stages.append(
             StageMemory(
                 stage=stage,
-                first_layer=first,
-                last_layer=stop - 1,
+                chunks=chunks,
                 parameters=count,
                 weights=size * count,
-                gradients=FP32 * count + (size * count if engine.precision == "bf16" else 0),
-                optimizer=-(-(state + FP32 * count) // data_size) if spread else state,
+                gradients=FP32 * count + (size * count if megatron is None and engine.precision == "bf16" else 0),
+                optimizer=_optimizer_bytes(engine, count, data_size * context),
                 activations=kept,
-                logits=2 * size * tokens * model.vocabulary if stage == engine.pipeline - 1 else 0,
+                logits=2 * size * tokens * model.vocabulary // tensor if stage == engine.pipeline - 1 else 0,
             )
         )
     return stages
@@ -135,5 +188,21 @@ def checkpoint_bytes(model: ModelConfig) -> int:
     return FP32 * (1 + ADAM_MOMENTS) * model.num_parameters()
 
 
-def _bytes(precision: str) -> int:
-    return 2 if precision == "bf16" else FP32
+def _chunks_held(stages: int, stage: int, chunks: int, num_micro_batches: int) -> int:
+    """Passes through a chunk whose activations a stage holds at once: those of its warm-up and the one it is at."""
+    if chunks == 1:
+        return min(num_micro_batches, stages - stage)
+    return min(num_micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+
+
+def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
+    moments, copy = FP32 * ADAM_MOMENTS * count, FP32 * count
+    bf16 = engine.precision == "bf16"
+    if isinstance(engine, DeepSpeedConfig):
+        return -(-(moments + copy) // sharers) if engine.zero == 1 or bf16 else moments
+    state = moments + (copy if bf16 else 0)
+    return -(-state // sharers) if engine.distributed_optimizer else state
+
+
+def _bytes(engine: EngineConfig) -> int:
+    return 2 if engine.precision == "bf16" else FP32
