@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ import yaml
 from megamix.errors import InputError, did_you_mean
 
 C = TypeVar("C", bound="Config")
+Origins = dict[tuple[str, ...], Path]
+"""The file that each key of a config, given by its path, comes from."""
 
 
 class Config(pydantic.BaseModel):
@@ -103,10 +105,10 @@ def _check_keys(node: yaml.Node, done: set[int]) -> None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping and the files it includes (depth first; the including file wins)."""
-    return _read_yaml(Path(path), ())
+    return _read_yaml(Path(path), (), {})
 
 
-def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read_yaml(path: Path, chain: tuple[Path, ...], origins: Origins) -> dict[str, Any]:
     path = path.resolve()
     if path in chain:
         raise InputError(f"{path} includes itself by way of {' -> '.join(str(p) for p in chain)}.")
@@ -128,8 +130,17 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: include is {included!r}, expected a path or a list of paths.")
     merged: dict[str, Any] = {}
     for name in included:
-        merged = merge(merged, _read_yaml(path.parent / name, (*chain, path)))
+        merged = merge(merged, _read_yaml(path.parent / name, (*chain, path), origins))
+    origins.update(dict.fromkeys(_paths(data), path))
     return merge(merged, data)
+
+
+def _paths(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The path of every key, at every depth."""
+    for key, value in data.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _paths(value))
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +178,20 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     return data
 
 
-def validate(model: type[C], data: Any, source: str) -> C:
+def validate(model: type[C], data: Any, source: str, origins: Mapping[tuple[str, ...], Path] | None = None) -> C:
     """Builds ``model`` from plain data; all problems are reported at once, in words, with the nearest right key for a
-    misspelt one."""
+    misspelt one.
+
+    Args:
+        origins: the files, other than ``source``, that keys come from.
+    """
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        lines = [_describe(model, problem) for problem in _without_other_branches(model, error.errors())]
+        lines = []
+        for problem in _without_other_branches(model, error.errors()):
+            file = (origins or {}).get(tuple(_trace(model, problem["loc"])[0]))
+            lines.append(_describe(model, problem) + (f" It stands in {file}." if file is not None else ""))
         raise InputError(f"{source}:" + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines)) from error
 
 
@@ -253,4 +271,12 @@ def _names(member: Any) -> tuple[Any, ...]:
 
 def load_config(model: type[C], path: Path, overrides: list[str] | None = None) -> C:
     """Reads ``path`` with its includes, applies the overrides and validates the whole as ``model``."""
-    return validate(model, apply_overrides(read_yaml(Path(path)), overrides or []), str(path))
+    path, origins = Path(path), Origins()
+    data = apply_overrides(_read_yaml(path, (), origins), overrides or [])
+    overridden = [tuple(item.partition("=")[0].strip().split(".")) for item in overrides or []]
+    included = {
+        keys: file
+        for keys, file in origins.items()
+        if file != path.resolve() and not any(keys[: len(given)] == given for given in overridden)
+    }
+    return validate(model, data, str(path), included)

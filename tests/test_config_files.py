@@ -233,3 +233,32 @@ def test_bad_includes(tmp_path: Path) -> None:
     for value in ("3", "{a: b}", "[[a]]", "null"):
         with pytest.raises(InputError, match="expected a path or a list of paths"):
             read_yaml(write(tmp_path, top=f"include: {value}"))
+
+
+def test_a_misspelt_key_in_an_include_names_its_file(tmp_path: Path) -> None:
+    """The file that the key stands in, be it included by another include; a key of the config itself or of an override
+    needs none."""
+    path = write(tmp_path, top="include: middle.yaml\nmixer: {name: odm, warmup_step: 3}", middle="include: deep.yaml")
+    write(tmp_path, deep=SMALL + "evaluate: {evry: 3}\nlog: {every: -1}\n")
+    with pytest.raises(InputError) as error:
+        load_config(RunConfig, path, ["log.every=-2", "trian.steps=3"])
+    message = str(error.value)
+    deep = (tmp_path / "deep.yaml").resolve()
+    assert message.startswith(f"{path}:\n")
+    assert f"unknown key 'evaluate.evry'. Did you mean 'every'? It stands in {deep}.\n" in message
+    assert "unknown key 'mixer.warmup_step'. Did you mean 'warmup_steps'?\n" in message
+    assert "unknown key 'trian'. Did you mean 'train'?" in message
+    assert "log.every: Input should be greater than 0, got -2.\n" in message
+    assert message.count("It stands in") == 1
+    with pytest.raises(InputError, match=rf"got -1\. It stands in {deep}\."):
+        load_config(RunConfig, path)
+
+
+def test_the_last_file_that_sets_a_key_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, top="include: [small.yaml, wrong.yaml]", small=SMALL, wrong="train: {steps: many}")
+    with pytest.raises(InputError, match=rf"train\.steps.* It stands in {(tmp_path / 'wrong.yaml').resolve()}\."):
+        load_config(RunConfig, path)
+    path = write(tmp_path, top="include: [wrong.yaml, small.yaml]\ntrain: {lr: -1.0}")
+    with pytest.raises(InputError) as error:
+        load_config(RunConfig, path)
+    assert "It stands in" not in str(error.value)
