@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from megamix.data.manifest import DomainEntry
 from megamix.errors import InputError, ResumeRefused
-from megamix.plan import Plan
+from megamix.plan import DataPlan
 from megamix.run_config import DomainChangeConfig
 
 Floats = NDArray[np.float64]
@@ -90,7 +90,7 @@ def digest(entry: DomainEntry) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def find_change(saved: Mapping[str, str], plan: Plan, accept_data: bool, where: str) -> DomainChange | None:
+def find_change(saved: Mapping[str, str], plan: DataPlan, accept_data: bool, where: str) -> DomainChange | None:
     """How the domains of ``plan`` differ from those that a checkpoint names.
 
     Args:
@@ -189,7 +189,7 @@ def _check_asked(saved: Mapping[str, str], present: Mapping[str, str], asked: Do
         raise InputError(f"{key}.add: {shown}, expected weights from 0 to 1 that leave room for the others.")
 
 
-def _shares(saved: Mapping[str, str], plan: Plan, asked: DomainChangeConfig) -> dict[str, tuple[str, float]]:
+def _shares(saved: Mapping[str, str], plan: DataPlan, asked: DomainChangeConfig) -> dict[str, tuple[str, float]]:
     """Part -> (its whole, its share of the whole's weight), for splits that are still to be made."""
     tokens = {entry.name: float(entry.train.tokens) for entry in plan.entries}
     found: dict[str, tuple[str, float]] = {}

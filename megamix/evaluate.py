@@ -14,7 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.engines.base import Engine, Place
+from megamix.engines.base import Engine
 from megamix.plan import Plan
 from megamix_kernels import DomainSums
 
@@ -27,14 +27,16 @@ class Validation:
     with rows that count for nothing.
     """
 
-    def __init__(self, plan: Plan, place: Place) -> None:
+    def __init__(self, plan: Plan, engine: Engine) -> None:
+        place = engine.place
         config = plan.config
         wanted = config.evaluate.batches * config.train.micro_batch
         self._names = plan.domain_names
         self._natural = plan.natural_weights
         domain_n, sample_n = _choose(plan, wanted)
         per_round = config.train.micro_batch * place.data_size
-        self.num_micro_batches = -(-domain_n.size // per_round)
+        rounds, multiple = -(-domain_n.size // per_round), engine.micro_batch_multiple
+        self.num_micro_batches = -(-rounds // multiple) * multiple
         self._batch = None
         if place.reads_data:
             reader = WindowReader(

@@ -1,12 +1,13 @@
 """How a step's sums reach the mixer and the new weights reach every rank, beside the training step.
 
     last stage: sums of the step --all-reduce (starts before the backward pass)--> rank 0: mixer --broadcast--> every
-        rank: sampler
+        rank: sampler, and the next step's loss weights where the mixer has such
 
 The all-reduce is launched by the training thread; everything that waits (for it, for the mixer, for the broadcast)
 happens on one background thread per rank, so the training thread neither blocks nor synchronises with its device. The
 weights of step s take effect at the start of step s + 1 + weight_lag on every rank, because that is where the sampler
-is told to change, not because of when they arrive.
+is told to change, not because of when they arrive. Loss weights (DoReMi's alpha) need no reading ahead and act in
+step s + 1.
 
 Legend: K domains, C statistics.
 """
@@ -63,6 +64,7 @@ class MixExchange:
         schedule: the weights until the mixer first changes them.
         weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
             either.
+        loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
             at (rank 0 only).
         on_report: called on rank 0 for every step, from the background thread.
@@ -76,6 +78,7 @@ class MixExchange:
         *,
         weight_lag: int,
         first_step: int,
+        loss_weights: Floats | None,
         constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
@@ -89,6 +92,7 @@ class MixExchange:
         self._weights_group: Any = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._results: dict[int, Future[None]] = {}
+        self._loss_weights = loss_weights
         self._settled = first_step
         self._settle_lock = threading.Lock()
 
@@ -109,6 +113,17 @@ class MixExchange:
                 self._results.pop(self._settled).result()
                 self._settled += 1
 
+    def loss_weights(self, step: int) -> Floats | None:
+        """float64 [K], those of ``step``, which must not have been submitted; None: the mixer has none.
+
+        Waits for the mixer's answer to the step before, whose sums are summed before its backward pass: the device has
+        that to do meanwhile.
+        """
+        if self._loss_weights is None:
+            return None
+        self.settle(step)
+        return self._loss_weights
+
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -117,15 +132,20 @@ class MixExchange:
 
     def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
         work.wait()
-        weights = torch.empty(self._sampler.num_domains, dtype=torch.float64)
+        kinds = 1 if self._loss_weights is None else 2
+        weights = torch.empty(kinds, self._sampler.num_domains, dtype=torch.float64)
         stats, updated = None, False
         if self._mixer is not None:
             stats = self._statistics(step, reduced)
             wanted, updated = self._update(self._mixer, stats, step)
-            weights.copy_(torch.from_numpy(wanted))
+            weights[0] = torch.from_numpy(wanted)
+            if self._mixer.loss_weights is not None:
+                weights[1] = torch.from_numpy(self._mixer.loss_weights)
         dist.broadcast(weights, src=0, group=self._weights_group)
         effective_step = self._effective_step(step)
-        self._sampler.set_weights(weights.numpy(), effective_step)
+        self._sampler.set_weights(weights[0].numpy(), effective_step)
+        if kinds == 2:
+            self._loss_weights = weights[1].numpy()
         if self._mixer is not None and stats is not None:
             segment = self._sampler.segment_at(effective_step)
             self._on_report(MixReport(step, stats, effective_step, segment, self._mixer.record(), updated))

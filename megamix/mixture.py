@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megamix.errors import InputError
 from megamix.mixers import normalise_weights
-from megamix.run_config import FileMixture, OneMixture, RunConfig, StagedMixture
+from megamix.run_config import FileMixture, MixConfig, OneMixture, StagedMixture
 
 Floats = NDArray[np.float64]
 
@@ -38,7 +38,7 @@ class WeightSchedule:
         return step in self.steps[1:]
 
 
-def make_schedule(config: RunConfig, names: tuple[str, ...], natural: Floats) -> WeightSchedule:
+def make_schedule(config: MixConfig, names: tuple[str, ...], natural: Floats) -> WeightSchedule:
     """Resolves ``mixture``.
 
     A stage starts with the first step that begins at or after its ``from_tokens``.

@@ -1,12 +1,13 @@
 """What a config comes to with this data on this many ranks, checked before any time is spent.
 
-`make_plan` reads the manifest and the heads of the data files, neither torch nor a GPU; `megamix doctor` prints it,
+A `DataPlan` is all that a trainer of one's own needs; a `Plan` adds the model and the ranks. `make_plan` reads the
+manifest and the heads of the data files, neither torch nor a GPU; `megamix doctor` prints it,
 `megamix train` starts from it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +22,7 @@ from megamix.data.stream import DomainTokens
 from megamix.errors import InputError, did_you_mean
 from megamix.mixture import WeightSchedule, make_schedule
 from megamix.models.config import ModelConfig
-from megamix.run_config import RunConfig
+from megamix.run_config import MixConfig, RunConfig
 
 Floats = NDArray[np.float64]
 MANY_EPOCHS = 4.0
@@ -30,11 +31,11 @@ MANY_EPOCHS = 4.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run, resolved.
+class DataPlan:
+    """The data side of a run, resolved.
 
     Attributes:
-        model: with its vocabulary settled.
+        data_size: data-parallel ranks.
         entries: what the manifest says of each domain, in the order of every array with one entry a domain.
         domains, validation: their opened token streams.
         num_samples: int64 [K], training windows per domain and epoch.
@@ -43,10 +44,8 @@ class Plan:
         constraints: what bounds every mixer's weights.
     """
 
-    config: RunConfig
+    config: MixConfig
     manifest: Manifest
-    model: ModelConfig
-    world_size: int
     data_size: int
     entries: tuple[DomainEntry, ...]
     domains: list[DomainTokens]
@@ -145,6 +144,20 @@ class Plan:
         return blend
 
 
+@dataclass(frozen=True)
+class Plan(DataPlan):
+    """A run, resolved.
+
+    Attributes:
+        model: with its vocabulary settled.
+        world_size: ranks of the job.
+    """
+
+    config: RunConfig
+    model: ModelConfig
+    world_size: int
+
+
 def domain_key(name: str) -> int:
     """The integer that names a domain to the random order, whatever its place in the manifest."""
     return int(hash_words(*name.encode()))
@@ -160,8 +173,20 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
         InputError: anything that would stop the run later.
     """
     ranks, data_size = check_layout(config, world_size)
+    data = make_data_plan(config, data_size, verify=verify)
+    model = config.model.with_vocabulary(data.vocab_size)
+    parts = {field.name: getattr(data, field.name) for field in fields(data)}
+    return Plan(**{**parts, "config": config, "model": model, "world_size": ranks})
+
+
+def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) -> DataPlan:
+    """Resolves the data side of ``config`` for ``data_size`` data-parallel ranks; see `make_plan`.
+
+    Raises:
+        InputError: anything about data, mixture or batches that would stop the run later.
+    """
+    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
     manifest = Manifest.load(config.data.manifest)
-    model = config.model.with_vocabulary(manifest.tokenizer.vocab_size)
     entries = _entries(config, manifest)
     names = tuple(entry.name for entry in entries)
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
@@ -171,8 +196,8 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
         _windows(domain, "validation", config.data.seq_length)
     natural = manifest.natural_weights(names)
     total_samples = config.train.steps * config.train.global_batch
-    return Plan(
-        config, manifest, model, ranks, data_size, entries, domains, validation, num_samples, natural,
+    return DataPlan(
+        config, manifest, data_size, entries, domains, validation, num_samples, natural,
         schedule=make_schedule(config, names, natural),
         constraints=Constraints.of(config.data, names, num_samples, total_samples),
     )  # fmt: skip
@@ -198,9 +223,16 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int,
     return ranks, data_size
 
 
-def _entries(config: RunConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:
+def _entries(config: MixConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:
     """The domains to train on: all of the manifest, or those that ``data.domains`` names."""
     wanted = config.data.domains
+    planned = config.data.token_counts
+    if planned is not None and set(planned) != {entry.name for entry in manifest.domains}:
+        missing = ", ".join(sorted(set(planned).symmetric_difference(entry.name for entry in manifest.domains)))
+        raise InputError(
+            f"data.token_counts and {config.data.manifest} do not have the same domains: {missing} is only in one of them. "
+            "Correct the names, or leave token_counts out."
+        )
     if wanted is None:
         return manifest.domains
     known = {entry.name: entry for entry in manifest.domains}

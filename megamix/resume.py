@@ -15,7 +15,7 @@ from megamix.data.blend import Blend
 from megamix.domain_change import DomainChange, digest, find_change
 from megamix.errors import InputError, ResumeRefused
 from megamix.mixers import Mixer
-from megamix.plan import Plan
+from megamix.plan import DataPlan, Plan
 from megamix.run_config import FileMixture, RunConfig, StagedMixture
 
 Floats = NDArray[np.float64]
@@ -41,7 +41,7 @@ class Resumed:
         """Steps taken."""
         return int(self.state["step"])
 
-    def blend(self, plan: Plan) -> tuple[Blend, dict[str, Any] | None]:
+    def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
         """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
 
         Weights follow from those in effect by the rules of `megamix.domain_change`, or are the mixture's where that was
@@ -92,9 +92,20 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     path = find_checkpoint(plan.config)
     if path is None:
         return None
-    state = checkpoint.read_state(path)
+    return resume_from(checkpoint.read_state(path), plan, path, fingerprints(plan))
+
+
+def resume_from(state: dict[str, Any], plan: DataPlan, path: Path, present: Mapping[str, Mapping[str, Any]]) -> Resumed:
+    """What ``plan`` continues from with the ``state`` read from ``path``.
+
+    Args:
+        present: `fingerprints` of what is to go on, or, for a trainer of one's own, its `data_fingerprints`.
+
+    Raises:
+        InputError, ResumeRefused: see `open_checkpoint`.
+    """
     accepted = plan.config.checkpoint.accept_changed
-    saved, present = state["fingerprints"], fingerprints(plan)
+    saved = state["fingerprints"]
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
     changed = _changed_parts(saved, present)
     if domains is not None:
@@ -107,13 +118,22 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
 
 def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
     """What the run is made of, by the names that ``checkpoint.accept_changed`` takes; JSON-serialisable."""
-    config = plan.config
-    train = config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
-    data = config.data
+    data = data_fingerprints(plan)
+    train = plan.config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
+    return {
+        **data,
+        "model": plan.model.model_dump(mode="json", exclude={"preset"}),
+        "train": {**train, **data["train"]},
+        "precision": {"precision": plan.config.engine.precision},
+    }
+
+
+def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
+    """The part of `fingerprints` that decides which samples are read when."""
+    config, data = plan.config, plan.config.data
     return {
         "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
-        "model": plan.model.model_dump(mode="json", exclude={"preset"}),
         "mixture": {"mixture": _mixture(plan)},
         "mixer": {"mixer": config.mixer.model_dump(mode="json")},
         "constraints": data.model_dump(mode="json", include={"max_epochs", "on_exhausted", "min_weight", "max_weight"}),
@@ -124,12 +144,11 @@ def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
             "weight_lag": data.weight_lag,
             "sampling": data.sampling,
         },
-        "train": {**train, "eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids},
-        "precision": {"precision": config.engine.precision},
+        "train": {"eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids},
     }
 
 
-def _mixture(plan: Plan) -> object:
+def _mixture(plan: DataPlan) -> object:
     """A file's weights rather than its path: the file may move or change."""
     mixture = plan.config.mixture
     if isinstance(mixture, FileMixture | StagedMixture):

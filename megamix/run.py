@@ -48,12 +48,12 @@ def _run_rank(config: RunConfig, world_size: int) -> None:
     """One rank. Rank 0 looks at everything first; what it finds wrong ends the job before the others start."""
     import torch.distributed as dist
 
-    from megamix.engines.deepspeed import start_distributed
+    from megamix.engines.choose import start_distributed
     from megamix.train import Trainer
 
     is_main = job_rank() == 0
     plan = make_plan(config, world_size, verify=is_main)
-    start_distributed()
+    start_distributed(config.engine)
     found: list[Resumed | None] = [None]
     if is_main:
         found = [open_checkpoint(plan)]

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 import pydantic
 
 from megamix.config import Config
-from megamix.engines.config import EngineConfig
+from megamix.engines.config import DeepSpeedConfig, MegatronConfig, with_default_engine
 from megamix.mixers import MixerConfig, StaticConfig
 from megamix.models.config import ModelConfig
-from megamix.train_config import TrainConfig
+from megamix.train_config import BatchConfig, TrainConfig
 
 
 class DataConfig(Config):
@@ -23,6 +23,9 @@ class DataConfig(Config):
     """The domains to train on, in this order; default: all of the manifest."""
     seq_length: int = pydantic.Field(gt=0)
     """Tokens per sample."""
+    token_counts: dict[str, float] | None = None
+    """{domain: training tokens} that the data set is to have. `megamix doctor --plan-only` works out the epochs from
+    them; a data set with other domains is refused."""
     sampling: Literal["low_discrepancy", "iid"] = "low_discrepancy"
     """low_discrepancy: every domain stays within K samples of its share at every position; iid: the domain of every
     sample is drawn by itself (counter-based random numbers). A domain's own samples come once per epoch in both."""
@@ -105,7 +108,19 @@ class EvaluateConfig(Config):
     """Micro-batches of validation samples per domain (fewer where a domain has not that many)."""
 
 
-class CheckpointConfig(Config):
+class ResumeConfig(Config):
+    """What may differ between a run and the checkpoint it continues from."""
+
+    accept_changed: tuple[
+        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision"], ...
+    ] = ()
+    """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume. A
+    changed mixture is sampled with from there on."""
+    domains: DomainChangeConfig = DomainChangeConfig()
+    """Which domains may be added, removed, split or replaced on resume."""
+
+
+class CheckpointConfig(ResumeConfig):
     """When a run is saved, and how it continues."""
 
     every: int = pydantic.Field(default=200, ge=0)
@@ -115,13 +130,6 @@ class CheckpointConfig(Config):
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint, or start where there is none; never: start anew and refuse a
     run directory that holds one; a path: continue from that checkpoint."""
-    accept_changed: tuple[
-        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision"], ...
-    ] = ()
-    """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume. A
-    changed mixture is sampled with from there on."""
-    domains: DomainChangeConfig = DomainChangeConfig()
-    """Which domains may be added, removed, split or replaced on resume."""
 
 
 class LossConfig(Config):
@@ -145,13 +153,10 @@ class LogConfig(Config):
     order."""
 
 
-class RunConfig(Config):
-    """Everything that defines a run."""
+class MixConfig(Config):
+    """What decides which samples are read when: all that a trainer of one's own needs of a run's config."""
 
-    run_dir: Path
-    """Where the run's record and checkpoints go."""
     data: DataConfig
-    model: ModelConfig
     mixture: Annotated[
         Annotated[Literal["uniform", "natural"], pydantic.Tag("word")]
         | Annotated[dict[str, float], pydantic.Tag("weights")]
@@ -163,12 +168,8 @@ class RunConfig(Config):
     sum 1; {file: PATH}; or {stages: [...]}, in force until the mixer first changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
-    engine: EngineConfig = EngineConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    loss: LossConfig = LossConfig()
-    log: LogConfig = LogConfig()
+    train: BatchConfig
+    checkpoint: ResumeConfig = ResumeConfig()
 
     @pydantic.field_validator("mixture", mode="before")
     @classmethod
@@ -179,3 +180,22 @@ class RunConfig(Config):
                 f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}} or {{stages: [...]}}."
             )
         return value
+
+
+class RunConfig(MixConfig):
+    """Everything that defines a run."""
+
+    run_dir: Path
+    """Where the run's record and checkpoints go."""
+    model: ModelConfig
+    engine: Annotated[
+        DeepSpeedConfig | MegatronConfig,
+        pydantic.Field(discriminator="name"),
+        pydantic.BeforeValidator(with_default_engine),
+    ] = DeepSpeedConfig()
+    """How the model is spread over ranks, and by which engine (name: deepspeed or megatron; default: deepspeed)."""
+    train: TrainConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    loss: LossConfig = LossConfig()
+    log: LogConfig = LogConfig()

@@ -1,6 +1,6 @@
 """The training run of one rank, in the order in which the data flows.
 
-plan -> engine -> sampler -> loader -> [ train step -> sums -> mixer -> weights -> sampler ] ... -> record, checkpoints
+plan -> engine -> data -> [ batch -> train step -> sums -> mixer -> weights -> data ] ... -> record, checkpoints
 """
 
 from __future__ import annotations
@@ -12,34 +12,18 @@ import torch
 import torch.distributed as dist
 
 from megamix import saving
-from megamix.data.loader import Batch, Loader, WindowReader
+from megamix.data.loader import Batch
 from megamix.data.permute import hash_words
-from megamix.data.sampler import DataExhausted, Sampler
-from megamix.engines.base import Engine
-from megamix.engines.deepspeed import DeepSpeedEngine
+from megamix.data.sampler import DataExhausted
+from megamix.engines.choose import make_engine
 from megamix.evaluate import Validation
-from megamix.exchange import MixExchange, MixReport
 from megamix.log import get_logger, show_progress
-from megamix.mixers import make_mixer
+from megamix.mixed_data import MixedData
 from megamix.plan import Plan
 from megamix.resume import Resumed, fingerprints
 from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
 from megamix.tracking import IntervalLog, RunRecord, SampleLog
-
-
-def make_engine(plan: Plan) -> Engine:
-    """The engine that the config names, with the initial weights of the run's seed."""
-    config = plan.config
-    return DeepSpeedEngine(
-        config.engine,
-        plan.model,
-        config.train,
-        seq_length=config.data.seq_length,
-        num_domains=len(plan.domains),
-        vocab_size=plan.vocab_size,
-        loss_implementation=config.loss.implementation,
-    )
 
 
 class Trainer:
@@ -57,25 +41,42 @@ class Trainer:
         # Gathering small objects must not need the accelerator.
         self._control: Any = dist.new_group(backend="gloo")
         self._checkpoints = self.config.run_dir / "checkpoints"
-        self.engine = make_engine(plan)
+        self.engine = make_engine(
+            self.config.engine,
+            plan.model,
+            self.config.train,
+            seq_length=self.config.data.seq_length,
+            num_domains=len(plan.domains),
+            vocab_size=plan.vocab_size,
+            loss_implementation=self.config.loss.implementation,
+        )
         self.place = self.engine.place
-        self.step = self._first_step = 0 if resumed is None else resumed.step
         if resumed is not None:
-            saving.load_engine(resumed.path, self.engine, self.step)
-        change = self._start_sampling(resumed)
-        self._start_mixing(resumed)
-        self._start_loading()
-        self.validation = Validation(plan, self.place)
+            saving.load_engine(resumed.path, self.engine, resumed.step)
+        self.data = MixedData(
+            plan,
+            data_rank=self.place.data_rank,
+            reads_data=self.place.reads_data,
+            device=self.place.device,
+            resumed=resumed,
+        )
+        self._first_step = self.step
+        self.validation = Validation(plan, self.engine)
         self._log = IntervalLog(plan.domain_names, resumed.state["interval"] if resumed else None)
         self.record = None
         if self.is_main:
             sinks = make_sinks(self.config, self.step + 1)
             self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks)
-            if resumed is None or change is not None:
-                self._announce_weights(change)
+            if resumed is None or self.data.change is not None:
+                self._announce_weights(self.data.change)
         self._sample_log = self._open_sample_log()
         if resumed is not None:
             get_logger().info("resuming from %s", resumed.path)
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.data.step
 
     def run(self) -> None:
         """Trains to the last step (or to ``train.stop_after``), evaluating and saving on the way."""
@@ -96,8 +97,7 @@ class Trainer:
                 if self.step == stop or _every(self.step, config.checkpoint.every):
                     self.save()
         finally:
-            self.loader.close()
-            self.exchange.close()
+            self.data.close()
             if self.record is not None:
                 self.record.close()
             if self._sample_log is not None:
@@ -106,20 +106,13 @@ class Trainer:
     def train_step(self) -> None:
         """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
         started = time.perf_counter()
-        step = self.step
-        # The step weight_lag ahead is sampled with the weights that follow from everything before this step.
-        self.loader.request(lambda: self.exchange.settle(step))
-        batch, waited = self.loader.get()
+        batch, waited = self.data.next_batch()
         if self._sample_log is not None and batch is not None and batch.samples is not None:
             self._sample_log.write(batch.samples)
-        self._seed_step(step)
-        lr = self.config.train.lr_at(step)
-        self.engine.train_step(
-            None if batch is None else self._on_device(batch),
-            lr,
-            lambda sums: self.exchange.submit(step, sums),
-        )
-        self.step += 1
+        self._seed_step(self.step)
+        lr = self.config.train.lr_at(self.step)
+        objective = self.data.objective(batch)
+        self.engine.train_step(None if batch is None else self._on_device(batch), objective, lr, self.data.submit)
         self._log.add_step(time.perf_counter() - started, waited)
         if _every(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log_interval(lr)
@@ -134,58 +127,25 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the run as it stands before step ``self.step``."""
-        self.exchange.settle(self.step)
+        state: dict[str, Any] = {
+            **self.data.state_dict(),
+            "fingerprints": fingerprints(self.plan),
+            "seed": self.config.train.seed,
+        }
         if self.record is not None:
             self._collect_reports()
             self.record.flush()
-        state: dict[str, Any] = {
-            "fingerprints": fingerprints(self.plan),
-            "sampler": self.sampler.state_dict(self.step),
-            "mixer": self._mixer.state_dict() if self._mixer is not None else None,
-            "interval": self._log.state_dict(),
-            "seed": self.config.train.seed,
-            "manifest": str(self.config.data.manifest.absolute()),
-        }
+        state["interval"] = self._log.state_dict()
         path = saving.save(self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control)
         get_logger().info("step %d: saved %s", self.step, path)
-
-    def _start_sampling(self, resumed: Resumed | None) -> dict[str, Any] | None:
-        """Opens the blend; returns what weights.jsonl is to say of a resume that changed it."""
-        plan = self.plan
-        blend, change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
-        # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
-        shared = [{"blend": blend.state_dict()}]
-        dist.broadcast_object_list(shared, src=0, group=self._control)
-        share = plan.share(self.place.data_rank)
-        self.sampler = Sampler.from_state_dict(shared[0], share, plan.constraints.limits)
-        return change
-
-    def _start_mixing(self, resumed: Resumed | None) -> None:
-        config, plan = self.config, self.plan
-        self._mixer = None
-        self._reports: list[MixReport] = []
-        if self.is_main:
-            self._mixer = make_mixer(config.mixer, plan.domain_names, self.sampler.weights_at(self.step))
-            if resumed is not None:
-                resumed.set_mixer(self._mixer)
-        batch = config.train.global_batch
-        self.exchange = MixExchange(
-            self._mixer,
-            self.sampler,
-            plan.schedule,
-            weight_lag=config.data.weight_lag,
-            first_step=self.step,
-            constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
-            on_report=self._reports.append,
-        )
 
     def _announce_weights(self, change: dict[str, Any] | None) -> None:
         """The weights that the run starts with, or goes on with after a change on resume."""
         assert self.record is not None
-        assert self._mixer is not None
+        assert self.data.mixer is not None
         batch = self.config.train.global_batch
-        segments = [(segment.start // batch, segment) for segment in self.sampler.segments_from(self.step)]
-        self.record.announce(self.step, segments, self._mixer.record(), change)
+        segments = [(segment.start // batch, segment) for segment in self.data.sampler.segments_from(self.step)]
+        self.record.announce(self.step, segments, self.data.mixer.record(), change)
 
     def _stop_exhausted(self, end: DataExhausted) -> None:
         """Ends the run before a step that would read a domain too often (``data.on_exhausted: stop``)."""
@@ -199,20 +159,6 @@ class Trainer:
             name, self.step, self.config.train.steps, epochs, self.plan.num_samples[end.domain],
         )  # fmt: skip
 
-    def _start_loading(self) -> None:
-        data = self.config.data
-        reader = WindowReader(
-            self.plan.domains,
-            data.seq_length,
-            self.plan.vocab_size,
-            eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
-        )
-        cuda = self.place.device.type == "cuda"
-        self.loader = Loader(self.sampler, reader if self.place.reads_data else None, cuda)
-        for _ in range(self.config.data.weight_lag):
-            self.loader.request()
-
     def _open_sample_log(self) -> SampleLog | None:
         """One per data-parallel rank, kept by its first stage."""
         if not self.config.log.samples:
@@ -220,12 +166,12 @@ class Trainer:
         if self.is_main:
             SampleLog.drop_after(self.config.run_dir, self.step)
         dist.barrier(self._control)
-        return SampleLog(self.config.run_dir, self.place.data_rank) if self.place.stage == 0 else None
+        keeps = self.place.stage == 0 and self.place.is_first_copy
+        return SampleLog(self.config.run_dir, self.place.data_rank) if keeps else None
 
     def _log_interval(self, lr: float) -> None:
         grad_norm = self.engine.grad_norm()
-        self.exchange.settle(self.step)
-        self.sampler.forget_before(self.step)
+        self.data.settle()
         if self.record is None:
             self._log.reset()
             return
@@ -238,8 +184,7 @@ class Trainer:
 
     def _collect_reports(self) -> None:
         assert self.record is not None
-        while self._reports:
-            report = self._reports.pop(0)
+        for report in self.data.take_reports():
             self._log.add_stats(report.stats)
             if report.updated:
                 self.record.weights(report, report.effective_step * self.config.train.global_batch)

@@ -9,18 +9,25 @@ import pydantic
 from megamix.config import Config
 
 
-class TrainConfig(Config):
-    """AdamW with linear warm-up and cosine decay."""
+class BatchConfig(Config):
+    """What of the optimisation decides which samples are read when."""
 
     steps: int = pydantic.Field(gt=0)
     """Optimizer steps of the whole run."""
-    stop_after: int | None = pydantic.Field(default=None, gt=0)
-    """Stop, with a checkpoint, once this many steps are done; the schedule stays that of ``steps``, so a resume without
-    it continues the run."""
     global_batch: int = pydantic.Field(gt=0)
     """Samples per step over all ranks."""
     micro_batch: int = pydantic.Field(gt=0)
     """Samples a rank runs forward at once."""
+    seed: int = pydantic.Field(default=1234, ge=0)
+    """Fixes the initial weights, the order of the data and dropout."""
+
+
+class TrainConfig(BatchConfig):
+    """AdamW with linear warm-up and cosine decay."""
+
+    stop_after: int | None = pydantic.Field(default=None, gt=0)
+    """Stop, with a checkpoint, once this many steps are done; the schedule stays that of ``steps``, so a resume without
+    it continues the run."""
     lr: float = pydantic.Field(gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     min_lr: float | None = pydantic.Field(default=None, ge=0)
@@ -37,8 +44,6 @@ class TrainConfig(Config):
     """Adam's decay of the second moment."""
     epsilon: float = pydantic.Field(default=1e-8, gt=0)
     """Adam's epsilon."""
-    seed: int = pydantic.Field(default=1234, ge=0)
-    """Fixes the initial weights, the order of the data and dropout."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -200,6 +200,7 @@ def engine_job(rank: int, store: str, result: str) -> None:
     """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
     import torch.distributed as dist
 
+    from megamix.engines.base import Objective
     from megamix.engines.config import DeepSpeedConfig
     from megamix.engines.deepspeed import DeepSpeedEngine, start_distributed
 
@@ -222,7 +223,9 @@ def engine_job(rank: int, store: str, result: str) -> None:
         found = []
         for step in range(4):
             if step in (1, 2):
-                engine.train_step(batch, TRAIN.lr, lambda sums, to=found: to.append(sums.clone()))
+                engine.train_step(
+                    batch, Objective(float(batch.num_tokens)), TRAIN.lr, lambda sums, to=found: to.append(sums.clone())
+                )
             else:
                 found.append(engine.evaluate(batch, len(batch.tokens)).clone())
         total = torch.stack(found)

@@ -22,15 +22,24 @@ class Place:
     stage: int
     num_stages: int
     device: torch.device
+    tensor_rank: int = 0
+    context_rank: int = 0
+    reads_all_stages: bool = False
+    """Whether the stages in between need the batch too."""
 
     @property
     def reads_data(self) -> bool:
-        """Only the first stage (tokens) and the last (labels, domains) need the batch."""
-        return self.stage in (0, self.num_stages - 1)
+        """Only the first stage (tokens) and the last (labels, domains) need the batch, unless the engine says more."""
+        return self.reads_all_stages or self.stage == 0 or self.has_loss
 
     @property
     def has_loss(self) -> bool:
         return self.stage == self.num_stages - 1
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank speaks for all that work on the same samples in the same stage."""
+        return self.tensor_rank == 0 and self.context_rank == 0
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,30 @@ class ParameterState:
     exp_avg_sq: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a step differentiates: the sum over its tokens of loss_weights[domain] * loss / normaliser.
+
+    Attributes:
+        normaliser: known before the forward pass, as every rank knows the tokens of the global batch.
+        loss_weights: float32 [K] on the engine's device; None weighs every token 1.
+    """
+
+    normaliser: float
+    loss_weights: torch.Tensor | None = None
+
+
 class Engine(ABC):
     """A model, its optimizer and a pipeline schedule over the ranks of the job."""
 
     place: Place
+    micro_batch_multiple: int = 1
+    """What the number of micro-batches of a step or an evaluation must divide by."""
 
     @abstractmethod
-    def train_step(self, batch: Batch | None, lr: float, on_statistics: Callable[[torch.Tensor], None]) -> None:
+    def train_step(
+        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+    ) -> None:
         """One optimizer step on this rank's part of a global batch (None where the stage reads no data).
 
         ``on_statistics`` is called exactly once, with this rank's int64 [K, C] sums of the step (zeros on a rank
@@ -61,6 +87,11 @@ class Engine(ABC):
         """This rank's int64 [K, C] sums over a validation batch, without touching training state."""
 
     @abstractmethod
+    def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
+        """The loss of every token of this rank's part of a batch, float32 [M, B, S] (0 where the label is ignored);
+        None on a rank without the loss."""
+
+    @abstractmethod
     def grad_norm(self) -> float | None:
         """The global gradient norm of the last step, before clipping; waits for the device, so for log lines only."""
 
@@ -70,7 +101,8 @@ class Engine(ABC):
 
     @abstractmethod
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
-        """(Hugging Face name, state) of each parameter of a layer; every data-parallel rank must take part."""
+        """(Hugging Face name, state) of each whole parameter of a layer; every rank that holds a part of the layer must
+        take part."""
 
     @abstractmethod
     def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
 from megamix.config import Config
 
 
-class EngineConfig(Config):
-    """DeepSpeed: pipeline x data parallelism, ZeRO stage 0 or 1."""
+class _LayoutConfig(Config):
+    """What both engines have."""
 
-    name: Literal["deepspeed"] = "deepspeed"
-    """The engine."""
     pipeline: int = pydantic.Field(default=1, gt=0)
     """Pipeline stages."""
-    tensor: int = pydantic.Field(default=1, gt=0)
-    """Tensor-parallel ranks; 1 is all that this engine has."""
     data: int | None = pydantic.Field(default=None, gt=0)
-    """Data-parallel ranks; default: what the ranks of the job leave after pipeline and tensor, or 1 when megamix starts
-    its own ranks."""
-    zero: Literal[0, 1] = 1
-    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks (2 and 3 do not go with a pipeline)."""
+    """Data-parallel ranks; default: what the ranks of the job leave after the model's, or 1 when megamix starts its own
+    ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights and gradients."""
     activation_checkpointing: bool = False
@@ -30,19 +24,22 @@ class EngineConfig(Config):
     threads: int | None = pydantic.Field(default=None, gt=0)
     """CPU threads per rank; default: the cores of the node divided by its ranks."""
 
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> EngineConfig:
-        if self.tensor != 1:
-            raise ValueError(f"tensor is {self.tensor}, but engine deepspeed has no tensor parallelism. Set it to 1.")
-        if self.precision == "bf16" and self.zero == 0:
-            raise ValueError(
-                "precision bf16 with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at data 1)."
-            )
-        return self
+    @property
+    def layout(self) -> dict[str, int]:
+        """The factors of the ranks that share one copy of the model."""
+        raise NotImplementedError
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one copy of the model."""
+        product = 1
+        for factor in self.layout.values():
+            product *= factor
+        return product
 
     def world_size(self) -> int:
         """Ranks a job of this layout needs, with one data-parallel rank where ``data`` is left open."""
-        return self.pipeline * self.tensor * (self.data or 1)
+        return self.model_ranks * (self.data or 1)
 
     def data_size(self, world_size: int) -> int:
         """Data-parallel ranks in a job of ``world_size`` ranks.
@@ -50,8 +47,80 @@ class EngineConfig(Config):
         Raises:
             ValueError: the layout does not fit the job.
         """
-        model_ranks = self.pipeline * self.tensor
-        if world_size % model_ranks or (self.data is not None and self.data * model_ranks != world_size):
-            wanted = f"pipeline {self.pipeline} x tensor {self.tensor} x data {self.data or 'any'}"
-            raise ValueError(f"engine: {wanted} does not make the {world_size} ranks of this job.")
-        return world_size // model_ranks
+        if world_size % self.model_ranks or (self.data is not None and self.world_size() != world_size):
+            factors = " x ".join(f"{name} {factor}" for name, factor in self.layout.items())
+            product = f"{factors} x data {self.data or 'any'}"
+            made = f"{self.world_size()} ranks" if self.data else f"a multiple of {self.model_ranks} ranks"
+            raise ValueError(
+                f"engine: {product} makes {made}, and this job has {world_size}. Change the layout or the ranks."
+            )
+        return world_size // self.model_ranks
+
+
+class DeepSpeedConfig(_LayoutConfig):
+    """DeepSpeed: pipeline x data parallelism, ZeRO stage 0 or 1."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    """The engine."""
+    tensor: Literal[1] = 1
+    """Tensor-parallel ranks: this engine has none. Use name: megatron for more than 1."""
+    zero: Literal[0, 1] = 1
+    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks (2 and 3 do not go with a pipeline)."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        if self.precision == "bf16" and self.zero == 0:
+            raise ValueError(
+                "precision bf16 with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at data 1)."
+            )
+        return self
+
+    @pydantic.field_validator("tensor", mode="before")
+    @classmethod
+    def _no_tensor_parallelism(cls, value: object) -> object:
+        if value != 1:
+            raise ValueError(
+                f"tensor is {value}, but engine deepspeed has no tensor parallelism. Set it to 1, or use name: megatron."
+            )
+        return value
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {"pipeline": self.pipeline}
+
+
+class MegatronConfig(_LayoutConfig):
+    """Megatron-core: tensor x pipeline (also interleaved) x context x data parallelism."""
+
+    name: Literal["megatron"]
+    """The engine."""
+    tensor: int = pydantic.Field(default=1, gt=0)
+    """Tensor-parallel ranks: each holds a part of every matrix and of the vocabulary."""
+    context: int = pydantic.Field(default=1, gt=0)
+    """Context-parallel ranks: each holds a part of every sample. More than 1 needs Transformer Engine's attention."""
+    virtual_pipeline: int = pydantic.Field(default=1, gt=0)
+    """Chunks of layers per pipeline stage; more than 1 interleaves them, which shrinks the pipeline's idle time."""
+    sequence_parallel: bool = False
+    """Also split what tensor parallelism leaves whole (norms, dropout) along the sequence; needs Transformer Engine or
+    Apex."""
+    distributed_optimizer: bool = False
+    """Spread the optimizer's state over the data-parallel ranks; needs a GPU with Transformer Engine or Apex."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to their sum inside the matrix product; needs Apex's or Transformer Engine's kernel."""
+    transformer_engine: Literal["auto", "on", "off"] = "auto"
+    """Transformer Engine's layers; auto: on a GPU where it is installed."""
+    checkpoint_format: Literal["layers", "dist"] = "layers"
+    """layers: megamix's own files, which both engines read in any layout; dist: model and optimizer through
+    megatron.core.dist_checkpointing, which only this engine reads, in any layout."""
+
+    @property
+    def layout(self) -> dict[str, int]:
+        return {"pipeline": self.pipeline, "tensor": self.tensor, "context": self.context}
+
+
+EngineConfig = DeepSpeedConfig | MegatronConfig
+
+
+def with_default_engine(value: Any) -> Any:
+    """An ``engine`` section without a name is DeepSpeed's."""
+    return {"name": "deepspeed", **value} if isinstance(value, dict) and "name" not in value else value

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megamix.data.loader import Batch
-from megamix.engines.base import Engine, ParameterState, Place
-from megamix.engines.config import EngineConfig
+from megamix.engines.base import Engine, Objective, ParameterState, Place
+from megamix.engines.config import DeepSpeedConfig
 from megamix.engines.step_loss import StepLoss
 from megamix.models.config import ModelConfig
 from megamix.train_config import TrainConfig
@@ -49,7 +50,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        engine: EngineConfig,
+        engine: DeepSpeedConfig,
         model: ModelConfig,
         train: TrainConfig,
         *,
@@ -103,16 +104,19 @@ class DeepSpeedEngine(Engine):
             self._engine.clip_fp32_gradients = self._clip_gradients
         self.optimizer_steps = 0
 
-    def train_step(self, batch: Batch | None, lr: float, on_statistics: Callable[[torch.Tensor], None]) -> None:
+    def train_step(
+        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+    ) -> None:
         micro_batches = self._engine.gradient_accumulation_steps()
-        if batch is not None:
+        if self.place.has_loss:
             # DeepSpeed averages over micro-batches and data-parallel ranks; undone here, because ours is one sum over
             # the whole step.
-            # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
-            normaliser = max(batch.num_tokens, 1) / (micro_batches * self.place.data_size)
+            normaliser = objective.normaliser / (micro_batches * self.place.data_size)
             # It divides each loss by the number of micro-batches before the backward pass.
-            self._loss.start_step(micro_batches, normaliser, 1.0 / micro_batches, on_statistics)
-        if not self.place.has_loss:
+            self._loss.start_step(
+                micro_batches, replace(objective, normaliser=normaliser), 1.0 / micro_batches, on_statistics
+            )
+        else:
             on_statistics(self._empty_sums)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -120,10 +124,18 @@ class DeepSpeedEngine(Engine):
         self._steps += 1
 
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
-        self._loss.start_evaluation(num_micro_batches)
+        self._loss.start_evaluation()
+        self._forward(batch, num_micro_batches)
+        return self._loss.evaluation_sums
+
+    def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
+        self._loss.start_evaluation(keep_token_losses=True)
+        self._forward(batch, num_micro_batches)
+        return self._loss.token_losses()
+
+    def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
         data = _micro_batches(batch) if batch is not None else None
         self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches)
-        return self._loss.evaluation_sums
 
     def grad_norm(self) -> float | None:
         norm = self._engine.get_global_grad_norm()
@@ -198,10 +210,10 @@ class DeepSpeedEngine(Engine):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, torch.Tensor]]]:
-    """(tokens, or tokens with positions; labels with domains) of each micro-batch."""
+def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:
+    """(tokens, or tokens with positions; `StepLoss`'s targets) of each micro-batch."""
     inputs = batch.tokens if batch.positions is None else zip(batch.tokens, batch.positions, strict=True)
-    return zip(inputs, zip(batch.labels, batch.domains, strict=True), strict=True)
+    return zip(inputs, zip(*batch.targets, strict=True), strict=True)
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -214,7 +226,7 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def _deepspeed_config(engine: EngineConfig, train: TrainConfig, data_size: int) -> dict[str, Any]:
+def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: int) -> dict[str, Any]:
     bf16 = engine.precision == "bf16"
     return {
         "train_batch_size": train.global_batch,

@@ -7,10 +7,12 @@ Legend: B samples, S tokens, V vocabulary, K domains, C statistics.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from megamix.data.loader import IGNORED_LABEL
+from megamix.engines.base import Objective
 from megamix.errors import InputError
 from megamix_kernels import DomainSums, domain_cross_entropy
 from megamix_kernels.loss import choose_backend
@@ -21,13 +23,25 @@ class StepLoss:
 
     In training it hands the step's sums over after the last micro-batch; in evaluation it only collects.
 
+    Args:
+        vocab_size: token ids that join the softmax, over all ranks of ``process_group``.
+        process_group: the ranks that share the vocabulary; None: the logits hold all of it.
+
     Raises:
         InputError: the implementation cannot be used on the device.
     """
 
-    def __init__(self, num_domains: int, vocab_size: int, device: torch.device, implementation: str) -> None:
+    def __init__(
+        self,
+        num_domains: int,
+        vocab_size: int,
+        device: torch.device,
+        implementation: str,
+        process_group: Any = None,
+    ) -> None:
         self._num_domains = num_domains
         self._vocab_size = vocab_size
+        self._process_group = process_group
         try:
             choose_backend(implementation, torch.empty(1, 1, device=device))
         except ValueError as error:
@@ -35,14 +49,16 @@ class StepLoss:
         self._implementation = implementation
         self._training = DomainSums(num_domains, device)
         self._evaluation = DomainSums(num_domains, device)
-        self._normaliser = self._gradient_scale = 1.0
+        self._objective = Objective(1.0)
+        self._gradient_scale = 1.0
         self._left = 0
+        self._token_losses: list[torch.Tensor] | None = None
         self._on_statistics: Callable[[torch.Tensor], None] | None = None
 
     def start_step(
         self,
         num_micro_batches: int,
-        normaliser: float,
+        objective: Objective,
         gradient_scale: float,
         on_statistics: Callable[[torch.Tensor], None],
     ) -> None:
@@ -50,29 +66,40 @@ class StepLoss:
 
         Args:
             num_micro_batches: calls to come.
-            normaliser: what each divides its sum of losses by.
+            objective: how each sums its token losses up.
             gradient_scale: the gradient that the engine's backward pass will send to each loss; known before, it lets
                 loss and gradient be computed in one reading of the logits.
             on_statistics: takes the step's int64 [K, C] sums.
         """
         self._training.zero_()
         self._left = num_micro_batches
-        self._normaliser = normaliser
+        self._objective = objective
         self._gradient_scale = gradient_scale
         self._on_statistics = on_statistics
 
-    def start_evaluation(self, num_micro_batches: int) -> None:
+    def start_evaluation(self, *, keep_token_losses: bool = False) -> None:
         self._evaluation.zero_()
-        self._left = num_micro_batches
         self._on_statistics = None
+        self._token_losses = [] if keep_token_losses else None
 
     @property
     def evaluation_sums(self) -> torch.Tensor:
         """int64 [K, C]: what the evaluation in progress has collected."""
         return self._evaluation.buffer
 
+    def token_losses(self) -> torch.Tensor | None:
+        """float32 [M, B, S] of the evaluation that kept them; None where no micro-batch came by."""
+        kept, self._token_losses = self._token_losses, None
+        return torch.stack(kept) if kept else None
+
     def __call__(self, logits_BSV: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        labels_BS, domain_BS = targets
+        """The scalar of one micro-batch.
+
+        Args:
+            logits_BSV: this rank's part of the vocabulary.
+            targets: labels int64, domains int32 and, where there is a reference, its losses float32, [B, S] each.
+        """
+        labels_BS, domain_BS, *reference_BS = targets
         training = self._on_statistics is not None
         out = domain_cross_entropy(
             logits_BSV.flatten(0, 1),
@@ -81,13 +108,20 @@ class StepLoss:
             self._num_domains,
             ignore_index=IGNORED_LABEL,
             vocab_size=self._vocab_size,
-            normaliser=self._normaliser,
+            reference_loss_N=reference_BS[0].flatten() if reference_BS else None,
+            loss_weights_K=self._objective.loss_weights if training else None,
+            normaliser=self._objective.normaliser if training else 1.0,
             gradient_scale=self._gradient_scale if training else None,
             sums=self._training if training else self._evaluation,
+            return_token_loss=not training and self._token_losses is not None,
+            process_group=self._process_group,
             implementation=self._implementation,
         )
-        self._left -= 1
-        if training and self._left == 0:
+        if self._token_losses is not None and out.token_loss_N is not None:
+            self._token_losses.append(out.token_loss_N.detach().view_as(labels_BS))
+        if training:
             assert self._on_statistics is not None
-            self._on_statistics(self._training.buffer)
+            self._left -= 1
+            if self._left == 0:
+                self._on_statistics(self._training.buffer)
         return out.loss

@@ -1,0 +1,148 @@
+"""The data side of training on one rank: which samples come next, and what their losses do to the weights.
+
+    sampler -> loader -> batch --(any trainer)--> sums of the step -> exchange -> mixer on rank 0 -> every rank's sampler
+
+`megamix.train` is made of this, and so are the adapters for other people's trainers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix.data.loader import Batch, Loader, WindowReader
+from megamix.data.sampler import Sampler
+from megamix.engines.base import Objective
+from megamix.exchange import MixExchange, MixReport
+from megamix.mixers import Mixer, make_mixer
+from megamix.plan import DataPlan
+from megamix.resume import Resumed, data_fingerprints
+
+
+class MixedData:
+    """One rank's batches, in order, and the way back from losses to weights. Every rank of the job makes one.
+
+    For each step: `next_batch`, `objective`, then `submit` once the step's losses are summed.
+
+    Args:
+        data_rank: which of the data-parallel slices of every global batch this rank reads.
+        reads_data: False on a rank that needs no tokens, such as a pipeline stage in the middle.
+        device: where the model is; batches stay on the CPU, pinned where this is a GPU.
+        resumed: what to continue from, the same on all ranks (rank 0's: they may see the file system at different
+            moments); None starts anew.
+
+    Attributes:
+        step: steps submitted.
+        mixer: on rank 0; None elsewhere.
+        change: what weights.jsonl is to say of a resume that changed the blend; None where nothing changed.
+    """
+
+    def __init__(
+        self, plan: DataPlan, *, data_rank: int, reads_data: bool, device: torch.device, resumed: Resumed | None = None
+    ) -> None:
+        self.plan = plan
+        self.step = 0 if resumed is None else resumed.step
+        self._device = device
+        blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
+        self.mixer: Mixer | None = None
+        shared: list[Any] = [None]
+        share = plan.share(data_rank)
+        if dist.get_rank() == 0:
+            weights = blend.segment_at(self.step * plan.config.train.global_batch).weights
+            self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights)
+            if resumed is not None:
+                resumed.set_mixer(self.mixer)
+            shared = [({"blend": blend.state_dict()}, self.mixer.loss_weights)]
+        # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
+        # Through a group of its own: small objects must not need the accelerator.
+        group: Any = dist.new_group(backend="gloo")
+        dist.broadcast_object_list(shared, src=0, group=group)
+        state, loss_weights = shared[0]
+        self.sampler = Sampler.from_state_dict(state, share, plan.constraints.limits)
+        self._reports: list[MixReport] = []
+        batch = plan.config.train.global_batch
+        self.exchange = MixExchange(
+            self.mixer,
+            self.sampler,
+            plan.schedule,
+            weight_lag=plan.config.data.weight_lag,
+            first_step=self.step,
+            loss_weights=loss_weights,
+            constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
+            on_report=self._reports.append,
+        )
+        self.loader = Loader(self.sampler, self._reader() if reads_data else None, device.type == "cuda")
+        for _ in range(plan.config.data.weight_lag):
+            self.loader.request()
+
+    def next_batch(self) -> tuple[Batch | None, float]:
+        """This rank's part of step ``step`` (None on a rank that reads no data) and the seconds it was waited for.
+
+        Raises:
+            DataExhausted: the step would read more of a domain than the run allows.
+        """
+        step = self.step
+        # The step weight_lag ahead is sampled with the weights that follow from everything before this step.
+        self.loader.request(lambda: self.exchange.settle(step))
+        return self.loader.get()
+
+    def objective(self, batch: Batch | None) -> Objective:
+        """What the step is to differentiate; of no meaning on a rank that reads no data."""
+        config = self.plan.config.mixer
+        loss_weights = self.exchange.loss_weights(self.step)
+        if batch is None:
+            return Objective(1.0)
+        if loss_weights is None or not hasattr(config, "objective"):
+            # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
+            return Objective(float(max(batch.num_tokens, 1)))
+        weights, normaliser = config.objective(loss_weights, batch.domain_tokens, self.sampler.weights_at(self.step))
+        tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        return Objective(normaliser, tensor.to(self._device, non_blocking=True))
+
+    def submit(self, sums_KC: torch.Tensor) -> None:
+        """Takes this rank's int64 [K, C] sums of step ``step`` (zeros where it has no loss), which is then over.
+
+        Returns at once; the sums may be overwritten.
+        """
+        self.exchange.submit(self.step, sums_KC)
+        self.step += 1
+
+    def settle(self) -> None:
+        """Waits until everything that follows from the steps submitted is known; then lets go of what lies before."""
+        self.exchange.settle(self.step)
+        self.sampler.forget_before(self.step)
+
+    def take_reports(self) -> list[MixReport]:
+        """What became of the steps since the last call, on rank 0."""
+        taken = []
+        while self._reports:
+            taken.append(self._reports.pop(0))
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from step ``step``; JSON-serialisable, and whole on rank 0 only."""
+        self.exchange.settle(self.step)
+        return {
+            "step": self.step,
+            "fingerprints": data_fingerprints(self.plan),
+            "sampler": self.sampler.state_dict(self.step),
+            "mixer": self.mixer.state_dict() if self.mixer is not None else None,
+            "manifest": str(self.plan.config.data.manifest.absolute()),
+        }
+
+    def close(self) -> None:
+        """Gives up what is under way, without waiting for it."""
+        self.loader.close()
+        self.exchange.close()
+
+    def _reader(self) -> WindowReader:
+        plan, data = self.plan, self.plan.config.data
+        return WindowReader(
+            plan.domains,
+            data.seq_length,
+            plan.vocab_size,
+            eod_mask_loss=data.eod_mask_loss,
+            reset_position_ids=data.reset_position_ids,
+        )
