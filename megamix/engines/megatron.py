@@ -1,0 +1,268 @@
+"""Megatron-core: its tensor, pipeline, context and data parallelism around our loss and data.
+
+Legend: M micro-batches, B samples, S tokens, V vocabulary, T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix.data.loader import Batch
+from megamix.data.permute import hash_words
+from megamix.engines import megatron_checkpoint, megatron_setup
+from megamix.engines.base import Engine, Objective, ParameterState
+from megamix.engines.config import MegatronConfig
+from megamix.engines.megatron_context import context_part, whole_samples
+from megamix.engines.megatron_cpu import cpu_stand_ins
+from megamix.engines.megatron_layout import uses_transformer_engine
+from megamix.engines.megatron_model import MixChunk, build_chunks, transformer_config
+from megamix.engines.megatron_names import ParameterMap, parameter_maps
+from megamix.engines.megatron_setup import get_forward_backward_func, parallel_state, tensor_parallel
+from megamix.engines.own_format import OwnFormat
+from megamix.engines.step_loss import StepLoss
+from megamix.models.config import ModelConfig
+from megamix.models.layers import Decoder, Embedding, Head
+from megamix.train_config import TrainConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+
+
+def start_distributed() -> None:
+    """Joins the process group of the job (torchrun's environment)."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+class MegatronEngine(Engine, OwnFormat):
+    """TP x PP (interleaved) x CP x DP by megatron.core."""
+
+    own_format = "megatron"
+
+    def __init__(
+        self,
+        engine: MegatronConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        *,
+        seq_length: int,
+        num_domains: int,
+        vocab_size: int,
+        loss_implementation: str,
+        reset_position_ids: bool = False,
+    ) -> None:
+        self._config = engine
+        self._model = model
+        self._train = train
+        self._seq_length = seq_length
+        self._num_micro_batches = train.global_batch // (train.micro_batch * engine.data_size(dist.get_world_size()))
+        self.micro_batch_multiple = engine.pipeline if engine.virtual_pipeline > 1 else 1
+        with cpu_stand_ins():
+            megatron_setup.start_groups(engine)
+            self.place = megatron_setup.place(engine, reads_all_stages=reset_position_ids)
+            self._tensor_group = parallel_state.get_tensor_model_parallel_group()
+            self._context_group = parallel_state.get_context_parallel_group()
+            tensor_parallel.model_parallel_cuda_manual_seed(train.seed % 2**31)
+            config = transformer_config(engine, model, seq_length)
+            self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length)
+            # Before the optimizer exists: it copies them.
+            self._set_initial_weights()
+            self._wrapped = megatron_setup.wrap(engine, config, self._chunks)
+            self._optimizer: Any = megatron_setup.make_optimizer(engine, train, self._wrapped)
+        self._loss = StepLoss(
+            num_domains,
+            vocab_size,
+            self.place.device,
+            loss_implementation,
+            process_group=self._tensor_group if engine.tensor > 1 else None,
+        )
+        self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
+        self._grad_norm: float | None = None
+        self.optimizer_steps = 0
+
+    def train_step(
+        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+    ) -> None:
+        if self.place.has_loss:
+            # Gradients are summed as they are: over micro-batches, and over data- and context-parallel ranks.
+            self._loss.start_step(self._num_micro_batches, objective, 1.0, on_statistics)
+        else:
+            on_statistics(self._empty_sums)
+        with cpu_stand_ins():
+            self._seed_dropout()
+            for chunk in self._wrapped:
+                chunk.zero_grad_buffer()
+            self._optimizer.zero_grad()
+            self._run(batch, self._num_micro_batches, forward_only=False)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            _, self._grad_norm, _ = self._optimizer.step()
+        self._steps += 1
+
+    def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
+        self._loss.start_evaluation()
+        self._evaluate(batch, num_micro_batches)
+        return self._loss.evaluation_sums
+
+    def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
+        self._loss.start_evaluation(keep_token_losses=True)
+        self._evaluate(batch, num_micro_batches)
+        loss_MSB = self._loss.token_losses()
+        return None if loss_MSB is None else whole_samples(loss_MSB.transpose(1, 2), self._context_group)
+
+    def _evaluate(self, batch: Batch | None, num_micro_batches: int) -> None:
+        with cpu_stand_ins(), torch.no_grad():
+            for chunk in self._wrapped:
+                chunk.eval()
+            self._run(batch, num_micro_batches, forward_only=True)
+            for chunk in self._wrapped:
+                chunk.train()
+
+    def _run(self, batch: Batch | None, num_micro_batches: int, *, forward_only: bool) -> None:
+        data = [self._micro_batches(batch, num_micro_batches) for _ in self._wrapped]
+        interleaved = len(data) > 1
+        get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=data if interleaved else data[0],
+            model=self._wrapped if interleaved else self._wrapped[0],
+            num_microbatches=num_micro_batches,
+            seq_length=self._seq_length,
+            micro_batch_size=self._train.micro_batch,
+            forward_only=forward_only,
+        )
+
+    def _micro_batches(self, batch: Batch | None, number: int) -> Iterator[tuple[Any, ...]]:
+        """(tokens, positions, `StepLoss`'s targets) of each micro-batch: [B, S] each, of this rank's part of the
+        samples."""
+        if batch is None:
+            return iter([(None, None, None)] * number)
+        part = partial(context_part, rank=self.place.context_rank, size=self._config.context)
+        positions = [None] * number if batch.positions is None else part(batch.positions)
+        targets = zip(*(part(target) for target in batch.targets), strict=True)
+        return zip(part(batch.tokens), positions, targets, strict=True)
+
+    def _forward_step(
+        self, data: Iterator[tuple[Any, ...]], wrapped: Any
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        tokens_BS, positions_BS, targets = next(data)
+        chunk = megatron_setup.unwrap(wrapped)
+        chunk.rotary_pos_emb.positions_BS = positions_BS
+        options: dict[str, Any] = {}
+        if chunk.post_process:
+            options["labels"] = targets[0]
+            if self._config.precision == "bf16":
+                options["fp32_output"] = False  # of the logits; the loss computes in fp32 itself
+        output = wrapped(tokens_BS, None, None, **options)
+        return output, partial(self._sum_up, targets)
+
+    def _sum_up(
+        self, targets: Sequence[torch.Tensor], logits_SBV: torch.Tensor
+    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+        """The scalar to differentiate, and two things for Megatron's own averages, which are not wanted."""
+        return self._loss(logits_SBV, tuple(target_BS.t().contiguous() for target_BS in targets)), 0, {}
+
+    def _seed_dropout(self) -> None:
+        """The same random numbers for all tensor-parallel ranks where they compute the same, a function of the step."""
+        if self._model.dropout:
+            place = self.place
+            words = (self._train.seed, self._steps, place.data_rank, place.context_rank, place.stage)
+            tensor_parallel.model_parallel_cuda_manual_seed(int(hash_words(*words)) % 2**31)
+
+    def grad_norm(self) -> float | None:
+        return self._grad_norm
+
+    def layers(self) -> list[int]:
+        found = []
+        for chunk in self._chunks:
+            found += [0] if chunk.pre_process else []
+            found += [layer.layer_number for layer in chunk.decoder.layers]
+            found += [self._model.num_layers + 1] if chunk.post_process else []
+        return sorted(found)
+
+    def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
+        for entry, parameter in self._parameters(layer):
+            held = megatron_setup.held_state(self._optimizer, parameter)
+            parts = [entry.part(self._gather(entry, tensor)) for tensor in held]
+            for name, *state in zip(entry.sources, *parts, strict=True):
+                yield name, ParameterState(*state)
+
+    def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:
+        for entry, parameter in self._parameters(layer):
+            held = megatron_setup.held_state(self._optimizer, parameter)
+            for name, target in zip(("weight", "exp_avg", "exp_avg_sq"), held, strict=True):
+                whole = entry.join([getattr(state[source], name) for source in entry.sources])
+                target.copy_(self._shard(entry, whole))
+            parameter.data.copy_(held[0])
+
+    def _set_initial_weights(self) -> None:
+        """Those that every engine starts from: each layer draws its own, on the CPU, one layer at a time."""
+        for index in self.layers():
+            if index == 0:
+                source = Embedding(self._model, index, self._train.seed)
+            elif index <= self._model.num_layers:
+                source = Decoder(self._model, index, self._train.seed, self._seq_length)
+            else:
+                source = Head(self._model, index, self._train.seed)
+            names = source.hugging_face_names()
+            weights = {names[name]: parameter.detach() for name, parameter in source.named_parameters()}
+            for entry, parameter in self._parameters(index):
+                whole = entry.join([weights[name] for name in entry.sources])
+                parameter.data.copy_(self._shard(entry, whole))
+
+    def _parameters(self, layer: int) -> Iterator[tuple[ParameterMap, torch.nn.Parameter]]:
+        """This rank's part of each parameter of a layer."""
+        module: torch.nn.Module
+        if layer == 0:
+            module = self._chunks[0]
+        elif layer == self._model.num_layers + 1:
+            module = self._chunks[-1]
+        else:
+            decoders = [inner for chunk in self._chunks for inner in chunk.decoder.layers]
+            module = next(inner for inner in decoders if inner.layer_number == layer)
+        for entry in parameter_maps(self._model, layer, fused_norms=uses_transformer_engine(self._config)):
+            yield entry, module.get_parameter(entry.name)
+
+    def _shard(self, entry: ParameterMap, whole: torch.Tensor) -> torch.Tensor:
+        return entry.shard(whole, self.place.tensor_rank, self._config.tensor)
+
+    def _gather(self, entry: ParameterMap, shard: torch.Tensor) -> torch.Tensor:
+        if self._config.tensor == 1 or entry.split == "whole":
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(self._config.tensor)]
+        dist.all_gather(shards, shard.contiguous(), group=self._tensor_group)
+        return entry.gather(shards)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self._steps
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
+        self._steps = steps
+        megatron_setup.reset_adam(self._optimizer, steps)
+
+    @property
+    def saves_own_format(self) -> bool:
+        return self._config.checkpoint_format == "dist"
+
+    def save_own(self, folder: Path) -> None:
+        with cpu_stand_ins():
+            megatron_checkpoint.save(folder, self._chunks, self._optimizer)
+
+    def load_own(self, folder: Path, steps: int) -> None:
+        with cpu_stand_ins():
+            megatron_checkpoint.load(folder, self._chunks, self._optimizer)
+        megatron_setup.set_decay(self._optimizer, self._train)
+        self._steps = steps

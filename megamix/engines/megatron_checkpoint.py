@@ -1,0 +1,56 @@
+"""Model and optimizer through megatron.core.dist_checkpointing, in PyTorch's distributed format: every rank writes and
+reads its own parts, and another layout finds its parts by their place in the whole."""
+
+from __future__ import annotations
+
+import queue
+import warnings
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # see megatron_model
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megamix.engines.megatron_model import MixChunk
+
+
+def save(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:
+    """Writes all into an empty folder; every rank calls it."""
+    # The results of a save that waits come back to the process that wrote them. Megatron would start a process to hold
+    # them, which takes seconds and runs the main script anew.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), str(folder))
+
+
+def load(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:
+    """Sets all from a folder that `save` filled in any layout; every rank calls it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
+    for key, chunk in _named(chunks).items():
+        chunk.load_state_dict(loaded[key])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _named(chunks: list[MixChunk]) -> dict[str, MixChunk]:
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
+def _state(chunks: list[MixChunk], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        # Where the distributed optimizer is used: every piece under the place of its parameter, for any layout.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named(chunks).items()}
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state

@@ -1,0 +1,178 @@
+"""The model as chunks of megatron.core's `GPTModel`: its config, its layers, and what the loss and the data ask of it.
+
+They compute the same function as the layers of `megamix.models.layers`.
+
+Legend: B samples, S tokens, R rotary dimensions, V vocabulary, T tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # each module says once more that Transformer Engine and Apex are not installed
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
+    from megatron.core.utils import make_viewless_tensor
+
+from megamix.engines.config import MegatronConfig
+from megamix.engines.megatron_layout import stage_layers, uses_transformer_engine
+from megamix.models.config import ModelConfig
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A decoder layer whose feed-forward part reads the layer's input instead of the attention's output."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_SBH = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        with_attention_SBH, context = self._forward_attention(*args, **kwargs)
+        output_with_bias = self.mlp(self.pre_mlp_layernorm(hidden_SBH))
+        with self.bias_dropout_add_exec_handler():
+            add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+            output_SBH = add(output_with_bias, with_attention_SBH, self.hidden_dropout)
+        # The pipeline frees the memory of what it has sent, which a view would share.
+        return make_viewless_tensor(output_SBH, requires_grad=output_SBH.requires_grad, keep_graph=True), context
+
+
+class SampleRotary(RotaryEmbedding):
+    """Rotary angles by the positions of the micro-batch's tokens, where they are not those in the sample."""
+
+    positions_BS: torch.Tensor | None = None
+
+    # The class's own is wrapped in a cache of its integer arguments.
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Angles [S, 1, 1, R], or [S, B, 1, R] where positions are set."""
+        if self.positions_BS is None:
+            return super().forward(*args, **kwargs)
+        self.inv_freq = self.inv_freq.to(self.positions_BS.device)
+        angle_SBR = self.positions_BS.t().float()[..., None] * self.inv_freq
+        return torch.cat((angle_SBR, angle_SBR), dim=-1)[:, :, None]
+
+
+class MixChunk(GPTModel):
+    """A chunk of the model. The last one returns its logits as they are computed, [S, B, V / T]."""
+
+    def __init__(self, config: TransformerConfig, rotary_base: float, rotary_percent: float, **options: Any) -> None:
+        rotary: dict[str, Any] = {"rotary_base": rotary_base, "rotary_percent": rotary_percent}
+        super().__init__(config, position_embedding_type="rope", parallel_output=True, **rotary, **options)
+        self.rotary_pos_emb: SampleRotary = SampleRotary(
+            kv_channels=config.hidden_size // config.num_attention_heads,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+            **rotary,
+        )
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Where a forward pass with labels ends; the loss is `megamix.engines.step_loss`'s, outside of the model.
+
+        A pass without labels would end in a copy of the logits in the order [B, S].
+        """
+        return logits
+
+
+def transformer_config(engine: MegatronConfig, model: ModelConfig, seq_length: int) -> TransformerConfig:
+    """Megatron's config of the model in that layout."""
+    cuda = torch.cuda.is_available()
+    llama = model.architecture == "llama"
+    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    interleaved = engine.virtual_pipeline > 1
+    options: dict[str, Any] = {}
+    if engine.pipeline > 1:
+        options["pipeline_model_parallel_layout"] = _pipeline_layout(engine, model, seq_length)
+    if engine.activation_checkpointing:
+        options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    options.update(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.key_value_heads,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=not llama,
+        gated_linear_unit=llama,
+        activation_func=F.silu if llama else F.gelu,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        attention_softmax_in_fp32=True,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=engine.tensor,
+        pipeline_model_parallel_size=engine.pipeline,
+        virtual_pipeline_model_parallel_size=engine.virtual_pipeline if interleaved else None,
+        context_parallel_size=engine.context,
+        sequence_parallel=engine.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=engine.precision == "bf16",
+        gradient_accumulation_fusion=engine.gradient_accumulation_fusion,
+        # The fused GELU is the tanh approximation; the models here have the exact one.
+        bias_activation_fusion=cuda and llama,
+        bias_dropout_fusion=cuda,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        use_cpu_initialization=not cuda,
+        batch_p2p_comm=cuda and not interleaved,
+        overlap_p2p_comm=cuda and interleaved,
+        transformer_impl="transformer_engine" if uses_transformer_engine(engine) else "local",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of a default of its own
+        return TransformerConfig(**options)
+
+
+def _pipeline_layout(engine: MegatronConfig, model: ModelConfig, seq_length: int) -> list[list[str]]:
+    sizes = stage_layers(model, engine.pipeline * engine.virtual_pipeline, seq_length)
+    chunks = [["decoder"] * size for size in sizes]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
+def build_chunks(
+    engine: MegatronConfig, model: ModelConfig, config: TransformerConfig, seq_length: int
+) -> list[MixChunk]:
+    """This rank's chunks, one unless the pipeline is interleaved; their weights are yet to be set."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    last = engine.pipeline * engine.virtual_pipeline - 1
+    chunks = []
+    for virtual in range(engine.virtual_pipeline):
+        place = virtual * engine.pipeline + stage
+        chunks.append(
+            MixChunk(
+                config,
+                model.rotary_base,
+                model.rotary_percent if model.architecture == "neox" else 1.0,
+                transformer_layer_spec=_layer_spec(engine, model),
+                vocab_size=model.vocabulary,
+                max_sequence_length=seq_length,
+                pre_process=place == 0,
+                post_process=place == last,
+                share_embeddings_and_output_weights=False,
+                pg_collection=groups,
+                vp_stage=virtual if engine.virtual_pipeline > 1 else None,
+            )
+        )
+    return chunks
+
+
+def _layer_spec(engine: MegatronConfig, model: ModelConfig) -> ModuleSpec:
+    if uses_transformer_engine(engine):
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        norm = "RMSNorm" if model.architecture == "llama" else None
+        spec = get_gpt_layer_local_spec(normalization=norm)
+    if model.parallel_residual:
+        spec.module = ParallelResidualLayer
+    return spec
