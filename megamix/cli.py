@@ -149,6 +149,25 @@ def export(
 
 
 @app.command()
+def reference(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A trained run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the losses.")],
+    overrides: Overrides = None,
+    proxy: Annotated[
+        Path | None, typer.Option("--for", metavar="CONFIG", help="Only the samples that the run of this config reads.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Tokens a rank computes between safe points.", min=1)] = 2**20,
+) -> None:
+    """Write a reference model's loss of every training token, for DoReMi's proxy. Killed and started again, it goes on.
+
+    Example: megamix reference runs/reference --out runs/cache engine.pipeline=1
+    """
+    from megamix.reference_run import reference as run
+
+    raise typer.Exit(run(source, out, overrides or [], proxy, save_every))
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the PNGs; default: RUN/plots.")] = None,

@@ -6,29 +6,39 @@
 
 A row that was not computed is zero, and a computed loss is never zero (the smallest that is stored is 2^-24), so that a
 hole in a file is seen where it is read. Every label has its loss, also one that ``eod_mask_loss`` leaves out of
-training. `megamix.data.reference_writer` writes these files.
+training.
 
-Legend: S tokens in a sample.
+While it is written, OUT/progress.json stands in place of reference.json and says how many rows, in the order of
+`Selection`, are safe on disk; whoever goes on writes the rows after them.
+
+Legend: S tokens in a sample, n samples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
 from megamix.config import Config, validate
-from megamix.errors import InputError, did_you_mean
+from megamix.errors import InputError, MegamixError, did_you_mean
+from megamix.files import replace_file
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
 """What an unfinished cache has in place of `FILE_NAME`."""
 DTYPE = np.dtype("<f2")
+SMALLEST, LARGEST = 2.0**-24, 65504.0
+"""The range of float16, zero left out."""
+Ints = NDArray[np.int64]
 
 
 class CachedDomain(Config):
@@ -40,6 +50,8 @@ class CachedDomain(Config):
     """Rows of the file: samples of seq_length in the domain's training tokens."""
     computed: int = pydantic.Field(ge=0)
     """Rows that hold losses; fewer than ``windows`` where the cache was made for one run only."""
+    selection: str | None = None
+    """SHA-256 of the numbers of these rows (int64), where they are not all."""
 
 
 class CacheKey(Config):
@@ -78,7 +90,7 @@ class ReferenceLosses:
 
     Args:
         folder: Of the cache.
-        key: The run's data; ``computed`` is not looked at. The cache may hold more domains.
+        key: The run's data; which rows it has is not looked at. The cache may hold more domains.
 
     Raises:
         InputError: No such cache, one that is unfinished or damaged, or one of other data; the message says what
@@ -92,7 +104,7 @@ class ReferenceLosses:
         self._names = list(key.domains)
         self._rows = [self._open(name) for name in self._names]
 
-    def _open(self, name: str) -> NDArray[Any]:
+    def _open(self, name: str) -> NDArray[np.float16]:
         path, rows = losses_path(self.folder, name), self.info.domains[name].windows
         wanted = rows * self.info.seq_length * DTYPE.itemsize
         try:
@@ -171,3 +183,151 @@ def _check_same(info: CacheKey, key: CacheKey, what: str, remedy: str) -> None:
                 raise InputError(
                     f"{what} are of domain '{name}' with the {words} {seen}, this run has {wanted}. {remedy}"
                 )
+
+
+class Selection:
+    """Which windows of each domain a cache holds, in the order in which they are computed: domain by domain, ascending.
+
+    Args:
+        rows: One a domain: ascending window numbers, or how many windows to take from the first on.
+    """
+
+    def __init__(self, rows: Sequence[Ints | int]) -> None:
+        self._rows = rows
+        self.counts = np.array([row if isinstance(row, int) else row.size for row in rows], np.int64)
+        self._ends = np.cumsum(self.counts)
+
+    @property
+    def total(self) -> int:
+        """Windows of all domains."""
+        return int(self._ends[-1])
+
+    def at(self, index_n: Ints) -> tuple[Ints, Ints]:
+        """(domain, window) of each place in the order, int64 [n] each."""
+        domain_n = np.searchsorted(self._ends, index_n, side="right")
+        place_n = index_n - (self._ends - self.counts)[domain_n]
+        for domain, row in enumerate(self._rows):
+            if not isinstance(row, int):
+                mine_n = domain_n == domain
+                place_n[mine_n] = row[place_n[mine_n]]
+        return domain_n, place_n
+
+    def describe(self, key: CacheKey) -> dict[str, CachedDomain]:
+        """The domains of ``key`` with the rows that the cache will hold."""
+        described = {}
+        for (name, domain), row in zip(key.domains.items(), self._rows, strict=True):
+            whole = isinstance(row, int) or row.size == domain.windows
+            selection = None if whole else hashlib.sha256(np.asarray(row, "<i8").tobytes()).hexdigest()
+            computed = row if isinstance(row, int) else row.size
+            described[name] = CachedDomain(
+                digest=domain.digest, windows=domain.windows, computed=computed, selection=selection
+            )
+        return described
+
+
+def open_progress(folder: Path, info: CacheInfo) -> int | None:
+    """Starts a cache, or finds how far one has come; one process calls this before any `ReferenceWriter` is made.
+
+    Returns:
+        How many rows are safe on disk; None: the cache is finished.
+
+    Raises:
+        InputError: the folder cannot be written, or holds something else.
+    """
+    remedy = "Choose another --out, or remove that folder."
+    if (folder / FILE_NAME).is_file():
+        _check_continues(read_info(folder), info, folder, remedy)
+        return None
+    progress = folder / PROGRESS
+    try:
+        if progress.is_file():
+            data = json.loads(progress.read_bytes())
+            _check_continues(validate(CacheInfo, data["info"], str(progress)), info, folder, remedy)
+            return int(data["done"])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, domain in info.domains.items():
+            with losses_path(folder, name).open("wb") as file:
+                file.truncate(domain.windows * info.seq_length * DTYPE.itemsize)
+        save_progress(folder, info, 0)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}. {remedy}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{progress} is damaged ({error}). {remedy}") from error
+    return 0
+
+
+def save_progress(folder: Path, info: CacheInfo, done: int) -> None:
+    """Notes that the first ``done`` rows are safe on disk; one process calls this, after every rank's `sync`."""
+    data = {"done": done, "info": info.model_dump(mode="json")}
+    replace_file(folder / PROGRESS, json.dumps(data, indent=1).encode())
+
+
+def finish(folder: Path, info: CacheInfo) -> None:
+    """Makes a cache whose rows are all safe on disk one that can be read."""
+    data = info.model_dump(mode="json")
+    head = {key: data[key] for key in ("format", "version")}
+    replace_file(folder / FILE_NAME, (json.dumps({**head, **data}, indent=1) + "\n").encode())
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+class ReferenceWriter:
+    """Writes rows of a cache that `open_progress` has started; several processes may, each its own rows."""
+
+    def __init__(self, folder: Path, info: CacheInfo) -> None:
+        self._names = list(info.domains)
+        self._paths = [losses_path(folder, name) for name in self._names]
+        # Written by position rather than through a memory map: machines that share a folder would write whole pages,
+        # and with them rows of each other.
+        self._files = [os.open(path, os.O_WRONLY) for path in self._paths]
+        self._row_bytes = info.seq_length * DTYPE.itemsize
+        self._touched: set[int] = set()
+
+    def write(self, domain_n: Ints, sample_n: Ints, loss_nS: NDArray[np.float32]) -> None:
+        """Writes the losses of windows, clamped to what float16 holds.
+
+        Raises:
+            MegamixError: a loss that is not finite.
+        """
+        bad_n = ~np.isfinite(loss_nS).all(axis=1)
+        if bad_n.any():
+            row = int(np.flatnonzero(bad_n)[0])
+            raise MegamixError(
+                f"the reference model's loss is not finite in domain '{self._names[domain_n[row]]}', sample "
+                f"{sample_n[row]}. Use another checkpoint, or engine.precision=fp32."
+            )
+        rows = np.clip(loss_nS, SMALLEST, LARGEST).astype(DTYPE)
+        for domain, sample, row in zip(domain_n.tolist(), sample_n.tolist(), rows, strict=True):
+            os.pwrite(self._files[domain], row.tobytes(), sample * self._row_bytes)
+            self._touched.add(domain)
+
+    def sync(self) -> None:
+        """Makes what was written safe on disk."""
+        for domain in self._touched:
+            os.fsync(self._files[domain])
+        self._touched.clear()
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+def _check_continues(seen: CacheInfo, info: CacheInfo, folder: Path, remedy: str) -> None:
+    """Raises InputError where the cache in ``folder`` is not the one to be written."""
+    _check_same(seen, info, f"the reference losses in {folder}", remedy)
+    if seen.checkpoint_sha256 != info.checkpoint_sha256:
+        raise InputError(
+            f"the reference losses in {folder} are of the checkpoint {seen.checkpoint} ({seen.checkpoint_sha256[:12]}), "
+            f"asked for is {info.checkpoint} ({info.checkpoint_sha256[:12]}). {remedy}"
+        )
+    if list(seen.domains) != list(info.domains):
+        raise InputError(
+            f"the reference losses in {folder} are of the domains {', '.join(seen.domains)}, asked for are "
+            f"{', '.join(info.domains)}. {remedy}"
+        )
+    for name, domain in info.domains.items():
+        old = seen.domains[name]
+        if (old.computed, old.selection) != (domain.computed, domain.selection):
+            raise InputError(
+                f"the reference losses in {folder} are of {old.computed} samples of domain '{name}' that were chosen for "
+                f"another run, asked for are {domain.computed}. {remedy}"
+            )

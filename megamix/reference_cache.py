@@ -1,0 +1,86 @@
+"""The reference losses of a plan: what a cache of them must fit, and which samples a run will read.
+
+Legend: K domains, n samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.data.blend import Blend
+from megamix.data.reference import CachedDomain, CacheKey, ReferenceLosses, Selection
+from megamix.domain_change import digest
+from megamix.mixers import DoremiConfig, StaticConfig
+from megamix.plan import DataPlan
+
+Ints = NDArray[np.int64]
+
+
+def open_reference(plan: DataPlan) -> ReferenceLosses | None:
+    """The reference losses that the plan's mixer names; None without.
+
+    Raises:
+        InputError: there are none, or they are of other data, another tokenizer or another sample length.
+    """
+    folder = getattr(plan.config.mixer, "reference", None)
+    return None if folder is None else ReferenceLosses(folder, cache_key(plan))
+
+
+def cache_key(plan: DataPlan) -> CacheKey:
+    """What a cache must be of to be read by the run; no row is computed yet."""
+    data = plan.config.data
+    return CacheKey(
+        seq_length=data.seq_length,
+        reset_position_ids=data.reset_position_ids,
+        tokenizer=plan.manifest.tokenizer.sha256,
+        domains={
+            entry.name: CachedDomain(digest=digest(entry), windows=windows, computed=0)
+            for entry, windows in zip(plan.entries, plan.num_samples.tolist(), strict=True)
+        },
+    )
+
+
+def whole_domains(plan: DataPlan) -> Selection:
+    """Every sample of every domain."""
+    return Selection(plan.num_samples.tolist())
+
+
+def samples_read(plan: DataPlan) -> Selection:
+    """The samples that a run may read, from its first step to its last.
+
+    With weights that are known beforehand, the blend says how many each domain gives; a mixer that moves them may take
+    up to ``data.max_weight`` of all samples from any. A domain gives its samples in an order that does not depend on
+    the weights, so that these are the first ones of it.
+    """
+    mixer, stages = plan.config.mixer, len(plan.schedule.steps)
+    # DoReMi's sampling weights are those of its start, whatever later stages say.
+    loss_only = isinstance(mixer, DoremiConfig) and mixer.apply == "loss" and stages == 1
+    fixed = isinstance(mixer, StaticConfig) or loss_only
+    most_K = _counts(plan) if fixed else np.ceil(plan.constraints.cap * plan.total_samples).astype(np.int64)
+    # Weights may differ in the last bit in the run, or move as constraints bind: never by a sample a domain.
+    most_K = most_K + plan.num_samples.size
+    rows: list[Ints | int] = []
+    for domain, (most, available) in enumerate(zip(most_K.tolist(), plan.num_samples.tolist(), strict=True)):
+        rows.append(available if most >= available else np.sort(_first_samples(plan, domain, most)))
+    return Selection(rows)
+
+
+def _counts(plan: DataPlan) -> Ints:
+    """int64 [K]: the samples that each domain gives to a run in which no mixer moves the weights."""
+    blend = plan.blend()
+    batch = plan.config.train.global_batch
+    for step in plan.schedule.steps[1:]:
+        if step > plan.config.data.weight_lag:
+            position = step * batch
+            weights = plan.constraints.apply(plan.schedule.at(step), blend.counts_at(position), position)
+            blend.set_weights(weights, at=position)
+    return blend.counts_at(plan.total_samples)
+
+
+def _first_samples(plan: DataPlan, domain: int, number: int) -> Ints:
+    """int64 [number]: the domain's samples in the order in which the run reads them."""
+    alone = np.zeros(plan.num_samples.size)
+    alone[domain] = 1.0
+    blend = Blend(plan.num_samples, alone, plan.config.train.seed, domain_keys=plan.domain_keys)
+    return blend.take(number)[1]

@@ -1,0 +1,259 @@
+"""``megamix reference``: a trained model's loss of every training label, written once for DoReMi's proxy to read.
+
+The job runs like ``train``, on the layout of the reference run's config or on another: ranks share the samples out,
+and each writes the rows of its own. Killed at any moment, it goes on from the last safe point.
+
+Legend: M micro-batches, B samples in one, S tokens in a sample, n samples.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix import checkpoint
+from megamix.checkpoint import describe
+from megamix.config import load_config
+from megamix.data.reference import (
+    CacheInfo,
+    ReferenceWriter,
+    Selection,
+    finish,
+    open_progress,
+    save_progress,
+)
+from megamix.errors import EXIT_OK, InputError
+from megamix.launch import job_rank, job_world_size, run_local
+from megamix.log import get_logger
+from megamix.plan import Plan, make_plan
+from megamix.reference_cache import cache_key, samples_read, whole_domains
+from megamix.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from megamix.data.loader import Batch
+    from megamix.engines.base import Engine
+
+Ints = NDArray[np.int64]
+LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """What a job computes.
+
+    Attributes:
+        plan: the reference run's, of the domains whose losses are wanted.
+        path: the checkpoint.
+        info: what reference.json will say.
+        selection: the windows to compute.
+    """
+
+    plan: Plan
+    path: Path
+    info: CacheInfo
+    selection: Selection
+
+
+def reference(source: Path, out: Path, overrides: list[str], proxy: Path | None, save_every: int) -> int:
+    """Computes the reference losses of a model; returns the exit code.
+
+    Args:
+        source: a run directory, or a checkpoint in one.
+        out: the folder of the losses.
+        overrides: ``key=value`` changes to the reference run's config: other data, another layout.
+        proxy: the config of the only run that will read the losses: what it does not read is not computed.
+        save_every: tokens a data-parallel rank between safe points.
+
+    Raises:
+        MegamixError: anything a user can mend.
+    """
+    world_size = job_world_size()
+    if world_size is not None:
+        _run_rank(_plan_job(source, overrides, proxy, world_size), out, save_every)
+        return EXIT_OK
+    job = _plan_job(source, overrides, proxy, None)
+    if open_progress(out, job.info) is None:
+        get_logger().info("%s is done: it holds the losses of %d samples.", out, job.selection.total)
+        return EXIT_OK
+    arguments = ["reference", str(source), "--out", str(out), "--save-every", str(save_every)]
+    if proxy is not None:
+        arguments += ["--for", str(proxy)]
+    return run_local([*arguments, *overrides], job.plan.world_size, job.plan.config.engine.threads)
+
+
+def _plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size: int | None) -> ReferenceJob:
+    """Looks everything up and checks it.
+
+    Raises:
+        InputError: no checkpoint, another model or tokenizer than it has, or a proxy of other data.
+        ResumeRefused: the checkpoint is damaged.
+    """
+    run_dir, path = _find_checkpoint(source)
+    config = load_config(RunConfig, run_dir / "config.resolved.yaml", overrides)
+    plan = make_plan(config, world_size, verify=job_rank() == 0)
+    state = checkpoint.read_state(path)
+    _check_model(state["fingerprints"], plan, path)
+    if state["step"] < config.train.steps and job_world_size() is None:
+        get_logger().warning("%s is of step %d of %d: the run is not done", path, state["step"], config.train.steps)
+    key = cache_key(plan)
+    selection = whole_domains(plan) if proxy is None else _samples_of(proxy, plan)
+    info = CacheInfo(
+        seq_length=key.seq_length,
+        reset_position_ids=key.reset_position_ids,
+        tokenizer=key.tokenizer,
+        domains=selection.describe(key),
+        checkpoint=str(path.absolute()),
+        checkpoint_sha256=describe(path / "checkpoint.json", sync=False)["sha256"],
+    )
+    return ReferenceJob(plan, path, info, selection)
+
+
+def _find_checkpoint(source: Path) -> tuple[Path, Path]:
+    """(run directory, checkpoint) of a run or a checkpoint of one."""
+    if (source / "checkpoint.json").is_file():
+        source = source.absolute()
+        return source.parent.parent, source
+    path = checkpoint.newest(source / "checkpoints")
+    if path is None:
+        raise InputError(
+            f"{source} is no run with a complete checkpoint. Give the run_dir of a trained reference model, or a "
+            "RUN/checkpoints/step_N directory."
+        )
+    return source, path
+
+
+def _check_model(saved: dict[str, Any], plan: Plan, path: Path) -> None:
+    model, tokenizer = plan.model.model_dump(mode="json", exclude={"preset"}), plan.manifest.tokenizer.sha256
+    differing = sorted(key for key in model if model[key] != saved["model"].get(key))
+    if differing:
+        key = differing[0]
+        raise InputError(
+            f"the checkpoint {path} is of a model with {key} {saved['model'].get(key)!r}, the config says "
+            f"{model[key]!r}. Leave the model's keys as they were in the run."
+        )
+    if saved["tokenizer"]["sha256"] != tokenizer:
+        raise InputError(
+            f"the checkpoint {path} was trained with the tokenizer {saved['tokenizer']['sha256'][:12]}, the data has "
+            f"{tokenizer[:12]}. Use data of the same tokenizer."
+        )
+
+
+def _samples_of(proxy: Path, plan: Plan) -> Selection:
+    """What the run of ``proxy`` reads of the plan's data."""
+    other = make_plan(load_config(RunConfig, proxy), verify=False)
+    wanted, given = cache_key(other), cache_key(plan)
+    if wanted != given:
+        field = next(name for name in type(wanted).model_fields if getattr(wanted, name) != getattr(given, name))
+        raise InputError(
+            f"--for {proxy}: its data is not the reference run's, {field} differs. Give the reference run the proxy's "
+            "data: data.manifest=..., data.domains=..., data.seq_length=..."
+        )
+    return samples_read(other)
+
+
+def _run_rank(job: ReferenceJob, out: Path, save_every: int) -> None:
+    """One rank of the job. Rank 0 finds out how far the cache has come."""
+    import torch.distributed as dist
+
+    from megamix.engines.choose import make_engine, start_distributed
+    from megamix.saving import load_engine
+
+    config = job.plan.config
+    start_distributed(config.engine)
+    shared: list[int | None] = [open_progress(out, job.info) if job_rank() == 0 else None]
+    control: Any = dist.new_group(backend="gloo")
+    dist.broadcast_object_list(shared, src=0, group=control)
+    if shared[0] is not None:
+        engine = make_engine(
+            config.engine,
+            job.plan.model,
+            config.train,
+            seq_length=config.data.seq_length,
+            num_domains=len(job.plan.domains),
+            vocab_size=job.plan.vocab_size,
+            loss_implementation=config.loss.implementation,
+        )
+        load_engine(job.path, engine, 0)
+        _Filler(job, engine, out, control, save_every).run(shared[0])
+    dist.barrier(control)
+    dist.destroy_process_group()
+
+
+class _Filler:
+    """Computes rows in rounds: one forward pass of the pipeline on every data-parallel rank.
+
+    A round's samples are the next ones of the selection, each rank's in one stretch; places past its end are filled
+    with its last sample and not written.
+    """
+
+    def __init__(self, job: ReferenceJob, engine: Engine, out: Path, control: Any, save_every: int) -> None:
+        from megamix.data.loader import WindowReader
+
+        self._job, self._engine, self._out, self._control = job, engine, out, control
+        config, place = job.plan.config, engine.place
+        self._micro_batch, multiple = config.train.micro_batch, engine.micro_batch_multiple
+        rounds = -(-job.plan.share(place.data_rank).num_micro_batches // multiple)
+        self._num_micro_batches = rounds * multiple
+        self._per_rank = self._num_micro_batches * self._micro_batch
+        self._rounds_per_save = max(1, save_every // (self._per_rank * config.data.seq_length))
+        self._reader = None
+        if place.reads_data:
+            self._reader = WindowReader(
+                job.plan.domains,
+                config.data.seq_length,
+                job.plan.vocab_size,
+                reset_position_ids=config.data.reset_position_ids,
+            )
+        self._writer = ReferenceWriter(out, job.info) if place.has_loss and place.is_first_copy else None
+
+    def run(self, done: int) -> None:
+        """Computes all rows from ``done`` on."""
+        total, step = self._job.selection.total, self._per_rank * self._engine.place.data_size
+        log = get_logger()
+        if done:
+            log.info("going on after %d of %d samples", done, total)
+        started, first, said = time.monotonic(), done, time.monotonic()
+        for number, start in enumerate(range(done, total, step), start=1):
+            self._round(start)
+            done = min(start + step, total)
+            if number % self._rounds_per_save == 0 or done == total:
+                self._save(done)
+            if time.monotonic() - said > LOG_SECONDS or done == total:
+                said = time.monotonic()
+                tokens = (done - first) * self._job.info.seq_length / max(said - started, 1e-9)
+                log.info("%d of %d samples, %s tokens/s", done, total, f"{tokens:,.0f}")
+        if self._writer is not None:
+            self._writer.close()
+        if self._engine.place.rank == 0:
+            finish(self._out, self._job.info)
+            log.info("the reference losses are in %s", self._out)
+
+    def _round(self, start: int) -> None:
+        place, total = self._engine.place, self._job.selection.total
+        index_n = start + place.data_rank * self._per_rank + np.arange(self._per_rank)
+        domain_n, sample_n = self._job.selection.at(np.minimum(index_n, total - 1))
+        batch: Batch | None = None
+        if self._reader is not None:
+            shape = (self._num_micro_batches, self._micro_batch)
+            batch = self._reader.batch(domain_n, sample_n, np.arange(self._per_rank), shape)
+            batch = batch if place.device.type == "cpu" else batch.to(place.device)
+        losses = self._engine.token_losses(batch, self._num_micro_batches)
+        if self._writer is not None:
+            assert losses is not None
+            mine = index_n < total
+            loss_nS = losses.flatten(0, 1).cpu().numpy()
+            self._writer.write(domain_n[mine], sample_n[mine], loss_nS[mine])
+
+    def _save(self, done: int) -> None:
+        import torch.distributed as dist
+
+        if self._writer is not None:
+            self._writer.sync()
+        dist.barrier(self._control)
+        if self._engine.place.rank == 0:
+            save_progress(self._out, self._job.info, done)
