@@ -1,6 +1,6 @@
 """The data side of training on one rank: which samples come next, and what their losses do to the weights.
 
-    sampler -> loader -> batch --(any trainer)--> sums of the step -> exchange -> mixer on rank 0 -> every rank's sampler
+    sampler -> loader -> batch --(any trainer)--> sums of the step -> exchange -> mixer on rank 0 -> all samplers
 
 `megamix.train` is made of this, and so are the adapters for other people's trainers.
 """
@@ -16,8 +16,9 @@ from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
 from megamix.exchange import MixExchange, MixReport
-from megamix.mixers import Mixer, make_mixer
+from megamix.mixers import DoremiConfig, Mixer, make_mixer
 from megamix.plan import DataPlan
+from megamix.reference_cache import open_reference
 from megamix.resume import Resumed, data_fingerprints
 
 
@@ -62,7 +63,7 @@ class MixedData:
         state, loss_weights = shared[0]
         self.sampler = Sampler.from_state_dict(state, share, plan.constraints.limits)
         self._reports: list[MixReport] = []
-        batch = plan.config.train.global_batch
+        batch, mixer = plan.config.train.global_batch, plan.config.mixer
         self.exchange = MixExchange(
             self.mixer,
             self.sampler,
@@ -70,6 +71,7 @@ class MixedData:
             weight_lag=plan.config.data.weight_lag,
             first_step=self.step,
             loss_weights=loss_weights,
+            has_reference=isinstance(mixer, DoremiConfig) and mixer.reference is not None,
             constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._reports.append,
         )
@@ -94,7 +96,7 @@ class MixedData:
         loss_weights = self.exchange.loss_weights(self.step)
         if batch is None:
             return Objective(1.0)
-        if loss_weights is None or not hasattr(config, "objective"):
+        if loss_weights is None or not isinstance(config, DoremiConfig):
             # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
             return Objective(float(max(batch.num_tokens, 1)))
         weights, normaliser = config.objective(loss_weights, batch.domain_tokens, self.sampler.weights_at(self.step))
@@ -145,4 +147,5 @@ class MixedData:
             plan.vocab_size,
             eod_mask_loss=data.eod_mask_loss,
             reset_position_ids=data.reset_position_ids,
+            reference=open_reference(plan),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,15 @@ from megamix.data.manifest import DomainEntry, Manifest
 from megamix.data.permute import hash_words
 from megamix.data.sampler import Slice
 from megamix.data.stream import DomainTokens
+from megamix.engines.config import MegatronConfig
+from megamix.engines.megatron_layout import check_megatron_layout
 from megamix.errors import InputError, did_you_mean
 from megamix.mixture import WeightSchedule, make_schedule
 from megamix.models.config import ModelConfig
 from megamix.run_config import MixConfig, RunConfig
+
+if TYPE_CHECKING:
+    from megamix.models.pretrained import PretrainedWeights
 
 Floats = NDArray[np.float64]
 MANY_EPOCHS = 4.0
@@ -157,6 +163,19 @@ class Plan(DataPlan):
     model: ModelConfig
     world_size: int
 
+    def pretrained(self) -> PretrainedWeights | None:
+        """The weights that ``model.from_pretrained`` names; None where it names none.
+
+        Raises:
+            InputError: the folder is no such model, or its tokenizer is not the data's.
+        """
+        if self.model.from_pretrained is None:
+            return None
+        from megamix.models.pretrained import read_pretrained
+
+        tokenizer = self.manifest.tokenizer
+        return read_pretrained(self.model, self.manifest.folder / tokenizer.file, tokenizer.vocab_size)
+
 
 def domain_key(name: str) -> int:
     """The integer that names a domain to the random order, whatever its place in the manifest."""
@@ -172,9 +191,11 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
     Raises:
         InputError: anything that would stop the run later.
     """
-    ranks, data_size = check_layout(config, world_size)
+    _, data_size = check_layout(config, world_size)
     data = make_data_plan(config, data_size, verify=verify)
     model = config.model.with_vocabulary(data.vocab_size)
+    # Once more: now the rows of the embedding are known.
+    ranks, _ = check_layout(config.model_copy(update={"model": model}), world_size)
     parts = {field.name: getattr(data, field.name) for field in fields(data)}
     return Plan(**{**parts, "config": config, "model": model, "world_size": ranks})
 
@@ -207,19 +228,22 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int,
     """The ranks of the job and the data-parallel ranks among them; see `make_plan`.
 
     Raises:
-        InputError: ranks, pipeline stages or batches that do not divide.
+        InputError: ranks, pipeline stages, parts of the model or batches that do not divide.
     """
-    ranks = world_size or config.engine.world_size()
+    engine, train = config.engine, config.train
+    ranks = world_size or engine.world_size()
     try:
-        data_size = config.engine.data_size(ranks)
+        data_size = engine.data_size(ranks)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if config.engine.pipeline > config.model.num_layers:
+    micro_batches = Slice(train.global_batch, train.micro_batch, 0, data_size).num_micro_batches
+    if isinstance(engine, MegatronConfig):
+        check_megatron_layout(engine, config.model, config.data.seq_length, micro_batches, config.model.vocab_size)
+    elif engine.pipeline > config.model.num_layers:
         raise InputError(
-            f"engine.pipeline is {config.engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "
+            f"engine.pipeline is {engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "
             "Use at most one stage per layer."
         )
-    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
     return ranks, data_size
 
 

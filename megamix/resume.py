@@ -122,7 +122,7 @@ def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
     train = plan.config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
     return {
         **data,
-        "model": plan.model.model_dump(mode="json", exclude={"preset"}),
+        "model": plan.model.identity(),
         "train": {**train, **data["train"]},
         "precision": {"precision": plan.config.engine.precision},
     }

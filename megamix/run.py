@@ -10,7 +10,8 @@ from megamix.config import load_config
 from megamix.errors import EXIT_OK, InputError
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
-from megamix.plan import make_plan
+from megamix.plan import Plan, make_plan
+from megamix.reference_cache import open_reference
 from megamix.resume import Resumed, open_checkpoint
 from megamix.run_config import RunConfig
 from megamix.sinks import check_sinks
@@ -29,6 +30,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
         _run_rank(config, world_size)
         return EXIT_OK
     plan = make_plan(config)
+    _open_sources(plan)
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)
@@ -53,6 +55,8 @@ def _run_rank(config: RunConfig, world_size: int) -> None:
 
     is_main = job_rank() == 0
     plan = make_plan(config, world_size, verify=is_main)
+    if is_main:
+        _open_sources(plan)
     start_distributed(config.engine)
     found: list[Resumed | None] = [None]
     if is_main:
@@ -62,6 +66,16 @@ def _run_rank(config: RunConfig, world_size: int) -> None:
     Trainer(plan, found[0]).run()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _open_sources(plan: Plan) -> None:
+    """Looks at what a run reads beside its data, before ranks are started for it.
+
+    Raises:
+        InputError: initial weights or reference losses that are not there or not of this run.
+    """
+    plan.pretrained()
+    open_reference(plan)
 
 
 def _prepare_run_dir(config: RunConfig) -> None:

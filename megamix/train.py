@@ -53,6 +53,8 @@ class Trainer:
         self.place = self.engine.place
         if resumed is not None:
             saving.load_engine(resumed.path, self.engine, resumed.step)
+        elif (pretrained := plan.pretrained()) is not None:
+            saving.load_weights(pretrained, self.engine)
         self.data = MixedData(
             plan,
             data_rank=self.place.data_rank,
