@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT
 
 from megamix import doctor as module
 from megamix.config import validate
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.writer import IndexedWriter
 from megamix.doctor import doctor
-from megamix.engines.config import EngineConfig
+from megamix.engines.config import DeepSpeedConfig, MegatronConfig
 from megamix.errors import InputError, ResumeRefused
-from megamix.memory import activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters, stage_bounds
+from megamix.memory import StageMemory, activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters
 from megamix.models.config import ModelConfig
 from megamix.models.layers import Decoder, Embedding, Head
 from megamix.run_config import RunConfig
@@ -109,18 +112,21 @@ def test_activations_are_what_autograd_keeps(model: ModelConfig, precision: str)
         layer(hidden)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (2 * SEQ)
     # Rotary tables and the statistics of norms are left out of the formula.
-    assert activation_bytes(model, precision) == pytest.approx(real, rel=0.05)
+    assert activation_bytes(model, DeepSpeedConfig(precision=precision), SEQ) == pytest.approx(real, rel=0.05)
+
+
+def estimate(model: ModelConfig, engine: DeepSpeedConfig | MegatronConfig, **changes: int) -> list[StageMemory]:
+    shape = {"seq_length": SEQ, "micro_batch": 1, "num_micro_batches": 1, "data_size": 1, **changes}
+    return estimate_memory(model, engine, **shape)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_hold_the_whole_model(stages: int) -> None:
-    engine = EngineConfig(pipeline=stages)
-    memory = estimate_memory(NEOX, engine, seq_length=SEQ, micro_batch=4, num_micro_batches=4, data_size=2)
-    real, bounds = real_parameters(NEOX), stage_bounds(NEOX, SEQ, stages)
-    assert bounds[0] == 0
-    assert bounds[-1] == len(real)
+    memory = estimate(NEOX, DeepSpeedConfig(pipeline=stages), micro_batch=4, num_micro_batches=4, data_size=2)
+    real = real_parameters(NEOX)
+    assert [layer for stage in memory for layer in layers_of(stage)] == list(range(len(real)))
     for stage in memory:
-        count = sum(real[stage.first_layer : stage.last_layer + 1])
+        count = sum(real[layer] for layer in layers_of(stage))
         assert stage.parameters == count
         assert (stage.weights, stage.gradients) == (4 * count, 4 * count)
         # Moments and master weights, spread over two ranks.
@@ -130,30 +136,163 @@ def test_stages_hold_the_whole_model(stages: int) -> None:
     assert sum(stage.parameters for stage in memory) == NEOX.num_parameters()
 
 
-def test_the_first_stage_holds_most_micro_batches() -> None:
-    def activations(stages: int, micro_batches: int, **engine: Any) -> list[int]:
-        model = NEOX.model_copy(update={"num_layers": 8, "vocab_size": 64})
-        config = EngineConfig(pipeline=stages, **engine)
-        memory = estimate_memory(
-            model, config, seq_length=SEQ, micro_batch=1, num_micro_batches=micro_batches, data_size=1
-        )
-        return [stage.activations for stage in memory]
+def layers_of(stage: StageMemory) -> list[int]:
+    return [layer for first, last in stage.chunks for layer in range(first, last + 1)]
 
-    layer, hidden = SEQ * activation_bytes(NEOX, "fp32"), SEQ * 4 * 64
+
+def test_the_first_stage_holds_most_micro_batches() -> None:
+    model = NEOX.model_copy(update={"num_layers": 8, "vocab_size": 64})
+
+    def activations(stages: int, micro_batches: int, **engine: Any) -> list[int]:
+        config = DeepSpeedConfig(pipeline=stages, **engine)
+        return [stage.activations for stage in estimate(model, config, num_micro_batches=micro_batches)]
+
+    layer, hidden = SEQ * activation_bytes(NEOX, DeepSpeedConfig(), SEQ), SEQ * 4 * 64
     assert activations(2, 8) == [2 * (4 * layer + hidden), 4 * layer + hidden]
     assert activations(2, 1) == [4 * layer + hidden, 4 * layer + hidden]
     assert activations(1, 8, activation_checkpointing=True) == [9 * hidden + layer]
 
 
 def test_bf16_and_zero_0() -> None:
-    def first(**engine: Any) -> Any:
-        shape = {"seq_length": SEQ, "micro_batch": 1, "num_micro_batches": 1, "data_size": 4}
-        return estimate_memory(NEOX, EngineConfig(**engine), **shape)[0]
-
     count = NEOX.num_parameters()
-    half = first(precision="bf16")
+    half = estimate(NEOX, DeepSpeedConfig(precision="bf16"), data_size=4)[0]
     assert (half.weights, half.gradients, half.optimizer) == (2 * count, 6 * count, 3 * count)
-    assert first(zero=0).optimizer == 8 * count
+    assert estimate(NEOX, DeepSpeedConfig(zero=0), data_size=4)[0].optimizer == 8 * count
+
+
+# Megatron's formulas. ------------------------------------------------------------------------------------------------
+
+
+def real_shards(model: ModelConfig, tensor: int) -> list[int]:
+    """Parameters of each layer on one tensor-parallel rank, by the maps that divide the real ones."""
+    from megamix.engines.megatron_names import parameter_maps
+
+    with torch.device("meta"):
+        layers = [Embedding(model, 0, 1), *(Decoder(model, n + 1, 1, SEQ) for n in range(model.num_layers))]
+        layers.append(Head(model, model.num_layers + 1, 1))
+    counts = []
+    for layer in layers:
+        whole = {layer.hugging_face_names()[name]: parameter for name, parameter in layer.named_parameters()}
+        maps = parameter_maps(model, layer.index, fused_norms=False)
+        joined = [(entry, entry.join([whole[name] for name in entry.sources])) for entry in maps]
+        assert sum(len(entry.sources) for entry in maps) == len(whole)
+        counts.append(sum(entry.shard(parameter, 0, tensor).numel() for entry, parameter in joined))
+    return counts
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+def test_shards_are_those_of_the_real_layers(model: ModelConfig, tensor: int) -> None:
+    assert layer_parameters(model, tensor) == real_shards(model, tensor)
+    engine = MegatronConfig(name="megatron", pipeline=3, tensor=tensor)
+    memory = estimate(model, engine, micro_batch=4)
+    for stage in memory:
+        assert stage.parameters == sum(real_shards(model, tensor)[layer] for layer in layers_of(stage))
+    assert memory[-1].logits == 2 * 4 * 4 * SEQ * model.vocabulary // tensor
+
+
+@pytest.mark.parametrize(
+    ("options", "per_parameter"),
+    [
+        # Megatron Core's developer guide, "Distributed Optimizer", for d = 8 ranks (data 4 x context 2).
+        ({"precision": "bf16"}, 18.0),
+        ({"precision": "bf16", "distributed_optimizer": True}, 6 + 12 / 8),
+        ({"precision": "fp32"}, 16.0),
+        ({"precision": "fp32", "distributed_optimizer": True}, 8 + 8 / 8),
+    ],
+)
+def test_bytes_per_parameter_are_those_of_the_guide(options: dict[str, Any], per_parameter: float) -> None:
+    stage = estimate(NEOX, MegatronConfig(name="megatron", context=2, **options), data_size=4)[0]
+    held = stage.weights + stage.gradients + stage.optimizer
+    assert held / NEOX.num_parameters() == pytest.approx(per_parameter, rel=1e-5)
+
+
+def test_activations_of_an_interleaved_pipeline() -> None:
+    """Narayanan et al., 2021, section 2.2: with v chunks a stage the first one holds 1 + (p - 1) / (p v) times what it
+    would hold with one."""
+    model = NEOX.model_copy(update={"num_layers": 16})
+    sizes = {}
+    for chunks in (1, 2, 4):
+        engine = MegatronConfig(name="megatron", pipeline=4, virtual_pipeline=chunks, activation_checkpointing=False)
+        # A vocabulary that costs nothing, so that every chunk has as many layers.
+        memory = estimate(model.model_copy(update={"vocab_size": 1}), engine, num_micro_batches=16)
+        assert sorted(layer for stage in memory for layer in layers_of(stage)) == list(range(18))
+        assert all(len(stage.chunks) == chunks for stage in memory)
+        sizes[chunks] = memory[0].activations
+        held = sizes[chunks] / (SEQ * (activation_bytes(model, engine, SEQ) * (4 // chunks) + 4 * 64))
+        assert held == round(4 * chunks * (1 + 3 / (4 * chunks)) if chunks > 1 else 4)
+
+
+def test_tensor_context_and_sequence_divide_the_activations() -> None:
+    """32 H + the rest of Korthikanti et al. (2022), table 2: a layer of width H keeps 34 H bytes per token in fp16 with
+    F = 4 H, of which 2 H are dropout's masks; 10 H of the 34 stay whole under tensor parallelism."""
+    model = NEOX.model_copy(update={"ffn_size": 256, "dropout": 0.1})
+
+    def bytes_per_hidden(**options: Any) -> float:
+        return activation_bytes(model, MegatronConfig(name="megatron", precision="bf16", **options), SEQ) / 64
+
+    assert bytes_per_hidden() == 34
+    assert bytes_per_hidden(tensor=2) == 10 + 24 / 2
+    assert bytes_per_hidden(tensor=2, sequence_parallel=True) == 34 / 2
+    whole, halves = (
+        estimate(model, MegatronConfig(name="megatron", context=context), num_micro_batches=1)[0] for context in (1, 2)
+    )
+    assert (halves.activations, halves.logits) == (whole.activations // 2, whole.logits // 2)
+
+
+LOCAL_LAYERS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch.distributed as dist
+from megamix.engines.config import MegatronConfig
+from megamix.models.config import ModelConfig
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+from megamix.engines.megatron_cpu import cpu_stand_ins
+from megamix.engines.megatron_model import build_chunks, transformer_config
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+length, engine = int(sys.argv[2]), MegatronConfig(name="megatron")
+with cpu_stand_ins():
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    for text in sys.argv[3:]:
+        model = ModelConfig.model_validate_json(text)
+        chunk = build_chunks(engine, model, transformer_config(engine, model, length), length)[0]
+        layer = chunk.decoder.layers[0]
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        kept = {}
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        hidden = torch.randn(length, 2, model.hidden_size, requires_grad=True)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(hidden, attention_mask=mask, rotary_pos_emb=chunk.rotary_pos_emb(length))
+        parameters = sum(parameter.numel() for parameter in chunk.parameters())
+        print("result", parameters, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (2 * length))
+"""
+
+
+def test_activations_of_megatrons_own_layers_are_what_autograd_keeps(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    models = [NEOX, LLAMA]
+    command = [
+        sys.executable,
+        "-c",
+        LOCAL_LAYERS,
+        str(tmp_path / "store"),
+        "128",
+        *(m.model_dump_json() for m in models),
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("result")]
+    for model, (parameters, real) in zip(models, results, strict=True):
+        assert int(parameters) == model.num_parameters()
+        formula = activation_bytes(model, MegatronConfig(name="megatron"), 128, local_layers=True)
+        # Rotary tables, the causal mask and the statistics of norms are left out of the formula.
+        assert formula == pytest.approx(float(real), rel=0.05)
 
 
 # The report. ---------------------------------------------------------------------------------------------------------
@@ -164,7 +303,9 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
     text = doctor(config_of(tmp_path / "new" / "run", data, engine=engine)).text()
     assert f"vocabulary 320: {NEOX.num_parameters():,} parameters" in text
     assert "10 steps, 160 samples, 5,120 tokens" in text
-    assert "4 = pipeline 2 x tensor 1 x data 2" in text
+    assert "4 = pipeline 2 x data 2; deepspeed, ZeRO 1, fp32" in text
+    # 16 samples are 4 micro-batches of 4, which go into 1, 2 or 4 turns on ranks in pairs.
+    assert "2, 4, 8 ranks (2 for a copy of the model; 16 samples in micro-batches of 4)" in text
     # Two micro-batches on two stages: (2 - 1) / (2 + 2 - 1).
     assert "2 micro-batches of 4 samples per rank and step; pipeline bubble 33.3%" in text
     # 160 samples x 3/4 over 93 windows.
@@ -244,7 +385,7 @@ def test_the_plan_alone_needs_neither_data_nor_machine(tmp_path: Path) -> None:
         doctor(config_of(tmp_path, nowhere), plan_only=True)
     config = config_of(tmp_path, nowhere, model={"vocab_size": 1000}, engine={"pipeline": 2}, mixture={"a": 3, "b": 1})
     text = doctor(config, world_size=4, plan_only=True).text()
-    assert "4 = pipeline 2 x tensor 1 x data 2" in text
+    assert "4 = pipeline 2 x data 2; deepspeed, ZeRO 1, fp32" in text
     assert any(line.split() == ["a", "-", "-", "0.7500", "-"] for line in text.splitlines())
     assert "cores" not in text
     assert (
@@ -253,12 +394,59 @@ def test_the_plan_alone_needs_neither_data_nor_machine(tmp_path: Path) -> None:
     )
 
 
+def test_the_plan_alone_counts_epochs_of_the_tokens_to_come(tmp_path: Path) -> None:
+    """3201 and 321 tokens are 100 and 10 samples of 32; half of the run's 160 samples each is 0.8 and 8 epochs."""
+    changes: dict[str, Any] = {"model": {"vocab_size": 1000}, "mixture": {"a": 1, "b": 1}}
+
+    def planned(**data: Any) -> str:
+        data = {"token_counts": {"a": 3201, "b": 321}, **data}
+        return doctor(config_of(tmp_path, tmp_path / "nowhere", **changes, data=data), plan_only=True).text()
+
+    text = planned()
+    assert any(line.split() == ["a", "3,201", "0.9089", "0.5000", "0.80"] for line in text.splitlines())
+    assert any(line.split() == ["b", "321", "0.0911", "0.5000", "8.00"] for line in text.splitlines())
+    assert "tokens expected" in text
+    assert "warning: domain 'b': weight 0.5000 reads it 8.0 times; more than 4 epochs" in text
+    # A cap of 2 epochs leaves 20 of the 160 samples to b.
+    assert any(line.split() == ["b", "321", "0.0911", "0.1250", "2.00"] for line in planned(max_epochs=2).splitlines())
+    with pytest.raises(InputError, match=r"max_epochs 1 allows 110 samples of the 2 domains .* asks for 160"):
+        planned(max_epochs=1)
+    changes["mixture"] = "natural"
+    assert any(line.split() == ["b", "321", "0.0911", "0.0911", "1.46"] for line in planned().splitlines())
+    assert any(
+        line.split() == ["b", "321", "1.0000", "1.0000", "16.00"] for line in planned(domains=["b"]).splitlines()
+    )
+    with pytest.raises(InputError, match=r"token_counts has no domain 'bb'\. Did you mean 'b'"):
+        planned(domains=["bb"])
+    with pytest.raises(InputError, match=r"domain 'b' has 32 tokens, and one sample of seq_length 32 needs 33"):
+        planned(token_counts={"a": 100, "b": 32})
+
+
+def test_the_plan_of_an_interleaved_pipeline(tmp_path: Path) -> None:
+    """(p - 1) / (v m + p - 1) with 2 stages of 2 chunks and 4 micro-batches."""
+    engine = {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "activation_checkpointing": True}
+    changes: dict[str, Any] = {"model": {"vocab_size": 1024, "num_layers": 4}, "engine": engine}
+    text = doctor(config_of(tmp_path, tmp_path / "nowhere", **changes), plan_only=True).text()
+    assert "4 = pipeline 2 x tensor 2 x context 1 x data 1; megatron, 2 chunks a stage, fp32, activation checkp" in text
+    assert "pipeline bubble 11.1%" in text
+    # Half of 1024 x 64, and of each of two layers half of 41,344 and all of 6 x 64.
+    assert any(line.split()[:5] == ["stage", "0", "0-1,", "3-3", "74,880"] for line in text.splitlines())
+
+
+def test_the_package_of_the_engine_is_needed(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = module._version
+    monkeypatch.setattr(module, "_version", lambda name: None if name == "megatron-core" else found(name))
+    assert "megatron-core" not in doctor(config_of(tmp_path, data)).text()
+    with pytest.raises(InputError, match="the package megatron-core is not installed"):
+        doctor(config_of(tmp_path, data, engine={"name": "megatron"}))
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
         ({"engine": {"pipeline": 4}}, None, "model has 3 decoder layers"),
         ({"train": {"global_batch": 6}}, None, "does not divide"),
-        ({"engine": {"pipeline": 2}}, 3, "does not make the 3 ranks"),
+        ({"engine": {"pipeline": 2}}, 3, "makes a multiple of 2 ranks, and this job has 3"),
         ({"mixture": {"a": -1.0, "b": 2.0}}, None, "mixture: the weight of domain 'a'"),
     ],
 )
