@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SEED, SEQ_LENGTH, TINY, build, model_config, run, shake
 from torch import nn
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
@@ -17,51 +18,8 @@ from megamix.models.config import preset
 from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer, hugging_face_config
 from megamix.resources import configs_dir
 
-SEQ_LENGTH = 24
-SEED = 7
-# Numbers unlike every default, so that one that is not passed on shows.
-TINY: dict[str, dict[str, Any]] = {
-    "neox": {
-        "architecture": "neox",
-        "hidden_size": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "ffn_size": 48,
-        "vocab_size": 70,
-        "rotary_percent": 0.5,
-        "rotary_base": 500.0,
-        "norm_epsilon": 1e-3,
-    },
-    "llama": {
-        "architecture": "llama",
-        "hidden_size": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "num_key_value_heads": 2,
-        "ffn_size": 56,
-        "vocab_size": 70,
-        "rotary_base": 500.0,
-        "norm_epsilon": 1e-3,
-    },
-}
-ARCHITECTURES = list(TINY)
+ARCHITECTURES = ["neox", "llama"]
 PRESETS = sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
-
-
-def model_config(architecture: str, **changes: Any) -> ModelConfig:
-    return ModelConfig(**{**TINY[architecture], **changes})
-
-
-def build(config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH) -> list[PipelineLayer]:
-    last = config.num_layers + 1
-    decoders = [Decoder(config, index, seed, seq_length) for index in range(1, last)]
-    return [Embedding(config, 0, seed), *decoders, Head(config, last, seed)]
-
-
-def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:
-    for layer in layers:
-        inputs = layer(inputs)
-    return inputs
 
 
 def upstream_model(config: ModelConfig, attention: str = "sdpa") -> nn.Module:
@@ -87,16 +45,7 @@ def random_tokens(config: ModelConfig, samples: int = 2, length: int = SEQ_LENGT
     return torch.randint(config.vocabulary, (samples, length), generator=torch.Generator().manual_seed(3))
 
 
-def shake(layers: list[PipelineLayer]) -> None:
-    """Moves every parameter, so that norms and biases, which start at 1 and 0, cannot be mixed up unseen."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_parameters_map_one_to_one_and_logits_are_those_of_transformers(architecture: str) -> None:
     """Same names and shapes (nothing missing, nothing left over), and the same logits as transformers' own model with
     both its attention implementations (eager masks explicitly, which proves causality and rotary another way)."""
@@ -116,7 +65,7 @@ def test_parameters_map_one_to_one_and_logits_are_those_of_transformers(architec
         torch.testing.assert_close(upstream(tokens).logits, logits, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_positions_reach_every_layer(architecture: str) -> None:
     """Logits and gradients with positions that begin again are those of transformers' model with these
     ``position_ids``, unlike those without; positions 0 to S - 1 change nothing, to the last bit."""
@@ -307,6 +256,7 @@ def test_given_vocabulary_is_kept_or_refused() -> None:
         ("llama", {"num_key_value_heads": 3}, "num_heads 4 does not divide by num_key_value_heads 3"),
         ("neox", {"num_key_value_heads": 2}, "num_key_value_heads is for architecture llama"),
         ("llama", {"dropout": 0.1}, "dropout is for architecture neox"),
+        ("llama", {"parallel_residual": True}, "parallel_residual is for architecture neox"),
         ("llama", {"hidden_size": 20}, "hidden_size 20 / num_heads 4 = 5 dimensions"),
         ("neox", {"rotary_percent": 0.4}, "x rotary_percent 0.4 = 3 dimensions"),
         ("neox", {"rotary_percent": 0.1}, "x rotary_percent 0.1 = 0 dimensions"),
@@ -319,6 +269,23 @@ def test_bad_dimensions(architecture: str, changes: dict[str, Any], message: str
     with pytest.raises(InputError) as error:
         validate(ModelConfig, {**TINY[architecture], **changes}, "model")
     assert message in str(error.value)
+
+
+def test_parallel_residual_is_another_function_of_the_same_parameters() -> None:
+    sequential, parallel = model_config("neox"), model_config("neox-parallel")
+    assert sequential.num_parameters() == parallel.num_parameters()
+    tokens = random_tokens(sequential)
+    difference = run(build(sequential), tokens) - run(build(parallel), tokens)
+    assert difference.abs().max() > 1e-4
+
+
+def test_identity_is_what_a_resume_compares() -> None:
+    """Where dimensions come from does not count; a key that older checkpoints lack is there only where it says
+    something."""
+    spelt_out = ModelConfig.model_validate({"preset": "neox-2m"})
+    assert spelt_out.identity() == spelt_out.model_copy(update={"preset": None}).identity()
+    assert "parallel_residual" not in spelt_out.identity()
+    assert model_config("neox-parallel").identity() == {**model_config("neox").identity(), "parallel_residual": True}
 
 
 def test_dropout_reaches_the_layer() -> None:

@@ -1,0 +1,356 @@
+"""Models to and from Hugging Face's form: the same function, the same bits, and text from transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ENVIRONMENT, RUN_SECONDS
+from records import record
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, build, run, shake
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+
+from megamix import checkpoint
+from megamix.config import validate
+from megamix.data.manifest import Manifest
+from megamix.errors import InputError, ResumeRefused
+from megamix.export import export
+from megamix.log import get_logger
+from megamix.models import ModelConfig
+from megamix.models.layers import PipelineLayer
+from megamix.models.pretrained import PretrainedWeights, read_pretrained
+from megamix.models.pretrained_config import read_pretrained_config
+
+VOCAB = 512
+"""Ids of the tokenizer of the test data; the models have more rows."""
+ROWS = 576
+SEQ_LENGTH = 64
+
+
+def model_of(name: str) -> ModelConfig:
+    return ModelConfig(**{**TINY[name], "vocab_size": ROWS})
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = {
+        "run_dir": str(folder / "run"),
+        "data": {"manifest": str(data_dir), "seq_length": SEQ_LENGTH},
+        "model": {**TINY["neox"], "vocab_size": ROWS},
+        "train": {"steps": 2, "global_batch": 4, "micro_batch": 2, "lr": 1e-2},
+        "evaluate": {"batches": 1},
+        "log": {"every": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    train(folder / "config.yaml")
+    return folder / "run"
+
+
+def train(*arguments: object) -> None:
+    command = [sys.executable, "-m", "megamix", "train", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+Make = Callable[[str], tuple[Path, list[PipelineLayer]]]
+
+
+@pytest.fixture
+def run_of(trained: Path, tmp_path: Path) -> Make:
+    """A copy of the real run whose checkpoint holds another model, and the layers of that model."""
+
+    def make(name: str) -> tuple[Path, list[PipelineLayer]]:
+        folder = tmp_path / "run"
+        shutil.copytree(trained, folder)
+        source = folder / "checkpoints" / "step_2"
+        state = json.loads((source / "state.json").read_text())
+        model = model_of(name)
+        state["fingerprints"]["model"] = model.identity()
+        shutil.rmtree(source / "layers")
+        (source / "layers").mkdir()
+        layers = build(model, seq_length=SEQ_LENGTH)
+        shake(layers)
+        files = {"state.json": checkpoint.write_json(source / "state.json", state)}
+        for layer in layers:
+            names = layer.hugging_face_names()
+            tensors = {f"weight/{names[name]}": value.detach() for name, value in layer.named_parameters()}
+            moments = {key.replace("weight/", f"{part}/", 1): torch.full_like(value, torch.nan)
+                       for key, value in tensors.items() for part in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+            path = source / "layers" / f"{layer.index:05d}.safetensors"
+            save_file({**tensors, **moments}, path)
+            files[f"layers/{path.name}"] = checkpoint.describe(path)
+        listing = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": 2, "files": files}
+        checkpoint.write_json(source / "checkpoint.json", listing)
+        return folder, layers
+
+    return make
+
+
+def tokens(vocab_size: int = VOCAB, length: int = SEQ_LENGTH) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_export_computes_what_the_run_does_and_writes_text(name: str, run_of: Make, tmp_path: Path) -> None:
+    """Logits of transformers' own class are those of our layers, with the rows of padding gone, and its greedy text
+    is what our layers find most likely, token by token."""
+    folder, layers = run_of(name)
+    out = tmp_path / "out"
+    exported = export(folder, out)
+    assert exported.source == folder / "checkpoints" / "step_2"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert exported.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert exported.num_bytes == 4 * exported.num_parameters
+    assert model.config.vocab_size == VOCAB
+    assert model.config.max_position_embeddings == SEQ_LENGTH
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, run(layers, tokens())[..., :VOCAB], rtol=1e-4, atol=1e-4)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        prompt = tokenizer("def main(", return_tensors="pt")
+        found = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+        expected = prompt["input_ids"][0]
+        for _ in range(8):
+            expected = torch.cat([expected, run(layers, expected[None])[0, -1:, :VOCAB].argmax(-1)])
+            if expected[-1] == tokenizer.eos_token_id:
+                break
+    assert found.tolist() == expected.tolist()
+    assert tokenizer.decode(found).startswith("def main(")
+
+
+def test_what_else_an_export_holds(trained: Path, data_dir: Path, tmp_path: Path) -> None:
+    """The tokenizer cuts text as that of the data and ends it as they do; provenance; configs that transformers before
+    5 reads; and the newest checkpoint is the one of the run."""
+    exported = export(trained, tmp_path / "out")
+    out, manifest = exported.out, Manifest.load(data_dir)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", "generation_config.json", "megamix.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    tokenizer, original = AutoTokenizer.from_pretrained(out), manifest.load_tokenizer()
+    text = "Hello, world!  def f(x):\n\treturn x + 1\n Grüße"
+    assert tokenizer(text)["input_ids"] == original.encode_batch([text])[0]
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == original.eod_id
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == original.eod_id
+    origin = json.loads((out / "megamix.json").read_text())
+    assert (origin["checkpoint"], origin["step"], origin["tokens"]) == ("step_2", 2, 2 * 4 * SEQ_LENGTH)
+    assert sum(origin["samples"].values()) == 2 * 4
+    assert sum(origin["weights"].values()) == pytest.approx(1)
+    assert origin["config"]["train"]["steps"] == 2
+    assert export(trained / "checkpoints" / "step_2", tmp_path / "same").source == exported.source
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_older_programs_find_the_rotary_embedding(name: str, run_of: Make, tmp_path: Path) -> None:
+    """Without the key of transformers 5 the older ones still say the same; both kinds are read back here."""
+    folder, _ = run_of(name)
+    export(folder, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    before, dimensions = AutoConfig.from_pretrained(path.parent), read_pretrained_config(path.parent).dimensions
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps({**config, "rope_scaling": None}))
+    assert AutoConfig.from_pretrained(path.parent).rope_parameters == before.rope_parameters
+    assert read_pretrained_config(path.parent).dimensions == dimensions
+    assert dimensions == {key: getattr(model_of(name), key) for key in dimensions}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_import_of_an_export_is_the_same_bits(name: str, run_of: Make, data_dir: Path, tmp_path: Path) -> None:
+    """Also from shards, each within the limit but where one tensor is larger. Rows of padding come back as zeros."""
+    folder, layers = run_of(name)
+    limit = 40_000
+    for out, max_bytes in ((tmp_path / "one", 10**9), (tmp_path / "many", limit)):
+        export(folder, out, max_shard_bytes=max_bytes)
+        model = validate(ModelConfig, {"from_pretrained": str(out), "vocab_size": ROWS}, "model")
+        assert model.identity() == {**model_of(name).identity(), "init_std": model.init_std}
+        weights = read_pretrained(model, data_dir / "tokenizer.json", VOCAB)
+        for layer in layers:
+            names, read = layer.hugging_face_names(), weights.layer(layer.index)
+            assert set(read) == set(names.values())
+            for own, parameter in layer.named_parameters():
+                wanted = parameter.detach().clone()
+                if len(wanted) == ROWS:
+                    wanted[VOCAB:] = 0
+                assert torch.equal(read[names[own]], wanted), names[own]
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in shards:
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    with torch.no_grad():
+        expected = run(layers, tokens())[..., :VOCAB]
+        torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16(run_of: Make, tmp_path: Path) -> None:
+    """An export in bf16 is the weights rounded, and says so; it is half as large."""
+    folder, layers = run_of("llama")
+    exported = export(folder, tmp_path / "out", "bf16")
+    assert exported.num_bytes == 2 * exported.num_parameters
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    layer = dict(layers[1].named_parameters())
+    for own, name in layers[1].hugging_face_names().items():
+        assert torch.equal(tensors[name], layer[own].detach().bfloat16())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def upstream(name: str, **changes: Any) -> Any:
+    """A model of transformers' own making, with random weights that are all unlike each other."""
+    shared = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    if name == "llama":
+        rope_parameters = {"num_key_value_heads": 2, "rms_norm_eps": 1e-3, "rope_parameters": rope}
+        config = LlamaConfig(**{**shared, "intermediate_size": 56, **rope_parameters, **changes})
+    else:
+        rope_parameters = {"layer_norm_eps": 1e-3, "rope_parameters": {**rope, "partial_rotary_factor": 0.5}}
+        residual = {"use_parallel_residual": name == "neox-parallel"}
+        config = GPTNeoXConfig(**{**shared, "intermediate_size": 48, **rope_parameters, **residual, **changes})
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model.eval()
+
+
+def imported(folder: Path, **keys: Any) -> tuple[ModelConfig, list[PipelineLayer]]:
+    """Our layers with the weights of a folder, as an engine would set them."""
+    model = validate(ModelConfig, {"from_pretrained": str(folder), **keys}, "model").with_vocabulary(70)
+    weights, layers = PretrainedWeights(folder, model), build(model)
+    for layer in layers:
+        read = weights.layer(layer.index)
+        layer.load_state_dict({own: read[name] for own, name in layer.hugging_face_names().items()})
+    return model, layers
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("shard", ["20KB", "1GB"])
+def test_a_model_made_by_transformers(name: str, shard: str, tmp_path: Path) -> None:
+    """Its weights in our layers give its logits, from one file and from shards, with both residuals and with grouped
+    queries; the embedding is padded to a multiple of 64."""
+    model = upstream(name)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    config, layers = imported(tmp_path)
+    assert config.vocabulary == 128
+    assert config.identity() == {**ModelConfig(**{**TINY[name], "vocab_size": 128}).identity(), "init_std": 0.02}
+    given = tokens(70, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(run(layers, given)[..., :70], model(given).logits, rtol=1e-5, atol=1e-5)
+        assert not layers[-1].output.weight[70:].any()
+
+
+def test_half_precision_old_names_and_constants(tmp_path: Path) -> None:
+    """Weights in fp16 become fp32; files of GPT-NeoX may call the output either name, and hold masks and frequencies
+    beside the parameters."""
+    model = upstream("neox").half()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    tensors["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    _, layers = imported(tmp_path)
+    names = dict(model.named_parameters())
+    for layer in layers:
+        for own, parameter in layer.named_parameters():
+            wanted = names[layer.hugging_face_names()[own]]
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter[: len(wanted)], wanted.float())
+
+
+def test_tied_embeddings_are_copied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with one matrix for both gives two equal ones, and the logits of the tied model; the log says so."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    model = upstream("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    _, layers = imported(tmp_path)
+    assert torch.equal(layers[0].embedding.weight, layers[-1].output.weight)
+    given = tokens(70, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(run(layers, given)[..., :70], model(given).logits, rtol=1e-5, atol=1e-5)
+    assert "tie_word_embeddings" in caplog.text
+
+
+def test_a_run_from_an_export_starts_where_the_other_ended(trained: Path, tmp_path: Path) -> None:
+    """Its first validation loss of every domain is the last of the run that was exported, far from that of new weights;
+    it resumes when the folder is gone; and a second export has its weights."""
+    export(trained, tmp_path / "model")
+    config = yaml.safe_load((trained / "config.resolved.yaml").read_text())
+    second = copy.deepcopy(config)
+    second.update(run_dir=str(tmp_path / "second"), model={"from_pretrained": str(tmp_path / "model")})
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second), encoding="utf-8")
+    train(tmp_path / "second.yaml", "train.stop_after=1")
+    (before, *_, last), (first, *_) = (
+        [line for line in record(folder)[0] if line["event"] == "evaluate"] for folder in (trained, tmp_path / "second")
+    )
+    assert last["step"] == 2
+    assert first["step"] == 0
+    for domain, loss in last["domain_loss"].items():
+        assert first["domain_loss"][domain] == pytest.approx(loss, abs=2e-6)
+        assert abs(before["domain_loss"][domain] - loss) > 1e-3
+    shutil.rmtree(tmp_path / "model")
+    train(tmp_path / "second" / "config.resolved.yaml", "train.stop_after=null")
+    assert max(line["step"] for line in record(tmp_path / "second")[0]) == 2
+    export(tmp_path / "second", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "megamix.json").read_text())["step"] == 2
+
+
+def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> None:
+    """Damage, another model's layers, another tokenizer, data that are gone, Megatron's form: each is refused with its
+    reason, and nothing is left of the output."""
+    folder, _ = run_of("neox")
+    source, out = folder / "checkpoints" / "step_2", tmp_path / "out"
+    state, listing, layer = source / "state.json", source / "checkpoint.json", source / "layers" / "00001.safetensors"
+    before = {path: path.read_bytes() for path in (state, listing, layer)}
+
+    def refused(error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            export(source, out)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        for path, content in before.items():
+            path.write_bytes(content)
+
+    def rewrite(path: Path) -> None:
+        files = json.loads(listing.read_text())
+        files["files"][str(path.relative_to(source))] = checkpoint.describe(path)
+        listing.write_text(json.dumps(files))
+
+    layer.write_bytes(before[layer][:-1] + bytes([before[layer][-1] ^ 1]))
+    refused(ResumeRefused, r"is damaged: layers/00001.safetensors has SHA-256")
+    save_file({name: value[:1] for name, value in load_file(layer).items()}, layer)
+    rewrite(layer)
+    refused(ResumeRefused, r"has shape \[1.*\], expected .*the checkpoint is of another model")
+    save_file({"weight/other": torch.ones(1)}, layer)
+    rewrite(layer)
+    refused(ResumeRefused, r"the checkpoint is of another model")
+    changed = json.loads(before[state])
+    changed["fingerprints"]["tokenizer"]["sha256"] = "0" * 64
+    state.write_text(json.dumps(changed))
+    rewrite(state)
+    refused(InputError, r"was trained with a tokenizer of hash 000000000000, but .* has")
+    (source / "megatron").mkdir()
+    refused(InputError, r"in Megatron's own form .*engine.checkpoint_format=layers")
+    (source / "megatron").rmdir()
+    config = folder / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("manifest: ", "manifest: /gone"))
+    refused(InputError, r"the data of .* cannot be opened")

@@ -1,0 +1,64 @@
+"""Models that cost nothing to compute, as our pipeline layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megamix.models import ModelConfig
+from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer
+
+SEQ_LENGTH = 24
+SEED = 7
+# Numbers unlike every default, so that one that is not passed on shows.
+TINY: dict[str, dict[str, Any]] = {
+    "neox": {
+        "architecture": "neox",
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "ffn_size": 48,
+        "vocab_size": 70,
+        "rotary_percent": 0.5,
+        "rotary_base": 500.0,
+        "norm_epsilon": 1e-3,
+    },
+    "llama": {
+        "architecture": "llama",
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "ffn_size": 56,
+        "vocab_size": 70,
+        "rotary_base": 500.0,
+        "norm_epsilon": 1e-3,
+    },
+}
+TINY["neox-parallel"] = {**TINY["neox"], "parallel_residual": True}
+
+
+def model_config(architecture: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY[architecture], **changes})
+
+
+def build(config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH) -> list[PipelineLayer]:
+    last = config.num_layers + 1
+    decoders = [Decoder(config, index, seed, seq_length) for index in range(1, last)]
+    return [Embedding(config, 0, seed), *decoders, Head(config, last, seed)]
+
+
+def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:
+    for layer in layers:
+        inputs = layer(inputs)
+    return inputs
+
+
+def shake(layers: list[PipelineLayer]) -> None:
+    """Moves every parameter, so that norms and biases, which start at 1 and 0, cannot be mixed up unseen."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
