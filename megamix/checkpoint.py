@@ -7,9 +7,11 @@
                                     was made of
         checkpoint.json             every file's size and SHA-256; written last, before the directory gets its name
 
+An engine that writes a format of its own has a folder of its name in the place of ``layers``, which it alone reads.
+
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
-(`megamix.saving`). Nothing is pickled. Random numbers need no file: what is random in a step is seeded by the run's
-seed and the step (`megamix.train`).
+(`megamix.saving`). Nothing but an engine's own format is pickled. Random numbers need no file: what is random in a step
+is seeded by the run's seed and the step (`megamix.train`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from megamix.log import get_logger
 FORMAT = "megamix-checkpoint"
 VERSION = 1
 PARTIAL = ".partial"
+LAYERS = "layers"
 
 
 def newest(folder: Path) -> Path | None:
@@ -79,6 +82,16 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     verify(path, "state.json")
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def kind(path: Path) -> str:
+    """What holds the weights of a checkpoint: `LAYERS`, or the name of the engine that alone can read them."""
+    return json.loads((path / "checkpoint.json").read_text(encoding="utf-8")).get("holds", LAYERS)
+
+
+def files_in(path: Path, folder: str) -> list[str]:
+    """Every file of a folder of a checkpoint, by its name in the checkpoint, sorted."""
+    return sorted(str(file.relative_to(path)) for file in (path / folder).rglob("*") if file.is_file())
 
 
 def verify(path: Path, name: str) -> None:

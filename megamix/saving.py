@@ -13,10 +13,23 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megamix.checkpoint import FORMAT, PARTIAL, VERSION, complete_steps, describe, verify, write_json
+from megamix.checkpoint import (
+    FORMAT,
+    LAYERS,
+    PARTIAL,
+    VERSION,
+    complete_steps,
+    describe,
+    files_in,
+    kind,
+    verify,
+    write_json,
+)
 from megamix.engines.base import Engine, ParameterState
-from megamix.errors import MegamixError
+from megamix.engines.own_format import OwnFormat
+from megamix.errors import MegamixError, ResumeRefused
 from megamix.files import sync_folder
+from megamix.models.pretrained import PretrainedWeights
 
 
 def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
@@ -32,22 +45,13 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
     """
     final = folder / f"step_{step}"
     partial = folder / f"step_{step}{PARTIAL}"
+    own = engine if isinstance(engine, OwnFormat) and engine.saves_own_format else None
+    holds = LAYERS if own is None else own.own_format
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "layers").mkdir(parents=True)
+        (partial / holds).mkdir(parents=True)
     dist.barrier(group)
-    written: dict[str, dict[str, Any]] = {}
-    error: str | None = None
-    # Every data-parallel rank takes part in gathering a layer, and the first one writes it.
-    for layer in engine.layers():
-        tensors = _flat(engine, layer)
-        if engine.place.data_rank == 0 and error is None:
-            path = partial / "layers" / f"{layer:05d}.safetensors"
-            try:
-                save_file(tensors, path)
-                written[str(path.relative_to(partial))] = describe(path)
-            except (OSError, SafetensorError) as problem:
-                error = f"cannot write {path}: {problem}"
+    written, error = _save_layers(partial, engine) if own is None else _save_own(partial, own, group)
     if dist.get_rank() == 0 and error is None:
         try:
             written["state.json"] = write_json(partial / "state.json", {**state, "step": step})
@@ -62,7 +66,8 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
         )
     if dist.get_rank() == 0:
         files = {name: entry for files, _ in outcomes for name, entry in files.items()}
-        write_json(partial / "checkpoint.json", {"format": FORMAT, "version": VERSION, "step": step, "files": files})
+        listing = {"format": FORMAT, "version": VERSION, "step": step, "holds": holds, "files": files}
+        write_json(partial / "checkpoint.json", listing)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         sync_folder(folder)
@@ -72,17 +77,83 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
     return final
 
 
+# What each rank reports: the files it wrote or hashed, and what went wrong.
+Outcome = tuple[dict[str, dict[str, Any]], str | None]
+
+
+def _save_layers(partial: Path, engine: Engine) -> Outcome:
+    """Every rank takes part in gathering a layer it holds a part of, and one writes it."""
+    written: dict[str, dict[str, Any]] = {}
+    error: str | None = None
+    for layer in engine.layers():
+        tensors = _flat(engine, layer)
+        if engine.place.data_rank == 0 and engine.place.is_first_copy and error is None:
+            path = partial / _layer_file(layer)
+            try:
+                save_file(tensors, path)
+                written[str(path.relative_to(partial))] = describe(path)
+            except (OSError, SafetensorError) as problem:
+                error = f"cannot write {path}: {problem}"
+    return written, error
+
+
+def _save_own(partial: Path, engine: OwnFormat, group: Any) -> Outcome:
+    """The engine writes, then each file is hashed by one rank.
+
+    A rank that cannot write raises by itself: the others may be waiting for it inside the engine.
+    """
+    folder = partial / engine.own_format
+    try:
+        engine.save_own(folder)
+    except Exception as problem:
+        raise MegamixError(
+            f"cannot write {folder}: {problem or type(problem).__name__}. Free space or choose another run_dir."
+        ) from problem
+    dist.barrier(group)
+    names = files_in(partial, engine.own_format)[dist.get_rank() :: dist.get_world_size()]
+    try:
+        return {name: describe(partial / name) for name in names}, None
+    except OSError as problem:
+        return {}, f"cannot read back {folder}: {problem}"
+
+
 def load_engine(path: Path, engine: Engine, step: int) -> None:
     """Sets the engine's weights and optimizer state; each rank reads the layers it holds.
 
     Raises:
-        ResumeRefused: a file is damaged.
+        ResumeRefused: a file is damaged, or only another engine can read it.
     """
+    holds = kind(path)
+    if holds != LAYERS:
+        if not isinstance(engine, OwnFormat) or engine.own_format != holds:
+            raise ResumeRefused(
+                f"the checkpoint {path} was written by engine {holds} in a format of its own (engine.checkpoint_format dist), which no other "
+                f"engine reads. Resume it with engine.name={holds}; there, engine.checkpoint_format=layers writes the next one for all engines."
+            )
+        for name in files_in(path, holds)[dist.get_rank() :: dist.get_world_size()]:
+            verify(path, name)
+        engine.load_own(path / holds, step)
+        return
     engine.optimizer_steps = step
     for layer in engine.layers():
-        name = f"layers/{layer:05d}.safetensors"
+        name = _layer_file(layer)
         verify(path, name)
         engine.load_layer_state(layer, _unflatten(load_file(path / name)))
+
+
+def load_weights(weights: PretrainedWeights, engine: Engine) -> None:
+    """Sets the engine's weights to a given model's, with a fresh optimizer; each rank reads the layers it holds."""
+    engine.optimizer_steps = 0
+    for layer in engine.layers():
+        state = {
+            name: ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+            for name, weight in weights.layer(layer).items()
+        }
+        engine.load_layer_state(layer, state)
+
+
+def _layer_file(layer: int) -> str:
+    return f"{LAYERS}/{layer:05d}.safetensors"
 
 
 def _flat(engine: Engine, layer: int) -> dict[str, torch.Tensor]:

@@ -72,6 +72,8 @@ class MixChunk(GPTModel):
             cp_group=self.pg_collection.cp,
             **rotary,
         )
+        if self.pre_process:
+            self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # dropout is of the layers only
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Where a forward pass with labels ends; the loss is `megamix.engines.step_loss`'s, outside of the model.
