@@ -65,6 +65,7 @@ class MixExchange:
         weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
             either.
         loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
+        has_reference: whether losses are summed against a reference; without, excess sums say nothing.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
             at (rank 0 only).
         on_report: called on rank 0 for every step, from the background thread.
@@ -79,6 +80,7 @@ class MixExchange:
         weight_lag: int,
         first_step: int,
         loss_weights: Floats | None,
+        has_reference: bool,
         constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
@@ -86,6 +88,7 @@ class MixExchange:
         self._sampler = sampler
         self._schedule = schedule
         self._weight_lag = weight_lag
+        self._has_reference = has_reference
         self._constrain = constrain
         self._on_report = on_report
         self._sums_group: Any = dist.new_group()
@@ -155,7 +158,7 @@ class MixExchange:
         return DomainStats(
             nats=sums.nats.numpy(),
             tokens=sums.tokens.numpy(),
-            excess_nats=sums.excess_nats.numpy(),
+            excess_nats=sums.excess_nats.numpy() if self._has_reference else None,
             weights=self._sampler.weights_at(step),
             non_finite=sums.non_finite.numpy(),
         )
