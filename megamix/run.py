@@ -47,25 +47,35 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
 
 def _run_rank(config: RunConfig, world_size: int) -> None:
-    """One rank. Rank 0 looks at everything first; what it finds wrong ends the job before the others start."""
+    """One rank, from the beginning of its process to its end."""
     import torch.distributed as dist
 
     from megamix.engines.choose import start_distributed
-    from megamix.train import Trainer
 
     is_main = job_rank() == 0
     plan = make_plan(config, world_size, verify=is_main)
-    if is_main:
-        _open_sources(plan)
     start_distributed(config.engine)
-    found: list[Resumed | None] = [None]
-    if is_main:
-        found = [open_checkpoint(plan)]
-        _prepare_run_dir(config)
-    dist.broadcast_object_list(found, src=0)
-    Trainer(plan, found[0]).run()
+    train_rank(plan)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train_rank(plan: Plan) -> None:
+    """One rank's part of a run, in a process group that is there.
+
+    Rank 0 looks at everything first; what it finds wrong ends the job before the others begin.
+    """
+    import torch.distributed as dist
+
+    from megamix.train import Trainer
+
+    found: list[Resumed | None] = [None]
+    if dist.get_rank() == 0:
+        _open_sources(plan)
+        found = [open_checkpoint(plan)]
+        _prepare_run_dir(plan.config)
+    dist.broadcast_object_list(found, src=0)
+    Trainer(plan, found[0]).run()
 
 
 def _open_sources(plan: Plan) -> None:

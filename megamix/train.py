@@ -49,6 +49,7 @@ class Trainer:
             num_domains=len(plan.domains),
             vocab_size=plan.vocab_size,
             loss_implementation=self.config.loss.implementation,
+            reset_position_ids=self.config.data.reset_position_ids,
         )
         self.place = self.engine.place
         if resumed is not None:

@@ -30,7 +30,8 @@ def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 def largest_difference(run: Path, other: Path) -> tuple[float, float]:
-    """The largest difference of any per-domain loss and of any weight between two records of the same steps."""
+    """The largest difference of any per-domain loss and of any weight (of sampling or of losses) between two records of
+    the same steps."""
     (metrics, weights), (other_metrics, other_weights) = record(run), record(other)
     assert [(line["event"], line["step"]) for line in metrics] == [
         (line["event"], line["step"]) for line in other_metrics
@@ -44,6 +45,7 @@ def largest_difference(run: Path, other: Path) -> tuple[float, float]:
     weight = max(
         abs(a - b)
         for line, twin in zip(weights, other_weights, strict=True)
-        for a, b in zip(line["domain_weights"], twin["domain_weights"], strict=True)
+        for key in ("domain_weights", "loss_weights", "average_weights")
+        for a, b in zip(line.get(key, []), twin.get(key, []), strict=True)
     )
     return loss, weight

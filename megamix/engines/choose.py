@@ -6,6 +6,8 @@ from typing import Any
 
 from megamix.engines.base import Engine
 from megamix.engines.config import EngineConfig, MegatronConfig
+from megamix.models.config import ModelConfig
+from megamix.train_config import TrainConfig
 
 
 def start_distributed(config: EngineConfig) -> None:
@@ -17,15 +19,20 @@ def start_distributed(config: EngineConfig) -> None:
     start()
 
 
-def make_engine(config: EngineConfig, *arguments: Any, **options: Any) -> Engine:
-    """The engine that ``config`` names, with the initial weights of the run's seed; arguments as of `DeepSpeedEngine`.
+def make_engine(
+    config: EngineConfig, model: ModelConfig, train: TrainConfig, *, reset_position_ids: bool = False, **options: Any
+) -> Engine:
+    """The engine that ``config`` names, with the initial weights of the run's seed; `start_distributed` comes first.
 
-    `start_distributed` comes first.
+    Args:
+        reset_position_ids: whether batches will have positions.
+        options: seq_length, num_domains, vocab_size and loss_implementation, as of `DeepSpeedEngine`.
     """
     if isinstance(config, MegatronConfig):
         from megamix.engines.megatron import MegatronEngine
 
-        return MegatronEngine(config, *arguments, **options)
+        return MegatronEngine(config, model, train, reset_position_ids=reset_position_ids, **options)
     from megamix.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(config, *arguments, **options)
+    # Here positions travel from stage to stage with the hidden states.
+    return DeepSpeedEngine(config, model, train, **options)

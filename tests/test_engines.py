@@ -1,0 +1,177 @@
+"""What every engine must do alike: the same tests over DeepSpeed and Megatron-core, in the layouts that four ranks
+allow. Runs of the same number of ranks share one job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jobs import run_job
+from records import largest_difference, record, samples
+
+STEPS = 50
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "deepspeed": {"name": "deepspeed"},
+        "megatron": {"name": "megatron"},
+    },
+    2: {
+        "deepspeed pp2": {"name": "deepspeed", "pipeline": 2},
+        "deepspeed dp2": {"name": "deepspeed", "data": 2},
+        "megatron pp2": {"name": "megatron", "pipeline": 2},
+        "megatron pp2 in four chunks": {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2},
+        "megatron tp2": {"name": "megatron", "tensor": 2},
+        "megatron dp2": {"name": "megatron", "data": 2},
+    },
+    4: {
+        "deepspeed pp2 dp2": {"name": "deepspeed", "pipeline": 2, "data": 2},
+        "megatron pp2 dp2": {"name": "megatron", "pipeline": 2, "data": 2},
+        "megatron pp2 tp2": {"name": "megatron", "pipeline": 2, "tensor": 2},
+        "megatron tp2 dp2": {"name": "megatron", "tensor": 2, "data": 2},
+    },
+}
+ENGINES = {name: engine for layouts in LAYOUTS.values() for name, engine in layouts.items()}
+MIXERS = {
+    "odm": {"name": "odm", "preset": "official", "warmup_steps": 3},
+    "doremi": {"name": "doremi", "reference": None, "eta": 0.3},
+}
+REFERENCE = "deepspeed"
+# Stopped under the first layout and resumed under the second.
+MOVES = [
+    ("deepspeed pp2", "deepspeed pp2"),
+    ("megatron pp2", "megatron pp2"),
+    ("megatron tp2", "megatron tp2"),
+    ("megatron pp2", "megatron tp2"),
+    ("megatron tp2", "megatron dp2"),
+    ("deepspeed dp2", "deepspeed pp2"),
+    ("deepspeed dp2", "megatron pp2 in four chunks"),
+    ("megatron pp2", "deepspeed dp2"),
+]
+OTHER_SIZES = [
+    ("deepspeed dp2", "deepspeed"),
+    ("megatron dp2", "megatron"),
+    ("megatron dp2", "megatron tp2 dp2"),
+    ("deepspeed dp2", "deepspeed pp2 dp2"),
+]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where the runs of this module are, and how they are made."""
+
+    folder: Path
+    data: Path
+
+    def path(self, *names: str) -> Path:
+        return self.folder / "-".join(names).replace(" ", "_")
+
+    def config(self, run: Path, engine: dict[str, Any], mixer: str, steps: int = STEPS) -> Path:
+        """Writes the config of a run. Llama with grouped heads for DoReMi, GPT-NeoX for ODM; clipping is at work."""
+        sizes = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "ffn_size": 64}
+        llama = {"architecture": "llama", "num_key_value_heads": 2, **sizes}
+        config = {
+            "run_dir": str(run),
+            "data": {"manifest": str(self.data), "seq_length": 32},
+            "model": llama if mixer == "doremi" else {"architecture": "neox", **sizes},
+            "mixture": "uniform" if mixer == "doremi" else "natural",
+            "mixer": MIXERS[mixer],
+            "engine": engine,
+            "train": {
+                "steps": steps, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5, "seed": 7
+            },
+            "evaluate": {"every": 25, "batches": 2},
+            "checkpoint": {"every": 0, "keep": 4},
+            "log": {"every": 1, "samples": True},
+        }  # fmt: skip
+        path = run.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+
+CASES = [
+    (name, mixer)
+    for ranks, layouts in LAYOUTS.items()
+    for name in layouts
+    # Four ranks take turns on two cores: one mixer is enough there.
+    for mixer in (MIXERS if ranks < 4 else ("odm",))
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Runs:
+    """Every layout, trained for 50 steps with every mixer."""
+    made = Runs(tmp_path_factory.mktemp("engines"), data_dir)
+    for ranks, layouts in LAYOUTS.items():
+        cases = [(name, mixer) for name, mixer in CASES if name in layouts]
+        run_job(ranks, [(made.config(made.path(name, mixer), ENGINES[name], mixer), ()) for name, mixer in cases])
+    return made
+
+
+@pytest.mark.parametrize(("name", "mixer"), [case for case in CASES if case[0] != REFERENCE])
+def test_every_layout_trains_the_same_run(runs: Runs, name: str, mixer: str) -> None:
+    """The same samples in the same order; losses, and the weights of samples and losses, to 1e-4 over 50 steps."""
+    run, reference = runs.path(name, mixer), runs.path(REFERENCE, mixer)
+    assert sorted(samples(run)) == list(range(1, STEPS + 1))
+    assert samples(run) == samples(reference)
+    loss, weight = largest_difference(reference, run)
+    assert loss < 1e-4
+    assert weight < 1e-4
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_reference_run_learns_and_mixes(runs: Runs, mixer: str) -> None:
+    """Else the test above would compare runs in which nothing happens."""
+    metrics, weights = record(runs.path(REFERENCE, mixer))
+    assert metrics[-1]["macro_loss"] < 0.9 * metrics[0]["macro_loss"]
+    assert any(line["grad_norm"] > 0.5 for line in metrics if line["event"] == "train"), "clipping was at work"
+    moving = "domain_weights" if mixer == "odm" else "loss_weights"
+    first, last = weights[0][moving], weights[-1][moving]
+    assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 0.02
+
+
+@pytest.fixture(scope="module")
+def moved(runs: Runs) -> dict[tuple[str, str], Path]:
+    """Runs stopped after 6 of 12 steps under one layout and resumed under another; beside them, under (name, name) for
+    a name alone, whole ones."""
+    done: dict[tuple[str, str], Path] = {}
+    whole = {name: runs.path("whole", name) for name in {first for first, _ in MOVES}}
+    jobs: dict[int, list[tuple[Path, tuple[str, ...]]]] = {1: [], 2: [], 4: []}
+    for name, run in whole.items():
+        jobs[2].append((runs.config(run, ENGINES[name], "odm", 12), ()))
+    for first, second in [*MOVES, *OTHER_SIZES]:
+        run = done[first, second] = runs.path("moved", first, "to", second)
+        jobs[2].append((runs.config(run, ENGINES[first], "odm", 12), ("train.stop_after=6",)))
+    run_job(2, jobs[2])
+    jobs[2] = []
+    for (_, second), run in done.items():
+        jobs[_ranks(second)].append((runs.config(run, ENGINES[second], "odm", 12), ()))
+    for ranks, wanted in jobs.items():
+        run_job(ranks, wanted)
+    return {**done, **{(name, ""): run for name, run in whole.items()}}
+
+
+def _ranks(name: str) -> int:
+    return next(ranks for ranks, layouts in LAYOUTS.items() if name in layouts)
+
+
+@pytest.mark.parametrize("name", [first for first, second in MOVES if first == second])
+def test_stopped_and_resumed_is_the_uninterrupted_run(moved: dict[tuple[str, str], Path], name: str) -> None:
+    """To the last digit."""
+    assert record(moved[name, name]) == record(moved[name, ""])
+    assert samples(moved[name, name]) == samples(moved[name, ""])
+
+
+@pytest.mark.parametrize(("first", "second"), [move for move in [*MOVES, *OTHER_SIZES] if move[0] != move[1]])
+def test_another_layout_or_engine_goes_on_with_the_same_samples(
+    moved: dict[tuple[str, str], Path], first: str, second: str
+) -> None:
+    """Resumed with another number of data-parallel, tensor-parallel or pipeline ranks, or by the other engine."""
+    run, whole = moved[first, second], moved[first, ""]
+    assert samples(run) == samples(whole)
+    loss, weight = largest_difference(whole, run)
+    assert loss < 1e-3
+    assert weight < 1e-3
