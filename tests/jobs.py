@@ -1,4 +1,4 @@
-"""Several runs one after the other in one job, so that many layouts can be compared without starting processes for each.
+"""Several runs one after the other in one job, so that many layouts are compared without starting processes for each.
 
 As a module it starts the job; as a script it is one rank of it.
 """

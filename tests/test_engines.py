@@ -138,7 +138,7 @@ def moved(runs: Runs) -> dict[tuple[str, str], Path]:
     """Runs stopped after 6 of 12 steps under one layout and resumed under another; beside them, under (name, name) for
     a name alone, whole ones."""
     done: dict[tuple[str, str], Path] = {}
-    whole = {name: runs.path("whole", name) for name in {first for first, _ in MOVES}}
+    whole = {name: runs.path("whole", name) for name in {first for first, _ in [*MOVES, *OTHER_SIZES]}}
     jobs: dict[int, list[tuple[Path, tuple[str, ...]]]] = {1: [], 2: [], 4: []}
     for name, run in whole.items():
         jobs[2].append((runs.config(run, ENGINES[name], "odm", 12), ()))
