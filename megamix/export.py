@@ -79,12 +79,12 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     out = out.absolute()
     _check_out(out)
     source, run = _find(path)
-    if (source / "megatron").is_dir():
-        raise InputError(
-            f"{source} is in Megatron's own form (engine.checkpoint_format: dist), which export does not read. Resume the "
-            "run with engine.checkpoint_format=layers, and export the checkpoint that it writes then."
-        )
     state = checkpoint.read_state(source)
+    if (holds := checkpoint.kind(source)) != checkpoint.LAYERS:
+        raise InputError(
+            f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which export does not "
+            "read. Resume the run with engine.checkpoint_format=layers, and export the checkpoint that it writes then."
+        )
     manifest = _manifest(run, state, source)
     fingerprints = state["fingerprints"]
     model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
@@ -166,7 +166,7 @@ def _layer(source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: 
     Raises:
         ResumeRefused: the file is damaged, or of another model.
     """
-    name = f"layers/{index:05d}.safetensors"
+    name = f"{checkpoint.LAYERS}/{index:05d}.safetensors"
     checkpoint.verify(source, name)
     try:
         with safe_open(source / name, "pt") as file:

@@ -99,6 +99,31 @@ def test_keys_that_contradict(folder: Callable[..., Path], keys: dict[str, Any],
     assert message.format(path) in str(error.value)
 
 
+def test_config_files_as_they_were_before_transformers_5(tmp_path: Path) -> None:
+    """A GPT-NeoX of the Pythia family (parallel residual, which older files may leave to its default) and a Llama with
+    grouped queries, whose heads and rotary embedding go by other keys."""
+    pythia = {
+        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+        "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "use_cache": True, "vocab_size": 50304,
+    }  # fmt: skip
+    llama = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 5632, "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000.0, "vocab_size": 32000,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(pythia))
+    model = validate(ModelConfig, {"preset": "neox-70m", "from_pretrained": str(tmp_path)}, "model")
+    assert model.parallel_residual
+    assert model.with_vocabulary(50277).num_parameters() == 70_426_624
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    model = validate(ModelConfig, {"from_pretrained": str(tmp_path)}, "model")
+    assert (model.key_value_heads, model.rotary_base, model.parallel_residual) == (4, 50000.0, False)
+    assert model.with_vocabulary(32000).num_parameters() == 1_100_048_384
+
+
 def test_keys_that_agree_and_keys_of_training(folder: Callable[..., Path]) -> None:
     """What agrees may be said again; dropout and the initial standard deviation belong to the run. A resolved config
     is itself when read again, and still when the folder is gone."""

@@ -114,7 +114,7 @@ def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) ->
     """The weights that ``model.from_pretrained`` names, for data with this tokenizer.
 
     Args:
-        model: with its vocabulary settled.
+        model: with ``from_pretrained`` given and its vocabulary settled.
         tokenizer: the tokenizer.json of the data.
         tokenizer_size: its largest token id + 1.
 
@@ -122,8 +122,7 @@ def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) ->
         InputError: the folder is no such model, or its tokenizer is another.
     """
     folder = model.from_pretrained
-    if folder is None:
-        raise InputError("model.from_pretrained is not given. Name the folder of a model.")
+    assert folder is not None
     weights = PretrainedWeights(folder, model)
     rows = read_pretrained_config(folder).vocab_size
     if rows < tokenizer_size:
