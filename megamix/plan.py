@@ -8,7 +8,6 @@ manifest and the heads of the data files, neither torch nor a GPU; `megamix doct
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,8 @@ from megamix.data.stream import DomainTokens
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron_layout import check_megatron_layout
 from megamix.errors import InputError, did_you_mean
-from megamix.mixture import WeightSchedule, make_schedule
+from megamix.mix_plan import MixPlan
+from megamix.mixture import make_schedule
 from megamix.models.config import ModelConfig
 from megamix.run_config import MixConfig, RunConfig
 
@@ -31,39 +31,24 @@ if TYPE_CHECKING:
     from megamix.models.pretrained import PretrainedWeights
 
 Floats = NDArray[np.float64]
-MANY_EPOCHS = 4.0
-"""More repetitions than this of a domain are worth a warning: up to about 4, repeated data is nearly as good as new
-(Muennighoff et al., 2023)."""
 
 
 @dataclass(frozen=True)
-class DataPlan:
+class DataPlan(MixPlan):
     """The data side of a run, resolved.
 
     Attributes:
+        manifest: of the data set.
         data_size: data-parallel ranks.
-        entries: what the manifest says of each domain, in the order of every array with one entry a domain.
+        entries: what the manifest says of each domain.
         domains, validation: their opened token streams.
-        num_samples: int64 [K], training windows per domain and epoch.
-        natural_weights: float64 [K], shares of the training tokens.
-        schedule: the weights that ``mixture`` asks for, before the constraints.
-        constraints: what bounds every mixer's weights.
     """
 
-    config: MixConfig
     manifest: Manifest
     data_size: int
     entries: tuple[DomainEntry, ...]
     domains: list[DomainTokens]
     validation: list[DomainTokens]
-    num_samples: NDArray[np.int64]
-    natural_weights: Floats
-    schedule: WeightSchedule
-    constraints: Constraints
-
-    @property
-    def domain_names(self) -> tuple[str, ...]:
-        return tuple(entry.name for entry in self.entries)
 
     @property
     def domain_keys(self) -> list[int]:
@@ -71,60 +56,9 @@ class DataPlan:
         return [domain_key(name) for name in self.domain_names]
 
     @property
-    def total_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.config.train.steps * self.config.train.global_batch
-
-    @cached_property
-    def initial_weights(self) -> Floats:
-        """float64 [K]: sampled with from the first step on, after the constraints."""
-        return self.constraints.apply(self.schedule.at(0), np.zeros(len(self.entries)), 0)
-
-    @cached_property
-    def planned_samples(self) -> Floats:
-        """float64 [K]: what the run takes from each domain if no mixer changes the weights."""
-        counts = np.zeros(len(self.entries))
-        batch, ends = self.config.train.global_batch, (*self.schedule.steps[1:], self.config.train.steps)
-        for start, end in zip(self.schedule.steps, ends, strict=True):
-            weights = self.constraints.apply(self.schedule.at(start), counts, start * batch)
-            counts = counts + weights * ((end - start) * batch)
-        return counts
-
-    @property
-    def epochs(self) -> Floats:
-        """float64 [K]: how often each domain is read if no mixer changes the weights."""
-        return self.planned_samples / self.num_samples
-
-    @property
     def vocab_size(self) -> int:
         """Token ids the tokenizer knows: what joins the softmax."""
         return self.manifest.tokenizer.vocab_size
-
-    def warnings(self) -> list[str]:
-        """Things that will work and are probably not meant."""
-        found = []
-        weights = self.planned_samples / self.total_samples
-        used_up = self.epochs > self.constraints.max_epochs * (1 + 1e-9)
-        for name, epochs, weight, limit, over in zip(
-            self.domain_names, self.epochs, weights, self.constraints.max_epochs, used_up, strict=True
-        ):
-            if over and self.config.data.on_exhausted == "stop":
-                step = int(self.config.train.steps * limit / epochs)
-                found.append(
-                    f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times, so the run will stop near step "
-                    f"{step} of {self.config.train.steps}, after data.max_epochs {limit:g}."
-                )
-            elif over:
-                found.append(
-                    f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times, beyond data.max_epochs {limit:g}, "
-                    "because data.on_exhausted is repeat."
-                )
-            elif epochs > MANY_EPOCHS:
-                found.append(
-                    f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times; more than {MANY_EPOCHS:g} epochs add little. "
-                    "Lower its weight or set data.max_epochs."
-                )
-        return found
 
     def share(self, data_rank: int) -> Slice:
         """The part of every batch that a data-parallel rank reads."""
@@ -218,10 +152,18 @@ def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) ->
     natural = manifest.natural_weights(names)
     total_samples = config.train.steps * config.train.global_batch
     return DataPlan(
-        config, manifest, data_size, entries, domains, validation, num_samples, natural,
+        config=config,
+        domain_names=names,
+        num_samples=num_samples,
+        natural_weights=natural,
         schedule=make_schedule(config, names, natural),
         constraints=Constraints.of(config.data, names, num_samples, total_samples),
-    )  # fmt: skip
+        manifest=manifest,
+        data_size=data_size,
+        entries=entries,
+        domains=domains,
+        validation=validation,
+    )
 
 
 def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int, int]:
