@@ -6,7 +6,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -156,7 +156,9 @@ def reference(
     proxy: Annotated[
         Path | None, typer.Option("--for", metavar="CONFIG", help="Only the samples that the run of this config reads.")
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Tokens a rank computes between safe points.", min=1)] = 2**20,
+    save_every: Annotated[
+        int | None, typer.Option(help="Tokens a rank computes between safe points; default: a million.", min=1)
+    ] = None,
 ) -> None:
     """Write a reference model's loss of every training token, for DoReMi's proxy. Killed and started again, it goes on.
 
@@ -165,6 +167,26 @@ def reference(
     from megamix.reference_run import reference as run
 
     raise typer.Exit(run(source, out, overrides or [], proxy, save_every))
+
+
+@app.command()
+def doremi(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        Literal["configs", "reference", "cache", "proxy", "weights", "target"] | None,
+        typer.Option(help="Take this step alone; configs writes the configs of the runs."),
+    ] = None,
+) -> None:
+    """DoReMi in one command: reference run, its losses, proxy run, weights and, if asked for, the target run. What is
+    done is passed over; what was interrupted goes on. The config is a run's, with what each step changes under the key
+    doremi: reference, proxy, target (keys of a run), rounds, tolerance.
+
+    Example: megamix doremi configs/demo.yaml run_dir=runs/doremi train.steps=200 doremi.target.train.steps=750
+    """
+    from megamix.doremi import doremi as run
+
+    raise typer.Exit(run(config, overrides or [], only))
 
 
 @app.command()

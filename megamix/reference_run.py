@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from megamix.engines.base import Engine
 
 Ints = NDArray[np.int64]
+SAVE_EVERY = 2**20  # tokens
 LOG_SECONDS = 10.0
 
 
@@ -59,7 +60,9 @@ class ReferenceJob:
     selection: Selection
 
 
-def reference(source: Path, out: Path, overrides: list[str], proxy: Path | None, save_every: int) -> int:
+def reference(
+    source: Path, out: Path, overrides: list[str], proxy: Path | None = None, save_every: int | None = None
+) -> int:
     """Computes the reference losses of a model; returns the exit code.
 
     Args:
@@ -67,20 +70,22 @@ def reference(source: Path, out: Path, overrides: list[str], proxy: Path | None,
         out: the folder of the losses.
         overrides: ``key=value`` changes to the reference run's config: other data, another layout.
         proxy: the config of the only run that will read the losses: what it does not read is not computed.
-        save_every: tokens a data-parallel rank between safe points.
+        save_every: tokens a data-parallel rank computes between safe points; None: `SAVE_EVERY`.
 
     Raises:
         MegamixError: anything a user can mend.
     """
     world_size = job_world_size()
     if world_size is not None:
-        _run_rank(_plan_job(source, overrides, proxy, world_size), out, save_every)
+        _run_rank(_plan_job(source, overrides, proxy, world_size), out, save_every or SAVE_EVERY)
         return EXIT_OK
     job = _plan_job(source, overrides, proxy, None)
     if open_progress(out, job.info) is None:
         get_logger().info("%s is done: it holds the losses of %d samples.", out, job.selection.total)
         return EXIT_OK
-    arguments = ["reference", str(source), "--out", str(out), "--save-every", str(save_every)]
+    arguments = ["reference", str(source), "--out", str(out)]
+    if save_every is not None:
+        arguments += ["--save-every", str(save_every)]
     if proxy is not None:
         arguments += ["--for", str(proxy)]
     return run_local([*arguments, *overrides], job.plan.world_size, job.plan.config.engine.threads)
@@ -128,14 +133,15 @@ def _find_checkpoint(source: Path) -> tuple[Path, Path]:
 
 
 def _check_model(saved: dict[str, Any], plan: Plan, path: Path) -> None:
-    model, tokenizer = plan.model.model_dump(mode="json", exclude={"preset"}), plan.manifest.tokenizer.sha256
-    differing = sorted(key for key in model if model[key] != saved["model"].get(key))
+    seen, wanted = saved["model"], plan.model.identity()
+    differing = sorted(key for key in seen.keys() | wanted.keys() if seen.get(key) != wanted.get(key))
     if differing:
         key = differing[0]
         raise InputError(
-            f"the checkpoint {path} is of a model with {key} {saved['model'].get(key)!r}, the config says "
-            f"{model[key]!r}. Leave the model's keys as they were in the run."
+            f"the checkpoint {path} is of a model with {key} {seen.get(key)!r}, the config says {wanted.get(key)!r}. "
+            "Leave the model's keys as they were in the run."
         )
+    tokenizer = plan.manifest.tokenizer.sha256
     if saved["tokenizer"]["sha256"] != tokenizer:
         raise InputError(
             f"the checkpoint {path} was trained with the tokenizer {saved['tokenizer']['sha256'][:12]}, the data has "
@@ -143,16 +149,25 @@ def _check_model(saved: dict[str, Any], plan: Plan, path: Path) -> None:
         )
 
 
-def _samples_of(proxy: Path, plan: Plan) -> Selection:
-    """What the run of ``proxy`` reads of the plan's data."""
-    other = make_plan(load_config(RunConfig, proxy), verify=False)
-    wanted, given = cache_key(other), cache_key(plan)
+def check_same_data(proxy: Plan, plan: Plan, where: str) -> None:
+    """Checks that reference losses of ``plan``'s data can be read by the run of ``proxy``.
+
+    Raises:
+        InputError: they cannot; ``where`` names the proxy.
+    """
+    wanted, given = cache_key(proxy), cache_key(plan)
     if wanted != given:
         field = next(name for name in type(wanted).model_fields if getattr(wanted, name) != getattr(given, name))
         raise InputError(
-            f"--for {proxy}: its data is not the reference run's, {field} differs. Give the reference run the proxy's "
-            "data: data.manifest=..., data.domains=..., data.seq_length=..."
+            f"{where}: its data is not the reference run's, {field} differs. Give both the same data.manifest, "
+            "data.domains, data.seq_length and data.reset_position_ids."
         )
+
+
+def _samples_of(proxy: Path, plan: Plan) -> Selection:
+    """What the run of ``proxy`` reads of the plan's data."""
+    other = make_plan(load_config(RunConfig, proxy), verify=False)
+    check_same_data(other, plan, f"--for {proxy}")
     return samples_read(other)
 
 
