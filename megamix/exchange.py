@@ -95,6 +95,7 @@ class MixExchange:
         self._weights_group: Any = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._results: dict[int, Future[None]] = {}
+        self._stream: torch.cuda.Stream | None = None
         self._loss_weights = loss_weights
         self._settled = first_step
         self._settle_lock = threading.Lock()
@@ -134,7 +135,7 @@ class MixExchange:
         return step + 1 + self._weight_lag
 
     def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
-        work.wait()
+        reduced = self._on_host(reduced, work)
         kinds = 1 if self._loss_weights is None else 2
         weights = torch.empty(kinds, self._sampler.num_domains, dtype=torch.float64)
         stats, updated = None, False
@@ -153,8 +154,20 @@ class MixExchange:
             segment = self._sampler.segment_at(effective_step)
             self._on_report(MixReport(step, stats, effective_step, segment, self._mixer.record(), updated))
 
+    def _on_host(self, reduced: torch.Tensor, work: Any) -> torch.Tensor:
+        """The sums once they are reduced, on the CPU."""
+        if not reduced.is_cuda:
+            work.wait()
+            return reduced
+        # On a stream of its own: the training thread's holds the backward pass and the optimizer by now.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(reduced.device)
+        with torch.cuda.stream(self._stream):
+            work.wait()
+            return reduced.cpu()
+
     def _statistics(self, step: int, reduced: torch.Tensor) -> DomainStats:
-        sums = DomainSums.from_buffer(reduced.cpu())
+        sums = DomainSums.from_buffer(reduced)
         return DomainStats(
             nats=sums.nats.numpy(),
             tokens=sums.tokens.numpy(),
