@@ -311,7 +311,8 @@ def losses_in_transformers(model: Path, data_dir: Path) -> dict[str, float]:
 
 def test_from_engine_to_engine(trained: Path, data_dir: Path, tmp_path: Path) -> None:
     """DeepSpeed -> export -> Megatron on two tensor-parallel ranks -> export: transformers finds the losses on record
-    of each run, and the second run begins where the first ended. Its resume, under either engine, needs the folder no more."""
+    of each run, and the second run begins where the first ended. To go on, here under the other engine, it needs the
+    folder no more."""
     export(trained, tmp_path / "model")
     last = recorded_losses(trained)[2]
     assert losses_in_transformers(tmp_path / "model", data_dir) == pytest.approx(last, abs=1e-5)
