@@ -40,7 +40,7 @@ class _Shape:
 
     Attributes:
         plan: with the data.
-        mix: without it, where the config says how many tokens it is to have.
+        mix: the mixture over the run: the plan, or what follows from the tokens that the data is to have.
     """
 
     config: RunConfig
@@ -49,11 +49,6 @@ class _Shape:
     data_size: int
     plan: Plan | None = None
     mix: MixPlan | None = None
-
-    @property
-    def mixture(self) -> Plan | MixPlan | None:
-        """The mixture over the run, as far as it is known."""
-        return self.plan or self.mix
 
     @property
     def num_micro_batches(self) -> int:
@@ -101,7 +96,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
         local_layers=_local_layers(config.engine, plan_only),
     )
     names, initial = _mixture(shape)
-    warnings = shape.mixture.warnings() if shape.mixture is not None else []
+    warnings = shape.mix.warnings() if shape.mix is not None else []
     if names:
         warnings += _mixer_warnings(config, names, initial)
     if shape.bubble > 0.5:
@@ -119,7 +114,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
 
 
 def _shape(plan: Plan) -> _Shape:
-    return _Shape(plan.config, plan.model, plan.world_size, plan.data_size, plan)
+    return _Shape(plan.config, plan.model, plan.world_size, plan.data_size, plan, plan)
 
 
 def _shape_without_data(config: RunConfig, world_size: int | None) -> _Shape:
@@ -144,8 +139,8 @@ def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
 
 def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Domains and initial weights, as far as they are known; none without data, unless the config spells them out."""
-    if shape.mixture is not None:
-        return shape.mixture.domain_names, shape.mixture.initial_weights
+    if shape.mix is not None:
+        return shape.mix.domain_names, shape.mix.initial_weights
     mixture = shape.config.mixture
     if isinstance(mixture, dict):
         return tuple(mixture), normalise_weights(mixture, tuple(mixture), "mixture")
@@ -230,7 +225,7 @@ def _mixture_line(shape: _Shape) -> str:
 
 
 def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) -> str | Table:
-    mix, columns = shape.mixture, ["domain", "tokens", "natural share", "initial weight", "planned epochs"]
+    mix, columns = shape.mix, ["domain", "tokens", "natural share", "initial weight", "planned epochs"]
     if mix is None:
         if not names:
             return f"domains      known once the data is there; initial weights: {shape.config.mixture}"

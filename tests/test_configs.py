@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megamix.config import load_config, read_yaml
+from megamix.config import load_config, read_yaml, validate
 from megamix.data.sampler import Slice
 from megamix.doctor import doctor
 from megamix.models.config import ModelConfig
@@ -152,9 +152,31 @@ def test_the_engines_train_the_same_run(one: str, other: str) -> None:
     assert second.model_copy(update=change) == first
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "doremi").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_doremi_job_is_three_runs(path: Path) -> None:
+    """A reference run and a proxy of one size, and a target of 1 B; those of 280 M are shipped by themselves too."""
+    from megamix.doremi import DoremiSteps, Job
+
+    data = read_yaml(path)
+    steps = validate(DoremiSteps, data.pop("doremi"), path.name)
+    job = Job(data, steps, Path(data["run_dir"]), path.name)
+    reference, proxy, target = (
+        validate(RunConfig, run, path.name) for run in (job.reference_run(1, None), job.proxy_run(1), job.target_run())
+    )
+    assert reference.model == proxy.model
+    assert reference.model.preset == f"neox-{path.stem.partition('_')[2]}"
+    assert reference.train == proxy.train
+    assert target.model == load(CONFIGS / "pile_1b_odm.yaml").model
+    assert target.train == load(CONFIGS / "pile_1b_odm.yaml").train
+    if path.stem == "pile_280m":
+        assert reference == load(CONFIGS / "pile_doremi_1_reference.yaml")
+        assert proxy == load(CONFIGS / "pile_doremi_2_proxy.yaml")
+        assert target == load(CONFIGS / "pile_doremi_3_target.yaml")
+
+
 @pytest.mark.parametrize("engine", GPUS)
-def test_every_size_goes_with_every_mixture_and_engine(engine: str, tmp_path: Path) -> None:
-    for size, mixture in itertools.product(SIZES, MIXTURES):
+def test_sizes_and_mixtures_go_with_every_engine(engine: str, tmp_path: Path) -> None:
+    for size, mixture in zip(itertools.cycle(SIZES), MIXTURES, strict=False):
         parts = [
             CONFIGS / f"{part}.yaml" for part in ("pile/run", f"pile/{size}", f"pile/{mixture}", f"engines/{engine}")
         ]
