@@ -1,0 +1,293 @@
+"""The cache of reference losses: rows and their order, what is refused, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_config import small
+
+from megamix.data.blend import Blend
+from megamix.data.loader import WindowReader
+from megamix.data.manifest import Manifest
+from megamix.data.reference import (
+    PROGRESS,
+    CachedDomain,
+    CacheInfo,
+    ReferenceLosses,
+    ReferenceWriter,
+    Selection,
+    finish,
+    losses_path,
+    open_progress,
+    save_progress,
+)
+from megamix.data.stream import DomainTokens
+from megamix.data.writer import IndexedWriter
+from megamix.errors import InputError, MegamixError
+from megamix.plan import DataPlan, make_plan
+from megamix.reference_cache import cache_key, open_reference, samples_read, whole_domains
+
+SEQ = 8
+WINDOWS = {"web": 30, "a/b": 7}
+
+
+def make_info(**changes: Any) -> CacheInfo:
+    domains = {name: CachedDomain(digest=f"of {name}", windows=n, computed=n) for name, n in WINDOWS.items()}
+    fields: dict[str, Any] = {
+        "seq_length": SEQ,
+        "reset_position_ids": False,
+        "tokenizer": "t" * 64,
+        "domains": domains,
+        "checkpoint": "runs/reference/checkpoints/step_9",
+        "checkpoint_sha256": "c" * 64,
+    }
+    return CacheInfo(**{**fields, **changes})
+
+
+def losses_of(domain: int, sample: int) -> NDArray[np.float32]:
+    """Of one window: different everywhere, and exact in float16."""
+    return (1 + np.arange(SEQ) + SEQ * (sample + 30 * domain)).astype(np.float32)
+
+
+def write(folder: Path, info: CacheInfo, selection: Selection, start: int, end: int) -> None:
+    """Rows [start, end) of the selection, in pieces of 3."""
+    writer = ReferenceWriter(folder, info)
+    for first in range(start, end, 3):
+        domain_n, sample_n = selection.at(np.arange(first, min(first + 3, end)))
+        rows = [losses_of(*pair) for pair in zip(domain_n.tolist(), sample_n.tolist(), strict=True)]
+        writer.write(domain_n, sample_n, np.stack(rows))
+    writer.sync()
+    writer.close()
+
+
+def whole() -> Selection:
+    return Selection(list(WINDOWS.values()))
+
+
+def make_cache(folder: Path) -> CacheInfo:
+    info = make_info()
+    assert open_progress(folder, info) == 0
+    write(folder, info, whole(), 0, whole().total)
+    finish(folder, info)
+    return info
+
+
+def test_rows_are_the_windows(tmp_path: Path) -> None:
+    """Read in another order of domains than they were written in, and some only."""
+    info = make_cache(tmp_path)
+    assert not (tmp_path / PROGRESS).exists()
+    for names in (["a/b", "web"], ["a/b"]):
+        key = info.model_copy(update={"domains": {name: info.domains[name] for name in names}})
+        cache, row = ReferenceLosses(tmp_path, key), np.empty(SEQ, np.float32)
+        for domain, name in enumerate(names):
+            for sample in range(WINDOWS[name]):
+                cache.read_window(domain, sample, row)
+                np.testing.assert_array_equal(row, losses_of(list(WINDOWS).index(name), sample))
+
+
+def test_batches_carry_the_losses_of_their_labels(tmp_path: Path) -> None:
+    """Every row of a rank's share, against its own window."""
+    make_cache(tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    domains = []
+    for number, windows in enumerate(WINDOWS.values()):
+        with IndexedWriter(tmp_path / str(number), "uint16") as writer:
+            writer.add_document(rng.integers(0, 50, windows * SEQ + 1))
+        domains.append(DomainTokens(str(number), [tmp_path / str(number)]))
+    reader = WindowReader(domains, SEQ, 50, reference=ReferenceLosses(tmp_path / "cache", make_info()))
+    domain_n, sample_n = np.array([1, 0, 0, 1, 0, 1]), np.array([6, 29, 0, 2, 13, 0])
+    mine = np.array([4, 0, 3, 1])
+    batch = reader.batch(domain_n, sample_n, mine, (2, 2))
+    assert batch.reference is not None
+    assert batch.reference.shape == batch.labels.shape == (2, 2, SEQ)
+    wanted = [losses_of(int(domain_n[row]), int(sample_n[row])) for row in mine]
+    np.testing.assert_array_equal(batch.reference.flatten(0, 1).numpy(), wanted)
+    assert len(batch.targets) == 3
+
+
+def test_what_float16_cannot_hold(tmp_path: Path) -> None:
+    """Losses stay within 0.05 %, zero and what is too large are clamped; what is not finite is refused by name."""
+    info = make_info()
+    open_progress(tmp_path, info)
+    writer = ReferenceWriter(tmp_path, info)
+    given = np.array([0.0, 1e-9, 1 / 3, 11.123, 65503.0, 65504.0, 7e4, 1e30], np.float32)
+    writer.write(np.array([0]), np.array([5]), given[None])
+    finish(tmp_path, info)
+    row = np.empty(SEQ, np.float32)
+    ReferenceLosses(tmp_path, info).read_window(0, 5, row)
+    np.testing.assert_allclose(row[2:5], given[2:5], rtol=2**-11)
+    assert row[[0, 1, 5, 6, 7]].tolist() == [2.0**-24, 2.0**-24, 65504.0, 65504.0, 65504.0]
+    for bad in (np.nan, np.inf):
+        rows = np.ones((2, SEQ), np.float32)
+        rows[1, 3] = bad
+        with pytest.raises(MegamixError, match="not finite in domain 'a/b', sample 4"):
+            writer.write(np.array([0, 1]), np.array([3, 4]), rows)
+    writer.close()
+
+
+def test_a_row_that_was_not_computed(tmp_path: Path) -> None:
+    """One that is zero, or zero in part, as a hole in a copied file would be."""
+    info = make_cache(tmp_path)
+    path = losses_path(tmp_path, "web")
+    for column in (0, SEQ - 1):
+        rows = np.fromfile(path, "<f2").reshape(-1, SEQ)
+        rows[11, column] = 0
+        rows.tofile(path)
+        with pytest.raises(InputError, match=r"no losses of sample 11 of domain 'web' \(it holds those of 30 of 30"):
+            ReferenceLosses(tmp_path, info).read_window(0, 11, np.empty(SEQ, np.float32))
+        np.stack([losses_of(0, sample) for sample in range(30)]).astype("<f2").tofile(path)
+
+
+def changed_domain(**changes: Any) -> dict[str, Any]:
+    info = make_info()
+    return {"domains": {**info.domains, "web": info.domains["web"].model_copy(update=changes)}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_length": 16}, "made with data.seq_length 8, this run has 16"),
+        ({"reset_position_ids": True}, "made with data.reset_position_ids False, this run has True"),
+        ({"tokenizer": "u" * 64}, "made with the tokenizer's SHA-256 ttt.*, this run has uuu"),
+        (changed_domain(digest="new"), "of domain 'web' with the data of web, this run has new"),
+        (changed_domain(windows=31), "of domain 'web' with the number of samples 30, this run has 31"),
+        ({"domains": {"wob": make_info().domains["web"]}}, "none of domain 'wob'. Did you mean 'web'"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    make_cache(tmp_path)
+    with pytest.raises(InputError, match=f"{message}.*Run `megamix reference`"):
+        ReferenceLosses(tmp_path, make_info(**changes))
+    with pytest.raises(InputError, match=f"{message}.*Choose another --out"):
+        open_progress(tmp_path, make_info(**changes))
+
+
+def test_damaged_caches_are_named(tmp_path: Path) -> None:
+    info = make_cache(tmp_path)
+    path = losses_path(tmp_path, "a/b")
+    content = path.read_bytes()
+    path.write_bytes(content[:-2])
+    with pytest.raises(
+        InputError, match=rf"{path} of domain 'a/b' have {len(content) - 2} bytes, expected {len(content)}"
+    ):
+        ReferenceLosses(tmp_path, info)
+    path.unlink()
+    with pytest.raises(InputError, match=f"cannot read the reference losses {path} of domain 'a/b'"):
+        ReferenceLosses(tmp_path, info)
+    (tmp_path / "reference.json").write_text("{")
+    with pytest.raises(InputError, match=r"reference.json is not valid JSON"):
+        ReferenceLosses(tmp_path, info)
+    (tmp_path / "reference.json").write_text(json.dumps({**info.model_dump(), "version": 2}))
+    with pytest.raises(InputError, match="version"):
+        ReferenceLosses(tmp_path, info)
+    with pytest.raises(InputError, match=r"cannot read .*nowhere/reference.json"):
+        ReferenceLosses(tmp_path / "nowhere", info)
+
+
+def test_going_on(tmp_path: Path) -> None:
+    """After 14 rows that are safe and some that are not, twice: the rest is written and the bytes are those of a cache
+    written at once. An unfinished one is not read, and not taken for another."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    info = make_cache(once)
+    open_progress(twice, info)
+    write(twice, info, whole(), 0, 14)
+    save_progress(twice, info, 14)
+    write(twice, info, whole(), 14, 20)
+    with pytest.raises(InputError, match=r"not finished\. Run the same `megamix reference` command again"):
+        ReferenceLosses(twice, info)
+    with pytest.raises(InputError, match=r"of the checkpoint runs/reference.*asked for is other"):
+        open_progress(twice, make_info(checkpoint="other", checkpoint_sha256="d" * 64))
+    done = open_progress(twice, info)
+    assert done == 14
+    write(twice, info, whole(), done, whole().total)
+    finish(twice, info)
+    assert open_progress(twice, info) is None
+    for path in once.iterdir():
+        assert (twice / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match=r"are of the domains web, a/b, asked for are a/b, web"):
+        open_progress(twice, make_info(domains=dict(reversed(info.domains.items()))))
+
+
+def test_a_damaged_progress_file(tmp_path: Path) -> None:
+    open_progress(tmp_path, make_info())
+    (tmp_path / PROGRESS).write_text('{"done": 3}')
+    with pytest.raises(InputError, match=r"progress.json is damaged .*Choose another --out"):
+        open_progress(tmp_path, make_info())
+
+
+def test_the_order_of_a_selection() -> None:
+    """Two chosen windows, all of 3, none, and again some: walked through by hand; and told apart by what was chosen."""
+    chosen = [np.array([2, 5]), 3, np.empty(0, np.int64), np.array([0, 7, 8])]
+    selection = Selection(chosen)
+    domain_n, sample_n = selection.at(np.arange(selection.total))
+    wanted = [(0, 2), (0, 5), (1, 0), (1, 1), (1, 2), (3, 0), (3, 7), (3, 8)]
+    assert list(zip(domain_n.tolist(), sample_n.tolist(), strict=True)) == wanted
+    assert [part.tolist() for part in selection.at(np.array([7, 0]))] == [[3, 0], [8, 2]]
+    key = make_info(domains={name: CachedDomain(digest="", windows=9, computed=0) for name in "abcd"})
+    described = selection.describe(key)
+    assert [entry.computed for entry in described.values()] == [2, 3, 0, 3]
+    other = Selection([*chosen[:3], np.array([0, 6, 8])]).describe(key)
+    assert [name for name in described if described[name] != other[name]] == ["d"]
+
+
+@pytest.fixture
+def data_plan(data_dir: Path) -> Any:
+    def make(*overrides: str) -> DataPlan:
+        return make_plan(small(f"data.manifest={data_dir}", "train.global_batch=8", *overrides), verify=False)
+
+    return make
+
+
+@pytest.mark.parametrize("sampling", ["low_discrepancy", "iid"])
+@pytest.mark.parametrize("steps", [20, 4000])
+def test_what_a_run_reads(data_plan: Any, sampling: str, steps: int) -> None:
+    """Of a run with fixed weights: all samples that the blend deals and, where a domain is not read whole, at most as
+    many more as there are domains."""
+    mixture = "mixture={code: 0.5, tables: 0.3, topics: 0.2, packages: 0}"
+    plan = data_plan(f"data.sampling={sampling}", f"train.steps={steps}", mixture, "mixer={name: doremi}")
+    selection = samples_read(plan)
+    domain_n, sample_n = plan.blend().take(steps * 8)
+    computed = set(zip(*(part.tolist() for part in selection.at(np.arange(selection.total))), strict=True))
+    read = set(zip(domain_n.tolist(), sample_n.tolist(), strict=True))
+    assert read <= computed
+    for domain, count in enumerate(selection.counts.tolist()):
+        distinct = sum(pair[0] == domain for pair in read)
+        assert count in (distinct + 4, plan.num_samples[domain])
+    assert (selection.counts == plan.num_samples).any() == (steps == 4000)
+    assert len(computed) == selection.total < whole_domains(plan).total
+
+
+def test_what_a_run_may_read_when_weights_move(data_plan: Any) -> None:
+    """With weights of its own choice within the bounds, at any step."""
+    plan = data_plan("mixer={name: doremi, apply: sampling}", "train.steps=40", "data.max_weight=0.6")
+    selection = samples_read(plan)
+    assert selection.counts.tolist() == [0.6 * 40 * 8 + 4] * 4
+    computed = set(zip(*(part.tolist() for part in selection.at(np.arange(selection.total))), strict=True))
+    blend = Blend(plan.num_samples, [0.6, 0.1, 0.2, 0.1], plan.config.train.seed, domain_keys=plan.domain_keys)
+    dealt = [blend.take(160)]
+    blend.set_weights([0.0, 0.6, 0.2, 0.2])
+    dealt.append(blend.take(160))
+    for domain_n, sample_n in dealt:
+        assert set(zip(domain_n.tolist(), sample_n.tolist(), strict=True)) <= computed
+
+
+def test_a_plan_opens_its_cache(data_plan: Any, data_dir: Path, tmp_path: Path) -> None:
+    plan = data_plan("mixer={name: doremi}")
+    assert open_reference(plan) is None
+    assert open_reference(data_plan("mixer={name: static}")) is None
+    key = cache_key(plan)
+    manifest = Manifest.load(data_dir)
+    assert key.tokenizer == manifest.tokenizer.sha256
+    windows = {name: (manifest.domain(name).train.tokens - 1) // 32 for name in manifest.domain_names}
+    assert {name: domain.windows for name, domain in key.domains.items()} == windows
+    info = CacheInfo(**key.model_dump(), checkpoint="", checkpoint_sha256="")
+    open_progress(tmp_path, info)
+    finish(tmp_path, info)
+    assert open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}")) is not None
+    with pytest.raises(InputError, match=r"made with data.seq_length 32, this run has 16"):
+        open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}", "data.seq_length=16"))
