@@ -1,4 +1,5 @@
-"""The main job with real DeepSpeed: layouts, stopping and resuming, dying ranks. Every run is a process of its own."""
+"""The main job with real DeepSpeed: stopping and resuming, dying ranks. Every run is a process of its own. What both
+engines do alike is in test_engines.py."""
 
 from __future__ import annotations
 
@@ -20,34 +21,6 @@ from megamix.inspect import inspect_sample
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
-
-
-def layout(pipeline: int, data: int) -> dict[str, int]:
-    return {"pipeline": pipeline, "data": data}
-
-
-def test_layouts_train_the_same_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """PP1 x DP1, PP2 x DP1, PP1 x DP2 and PP2 x DP2 read the same samples in the same order; losses and ODM weights
-    agree to 1e-4 over 50 steps, with gradient clipping at work."""
-    train = {"steps": 50, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5}
-    runs = {}
-    for pipeline, data in [(1, 1), (2, 1), (1, 2), (2, 2)]:
-        run = runs[pipeline, data] = tmp_path / f"pp{pipeline}dp{data}"
-        sections = {"engine": layout(pipeline, data), "train": train, "evaluate": {"every": 25}}
-        megamix("train", tiny_config(run_dir=str(run), checkpoint={"every": 0}, **sections))
-    reference = samples(runs[1, 1])
-    assert sorted(reference) == list(range(1, 51))
-    assert all(len(rows) == 8 for rows in reference.values())
-    for run in runs.values():
-        assert samples(run) == reference
-        loss, weight = largest_difference(runs[1, 1], run)
-        assert loss < 1e-4
-        assert weight < 1e-4
-    metrics, weights = record(runs[1, 1])
-    assert metrics[-1]["macro_loss"] < 0.9 * metrics[0]["macro_loss"], "the model learns"
-    assert any(line["grad_norm"] > 0.5 for line in metrics if line["event"] == "train"), "clipping was at work"
-    first, last = weights[0]["domain_weights"], weights[-1]["domain_weights"]
-    assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 0.02, "the weights moved"
 
 
 def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
@@ -93,19 +66,6 @@ def test_stop_and_resume_is_the_uninterrupted_run(
         shown = inspect_sample(whole, (step - 1) * 8 + 5).text()
         assert f"domain      {weights[0]['domain_names'][domain]} " in shown
         assert f"sample      {sample} of " in shown
-
-
-def test_resume_in_another_layout_continues_the_same_samples(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """PP2 x DP1 stopped, continued as PP1 x DP2 without ZeRO, and finished as PP2 x DP2."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    megamix("train", tiny_config(run_dir=str(whole), engine=layout(2, 1)))
-    megamix("train", tiny_config(run_dir=str(parts), engine=layout(2, 1)), "train.stop_after=5")
-    megamix("train", tiny_config(run_dir=str(parts), engine={**layout(1, 2), "zero": 0}), "train.stop_after=9")
-    megamix("train", tiny_config(run_dir=str(parts), engine=layout(2, 2)))
-    assert samples(parts) == samples(whole)
-    loss, weight = largest_difference(whole, parts)
-    assert loss < 1e-4
-    assert weight < 1e-4
 
 
 def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
