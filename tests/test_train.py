@@ -23,6 +23,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
 
 
+def layout(pipeline: int, data: int) -> dict[str, int]:
+    return {"pipeline": pipeline, "data": data}
+
+
 def test_zero_0_clips_over_all_stages(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
     """Without ZeRO, DeepSpeed clips each stage by its own norm; here the norm is that of the whole model."""
     for name, pipeline in [("one", 1), ("two", 2)]:

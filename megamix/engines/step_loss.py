@@ -50,7 +50,7 @@ class StepLoss:
         self._training = DomainSums(num_domains, device)
         self._evaluation = DomainSums(num_domains, device)
         self._objective = Objective(1.0)
-        self._gradient_scale = 1.0
+        self._gradient_scale: float | None = None
         self._left = 0
         self._token_losses: list[torch.Tensor] | None = None
         self._on_statistics: Callable[[torch.Tensor], None] | None = None
@@ -59,7 +59,7 @@ class StepLoss:
         self,
         num_micro_batches: int,
         objective: Objective,
-        gradient_scale: float,
+        gradient_scale: float | None,
         on_statistics: Callable[[torch.Tensor], None],
     ) -> None:
         """Begins a training step.
@@ -68,7 +68,7 @@ class StepLoss:
             num_micro_batches: calls to come.
             objective: how each sums its token losses up.
             gradient_scale: the gradient that the engine's backward pass will send to each loss; known before, it lets
-                loss and gradient be computed in one reading of the logits.
+                loss and gradient be computed in one reading of the logits. None: not known.
             on_statistics: takes the step's int64 [K, C] sums.
         """
         self._training.zero_()
