@@ -88,10 +88,8 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     manifest = _manifest(run, state, source)
     fingerprints = state["fingerprints"]
     model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
-    partial = out.with_name(out.name + checkpoint.PARTIAL)
+    partial = _start(out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         exported = _weights(source, partial, model, manifest.tokenizer.vocab_size, DTYPES[dtype], max_shard_bytes)
         eod = manifest.tokenizer.eod_id
         _write_config(partial, model, fingerprints["order"]["seq_length"], manifest.tokenizer.vocab_size, eod, dtype)
@@ -109,6 +107,20 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
 def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already and not an empty folder. Choose another --out, or remove it.")
+
+
+def _start(out: Path) -> Path:
+    """Makes the folder that is filled, then renamed to ``out``."""
+    partial = out.with_name(out.name + checkpoint.PARTIAL)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{partial} is there already: another export to {out} is under way or was killed. Remove it if none is."
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot make {partial}: {error.strerror or error}. Choose another --out.") from error
+    return partial
 
 
 def _find(path: Path) -> tuple[Path, RecordedRun]:

@@ -370,6 +370,12 @@ def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> No
     refused(InputError, r"was trained with a tokenizer of hash 000000000000, but .* has")
     listing.write_text(json.dumps({**json.loads(before[listing]), "holds": "megatron"}))
     refused(InputError, r"in a format of engine megatron's own .*engine.checkpoint_format=layers")
+    with pytest.raises(InputError, match=r"cannot make /proc/none.partial"):
+        export(source, Path("/proc/none"))
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(InputError, match=r"out.partial is there already: another export"):
+        export(source, out)
+    (tmp_path / "out.partial").rmdir()
     config = folder / "config.resolved.yaml"
     config.write_text(config.read_text().replace("manifest: ", "manifest: /gone"))
     refused(InputError, r"the data of .* cannot be opened")
