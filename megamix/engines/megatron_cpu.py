@@ -6,6 +6,7 @@ Only what the training step and the checkpoints of this package touch is stood i
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,8 @@ def cpu_stand_ins() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    # Its generator of the GPU is the CPU's here, so that dropout changes "the CPU's" too, of which it warns each time.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     replaced = [(owner, name, getattr(owner, name), value) for owner, name, value in _stand_ins()]
     for owner, name, _, value in replaced:
         setattr(owner, name, value)

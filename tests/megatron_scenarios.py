@@ -1,0 +1,272 @@
+"""Training a tiny model a few steps: through a Megatron engine, as a script of ranks, and in plain PyTorch.
+
+    python megatron_scenarios.py FOLDER    one of two ranks; runs every scenario into FOLDER/NAME
+
+Legend: M micro-batches, B samples, S tokens, K domains.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tiny_models import SEED, build, model_config, run
+
+from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.engines.base import Objective
+from megamix.models.config import ModelConfig
+from megamix.train_config import TrainConfig
+
+SEQ_LENGTH, NUM_DOMAINS, VALID, STEPS = 16, 3, 61, 4
+LR = 1e-2
+TRAIN = TrainConfig(steps=9, global_batch=8, micro_batch=2, lr=LR, clip=0.4, weight_decay=0.2, seed=SEED)
+WEIGHTS = torch.tensor([0.5, 1.0, 1.75])
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way of training. Two legs: the second starts from the first's checkpoint, under an engine of its own."""
+
+    model: str
+    engine: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
+    positions: bool = False
+    resumed: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return model_config(self.model, **{"num_layers": 4, **self.changes})
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "neox tp2": Scenario("neox", {"tensor": 2}),
+    "neox pp2 three layers": Scenario("neox", {"pipeline": 2}, {"num_layers": 3}),
+    "llama tp2 to pp2": Scenario("llama", {"tensor": 2}, resumed={"pipeline": 2}),
+    "parallel residual pp2": Scenario("neox-parallel", {"pipeline": 2}),
+    "interleaved": Scenario("llama", {"pipeline": 2, "virtual_pipeline": 2}),
+    "recomputed": Scenario("neox", {"pipeline": 2, "virtual_pipeline": 2, "activation_checkpointing": True}),
+    "llama dp2": Scenario("llama", {"data": 2}),
+    "bf16 dp2": Scenario("neox", {"data": 2, "precision": "bf16"}),
+    "positions pp2": Scenario("neox", {"pipeline": 2}, positions=True),
+    "positions recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions=True),
+    "bf16 tp2": Scenario("llama", {"tensor": 2, "precision": "bf16"}),
+    "dist pp2 to tp2": Scenario(
+        "llama", {"pipeline": 2, "checkpoint_format": "dist"}, resumed={"tensor": 2, "checkpoint_format": "dist"}
+    ),
+    "dist vpp2 to dp2": Scenario(
+        "neox",
+        {"pipeline": 2, "virtual_pipeline": 2, "checkpoint_format": "dist"},
+        resumed={"data": 2, "checkpoint_format": "layers"},
+    ),
+    "bf16 dist tp2 to pp2": Scenario(
+        "neox",
+        {"tensor": 2, "precision": "bf16", "checkpoint_format": "dist"},
+        resumed={"pipeline": 2, "precision": "bf16"},
+    ),
+    "dropout tp2": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}),
+    "dropout tp2 again": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}, resumed={"tensor": 2}),
+}
+
+
+def batch(step: int, data_rank: int, data_size: int, *, positions: bool) -> Batch:
+    """A rank's part of the global batch of a step; some labels are masked."""
+    generator = torch.Generator().manual_seed(step)
+    micro_batches = TRAIN.global_batch // (TRAIN.micro_batch * data_size)
+    shape = (micro_batches, data_size, TRAIN.micro_batch)
+    tokens = torch.randint(0, VALID, (*shape, SEQ_LENGTH + 1), generator=generator)
+    domains = torch.randint(0, NUM_DOMAINS, shape, generator=generator, dtype=torch.int32)
+    masked = torch.rand((*shape, SEQ_LENGTH), generator=generator) < 0.1
+    places = torch.randint(0, SEQ_LENGTH, (*shape, SEQ_LENGTH), generator=generator)
+    labels = tokens[..., 1:].masked_fill(masked, IGNORED_LABEL)
+    domain_MDBS = domains[..., None].expand_as(labels)
+    counted = np.bincount(domain_MDBS[~masked].numpy(), minlength=NUM_DOMAINS)
+
+    def mine(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:, data_rank].contiguous()
+
+    return Batch(
+        mine(tokens[..., :-1]), mine(labels), mine(domain_MDBS), counted, mine(places) if positions else None
+    )  # fmt: skip
+
+
+def objective(step: int) -> Objective:
+    return Objective(float(batch(step, 0, 1, positions=False).num_tokens), WEIGHTS)
+
+
+# --- the reference: one process, PyTorch's loss, optimizer and clipping ---
+
+
+@dataclass
+class Trained:
+    """What training gave: mean loss and gradient norm of each step, final weights, token losses of one more batch."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, torch.Tensor]
+    token_losses: torch.Tensor
+
+
+def train_plainly(scenario: Scenario, steps: int) -> Trained:
+    layers = build(scenario.config, SEED, SEQ_LENGTH)
+    named = {
+        layer.hugging_face_names()[name]: parameter for layer in layers for name, parameter in layer.named_parameters()
+    }
+    groups = [
+        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": TRAIN.weight_decay},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.epsilon)
+    losses, norms = [], []
+    for step in range(steps):
+        whole = batch(step, 0, 1, positions=scenario.positions)
+        token_MBS = _plain_losses(layers, whole)
+        weight_MBS = WEIGHTS[whole.domains.long()]
+        optimizer.zero_grad()
+        (token_MBS * weight_MBS).sum().div(whole.num_tokens).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), TRAIN.clip)))
+        optimizer.step()
+        losses.append(float(token_MBS.detach().sum() / whole.num_tokens))
+    with torch.no_grad():
+        last = _plain_losses(layers, batch(steps, 0, 1, positions=scenario.positions))
+    return Trained(losses, norms, {name: parameter.detach() for name, parameter in named.items()}, last)
+
+
+def _plain_losses(layers: list[Any], whole: Batch) -> torch.Tensor:
+    positions = whole.positions
+    inputs = whole.tokens.flatten(0, 1) if positions is None else (whole.tokens.flatten(0, 1), positions.flatten(0, 1))
+    logits = run(layers, inputs)[..., :VALID]
+    labels = whole.labels.flatten(0, 1)
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none")
+    return loss.view_as(whole.labels)
+
+
+# --- the engine, as one rank of a job ---
+
+
+def train_by_engine(scenario: Scenario, folder: Path) -> None:
+    """Trains and leaves ``result.json``, the checkpoint and the token losses in ``folder``."""
+    from megamix import saving
+
+    group = dist.new_group(backend="gloo")
+    engine = make(scenario, scenario.engine)
+    initial = _own_weights(engine)
+    counts = _count_calls(engine)
+    result: dict[str, Any] = {"losses": [], "grad_norms": [], "calls": []}
+    first_leg = STEPS if scenario.resumed is None else STEPS // 2
+    for step in range(STEPS):
+        if step == first_leg:
+            path = saving.save(folder / "leg", step, engine, {}, 1, group)
+            engine = make(scenario, scenario.resumed or {})
+            saving.load_engine(path, engine, step)
+            counts = _count_calls(engine)
+        result["calls"].append(_step(scenario, engine, step, counts, result))
+    saving.save(folder, STEPS, engine, {}, 1, group)
+    shape_batch = batch(STEPS, engine.place.data_rank, engine.place.data_size, positions=scenario.positions)
+    given = shape_batch if engine.place.reads_data else None
+    micro_batches = shape_batch.tokens.shape[0]
+    token_losses = engine.token_losses(given, micro_batches)
+    sums = engine.evaluate(given, micro_batches).clone()
+    dist.all_reduce(sums)
+    torch.save(
+        {"initial": initial, "token_losses": token_losses, "sums": sums, "place": engine.place},
+        folder / f"rank_{dist.get_rank()}.pt",
+    )
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def make(scenario: Scenario, engine: dict[str, Any]) -> Any:
+    from megamix.engines.config import MegatronConfig
+    from megamix.engines.megatron import MegatronEngine
+
+    return MegatronEngine(
+        MegatronConfig(name="megatron", **engine),
+        scenario.config,
+        TRAIN,
+        seq_length=SEQ_LENGTH,
+        num_domains=NUM_DOMAINS,
+        vocab_size=VALID,
+        loss_implementation="auto",
+        reset_position_ids=scenario.positions,
+    )
+
+
+def _step(
+    scenario: Scenario, engine: Any, step: int, counts: Callable[[], list[int]], result: dict[str, Any]
+) -> list[list[int]]:
+    """One step; gives each rank's passes between the sums of the step before and its own."""
+    from megamix_kernels import DomainSums
+
+    place = engine.place
+    own = batch(step, place.data_rank, place.data_size, positions=scenario.positions)
+    sums, calls = [], []
+
+    def on_statistics(buffer: torch.Tensor) -> None:
+        sums.append(buffer.clone())
+        calls.append(counts())
+
+    engine.train_step(own if place.reads_data else None, objective(step), LR, on_statistics)
+    assert len(sums) == 1, "the sums are handed over once"
+    dist.all_reduce(sums[0])
+    found = DomainSums.from_buffer(sums[0])
+    assert found.tokens.tolist() == own.domain_tokens.tolist(), "each token is counted once"
+    result["losses"].append(float(found.nats.sum() / found.tokens.sum()))
+    result["grad_norms"].append(engine.grad_norm())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, calls[0])
+    return gathered
+
+
+def _count_calls(engine: Any) -> Callable[[], list[int]]:
+    """A function that gives the forward and backward passes of this rank's last layer since it was last called."""
+    counts = [0, 0]
+    last = engine._chunks[-1].decoder.layers[-1]
+
+    def forward(*_: Any) -> None:
+        counts[0] += 1
+
+    def backward(*_: Any) -> None:
+        counts[1] += 1
+
+    last.register_forward_hook(forward)
+    # A backward hook of the module would make its output a view, which the pipeline does not take.
+    next(last.parameters()).register_hook(backward)
+    seen = [0, 0]
+
+    def read() -> list[int]:
+        new = [now - before for now, before in zip(counts, seen, strict=True)]
+        seen[:] = counts
+        return new
+
+    return read
+
+
+def _own_weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: state.weight.clone() for layer in engine.layers() for name, state in engine.layer_state(layer)
+    }  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    from megamix.engines.megatron import start_distributed
+
+    torch.set_num_threads(1)
+    start_distributed()
+    for name, scenario in SCENARIOS.items():
+        if dist.get_rank() == 0:
+            (folder / name).mkdir()
+        dist.barrier()
+        train_by_engine(scenario, folder / name)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
