@@ -280,11 +280,17 @@ def _engine_package(engine: EngineConfig) -> str:
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:
-    """Whether the run would begin or go on, by the rules that training goes by."""
+    """Whether the run would begin or go on, by the rules that training goes by, and whether what it reads beside its data
+    is there."""
+    from megamix.reference_cache import open_reference
     from megamix.resume import open_checkpoint
 
-    resumed = None if plan is None else open_checkpoint(plan)
-    if resumed is None or plan is None:
+    if plan is None:
+        return f"start        anew in {config.run_dir}"
+    resumed = open_checkpoint(plan)
+    open_reference(plan)
+    if resumed is None:
+        plan.pretrained()
         return f"start        anew in {config.run_dir}"
     blend, change = resumed.blend(plan)
     lines = [f"start        from {resumed.path} (step {resumed.step} of {config.train.steps})"]

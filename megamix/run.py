@@ -30,11 +30,11 @@ def train(config_path: Path, overrides: list[str]) -> int:
         _run_rank(config, world_size)
         return EXIT_OK
     plan = make_plan(config)
-    _open_sources(plan)
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)
     resumed = open_checkpoint(plan)
+    _open_sources(plan, resumed)
     if resumed is not None and resumed.step >= config.train.steps:
         log.info(
             "%s is done: all its %d steps are. To train anew, choose another run_dir.",
@@ -71,20 +71,23 @@ def train_rank(plan: Plan) -> None:
 
     found: list[Resumed | None] = [None]
     if dist.get_rank() == 0:
-        _open_sources(plan)
         found = [open_checkpoint(plan)]
+        _open_sources(plan, found[0])
         _prepare_run_dir(plan.config)
     dist.broadcast_object_list(found, src=0)
     Trainer(plan, found[0]).run()
 
 
-def _open_sources(plan: Plan) -> None:
+def _open_sources(plan: Plan, resumed: Resumed | None) -> None:
     """Looks at what a run reads beside its data, before ranks are started for it.
+
+    A resumed run has its weights: the folder they began with may be gone.
 
     Raises:
         InputError: initial weights or reference losses that are not there or not of this run.
     """
-    plan.pretrained()
+    if resumed is None:
+        plan.pretrained()
     open_reference(plan)
 
 
