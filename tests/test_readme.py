@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from conftest import ROOT
 from readme_code import readme_code
@@ -25,7 +27,7 @@ def test_the_pieces_in_a_trainer_of_ones_own() -> None:
         labels = torch.where(domain == 0, torch.full_like(sample, 3), sample % 16)
         return logits[domain], labels, domain
 
-    names: dict[str, object] = {"forward": forward, "steps": 40}
+    names: dict[str, Any] = {"forward": forward, "steps": 40}
     exec(code, names)
     weights = names["blend"].weights
     assert seen[0] == [336, 144], "the first batch follows the initial weights"

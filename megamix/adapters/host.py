@@ -1,0 +1,227 @@
+"""What every trainer that is not ours needs on each of its ranks: the plan, the data and the loss, behind four calls.
+
+    next_batch -> begin_step -> loss, once a micro-batch -> (the sums go to the mixer) -> save_state, load_state
+
+Steps, batches and seed are the host's; data, mixture and mixer come from a YAML file with these sections (and
+``checkpoint``, where a resume is to change something).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix.config import apply_overrides, read_yaml, validate
+from megamix.data.loader import Batch
+from megamix.engines.base import Objective
+from megamix.engines.step_loss import StepLoss
+from megamix.errors import InputError, MegamixError, ResumeRefused
+from megamix.files import replace_file
+from megamix.mixed_data import MixedData
+from megamix.plan import DataPlan, make_data_plan
+from megamix.resume import Resumed, data_fingerprints, resume_from
+from megamix.run_config import MixConfig
+from megamix.tracking import RunRecord
+
+SETTLE_EVERY = 100
+"""Steps after which what lies behind is let go of; to know it, the training thread waits for the mixer once."""
+
+
+def host_plan(
+    config: str | Path, overrides: Sequence[str], train: Mapping[str, int], data_size: int, host: str
+) -> DataPlan:
+    """What a config comes to with the host's steps and batches.
+
+    Args:
+        config: YAML with the sections data, mixture and mixer.
+        train: the host's ``steps``, ``global_batch``, ``micro_batch`` and ``seed``.
+        host: its name, for messages.
+
+    Raises:
+        InputError: anything that would stop the run later.
+    """
+    sections = apply_overrides(read_yaml(Path(config)), list(overrides))
+    if "train" in sections:
+        raise InputError(f"{config}: steps, batches and seed are {host}'s here. Leave the section 'train' out.")
+    checked = validate(MixConfig, {**sections, "train": dict(train)}, str(config))
+    if checked.data.on_exhausted == "stop":
+        raise InputError(
+            f"{config}: data.on_exhausted is stop, but {host} decides when the run ends. Use cap or repeat."
+        )
+    return make_data_plan(checked, data_size, verify=not dist.is_initialized() or dist.get_rank() == 0)
+
+
+def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: str) -> None:
+    """Raises InputError unless an option of the host is as it must be."""
+    if seen != wanted:
+        raise InputError(f"{host}'s {option} is {seen!r}, expected {wanted!r}. {remedy}")
+
+
+class HostRun:
+    """The data and the loss of one rank. Every rank of the job makes one, once the process group is there.
+
+    Args:
+        data_rank: which of the data-parallel slices of every global batch this rank reads.
+        reads_data: False on a rank that needs no tokens.
+        has_loss: whether `loss` is called on this rank, once per micro-batch of every step.
+        record_dir: where rank 0 keeps ``weights.jsonl``; None keeps none.
+        resumed: what to continue from (see `load_state`); None starts anew.
+        process_group: the ranks that share the vocabulary; None: the logits hold all of it.
+
+    Attributes:
+        num_micro_batches: of this rank in every step.
+        loss: takes the logits [B, S, V] and the targets of one micro-batch and returns what to differentiate.
+        begun: steps begun.
+    """
+
+    def __init__(
+        self,
+        plan: DataPlan,
+        *,
+        data_rank: int,
+        reads_data: bool,
+        has_loss: bool,
+        device: torch.device,
+        record_dir: Path | None,
+        resumed: Resumed | None,
+        loss_implementation: str = "auto",
+        process_group: Any = None,
+    ) -> None:
+        self.plan = plan
+        self.num_micro_batches = plan.share(data_rank).num_micro_batches
+        self.loss = StepLoss(len(plan.domain_names), plan.vocab_size, device, loss_implementation, process_group)
+        self._has_loss = has_loss
+        self.begun = 0 if resumed is None else resumed.step
+        self.data = MixedData(plan, data_rank=data_rank, reads_data=reads_data, device=device, resumed=resumed)
+        self._request()
+        self._record = None
+        if record_dir is not None and dist.get_rank() == 0:
+            self._record = self._open_record(record_dir, resumed)
+
+    @property
+    def step(self) -> int:
+        """Steps whose sums have gone to the mixer."""
+        return self.data.step
+
+    def next_batch(self) -> Batch | None:
+        """This rank's part of the next step, on the CPU; None on a rank that reads no data.
+
+        Up to ``data.weight_lag`` steps may be taken ahead of the one that was submitted last.
+        """
+        return self.data.loader.get()[0]
+
+    def begin_step(self, batch: Batch | None, divided_by: float) -> None:
+        """Makes `loss` ready for the micro-batches of ``batch``; a rank without a loss is done with the step here.
+
+        Args:
+            divided_by: what the host makes of the losses: their sum over micro-batches and data-parallel ranks, divided
+                by this.
+
+        Raises:
+            MegamixError: the step before has not had all its losses.
+        """
+        if self.data.step != self.begun:
+            raise MegamixError(
+                f"step {self.begun + 1} begins, but the losses of step {self.data.step + 1} are not complete: the loss "
+                f"must be called once for each of its {self.num_micro_batches} micro-batches. Use the adapter's loss."
+            )
+        self.begun += 1
+        if self._record is not None:
+            self._write_reports()
+        if self.data.step % SETTLE_EVERY == 0:
+            self.data.settle()
+        if not self._has_loss:
+            self._submit(torch.zeros_like(self.loss.evaluation_sums))
+            return
+        objective = self.data.objective(batch)
+        objective = Objective(objective.normaliser / divided_by, objective.loss_weights)
+        self.loss.start_step(self.num_micro_batches, objective, None, self._submit)
+
+    def _submit(self, sums_KC: torch.Tensor) -> None:
+        self.data.submit(sums_KC)
+        self._request()
+
+    def _request(self) -> None:
+        """Starts reading the step ``data.weight_lag`` ahead, for which everything before step `step` must be known.
+
+        Not when a batch is taken, as `MixedData.next_batch` does it: hosts take batches ahead.
+        """
+        step = self.data.step
+        self.data.loader.request(lambda: self.data.exchange.settle(step))
+
+    def state(self) -> dict[str, Any]:
+        """What to keep with the host's checkpoint of step `step`: JSON-serialisable, whole on rank 0 only."""
+        self.data.settle()
+        if self._record is not None:
+            self._write_reports()
+            self._record.flush()
+        return self.data.state_dict()
+
+    def close(self) -> None:
+        """Ends the background threads and the record."""
+        self.data.close()
+        if self._record is not None:
+            self._write_reports()
+            self._record.close()
+
+    def _open_record(self, folder: Path, resumed: Resumed | None) -> RunRecord:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = RunRecord(folder, self.plan.domain_names, None if resumed is None else resumed.step)
+        if resumed is None or self.data.change is not None:
+            assert self.data.mixer is not None
+            batch = self.plan.config.train.global_batch
+            segments = [(segment.start // batch, segment) for segment in self.data.sampler.segments_from(self.step)]
+            record.announce(self.step, segments, self.data.mixer.record(), self.data.change)
+        return record
+
+    def _write_reports(self) -> None:
+        assert self._record is not None
+        for report in self.data.take_reports():
+            if report.updated:
+                self._record.weights(report, report.effective_step * self.plan.config.train.global_batch)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes what `HostRun.state` gave, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(state, allow_nan=False) + "\n").encode())
+
+
+def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
+    """What a run continues from, read by rank 0 for all; every rank calls it.
+
+    Args:
+        step: steps that the host's checkpoint has taken.
+
+    Raises:
+        ResumeRefused: there is no such state, it cannot be read, or it is of another run or step.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [json.loads(path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError) as error:
+            found = [f"{type(error).__name__}: {error}"]
+    group: Any = dist.new_group(backend="gloo")
+    dist.broadcast_object_list(found, src=0, group=group)
+    if not isinstance(found[0], dict):
+        raise ResumeRefused(
+            f"{path} cannot be read ({found[0]}), so where the data stood is not known. Continue from a checkpoint that "
+            "was saved through the adapter, or begin the data anew."
+        )
+    return check_state(found[0], plan, path, step)
+
+
+def check_state(state: dict[str, Any], plan: DataPlan, path: Path, step: int) -> Resumed:
+    """What a run continues from with ``state``; see `load_state`."""
+    if state["step"] != step:
+        raise ResumeRefused(
+            f"{path} holds the data's state after step {state['step']}, but the checkpoint is of step {step}. Continue "
+            "from a checkpoint whose parts belong together."
+        )
+    return resume_from(state, plan, path, data_fingerprints(plan))

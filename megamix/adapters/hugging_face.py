@@ -1,0 +1,302 @@
+"""megamix in Hugging Face's ``Trainer``, for those who continue pretraining or fine-tune there.
+
+    args = TrainingArguments(max_steps=1000, train_sampling_strategy="sequential", ...)
+    mix = MixCallback("mix.yaml", args)
+    trainer = Trainer(model, args, train_dataset=mix.dataset, compute_loss_func=mix.loss, callbacks=[mix])
+    trainer.train(resume_from_checkpoint=...)
+
+Conforms to transformers 5.17 and later with accelerate. Steps, batches and seed are the Trainer's arguments. The domain
+of a token travels in its label, as ``label + domain * vocabulary``, so that nothing of the Trainer needs to know of it.
+State of data and mixer is part of ``trainer_state.json`` in every checkpoint.
+
+The Trainer reads one micro-batch ahead, so at ``data.weight_lag: 1`` it waits at the beginning of a step for the
+mixer's answer to the step before; 2 hides that.
+
+Legend: B samples, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from megamix.adapters.host import HostRun, check_state, host_plan, refuse_unlike
+from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
+from megamix.errors import InputError, MegamixError, ResumeRefused
+from megamix.plan import DataPlan
+
+HOST = "the Trainer"
+FOLDER = "megamix"
+"""In ``output_dir``: where weights.jsonl is kept."""
+
+
+class MixCallback(TrainerCallback, ExportableState):
+    """The Trainer's data, its loss, and the state behind them.
+
+    Args:
+        config: YAML with the sections data, mixture and mixer.
+        args: the Trainer's arguments.
+        overrides: ``key.path=value`` over the config.
+        loss_implementation: ``auto``, ``triton`` or ``torch``.
+
+    Attributes:
+        dataset: for ``train_dataset``: all samples of the run, in order.
+
+    Raises:
+        InputError: arguments that do not fit the config or the callback.
+    """
+
+    def __init__(
+        self,
+        config: str | Path,
+        args: TrainingArguments,
+        overrides: Sequence[str] = (),
+        *,
+        loss_implementation: str = "auto",
+    ) -> None:
+        _check_args(args)
+        micro_batch = args.per_device_train_batch_size
+        train = {
+            "steps": args.max_steps,
+            "global_batch": micro_batch * args.gradient_accumulation_steps * args.world_size,
+            "micro_batch": micro_batch,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+        self._plan = host_plan(config, overrides, train, args.world_size, HOST)
+        self._loss_implementation = loss_implementation
+        # What the Trainer makes of the losses of a step: their mean over ranks, unless it undoes that by itself.
+        self._divided_by = 1.0 if args.average_tokens_across_devices else float(args.world_size)
+        self._num_ranks = args.world_size
+        self._folder = Path(args.output_dir or ".")
+        self._run: HostRun | None = None
+        self._made_group = False
+        self.dataset = MixDataset(self._plan, args.process_index)
+
+    def validation(self, samples: int | None = None) -> dict[str, Dataset[dict[str, torch.Tensor]]]:
+        """For ``eval_dataset``: the validation samples of every domain by its name, at most ``samples`` of each."""
+        return {
+            name: _ValidationDataset(self._plan, index, samples) for index, name in enumerate(self._plan.domain_names)
+        }
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """For ``compute_loss_func``: the loss of a micro-batch, whose sums go to the mixer after a step's last one.
+
+        Args:
+            outputs: the model's, with ``logits`` [B, S, V]; they predict the next token without being shifted.
+            labels: int64 [B, S], as `MixDataset` has them.
+        """
+        vocabulary = self._plan.vocab_size
+        counted_BS = labels >= 0
+        label_BS = torch.where(counted_BS, labels % vocabulary, IGNORED_LABEL)
+        if torch.is_grad_enabled():
+            if self._run is None:
+                raise MegamixError("the loss was called outside of training. Give the MixCallback to the Trainer too.")
+            domain_BS = torch.where(counted_BS, labels // vocabulary, 0)
+            return self._run.loss(outputs.logits, (label_BS, domain_BS))
+        logits_NV = outputs.logits[..., :vocabulary].flatten(0, 1).float()
+        loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL)
+        return loss * self._divided_by / self._num_ranks
+
+    # What the Trainer calls.
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the data, where the checkpoint left off if there is one."""
+        _check_model(kwargs.get("model"), self._plan)
+        resumed = None
+        if state.global_step > 0:
+            saved: Any = state.stateful_callbacks or {}
+            mix = saved.get(type(self).__name__, {}).get("attributes", {}).get("mix")
+            if mix is None:
+                raise ResumeRefused(
+                    f"the checkpoint of step {state.global_step} was saved without this callback, so where the data stood "
+                    "is not known. Continue from one that was saved with it, or begin anew."
+                )
+            resumed = check_state(mix, self._plan, self._folder, state.global_step)
+        if not dist.is_initialized():
+            # A Trainer of one process has no process group; the way from losses to weights goes through one.
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+            self._made_group = True
+        self._run = HostRun(
+            self._plan,
+            data_rank=args.process_index,
+            reads_data=True,
+            has_loss=True,
+            device=args.device,
+            record_dir=self._folder / FOLDER,
+            resumed=resumed,
+            loss_implementation=self._loss_implementation,
+        )
+        self.dataset.open(self._run)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._run is not None
+        batch = self.dataset.batch(self._run.begun)
+        if batch.reference is not None:
+            raise InputError(
+                f"a reference model's losses cannot travel through {HOST}. Use a mixer without a reference."
+            )
+        self._run.begin_step(batch, self._divided_by)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._run is not None
+        self._run.close()
+        self._run = None
+        if self._made_group:
+            dist.destroy_process_group()
+            self._made_group = False
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps; called on the rank that writes it."""
+        return {"args": {}, "attributes": {"mix": None if self._run is None else self._run.state()}}
+
+
+class MixDataset(Dataset[dict[str, torch.Tensor]]):
+    """All samples of a run in the order in which the Trainer asks for them: micro-batch i goes to rank i mod R of R.
+
+    Which sample an index stands for is known when its step is due, so they can be asked for in order only.
+    """
+
+    def __init__(self, plan: DataPlan, rank: int) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._run: HostRun | None = None
+        self._batches: deque[Batch] = deque()
+        self._first = 0  # the step of the first of them
+
+    def open(self, run: HostRun) -> None:
+        """Reads from ``run`` from here on."""
+        self._run, self._first = run, run.step
+        self._batches.clear()
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of a step; those before it are let go.
+
+        Raises:
+            MegamixError: a step that is not due yet, or was let go.
+        """
+        while step > self._first and self._batches:
+            self._batches.popleft()
+            self._first += 1
+        return self._at(step)
+
+    def __len__(self) -> int:
+        return self._plan.total_samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        train = self._plan.config.train
+        number, row = divmod(index, train.micro_batch)
+        own, rank = divmod(number, self._plan.data_size)
+        if rank != self._rank:
+            raise MegamixError(
+                f"sample {index} was asked for on rank {self._rank}, but it is rank {rank}'s: micro-batches must go round "
+                "the ranks. Leave the sampler and the accelerator's settings for data as they are."
+            )
+        step, m = divmod(own, self._plan.share(rank).num_micro_batches)
+        batch = self._at(step)
+        return _sample(batch, (m, row), self._plan.vocab_size)
+
+    def _at(self, step: int) -> Batch:
+        if self._run is None:
+            raise MegamixError("samples are asked for before training. Give the MixCallback to the Trainer too.")
+        # One step is read ahead of the one in progress; which samples come after that is not known yet.
+        if not self._first <= step <= self._run.begun + 1:
+            raise MegamixError(
+                f"samples of step {step + 1} are asked for while step {self._run.begun} is in progress. Leave the order of "
+                "the samples as it is."
+            )
+        while step >= self._first + len(self._batches):
+            batch = self._run.next_batch()
+            assert batch is not None
+            self._batches.append(batch)
+        return self._batches[step - self._first]
+
+
+class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
+    """The validation samples of one domain."""
+
+    def __init__(self, plan: DataPlan, index: int, samples: int | None) -> None:
+        data = plan.config.data
+        self._domain = plan.validation[index]
+        self._index, self._vocab_size = index, plan.vocab_size
+        available = self._domain.num_windows(data.seq_length)
+        self._num_samples = available if samples is None else min(samples, available)
+        self._reader = WindowReader(
+            plan.validation,
+            data.seq_length,
+            plan.vocab_size,
+            eod_mask_loss=data.eod_mask_loss,
+            reset_position_ids=data.reset_position_ids,
+        )
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(index)
+        place = torch.tensor([[self._index], [index]]).numpy()
+        batch = self._reader.batch(place[0], place[1], torch.zeros(1, dtype=torch.int64).numpy(), (1, 1))
+        return _sample(batch, (0, 0), self._vocab_size)
+
+
+def _sample(batch: Batch, place: tuple[int, int], vocab_size: int) -> dict[str, torch.Tensor]:
+    """One row of a batch as the Trainer's collators take it."""
+    labels_S = batch.labels[place]
+    coded_S = torch.where(labels_S >= 0, labels_S + batch.domains[place] * vocab_size, labels_S)
+    sample = {"input_ids": batch.tokens[place], "labels": coded_S}
+    return sample if batch.positions is None else {**sample, "position_ids": batch.positions[place]}
+
+
+def _check_args(args: TrainingArguments) -> None:
+    """Refuses what would read the samples in another order, or skip the callback."""
+    if args.max_steps <= 0:
+        raise InputError(
+            f"{HOST}'s max_steps is {args.max_steps}, expected the steps of the run: an online mixture has no epochs."
+        )
+    accelerator: Any = args.accelerator_config
+    for option, seen, wanted, remedy in (
+        ("train_sampling_strategy", args.train_sampling_strategy, "sequential", "The blend has shuffled already."),
+        ("dataloader_num_workers", args.dataloader_num_workers, 0, "Samples are read in the background as it is."),
+        ("ignore_data_skip", args.ignore_data_skip, False, "A resumed run goes on in the data."),
+        ("auto_find_batch_size", args.auto_find_batch_size, False, "A step is one global batch, always of one size."),
+        ("restore_callback_states_from_checkpoint", args.restore_callback_states_from_checkpoint, False,
+         "The callback restores itself."),
+        ("n_gpu", max(args.n_gpu, 1), 1, "Start one process per GPU, with torchrun."),
+        ("accelerator_config.split_batches", accelerator.split_batches, False, "Leave it out."),
+        ("accelerator_config.dispatch_batches", accelerator.dispatch_batches or False, False, "Every rank reads."),
+    ):  # fmt: skip
+        refuse_unlike(HOST, option, seen, wanted, remedy)
+    if getattr(args, "parallelism_config", None) is not None:
+        raise InputError(f"{HOST}'s parallelism_config is set; only data parallelism is supported here. Leave it out.")
+
+
+def _check_model(model: Any, plan: DataPlan) -> None:
+    config = getattr(model, "config", None)
+    entries = getattr(config, "vocab_size", None)
+    if entries is not None and entries < plan.vocab_size:
+        raise InputError(
+            f"the model has {entries} tokens, but the data's tokenizer knows {plan.vocab_size} ids. Prepare the data with "
+            "the model's tokenizer (megamix prepare --tokenizer hf:NAME)."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < plan.config.data.seq_length:
+        raise InputError(
+            f"data.seq_length is {plan.config.data.seq_length}, but the model has {positions} positions. Lower it."
+        )

@@ -1,0 +1,47 @@
+"""Which of Megatron-LM's arguments its adapter cannot go along with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megamix.adapters.host import refuse_unlike
+from megamix.errors import InputError
+from megamix.plan import DataPlan
+
+HOST = "Megatron-LM"
+
+
+def check_args(args: Any) -> None:
+    """Refuses what the adapter cannot go along with."""
+    wanted = {
+        "dataloader_type": ("external", "Give --dataloader-type external: the batches come from megamix."),
+        "rampup_batch_size": (None, "Leave --rampup-batch-size out: a step is one global batch, always of one size."),
+        "phase_transition_iterations": (None, "Leave --phase-transition-iterations out: use a mixture with stages."),
+        "full_validation": (False, "Leave --full-validation out."),
+        "multiple_validation_sets": (False, "Leave it out: the loss of every domain is reported as it is."),
+        "mtp_num_layers": (None, "Multi-token prediction has losses of its own. Leave it out."),
+    }
+    for option, (value, remedy) in wanted.items():
+        refuse_unlike(HOST, f"--{option.replace('_', '-')}", getattr(args, option, value) or value, value, remedy)
+    if getattr(args, "iterations_to_skip", None):
+        raise InputError(f"{HOST}'s --iterations-to-skip skips steps without the mixer. Leave it out.")
+
+
+def check_plan(args: Any, plan: DataPlan) -> None:
+    """Refuses arguments that say something else of the data than the config."""
+    data = plan.config.data
+    for option in ("seq_length", "eod_mask_loss", "reset_position_ids"):
+        ours = getattr(data, option)
+        refuse_unlike(
+            HOST,
+            f"--{option.replace('_', '-')}",
+            getattr(args, option, ours),
+            ours,
+            f"Make it and data.{option} of the config the same.",
+        )
+    padded = getattr(args, "padded_vocab_size", None)
+    if padded is not None and padded < plan.vocab_size:
+        raise InputError(
+            f"{HOST}'s padded vocabulary has {padded} entries, but the data's tokenizer knows {plan.vocab_size} token "
+            f"ids. Give Megatron the data's tokenizer ({plan.manifest.folder}) or a larger --vocab-size."
+        )

@@ -1,0 +1,364 @@
+"""megamix in Megatron-LM's training loop, at the places of ``pretrain_gpt.py``.
+
+Conforms to Megatron-LM core_v0.16 (``pretrain_gpt.py``, ``megatron/training/training.py``):
+
+    mix = MegatronMix("mix.yaml")
+    training.save_checkpoint = mix.saving(training.save_checkpoint)      # training: megatron.training.training
+    pretrain(
+        mix.train_valid_test_datasets_provider,
+        partial(model_provider, gpt_builder),
+        ModelType.encoder_or_decoder,
+        mix.forward_step,
+    )
+
+with ``--dataloader-type external``. Steps, batches, seed and sample length are Megatron's arguments. Every rank reads
+for itself, as the samples are a function of the position: nothing is sent through the tensor-parallel group. All
+stages, also those in the middle, have iterators, which tell where a step begins; every rank takes part in one
+all-reduce of integers a step, launched by the last micro-batch's loss (elsewhere when the step begins). Validation
+reads all domains alike, and reports the loss of each.
+
+Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megamix.adapters.host import HostRun, host_plan, load_state, save_state
+from megamix.adapters.megatron_arguments import HOST, check_args, check_plan
+from megamix.data.blend import Blend
+from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
+from megamix.errors import InputError, MegamixError
+from megamix.plan import DataPlan
+
+FOLDER = "megamix"
+"""In the folder of Megatron's checkpoints: the state of the data, one file a checkpoint, and weights.jsonl."""
+
+
+class MicroBatch(NamedTuple):
+    """What `MegatronMix.get_batch` returns: the five of ``pretrain_gpt.py``, then ours; all None on a stage that needs
+    none of them.
+
+    Attributes:
+        tokens, labels: int64 [B, S]; a label that does not count is ``IGNORED_LABEL``.
+        loss_mask: float32 [B, S], 1 where the label counts.
+        attention_mask: None: causal.
+        position_ids: int64 [B, S].
+        domains: int32 [B, S].
+        reference: float32 [B, S], a reference model's losses in nats; None without one.
+    """
+
+    tokens: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    domains: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A micro-batch on its way from an iterator to `MegatronMix.get_batch`; without a batch where none is read."""
+
+    batch: Batch | None
+    index: int
+
+
+class MegatronMix:
+    """The functions that Megatron-LM's ``pretrain`` is given, and the state behind them.
+
+    Args:
+        config: YAML with the sections data, mixture and mixer.
+        overrides: ``key.path=value`` over it.
+        loss_implementation: ``auto``, ``triton`` or ``torch``.
+        get_args: returns Megatron's arguments; default: ``megatron.training.get_args``.
+    """
+
+    def __init__(
+        self,
+        config: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        loss_implementation: str = "auto",
+        get_args: Callable[[], Any] | None = None,
+    ) -> None:
+        self._config = Path(config)
+        self._overrides = overrides
+        self._loss_implementation = loss_implementation
+        self._get_args = get_args or _megatron_args
+        self._run: HostRun | None = None
+        self._batch: Batch | None = None
+        self._normaliser = 1.0
+
+    # What pretrain() is given.
+
+    def train_valid_test_datasets_provider(
+        self, train_val_test_num_samples: Any, vp_stage: int | None = None
+    ) -> tuple[Iterator[_Item], Iterator[_Item] | None, None]:
+        """Iterators over the micro-batches of training and of validation, for one chunk of the model; no test data.
+
+        Raises:
+            InputError: arguments of Megatron's that do not fit the config or the adapter.
+            ResumeRefused: Megatron continues from a checkpoint that has no state of the data, or another's.
+        """
+        args = self._get_args()
+        if self._run is None:
+            self._run = self._open(args)
+        run = self._run
+        first = run.step
+        training = _TrainIterator(functools.partial(self._train_item, first))
+        if not args.eval_iters:
+            return training, None, None
+        consumed = getattr(args, "consumed_valid_samples", 0)
+        return training, _validation(run.plan, consumed, _data_rank(), _reads_data()), None
+
+    # Megatron builds the iterators on every rank, not on the first of each tensor-parallel group alone.
+    train_valid_test_datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    def get_batch(self, data_iterator: Iterator[_Item], vp_stage: int | None = None) -> MicroBatch:
+        """This rank's part of the next micro-batch: with context parallelism, its tokens of every sample."""
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_batch_on_this_cp_rank
+
+        item = next(data_iterator)
+        at_end = parallel_state.is_pipeline_first_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        ) or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        if item.batch is None or not at_end:
+            return MicroBatch()
+        batch, m = item.batch, item.index
+        labels_BS = batch.labels[m]
+        positions_BS = torch.arange(labels_BS.shape[1], device=labels_BS.device).expand_as(labels_BS)
+        whole = {
+            "tokens": batch.tokens[m],
+            "labels": labels_BS,
+            "loss_mask": (labels_BS != IGNORED_LABEL).float(),
+            "attention_mask": None,
+            "position_ids": (positions_BS if batch.positions is None else batch.positions[m]).contiguous(),
+            "domains": batch.domains[m],
+            "reference": None if batch.reference is None else batch.reference[m],
+        }
+        return MicroBatch(**get_batch_on_this_cp_rank(whole))
+
+    def forward_step(
+        self, data_iterator: Iterator[_Item], model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        """The model's output for the next micro-batch, and what makes a loss of it on the last stage."""
+        from megatron.core.utils import get_attr_wrapped_model
+
+        if return_schedule_plan:
+            raise InputError(f"{HOST}'s --overlap-moe-expert-parallel-comm is not supported here. Leave it out.")
+        vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
+        micro = self.get_batch(data_iterator, vp_stage)
+        # Without labels the last stage answers with logits, this rank's part of the vocabulary.
+        output = model(micro.tokens, micro.position_ids, micro.attention_mask)
+        return output, functools.partial(self.loss_func, micro.loss_mask, model=model, micro=micro)
+
+    def loss_func(
+        self,
+        loss_mask: torch.Tensor | None,
+        output_tensor: torch.Tensor,
+        model: torch.nn.Module | None = None,
+        *,
+        micro: MicroBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a micro-batch, from logits [B, S, V / T].
+
+        Returns:
+            The scalar to differentiate; the tokens that Megatron is to divide it by; sums and tokens to report.
+        """
+        assert self._run is not None
+        assert loss_mask is not None
+        assert micro.labels is not None
+        assert micro.domains is not None
+        targets = (micro.labels, micro.domains)
+        if micro.reference is not None:
+            targets = (*targets, micro.reference)
+        tokens = loss_mask.sum()
+        if not torch.is_grad_enabled():
+            return self._evaluation_loss(output_tensor, targets, tokens)
+        loss = self._run.loss(output_tensor, targets)
+        divided_by = tokens if self._get_args().calculate_per_token_loss else torch.ones_like(tokens)
+        report = torch.stack((loss.detach() * self._normaliser, tokens))
+        return loss, divided_by.to(torch.int), {"lm loss": report}
+
+    # Checkpoints.
+
+    def saving(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's ``save_checkpoint(iteration, ...)`` that writes the state of the data first, so that no checkpoint
+        is without it."""
+
+        @functools.wraps(save_checkpoint)
+        def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            self.save(iteration)
+            return save_checkpoint(iteration, *args, **kwargs)
+
+        return save
+
+    def save(self, iteration: int) -> None:
+        """Writes the state of the data after ``iteration`` steps to ``SAVE/megamix/iter_ITERATION.json``, on rank 0.
+
+        Raises:
+            MegamixError: a checkpoint of another step than the one just taken.
+        """
+        if self._run is None or dist.get_rank() != 0:
+            return
+        if self._run.step != iteration:
+            raise MegamixError(
+                f"a checkpoint of iteration {iteration} cannot be saved: the data stands after {self._run.step} steps."
+            )
+        save_state(_state_path(self._get_args().save, iteration), self._run.state())
+
+    def close(self) -> None:
+        """Ends the background threads; call it when ``pretrain`` returns."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    # Behind them.
+
+    def _open(self, args: Any) -> HostRun:
+        from megatron.core import parallel_state
+
+        check_args(args)
+        data_size = parallel_state.get_data_parallel_world_size()
+        train = {
+            "steps": args.train_iters,
+            "global_batch": args.global_batch_size,
+            "micro_batch": args.micro_batch_size,
+            "seed": args.seed,
+        }
+        plan = host_plan(self._config, self._overrides, train, data_size, HOST)
+        check_plan(args, plan)
+        resumed = load_state(_state_path(args.load, args.iteration), plan, args.iteration) if args.iteration else None
+        sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
+        return HostRun(
+            plan,
+            data_rank=_data_rank(),
+            reads_data=_reads_data(),
+            has_loss=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+            device=_device(),
+            record_dir=Path(args.save) / FOLDER if args.save else None,
+            resumed=resumed,
+            loss_implementation=self._loss_implementation,
+            process_group=parallel_state.get_tensor_model_parallel_group() if sharded else None,
+        )
+
+    def _train_item(self, first_step: int, index: int) -> _Item:
+        """Micro-batch ``index`` since ``first_step``; the first of a step, in whichever chunk, begins it."""
+        assert self._run is not None
+        step, micro_batch = divmod(index, self._run.num_micro_batches)
+        if first_step + step == self._run.begun:
+            self._begin_step(self._run)
+        return _Item(self._batch, micro_batch)
+
+    def _begin_step(self, run: HostRun) -> None:
+        from megatron.core import parallel_state
+
+        batch = run.next_batch()
+        self._batch = None if batch is None else batch.to(_device())
+        divided_by = 1.0
+        if batch is not None and self._get_args().calculate_per_token_loss:
+            # Megatron counts the tokens that `loss_func` returns over micro-batches and ranks.
+            divided_by = float(max(batch.num_tokens, 1))
+        elif batch is not None:
+            # It divides by the micro-batches, and takes the mean over the ranks that hold copies of the parameters.
+            copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+            divided_by = float(run.num_micro_batches * copies)
+        self._normaliser = 1.0 if batch is None else max(batch.num_tokens, 1) / divided_by
+        run.begin_step(batch, divided_by)
+
+    def _evaluation_loss(
+        self, logits: torch.Tensor, targets: tuple[torch.Tensor, ...], tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """As `loss_func`, with a report for every domain.
+
+        From the token losses, which all tensor-parallel ranks have; the sums are on the first of them only.
+        """
+        assert self._run is not None
+        names = self._run.plan.domain_names
+        self._run.loss.start_evaluation(keep_token_losses=True)
+        loss = self._run.loss(logits, targets)
+        kept = self._run.loss.token_losses()
+        assert kept is not None
+        labels_BS, domain_BS = targets[:2]
+        both = torch.stack((kept[0].flatten(), (labels_BS != IGNORED_LABEL).flatten().float()), dim=1)
+        sums = both.new_zeros(len(names), 2).index_add_(0, domain_BS.flatten().long(), both)
+        reports = {f"loss of {name}": sums[k] for k, name in enumerate(names)}
+        return loss, tokens.to(torch.int), {"lm loss": sums.sum(0), **reports}
+
+
+class _TrainIterator(Iterator[_Item]):
+    """Counts the micro-batches of one chunk of the model."""
+
+    def __init__(self, item: Callable[[int], _Item]) -> None:
+        self._item = item
+        self._index = 0
+
+    def __next__(self) -> _Item:
+        item = self._item(self._index)
+        self._index += 1
+        return item
+
+
+def _validation(plan: DataPlan, consumed: int, data_rank: int, reads_data: bool) -> Iterator[_Item]:
+    """Micro-batches of validation samples, of all domains in equal shares, for ever."""
+    data, share = plan.config.data, plan.share(data_rank)
+    windows = [domain.num_windows(data.seq_length) for domain in plan.validation]
+    blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
+    blend.take(consumed)
+    reader = WindowReader(
+        plan.validation,
+        data.seq_length,
+        plan.vocab_size,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+    )
+    rows = torch.arange(share.global_batch).numpy()[share.samples]
+    device = _device()
+    while True:
+        domain_n, sample_n = blend.take(share.global_batch)
+        batch = None
+        if reads_data:
+            shape = (share.num_micro_batches, share.micro_batch)
+            batch = reader.batch(domain_n, sample_n, rows, shape).to(device)
+        for index in range(share.num_micro_batches):
+            yield _Item(batch, index)
+
+
+def _megatron_args() -> Any:
+    from megatron.training import get_args  # pyright: ignore[reportMissingImports]
+
+    return get_args()
+
+
+def _state_path(folder: Any, iteration: int) -> Path:
+    if not folder:
+        raise InputError(f"{HOST}'s --save and --load must name a folder: the state of the data is kept there.")
+    return Path(folder) / FOLDER / f"iter_{iteration:07d}.json"
+
+
+def _data_rank() -> int:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def _reads_data() -> bool:
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True) or parallel_state.is_pipeline_last_stage(
+        ignore_virtual=True
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,195 @@
+"""The adapter for Megatron-LM, driven by a stand-in for its training loop (`megatron_loop` says what that is) over real
+megatron.core ranks, against a loop in plain PyTorch (`megatron_reference`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import yaml
+from megatron_loop import make_args
+from ranks import run_ranks
+
+from megamix.adapters.megatron_lm import MegatronMix
+from megamix.errors import InputError, MegamixError, ResumeRefused
+
+TESTS = Path(__file__).parent
+COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
+
+
+@pytest.fixture(scope="module")
+def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some labels do not count, so that micro-batches differ in their number of tokens."""
+    path = tmp_path_factory.mktemp("mix") / "mix.yaml"
+    sections = {
+        "data": {"manifest": str(data_dir), "seq_length": 32, "eod_mask_loss": True},
+        "mixer": {"name": "odm", "preset": "paper", "min_exploration_rate": 0.05},
+    }
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("reference")
+    given = {**COMMON, "eod_mask_loss": True}
+    run_ranks(TESTS / "megatron_reference.py", 1, config, json.dumps(given), folder / "out", cwd=folder)
+    return json.loads((folder / "out.json").read_text())
+
+
+def job(config: Path, folder: Path, num_ranks: int, **given: Any) -> list[dict[str, Any]]:
+    """One run of the stand-in; what each rank recorded."""
+    arguments = json.dumps({**COMMON, "eod_mask_loss": True, **given})
+    run_ranks(TESTS / "megatron_loop.py", num_ranks, config, arguments, folder / "rank", cwd=folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def read_samples(ranks: list[dict[str, Any]], per_step: int) -> list[list[Any]]:
+    """Per step the domains and first tokens of the rows that ``ranks`` read, one after the other; ``per_step``
+    micro-batches are a rank's part of a step."""
+    steps = []
+    for begin in range(0, len(ranks[0]["samples"]), per_step):
+        parts = [part for rank in ranks for part in rank["samples"][begin : begin + per_step]]
+        steps.append([[row for part in parts for row in part[column]] for column in range(2)])
+    return steps
+
+
+def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """The last rank's losses and the weights that follow from them are the reference's."""
+    for line, expected in zip(ranks[-1]["record"], reference["record"], strict=True):
+        assert line == pytest.approx(expected, rel=2e-5)
+    check_weights(ranks, reference)
+
+
+def check_weights(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    blend = ranks[0]["state"]["sampler"]["blend"]
+    assert blend["position"] == COMMON["train_iters"] * 8
+    assert np.abs(np.array(reference["weights"][-1]) - reference["weights"][0]).max() > 0.01, "the weights moved"
+    np.testing.assert_allclose(ranks[0]["state"]["mixer"]["weights"], reference["last"], atol=1e-6)
+
+
+def test_interleaved_pipeline(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Two stages of two chunks each: the first and the last rank read the same samples, chunks in between none; losses,
+    validation of every domain and weights are the reference's."""
+    ranks = job(
+        config, tmp_path, 2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, save=str(tmp_path)
+    )
+    check(ranks, reference)
+    assert read_samples(ranks[:1], 4) == read_samples(ranks[1:], 4) == reference["samples"]
+    assert ranks[1]["record"][3].keys() >= {"evaluated", "lm loss", "loss of code", "loss of tables"}
+    lines = [json.loads(line) for line in (tmp_path / "megamix" / "weights.jsonl").read_text().splitlines()]
+    by_step = {line["effective_step"]: line["domain_weights"] for line in lines}
+    for step, weights in enumerate(reference["weights"]):
+        if step != 1:  # nothing is decided at step 1 yet: those of step 0 go on
+            np.testing.assert_allclose(by_step[step], weights, atol=1e-6)
+
+
+def test_tensor_parallel_with_per_token_loss(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """The vocabulary over two ranks, and Megatron's own division by the tokens of the global batch."""
+    ranks = job(config, tmp_path, 2, tensor_model_parallel_size=2, calculate_per_token_loss=True)
+    check(ranks, reference)
+    assert ranks[0]["record"] == ranks[1]["record"], "also the validation losses, on every tensor-parallel rank"
+    assert read_samples(ranks[:1], 4) == read_samples(ranks[1:], 4) == reference["samples"]
+
+
+def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Two pipeline stages, stopped at half; two data-parallel ranks go on, with the losses and samples of the
+    reference, which nobody stopped."""
+    save = {"save": str(tmp_path), "save_interval": 3, "eval_iters": 0}
+    first = job(config, tmp_path, 2, **save, exit_interval=3, pipeline_model_parallel_size=2)
+    second = job(config, tmp_path, 2, **save, load=str(tmp_path))
+    losses = [line for line in reference["record"] if "iteration" in line]
+    for line, expected in zip(first[1]["record"] + second[1]["record"], losses, strict=True):
+        assert line == pytest.approx(expected, rel=2e-5)
+    assert read_samples(first[:1], 4) == read_samples(first[1:], 4) == reference["samples"][:3]
+    assert read_samples(second, 2) == reference["samples"][3:]
+    check_weights(second, reference)
+    kept = sorted(path.name for path in (tmp_path / "megamix").glob("*.json"))
+    assert kept == ["iter_0000003.json", "iter_0000006.json"]
+
+
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Any:
+    """Megatron's groups of a single rank."""
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def provide(config: Path, *overrides: str, **given: Any) -> MegatronMix:
+    args = make_args(**{"eod_mask_loss": True, **given})
+    mix = MegatronMix(config, overrides, get_args=lambda: args)
+    mix.train_valid_test_datasets_provider((48, 0, 0))
+    return mix
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataloader_type": "single"}, r"--dataloader-type is 'single', expected 'external'"),
+        ({"rampup_batch_size": ["4", "4", "100"]}, r"--rampup-batch-size is \['4'.*one size"),
+        ({"iterations_to_skip": [7]}, "--iterations-to-skip"),
+        ({"seq_length": 64}, r"--seq-length is 64, expected 32. Make it and data.seq_length"),
+        ({"eod_mask_loss": False}, "--eod-mask-loss is False, expected True"),
+        ({"padded_vocab_size": 384}, "padded vocabulary has 384 entries, but the data's tokenizer knows 512"),
+        ({"global_batch_size": 7}, "global_batch 7 does not divide"),
+    ],
+)
+def test_arguments_that_do_not_fit(one_rank: None, config: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        provide(config, **given)
+
+
+def test_config_that_does_not_fit(one_rank: None, config: Path) -> None:
+    with pytest.raises(InputError, match="steps, batches and seed are Megatron-LM's here"):
+        provide(config, "train.steps=5")
+    with pytest.raises(InputError, match="on_exhausted is stop, but Megatron-LM decides"):
+        provide(config, "data.max_epochs=3", "data.on_exhausted=stop")
+    with pytest.raises(InputError, match="unknown key 'mixr'"):
+        provide(config, "mixr.name=odm")
+
+
+def test_a_checkpoint_without_the_data_s_state(one_rank: None, config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResumeRefused, match=r"iter_0000003.json cannot be read"):
+        provide(config, iteration=3, load=str(tmp_path))
+    with pytest.raises(InputError, match="--save and --load must name a folder"):
+        provide(config, iteration=3)
+
+
+def test_a_state_of_another_step_or_run(one_rank: None, config: Path, tmp_path: Path) -> None:
+    mix = provide(config, save=str(tmp_path))
+    mix.save(0)
+    with pytest.raises(MegamixError, match="iteration 5 cannot be saved: the data stands after 0 steps"):
+        mix.save(5)
+    mix.close()
+    state = tmp_path / "megamix" / "iter_0000000.json"
+    state.rename(state.with_name("iter_0000003.json"))
+    with pytest.raises(ResumeRefused, match="after step 0, but the checkpoint is of step 3"):
+        provide(config, iteration=3, load=str(tmp_path))
+    saved = json.loads(state.with_name("iter_0000003.json").read_text())
+    state.with_name("iter_0000003.json").write_text(json.dumps({**saved, "step": 3}))
+    with pytest.raises(ResumeRefused, match="another order: seed was 1234, now 7"):
+        provide(config, iteration=3, load=str(tmp_path), seed=7)
+
+
+def test_a_step_whose_losses_are_missing(one_rank: None, config: Path) -> None:
+    """A loss of one's own in place of the adapter's would leave the mixer without statistics."""
+    args = make_args(eod_mask_loss=True)
+    mix = MegatronMix(config, get_args=lambda: args)
+    training, _, _ = mix.train_valid_test_datasets_provider((48, 0, 0))
+    for _ in range(4):
+        mix.get_batch(training)
+    with pytest.raises(MegamixError, match="the losses of step 1 are not complete"):
+        mix.get_batch(training)
+    mix.close()
