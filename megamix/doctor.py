@@ -280,8 +280,10 @@ def _engine_package(engine: EngineConfig) -> str:
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:
-    """Whether the run would begin or go on, by the rules that training goes by, and whether what it reads beside its data
-    is there."""
+    """Whether the run would begin or go on, by the rules that training goes by.
+
+    Looks at what it reads beside its data, too.
+    """
     from megamix.reference_cache import open_reference
     from megamix.resume import open_checkpoint
 
