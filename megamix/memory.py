@@ -30,10 +30,10 @@ class StageMemory:
     - ``gradients``: 4 P; in bf16 another 2 P, the gradients of a micro-batch before they are added to the fp32 sum.
     - ``optimizer``: Adam's moments, 8 P, and an fp32 copy of the weights, 4 P. ZeRO 1 and the bf16 optimizer spread
       both over the D data-parallel ranks; fp32 without ZeRO needs no copy.
-    - ``activations``: per token and decoder layer e (11 H + 2 F) for neox (with dropout 2 H more) and
-      e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s of p holds min(m, p - s) micro-batches at
-      once (1F1B; s from 0). With activation checkpointing e H per token and decoder layer of each, and one layer in
-      full. Each stage also holds its input, e H per token.
+    - ``activations``: per token and decoder layer e (11 H + 2 F) for neox (with dropout 2 H more; with a parallel
+      residual H less, also under Megatron) and e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s
+      of p holds min(m, p - s) micro-batches at once (1F1B; s from 0). With activation checkpointing e H per token and
+      decoder layer of each, and one layer in full. Each stage also holds its input, e H per token.
     - ``logits``: on the last stage 2 e B S V, one micro-batch's logits and their gradient.
 
     Under Megatron:
@@ -119,15 +119,16 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, 
     """
     size, hidden, ffn = _bytes(engine), model.hidden_size, model.ffn_size
     neox, key_value = model.architecture == "neox", hidden // model.num_heads * model.key_value_heads
+    # A parallel residual has no sum of input and attention that the second norm would keep.
+    whole = (3 if model.parallel_residual else 4) * hidden
     if isinstance(engine, DeepSpeedConfig):
         if neox:
-            return size * (11 * hidden + 2 * ffn + (2 * hidden if model.dropout else 0))
+            return size * (whole + 7 * hidden + 2 * ffn + (2 * hidden if model.dropout else 0))
         return size * (6 * hidden + 2 * key_value + 4 * ffn) + 2 * FP32 * hidden
     if local_layers:
-        whole = (4 if neox else 6) * hidden
+        whole += 0 if neox else 2 * hidden
         split = (6 * hidden + 2 * ffn if neox else 4 * hidden + 5 * ffn) + model.num_heads * seq_length
     else:
-        whole = 4 * hidden
         split = 4 * hidden + 2 * ffn if neox else 2 * hidden + 2 * key_value + 3 * ffn
     masks = 2 * hidden if model.dropout else 0
     return (size * whole + masks) // (engine.tensor if engine.sequence_parallel else 1) + size * split // engine.tensor
