@@ -150,17 +150,18 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            result[key] = dict(value) if _another_kind(old, value) else merge(old, value)
+            result[key] = dict(value) if _another_kind(key, old, value) else merge(old, value)
         else:
             result[key] = value
     return result
 
 
-def _another_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """A mixer has a ``name``; a mixture is a mapping of domains, or a ``file``, or ``stages``."""
+def _another_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """A mixer and an engine have a ``name`` (an engine without one is DeepSpeed); a mixture is a mapping of domains, or
+    a ``file``, or ``stages``."""
     if "name" in new:
-        return new["name"] != old.get("name", new["name"])
-    return any((key in old) != (key in new) for key in ("file", "stages"))
+        return new["name"] != old.get("name", "deepspeed" if key == "engine" else new["name"])
+    return any((word in old) != (word in new) for word in ("file", "stages"))
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from small_config import SMALL, small
 
 from megamix.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
+from megamix.engines.config import DeepSpeedConfig, MegatronConfig
 from megamix.errors import InputError
 from megamix.mixers import OdmConfig, StaticConfig
 from megamix.run_config import RunConfig
@@ -174,6 +175,14 @@ def test_another_name_replaces_the_mapping() -> None:
     assert small("mixer.update_every=2").mixer == OdmConfig(preset="paper", warmup_steps=5, update_every=2)
     assert small("mixer.name=static", "mixer.name=odm").mixer == OdmConfig()
     assert small("mixer={name: odm, alpha: 0.5}").mixer == OdmConfig(preset="paper", warmup_steps=5, alpha=0.5)
+
+
+def test_another_engine_replaces_one_without_a_name() -> None:
+    """An engine without a name is DeepSpeed, whose keys mean nothing to Megatron."""
+    plain = SMALL + "engine: {pipeline: 2, zero: 0}\n"
+    assert small("engine={name: megatron, tensor: 2}", text=plain).engine == MegatronConfig(name="megatron", tensor=2)
+    assert small("engine={name: deepspeed, data: 2}", text=plain).engine == DeepSpeedConfig(pipeline=2, zero=0, data=2)
+    assert small("engine.data=2", text=plain).engine == DeepSpeedConfig(pipeline=2, zero=0, data=2)
 
 
 # Includes
