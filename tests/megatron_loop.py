@@ -89,7 +89,7 @@ def make_args(**given: Any) -> SimpleNamespace:
 
 
 def initialize(args: SimpleNamespace) -> None:
-    dist.init_process_group("gloo")
+    """Megatron's groups and global state; the process group is there already."""
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -313,6 +313,7 @@ def main() -> None:
     mix, record = MegatronMix(config, get_args=get_args), []
     samples = _note_samples(mix)
     loop.save_checkpoint = mix.saving(loop.save_checkpoint)
+    dist.init_process_group("gloo")
     with cpu_stand_ins():
         initialize(args)
         pretrain(mix.train_valid_test_datasets_provider, lambda: make_model(args), mix.forward_step, loop, record)

@@ -1,22 +1,18 @@
 """The run of `test_adapters_megatron` in one process and in plain PyTorch around the same megatron.core model, without
-adapter, schedule and kernel. ``megatron_reference.py CONFIG ARGUMENTS_AS_JSON RECORD``."""
+adapter, schedule and kernel."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from megatron_loop import initialize, make_args, make_model
+from megatron_loop import make_model
 
 from megamix.data.blend import Blend
 from megamix.data.manifest import Manifest
-from megamix.engines.megatron_cpu import cpu_stand_ins
 from megamix.mixers import DomainStats, make_mixer
 from megamix.plan import domain_key
 
@@ -49,17 +45,19 @@ def losses(model: Any, window_BT: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits_BSV.transpose(1, 2), window_BT[:, 1:], reduction="none")
 
 
-def main() -> None:
-    config, given, record_to = sys.argv[1:]
-    args = make_args(**json.loads(given))
-    config = yaml.safe_load(Path(config).read_text())
+def train(config: dict[str, Any], args: SimpleNamespace) -> dict[str, Any]:
+    """The run, in a process with Megatron's groups of one rank.
+
+    Returns:
+        ``record`` as the stand-in has it; per step the domains and first tokens of the ``samples`` and the ``weights``
+        they were drawn with; the mixer's ``last`` weights.
+    """
     manifest = Manifest.load(config["data"]["manifest"])
     names, batch = manifest.domain_names, args.global_batch_size
     train, valid = (Windows(manifest, split, args.seq_length) for split in ("train", "validation"))
     keys = [domain_key(name) for name in names]
     blend = Blend(train.sizes(), manifest.natural_weights(), args.seed, domain_keys=keys)
     mixer = make_mixer(config["mixer"], names, manifest.natural_weights())
-    initialize(args)
     model = make_model(args)[0].module
     record: list[dict[str, Any]] = []
     samples, weights = [], []
@@ -82,8 +80,7 @@ def main() -> None:
         blend.set_weights(new, at=(step + 2) * batch)  # a weight_lag of 1
         if (step + 1) % args.eval_interval == 0:
             record.append({"evaluated": step + 1, **evaluate(model, valid, names, keys, args, len(record))})
-    out = {"record": record, "samples": samples, "weights": weights, "last": mixer.weights.tolist()}
-    Path(f"{record_to}.json").write_text(json.dumps(out))
+    return {"record": record, "samples": samples, "weights": weights, "last": mixer.weights}
 
 
 def evaluate(model: Any, valid: Windows, names: list[str], keys: list[int], args: Any, lines: int) -> dict[str, float]:
@@ -100,8 +97,3 @@ def evaluate(model: Any, valid: Windows, names: list[str], keys: list[int], args
         mine_B = torch.from_numpy(domain_B == k)
         found[f"loss of {name}"] = float(loss_BS[mine_B].sum() / counted_BS[mine_B].sum())
     return found
-
-
-if __name__ == "__main__":
-    with cpu_stand_ins():
-        main()

@@ -106,8 +106,7 @@ def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def reference(data_dir: Path) -> dict[str, Any]:
+def plain_loop(data_dir: Path, mixer_config: dict[str, Any]) -> dict[str, Any]:
     """The run in one process and one piece per step, with PyTorch's cross-entropy."""
     manifest = Manifest.load(data_dir)
     names = manifest.domain_names
@@ -115,7 +114,7 @@ def reference(data_dir: Path) -> dict[str, Any]:
     natural = manifest.natural_weights()
     sizes = [domain.num_windows(SEQ) for domain in domains]
     blend = Blend(sizes, natural, 1234, domain_keys=[domain_key(name) for name in names])
-    mixer, model = make_mixer(MIXER, names, natural), make_model()
+    mixer, model = make_mixer(mixer_config, names, natural), make_model()
     found: dict[str, Any] = {"losses": [], "rows": [], "weights": {}, "model": model}
     for step in range(STEPS):
         found["weights"][step] = drawn_with = blend.weights
@@ -129,6 +128,10 @@ def reference(data_dir: Path) -> dict[str, Any]:
         logits_BSV = model(input_ids=window_BT[:, :-1]).logits
         loss_BS = F.cross_entropy(logits_BSV.transpose(1, 2), window_BT[:, 1:], reduction="none") * counted_BS
         loss = loss_BS.sum() / counted_BS.sum()
+        if mixer.loss_weights is not None:  # DoReMi's: alpha times the mean loss of each domain
+            tokens_K = np.maximum(np.bincount(domain_B, counted_BS.sum(1).numpy(), len(names)), 1)
+            factor_B = torch.from_numpy((mixer.loss_weights / tokens_K)[domain_B])
+            loss = (loss_BS.sum(1) * factor_B).sum()
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -142,7 +145,13 @@ def reference(data_dir: Path) -> dict[str, Any]:
         tokens = np.bincount(domain_B, counted_BS.sum(1).numpy(), len(names)).astype(np.int64)
         new = mixer.update(DomainStats(nats, tokens, weights=drawn_with), step + 1)
         blend.set_weights(new, at=(step + 2) * BATCH)  # a weight_lag of 1
-    assert np.abs(found["weights"][STEPS - 1] - natural).max() > 0.01, "the weights moved"
+    return {**found, "mixer": mixer}
+
+
+@pytest.fixture(scope="module")
+def reference(data_dir: Path) -> dict[str, Any]:
+    found = plain_loop(data_dir, MIXER)
+    assert np.abs(found["weights"][STEPS - 1] - found["weights"][0]).max() > 0.01, "the weights moved"
     return found
 
 
@@ -191,6 +200,19 @@ def test_goes_on_where_it_stopped(
         assert torch.equal(resumed.model.state_dict()[name], value), name
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["MixCallback"]["attributes"]["mix"]["step"] == 3
+
+
+def test_weights_on_the_loss(config: Path, data_dir: Path, tmp_path: Path) -> None:
+    """DoReMi's proxy without a reference: its weights scale the loss of each domain, a step after they are found."""
+    mixer = {"name": "doremi", "eta": 0.1, "smoothing": 0.01}
+    expected = plain_loop(data_dir, mixer)
+    assert np.abs(expected["mixer"].loss_weights - expected["weights"][0]).max() > 0.01, "they moved"
+    trainer, _ = train(config, make_args(tmp_path), f"mixer={json.dumps(mixer)}")
+    np.testing.assert_allclose(losses(trainer), expected["losses"], rtol=2e-5)
+    check_model(trainer.model, expected)
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]["MixCallback"]["attributes"]["mix"]["mixer"]
+    np.testing.assert_allclose(kept["alpha"], expected["mixer"].loss_weights, atol=1e-6)
 
 
 def test_a_longer_lag(config: Path, tmp_path: Path) -> None:

@@ -7,14 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import megatron_loop
+import megatron_reference
 import numpy as np
 import pytest
 import torch.distributed as dist
 import yaml
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron_loop import make_args
 from ranks import run_ranks
 
 from megamix.adapters.megatron_lm import MegatronMix
+from megamix.engines.megatron_cpu import cpu_stand_ins
 from megamix.errors import InputError, MegamixError, ResumeRefused
 
 TESTS = Path(__file__).parent
@@ -34,11 +40,22 @@ def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("reference")
-    given = {**COMMON, "eod_mask_loss": True}
-    run_ranks(TESTS / "megatron_reference.py", 1, config, json.dumps(given), folder / "out", cwd=folder)
-    return json.loads((folder / "out.json").read_text())
+def one_rank() -> Any:
+    """Megatron's groups of a single rank, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    with cpu_stand_ins():
+        megatron_loop.initialize(make_args())
+    yield
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def reference(config: Path, one_rank: None) -> dict[str, Any]:
+    with cpu_stand_ins():
+        return megatron_reference.train(yaml.safe_load(config.read_text()), make_args(**COMMON))
 
 
 def job(config: Path, folder: Path, num_ranks: int, **given: Any) -> list[dict[str, Any]]:
@@ -113,18 +130,6 @@ def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, 
 
 
 # Refusals
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Any:
-    """Megatron's groups of a single rank."""
-    from megatron.core import parallel_state
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def provide(config: Path, *overrides: str, **given: Any) -> MegatronMix:
