@@ -103,11 +103,12 @@ class Job:
 
     def _mixer_keys(self) -> dict[str, Any]:
         """Those of the base, where its mixer is doremi, under those of the proxy."""
-        found = {}
-        for keys in (self.base.get("mixer"), self.steps.proxy.get("mixer")):
-            if isinstance(keys, dict) and keys.get("name", "doremi") == "doremi":
-                found.update(keys)
-        return found
+        base, proxy = self.base.get("mixer"), self.steps.proxy.get("mixer", {})
+        if not isinstance(proxy, dict) or proxy.get("name", "doremi") != "doremi":
+            raise InputError(
+                f"{self.source}: the proxy run's mixer is {proxy!r}, expected keys of doremi, for example {{eta: 1.0}}."
+            )
+        return {**(base if isinstance(base, dict) and base.get("name") == "doremi" else {}), **proxy}
 
 
 def doremi(config_path: Path, overrides: list[str], only: Step | None) -> int:

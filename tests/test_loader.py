@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from megamix.data.blend import Blend
 from megamix.data.loader import Loader, WindowReader
+from megamix.data.reference import ReferenceLosses
 from megamix.data.sampler import Sampler, Slice
 from megamix.data.stream import DomainTokens
 from megamix.data.writer import IndexedWriter
@@ -190,10 +192,20 @@ def test_close_does_not_wait_for_what_is_under_way(domains: list[DomainTokens]) 
     release.set()
 
 
+class NumberedLosses(ReferenceLosses):
+    """Reference losses that need no files."""
+
+    def __init__(self) -> None:
+        pass
+
+    def read_window(self, domain: int, sample: int, losses: NDArray[np.float32]) -> None:
+        losses[:] = domain + sample / 8 + np.arange(SEQ) / 64
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_pinned_batches(domains: list[DomainTokens]) -> None:
     """Every tensor is pinned, holds what the others hold, and is copied without waiting for the GPU."""
-    reader = WindowReader(domains, SEQ, VOCAB, eod_mask_loss=True, reset_position_ids=True)
+    reader = WindowReader(domains, SEQ, VOCAB, eod_mask_loss=True, reset_position_ids=True, reference=NumberedLosses())
     rows = np.arange(6)
     plain = reader.batch(rows % 3, rows, rows, (3, 2))
     pinned = reader.batch(rows % 3, rows, rows, (3, 2), pin_memory=True)
@@ -202,6 +214,6 @@ def test_pinned_batches(domains: list[DomainTokens]) -> None:
         moved = pinned.to(torch.device("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name in ("tokens", "labels", "domains", "positions"):
+    for name in ("tokens", "labels", "domains", "positions", "reference"):
         assert getattr(pinned, name).is_pinned()
         assert torch.equal(getattr(moved, name).cpu(), getattr(plain, name))
