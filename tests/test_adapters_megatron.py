@@ -11,6 +11,7 @@ import megatron_loop
 import megatron_reference
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import parallel_state
@@ -127,6 +128,32 @@ def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, 
     check_weights(second, reference)
     kept = sorted(path.name for path in (tmp_path / "megamix").glob("*.json"))
     assert kept == ["iter_0000003.json", "iter_0000006.json"]
+
+
+def test_context_parallel_ranks_share_every_sample(
+    one_rank: None, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two ranks has its half of every tensor, and together they have every token once.
+
+    megatron.core's attention on a CPU has no context parallelism, so the ranks are only claimed here.
+    """
+    args = make_args(eod_mask_loss=True)
+    parts = []
+    for size, rank in ((1, 0), (2, 0), (2, 1)):
+        monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda size=size: size)
+        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        mix = MegatronMix(config, get_args=lambda: args)
+        parts.append(mix.get_batch(mix.train_valid_test_datasets_provider((48, 0, 0))[0]))
+        mix.close()
+    whole, *halves = parts
+    for name in ("tokens", "labels", "loss_mask", "position_ids", "domains"):
+        expected_BS, first_BS, second_BS = (getattr(part, name) for part in parts)
+        joined_BS = torch.cat((first_BS[:, :8], second_BS, first_BS[:, 8:]), dim=1)
+        assert torch.equal(joined_BS, expected_BS), name
+    assert whole.position_ids is not None
+    assert whole.loss_mask is not None
+    assert whole.position_ids[0].tolist() == list(range(32))
+    assert sum(int(half.loss_mask.sum()) for half in halves if half.loss_mask is not None) == int(whole.loss_mask.sum())
 
 
 # Refusals
