@@ -119,6 +119,35 @@ def test_the_cache_holds_the_models_losses(run_dir: Path, tmp_path: Path) -> Non
     assert np.ptp(rows) > 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--for", "PROXY", "data.seq_length=16"],
+            r"--for .*proxy.yaml: its data is not the reference run's, seq_length",
+        ),
+        (["model.hidden_size=64"], "a model with hidden_size 32, the config says 64"),
+        (
+            [],
+            r"are of 100 samples of domain 'code' that were chosen for another run, asked for are \d+\. Choose another",
+        ),
+        (
+            ["data.domains=[topics]"],
+            "are of the domains code, packages, tables, topics, asked for are topics",
+        ),
+    ],
+)
+def test_bad_input_of_the_cache(run_dir: Path, arguments: list[str], message: str) -> None:
+    """What is refused before ranks are started; the same command again finds all done."""
+    command = ["reference", str(run_dir / "reference"), "--out", str(run_dir / "cache")]
+    arguments = [str(run_dir / "proxy.yaml") if argument == "PROXY" else argument for argument in arguments]
+    with pytest.raises(InputError, match=message):
+        in_process(*command, *arguments)
+    with pytest.raises(InputError, match=r"nowhere is no run with a complete checkpoint. Give the run_dir"):
+        in_process("reference", str(run_dir / "nowhere"), "--out", str(run_dir / "cache"))
+    assert in_process(*command, "--for", str(run_dir / "proxy.yaml")) == 0
+
+
 def reference_model(run_dir: Path, plan: Plan) -> torch.nn.Module:
     upstream: Any = hugging_face_config(plan.model, SEQ)
     weights = {}
@@ -202,11 +231,11 @@ def test_applied_to_the_sampling(run_dir: Path, tmp_path: Path) -> None:
     assert np.ptp(alphas[-1]) > 0.1
 
 
-def in_process(config: Path, *arguments: str) -> int:
-    """The exit code of the command where it starts no ranks."""
+def in_process(*arguments: str) -> int:
+    """The exit code of ``megamix ARGUMENTS`` where it starts no ranks."""
     from megamix.cli import app
 
-    return app(["doremi", str(config), *arguments], standalone_mode=False)
+    return app(arguments, standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -225,14 +254,14 @@ def in_process(config: Path, *arguments: str) -> int:
 )
 def test_bad_input(tiny_config: Callable[..., Path], arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        in_process(tiny_config(), *arguments)
+        in_process("doremi", str(tiny_config()), *arguments)
 
 
 def test_under_torchrun(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="take the steps one by one"):
-        in_process(tiny_config())
+        in_process("doremi", str(tiny_config()))
 
 
 def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +285,7 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("megamix.doremi._finished", finished)
     monkeypatch.setattr("megamix.doremi.train", step)
     monkeypatch.setattr("megamix.doremi.reference", step)
-    assert in_process(tiny_config(), "doremi.rounds=5", "doremi.target={}") == 0
+    assert in_process("doremi", str(tiny_config()), "doremi.rounds=5", "doremi.target={}") == 0
     steps = ["reference.yaml", "reference", "proxy.yaml"]
     assert taken == [*steps, *(f"round_{n}/{step}" for n in (2, 3) for step in steps), "target.yaml"]
     assert load_config(RunConfig, out / "reference.yaml").mixture == "natural"
@@ -268,6 +297,6 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
     assert json.loads((out / "weights.json").read_text()) == found["round_3/proxy"]
     np.testing.assert_allclose(plan_of(out / "target.yaml").initial_weights, list(found["round_3/proxy"].values()))
     taken.clear()
-    assert in_process(tiny_config(), "doremi.rounds=1") == 0
+    assert in_process("doremi", str(tiny_config()), "doremi.rounds=1") == 0
     assert taken == steps
     assert json.loads((out / "weights.json").read_text()) == found["proxy"]

@@ -213,11 +213,26 @@ def test_going_on(tmp_path: Path) -> None:
         open_progress(twice, make_info(domains=dict(reversed(info.domains.items()))))
 
 
-def test_a_damaged_progress_file(tmp_path: Path) -> None:
+def test_an_unfinished_cache_that_is_damaged(tmp_path: Path) -> None:
     open_progress(tmp_path, make_info())
+    losses_path(tmp_path, "web").write_bytes(b"")
+    with pytest.raises(InputError, match=r"web.f16 of domain 'web' have 0 bytes, expected 480 \(30 samples"):
+        open_progress(tmp_path, make_info())
     (tmp_path / PROGRESS).write_text('{"done": 3}')
     with pytest.raises(InputError, match=r"progress.json is damaged .*Choose another --out"):
         open_progress(tmp_path, make_info())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is imitated by /dev/full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    info = make_info()
+    open_progress(tmp_path, info)
+    losses_path(tmp_path, "web").unlink()
+    losses_path(tmp_path, "web").symlink_to("/dev/full")
+    writer = ReferenceWriter(tmp_path, info)
+    with pytest.raises(MegamixError, match=r"cannot write .*web.f16: No space left on device. Make room"):
+        writer.write(np.array([0]), np.array([0]), losses_of(0, 0)[None])
+    writer.close()
 
 
 def test_the_order_of_a_selection() -> None:

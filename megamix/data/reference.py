@@ -16,11 +16,12 @@ Legend: S tokens in a sample, n samples.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -102,25 +103,7 @@ class ReferenceLosses:
         self.info = read_info(folder)
         _check_same(self.info, key, f"the reference losses in {folder}", "Run `megamix reference` for this data.")
         self._names = list(key.domains)
-        self._rows = [self._open(name) for name in self._names]
-
-    def _open(self, name: str) -> NDArray[np.float16]:
-        path, rows = losses_path(self.folder, name), self.info.domains[name].windows
-        wanted = rows * self.info.seq_length * DTYPE.itemsize
-        try:
-            size = path.stat().st_size
-            if size == wanted:
-                return np.memmap(path, DTYPE, "r", shape=(rows, self.info.seq_length))
-        except OSError as error:
-            raise InputError(
-                f"cannot read the reference losses {path} of domain '{name}': {error.strerror or error}. Copy the folder "
-                "as a whole, or run `megamix reference` again."
-            ) from error
-        raise InputError(
-            f"the reference losses {path} of domain '{name}' have {size} bytes, expected {wanted} ({rows} samples of "
-            f"{self.info.seq_length} labels): the file was cut short or belongs to another cache. Copy it again, or run "
-            "`megamix reference` again."
-        )
+        self._rows = [_map(folder, self.info, name) for name in self._names]
 
     def read_window(self, domain: int, sample: int, losses: NDArray[np.float32]) -> None:
         """Fills ``losses``, float32 [S], with those of a sample's labels.
@@ -161,6 +144,30 @@ def read_info(folder: Path) -> CacheInfo:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}. Run `megamix reference` again.") from error
     return validate(CacheInfo, data, str(path))
+
+
+def _map(folder: Path, info: CacheInfo, name: str) -> NDArray[np.float16]:
+    """The losses of a domain, [windows, S], mapped read-only.
+
+    Raises:
+        InputError: the file is missing, or not of the right size.
+    """
+    path, rows = losses_path(folder, name), info.domains[name].windows
+    wanted = rows * info.seq_length * DTYPE.itemsize
+    try:
+        size = path.stat().st_size
+        if size == wanted:
+            return np.memmap(path, DTYPE, "r", shape=(rows, info.seq_length))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the reference losses {path} of domain '{name}': {error.strerror or error}. Copy the folder "
+            "as a whole, or remove it and run `megamix reference` again."
+        ) from error
+    raise InputError(
+        f"the reference losses {path} of domain '{name}' have {size} bytes, expected {wanted} ({rows} samples of "
+        f"{info.seq_length} labels): the file was cut short or belongs to another cache. Copy it again, or remove the "
+        "folder and run `megamix reference` again."
+    )
 
 
 def _check_same(info: CacheKey, key: CacheKey, what: str, remedy: str) -> None:
@@ -243,6 +250,8 @@ def open_progress(folder: Path, info: CacheInfo) -> int | None:
         if progress.is_file():
             data = json.loads(progress.read_bytes())
             _check_continues(validate(CacheInfo, data["info"], str(progress)), info, folder, remedy)
+            for name in info.domains:
+                _map(folder, info, name)
             return int(data["done"])
         folder.mkdir(parents=True, exist_ok=True)
         for name, domain in info.domains.items():
@@ -286,7 +295,7 @@ class ReferenceWriter:
         """Writes the losses of windows, clamped to what float16 holds.
 
         Raises:
-            MegamixError: a loss that is not finite.
+            MegamixError: a loss that is not finite, or a file that cannot be written.
         """
         bad_n = ~np.isfinite(loss_nS).all(axis=1)
         if bad_n.any():
@@ -297,18 +306,34 @@ class ReferenceWriter:
             )
         rows = np.clip(loss_nS, SMALLEST, LARGEST).astype(DTYPE)
         for domain, sample, row in zip(domain_n.tolist(), sample_n.tolist(), rows, strict=True):
-            os.pwrite(self._files[domain], row.tobytes(), sample * self._row_bytes)
+            with self._naming(domain):
+                os.pwrite(self._files[domain], row.tobytes(), sample * self._row_bytes)
             self._touched.add(domain)
 
     def sync(self) -> None:
-        """Makes what was written safe on disk."""
+        """Makes what was written safe on disk.
+
+        Raises:
+            MegamixError: it cannot be.
+        """
         for domain in self._touched:
-            os.fsync(self._files[domain])
+            with self._naming(domain):
+                os.fsync(self._files[domain])
         self._touched.clear()
 
     def close(self) -> None:
         for file in self._files:
             os.close(file)
+
+    @contextlib.contextmanager
+    def _naming(self, domain: int) -> Iterator[None]:
+        """Says which file an error is about; the files are sparse, so that a full disk shows only here."""
+        try:
+            yield
+        except OSError as error:
+            raise MegamixError(
+                f"cannot write {self._paths[domain]}: {error.strerror or error}. Make room; the same command goes on."
+            ) from error
 
 
 def _check_continues(seen: CacheInfo, info: CacheInfo, folder: Path, remedy: str) -> None:
