@@ -27,11 +27,13 @@ REQUIRES = [
 ]
 EXTRAS = {
     "megatron": ["megatron-core>=0.16.1"],
+    "hf": ["accelerate"],
     "parquet": ["pyarrow"],
     "cuda": ["triton>=3.6"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "dev": [
+        "accelerate",
         "codespell",
         "hypothesis",
         "import-linter",
