@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamix.checkpoint import (
     FORMAT,
@@ -105,10 +106,8 @@ def _save_own(partial: Path, engine: OwnFormat, group: Any) -> Outcome:
     folder = partial / engine.own_format
     try:
         engine.save_own(folder)
-    except Exception as problem:
-        raise MegamixError(
-            f"cannot write {folder}: {problem or type(problem).__name__}. Free space or choose another run_dir."
-        ) from problem
+    except (OSError, RuntimeError, CheckpointException) as problem:
+        raise MegamixError(f"cannot write {folder}: {problem}. Free space or choose another run_dir.") from problem
     dist.barrier(group)
     names = files_in(partial, engine.own_format)[dist.get_rank() :: dist.get_world_size()]
     try:

@@ -7,12 +7,14 @@ Legend: M micro-batches, B samples, S tokens, K domains.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -70,6 +72,16 @@ SCENARIOS: dict[str, Scenario] = {
         "neox",
         {"tensor": 2, "precision": "bf16", "checkpoint_format": "dist"},
         resumed={"pipeline": 2, "precision": "bf16"},
+    ),
+    "distributed optimizer dp2 to tp2": Scenario(
+        "llama",
+        {"data": 2, "distributed_optimizer": True, "checkpoint_format": "dist"},
+        resumed={"tensor": 2, "distributed_optimizer": True, "checkpoint_format": "dist"},
+    ),
+    "bf16 distributed optimizer dp2 to pp2": Scenario(
+        "neox",
+        {"data": 2, "precision": "bf16", "distributed_optimizer": True, "checkpoint_format": "dist"},
+        resumed={"pipeline": 2, "precision": "bf16", "distributed_optimizer": True, "checkpoint_format": "dist"},
     ),
     "dropout tp2": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}),
     "dropout tp2 again": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}, resumed={"tensor": 2}),
@@ -157,7 +169,7 @@ def train_by_engine(scenario: Scenario, folder: Path) -> None:
 
     group = dist.new_group(backend="gloo")
     engine = make(scenario, scenario.engine)
-    initial = _own_weights(engine)
+    initial = {} if "distributed_optimizer" in scenario.engine else _own_weights(engine)
     counts = _count_calls(engine)
     result: dict[str, Any] = {"losses": [], "grad_norms": [], "calls": []}
     first_leg = STEPS if scenario.resumed is None else STEPS // 2
@@ -181,6 +193,45 @@ def train_by_engine(scenario: Scenario, folder: Path) -> None:
     )
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """AdamW with the interface of Transformer Engine's and Apex's FusedAdam: a group counts the steps of all in it."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **defaults: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2)
+                mean = state["exp_avg"] / (1 - beta1 ** group["step"])
+                deviation = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                parameter.mul_(1 - rate * group["weight_decay"]).sub_(rate * mean / deviation)
+
+
+@contextlib.contextmanager
+def fused_adam() -> Iterator[None]:
+    """Megatron as on a machine that has a fused Adam, without which its distributed optimizer does not resume."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    stand_ins = [
+        (optimizer, "Adam", GroupStepAdam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distrib_optimizer, "Adam", GroupStepAdam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+    ]
+    with contextlib.ExitStack() as stack:
+        for module, name, value in stand_ins:
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
 
 
 def make(scenario: Scenario, engine: dict[str, Any]) -> Any:
@@ -264,7 +315,8 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             (folder / name).mkdir()
         dist.barrier()
-        train_by_engine(scenario, folder / name)
+        with fused_adam() if "distributed_optimizer" in scenario.engine else contextlib.nullcontext():
+            train_by_engine(scenario, folder / name)
     dist.destroy_process_group()
 
 

@@ -37,6 +37,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 def start_distributed() -> None:
     """Joins the process group of the job (torchrun's environment)."""
+    # Megatron's overlap of reductions with matrix products relies on kernels starting in the order they were asked for.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
