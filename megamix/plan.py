@@ -20,7 +20,7 @@ from megamix.data.permute import hash_words
 from megamix.data.sampler import Slice
 from megamix.data.stream import DomainTokens
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_layout import check_megatron_layout
+from megamix.engines.megatron_layout import check_megatron_layout, check_megatron_machine
 from megamix.errors import InputError, did_you_mean
 from megamix.mix_plan import MixPlan
 from megamix.mixture import make_schedule
@@ -126,6 +126,8 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
         InputError: anything that would stop the run later.
     """
     _, data_size = check_layout(config, world_size)
+    if isinstance(config.engine, MegatronConfig):
+        check_megatron_machine(config.engine)
     data = make_data_plan(config, data_size, verify=verify)
     model = config.model.with_vocabulary(data.vocab_size)
     # Once more: now the rows of the embedding are known.

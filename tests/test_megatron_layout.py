@@ -11,7 +11,12 @@ from tiny_models import model_config
 
 from megamix.engines import megatron_layout
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_layout import check_megatron_layout, stage_layers, uses_transformer_engine
+from megamix.engines.megatron_layout import (
+    check_megatron_layout,
+    check_megatron_machine,
+    stage_layers,
+    uses_transformer_engine,
+)
 from megamix.errors import InputError
 
 
@@ -28,6 +33,7 @@ def check(
     check_megatron_layout(
         config, model_config(architecture, **{"num_layers": 4, **(model or {})}), seq_length, micro_batches, vocab_size
     )
+    check_megatron_machine(config)
 
 
 @pytest.fixture
@@ -60,7 +66,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"sequence_parallel": True, "tensor": 2}, {}, r"needs the norms of Transformer Engine or Apex"),
     ({"transformer_engine": "on"}, {}, r"transformer_engine is on, but there is no GPU here"),
-    ({"distributed_optimizer": True}, {}, r"needs a GPU and the Adam of Transformer Engine or Apex"),
+    (
+        {"distributed_optimizer": True, "checkpoint_format": "dist"},
+        {},
+        r"needs a GPU and the Adam of Transformer Engine or Apex",
+    ),
     ({"gradient_accumulation_fusion": True}, {}, r"needs the kernel of Transformer Engine or Apex"),
 ]
 

@@ -43,7 +43,7 @@ def stage_layers(model: ModelConfig, num_chunks: int, seq_length: int) -> list[i
 def check_megatron_layout(
     config: MegatronConfig, model: ModelConfig, seq_length: int, micro_batches: int, vocab_size: int | None = None
 ) -> None:
-    """Refuses a layout that the model or this machine cannot have.
+    """Refuses a layout that the model cannot have, on any machine.
 
     Args:
         micro_batches: of one data-parallel rank in a step.
@@ -55,7 +55,11 @@ def check_megatron_layout(
     _check_tensor(config, model, vocab_size)
     _check_pipeline(config, model, micro_batches)
     _check_sequence(config, seq_length)
-    _check_machine(config)
+    if config.distributed_optimizer and config.checkpoint_format == "layers":
+        raise InputError(
+            "engine.distributed_optimizer holds pieces of parameters that only megatron.core puts together. "
+            "Set engine.checkpoint_format to dist."
+        )
 
 
 def _check_tensor(config: MegatronConfig, model: ModelConfig, vocab_size: int | None) -> None:
@@ -113,8 +117,12 @@ def _check_sequence(config: MegatronConfig, seq_length: int) -> None:
         )
 
 
-def _check_machine(config: MegatronConfig) -> None:
-    """What needs Transformer Engine, Apex or a GPU."""
+def check_megatron_machine(config: MegatronConfig) -> None:
+    """Refuses a layout that needs Transformer Engine, Apex or a GPU where there is none.
+
+    Raises:
+        InputError: what is missing.
+    """
     cuda, engine, apex = torch.cuda.is_available(), uses_transformer_engine(config), _installed("apex")
     if engine and not (cuda and _installed("transformer_engine")):
         what = "no GPU" if not cuda else "no package transformer_engine"
@@ -133,11 +141,6 @@ def _check_machine(config: MegatronConfig) -> None:
         raise InputError(
             "engine.distributed_optimizer needs a GPU and the Adam of Transformer Engine or Apex: with PyTorch's, megatron.core resumes with "
             "another step count in silence. Leave distributed_optimizer out, or install one of them."
-        )
-    if config.distributed_optimizer and config.checkpoint_format == "layers":
-        raise InputError(
-            "engine.distributed_optimizer holds pieces of parameters that only megatron.core puts together. "
-            "Set engine.checkpoint_format to dist."
         )
     if config.gradient_accumulation_fusion and not (cuda and (engine or _installed("fused_weight_gradient_mlp_cuda"))):
         raise InputError(

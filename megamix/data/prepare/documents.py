@@ -17,7 +17,7 @@ from megamix.errors import InputError
 # A folder may hold other files, such as a report in .json.
 _IN_FOLDERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _READABLE = (*_IN_FOLDERS, ".json", ".json.gz", ".json.zst")
-_DOMAIN_NAME = re.compile(r"\w[\w.+-]*")
+_DOMAIN_NAME = re.compile(r"\w([\w.+() -]*[\w.+)-])?")
 _MAX_SKIPPED_BYTES = 1 << 26  # how far into a compressed file a sample looks
 
 
@@ -47,8 +47,8 @@ def find_inputs(specs: Sequence[str]) -> dict[str, list[Path]]:
                 )
             if not _DOMAIN_NAME.fullmatch(name):
                 raise InputError(
-                    f"'{name}' cannot be the name of a domain (from {paths[0]}). Use letters, digits, '_', '-', '+' and"
-                    " '.', and begin with a letter or digit."
+                    f"'{name}' cannot be the name of a domain (from {paths[0]}). Use letters, digits, and inside"
+                    " also '_', '-', '+', '.', spaces and parentheses."
                 )
             _check_readable(name, paths)
             found[name] = paths
