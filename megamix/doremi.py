@@ -173,7 +173,9 @@ def _one_step(job: Job, step: Step) -> int:
         raise InputError(f"{job.source}: the proxy's mixer.reference is given, so there is no {step} step. Remove it.")
     if step == "weights":
         _save_weights(job, _result(job, number)[0])
-    return EXIT_OK if step in ("configs", "weights") else _run_step(job, number, step)
+    if step in ("configs", "weights"):
+        return EXIT_OK
+    return _run_step(job, 1 if step == "target" else number, step)
 
 
 def _run_step(job: Job, number: int, step: str) -> int:

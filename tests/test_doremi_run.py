@@ -297,6 +297,10 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
     assert json.loads((out / "weights.json").read_text()) == found["round_3/proxy"]
     np.testing.assert_allclose(plan_of(out / "target.yaml").initial_weights, list(found["round_3/proxy"].values()))
     taken.clear()
+    for only in ("target", "proxy"):
+        assert in_process("doremi", str(tiny_config()), "doremi.rounds=5", "doremi.target={}", "--only", only) == 0
+    assert taken == ["target.yaml", "round_3/proxy.yaml"]
+    taken.clear()
     assert in_process("doremi", str(tiny_config()), "doremi.rounds=1") == 0
     assert taken == steps
     assert json.loads((out / "weights.json").read_text()) == found["proxy"]
