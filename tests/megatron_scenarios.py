@@ -169,7 +169,7 @@ def train_by_engine(scenario: Scenario, folder: Path) -> None:
 
     group = dist.new_group(backend="gloo")
     engine = make(scenario, scenario.engine)
-    initial = {} if "distributed_optimizer" in scenario.engine else _own_weights(engine)
+    initial = _own_weights(engine)
     counts = _count_calls(engine)
     result: dict[str, Any] = {"losses": [], "grad_norms": [], "calls": []}
     first_leg = STEPS if scenario.resumed is None else STEPS // 2
@@ -188,7 +188,13 @@ def train_by_engine(scenario: Scenario, folder: Path) -> None:
     sums = engine.evaluate(given, micro_batches).clone()
     dist.all_reduce(sums)
     torch.save(
-        {"initial": initial, "token_losses": token_losses, "sums": sums, "place": engine.place},
+        {
+            "initial": initial,
+            "final": _own_weights(engine),
+            "token_losses": token_losses,
+            "sums": sums,
+            "place": engine.place,
+        },
         folder / f"rank_{dist.get_rank()}.pt",
     )
     if dist.get_rank() == 0:
@@ -301,9 +307,10 @@ def _count_calls(engine: Any) -> Callable[[], list[int]]:
 
 
 def _own_weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: state.weight.clone() for layer in engine.layers() for name, state in engine.layer_state(layer)
-    }  # fmt: skip
+    """The whole parameters of the layers on this rank; none where the distributed optimizer has them in pieces."""
+    if engine._config.distributed_optimizer:
+        return {}
+    return {name: state.weight.clone() for layer in engine.layers() for name, state in engine.layer_state(layer)}
 
 
 def main(folder: Path) -> None:
