@@ -18,16 +18,18 @@ from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
 from megamix.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixers.odm import OdmConfig, OdmMixer
+from megamix.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixers.static import StaticConfig, StaticMixer
 from megamix.mixers.stats import DomainStats
 from megamix.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
 
-MixerConfig = Annotated[StaticConfig | OdmConfig | DoremiConfig, Field(discriminator="name")]
+MixerConfig = Annotated[StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, Field(discriminator="name")]
 """The config of any mixer, told apart by ``name``."""
 
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
     "odm": (OdmConfig, OdmMixer),
+    "recommended": (RecommendedConfig, RecommendedMixer),
     "doremi": (DoremiConfig, DoremiMixer),
 }
 """Config class and mixer class by name."""
@@ -71,6 +73,8 @@ __all__ = [
     "MixerConfig",
     "OdmConfig",
     "OdmMixer",
+    "RecommendedConfig",
+    "RecommendedMixer",
     "ScheduleConfig",
     "StaticConfig",
     "StaticMixer",
