@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from megamix.errors import InputError, did_you_mean
 
@@ -41,6 +42,42 @@ class Config(pydantic.BaseModel):
                 if bool not in members and (int in members or float in members):
                     raise ValueError(f"{key} is {str(value).lower()}, expected a number.")
         return data
+
+
+class ByName:
+    """Marks a field whose config class follows from the value's ``name``: ``Annotated[AnyOfThese, ByName(find)]``.
+
+    Unlike the branches of a pydantic union, the classes need not be known beforehand.
+
+    Args:
+        find: the class for a name (None where there is none); raises `InputError` for one that has none.
+    """
+
+    def __init__(self, find: Callable[[object], type[Config]]) -> None:
+        self._find = find
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._validate, core_schema.any_schema())
+
+    def class_of(self, value: object) -> Any:
+        """The class for a value that stands in a config; Any where it has none."""
+        try:
+            return self._find(value.get("name")) if isinstance(value, Mapping) else Any
+        except InputError:
+            return Any
+
+    def _validate(self, value: object) -> Config:
+        if isinstance(value, Config):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"got {value!r}, expected a mapping with the key 'name'.")
+        try:
+            found = self._find(value.get("name"))
+        except InputError as error:
+            problem = PydanticCustomError("value_error", "{error}", {"error": str(error)})
+            details = InitErrorDetails(type=problem, loc=("name",), input=value)
+            raise pydantic.ValidationError.from_exception_data("name", [details]) from error
+        return found.model_validate(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -190,35 +227,33 @@ def validate(model: type[C], data: Any, source: str, origins: Mapping[tuple[str,
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         lines = []
-        for problem in _without_other_branches(model, error.errors()):
-            file = (origins or {}).get(tuple(_trace(model, problem["loc"])[0]))
-            lines.append(_describe(model, problem) + (f" It stands in {file}." if file is not None else ""))
+        for problem in _without_other_branches(model, error.errors(), data):
+            file = (origins or {}).get(tuple(_trace(model, problem["loc"], data)[0]))
+            lines.append(_describe(model, problem, data) + (f" It stands in {file}." if file is not None else ""))
         raise InputError(f"{source}:" + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines)) from error
 
 
-def _describe(model: type[Config], problem: Any) -> str:
-    keys, _, here = _trace(model, problem["loc"])
+def _describe(model: type[Config], problem: Any, data: Any) -> str:
+    keys, _, here = _trace(model, problem["loc"], data)
     path = ".".join(keys)
     where = f"{path}: " if path else ""
     if problem["type"] == "extra_forbidden":
-        _, _, owner = _trace(model, problem["loc"][:-1])
+        _, _, owner = _trace(model, problem["loc"][:-1], data)
         return f"unknown key '{path}'." + did_you_mean(keys[-1], owner.model_fields if _is_config(owner) else ())
     if problem["type"] == "missing":
         return f"the key '{path}' is missing. Add it."
     if problem["type"] == "value_error":
         return f"{where}{problem['ctx']['error']}"
     known = [str(name) for member in _members(here) for name in _names(member)]
-    if problem["type"] == "union_tag_not_found":
-        return f"{path} needs the key 'name'." + did_you_mean("", known)
     if problem["type"] == "union_tag_invalid":
         return f"{path}.name: unknown '{problem['ctx']['tag']}'." + did_you_mean(problem["ctx"]["tag"], known)
     return f"{where}{problem['msg']}, got {problem['input']!r}."
 
 
-def _without_other_branches(model: type[Config], problems: Sequence[Any]) -> list[Any]:
+def _without_other_branches(model: type[Config], problems: Sequence[Any], data: Any) -> list[Any]:
     """The problems without those of union branches that the value was not meant for: where one branch says what is
     wrong inside the value, another's complaint about the value as a whole is noise."""
-    traced = [(_trace(model, problem["loc"]), problem) for problem in problems]
+    traced = [(_trace(model, problem["loc"], data), problem) for problem in problems]
     return [
         problem
         for (keys, in_union, _), problem in traced
@@ -226,7 +261,7 @@ def _without_other_branches(model: type[Config], problems: Sequence[Any]) -> lis
     ]
 
 
-def _trace(model: type[Config], location: Sequence[int | str]) -> tuple[list[str], bool, Any]:
+def _trace(model: type[Config], location: Sequence[int | str], data: Any) -> tuple[list[str], bool, Any]:
     """Follows an error's location through the config classes.
 
     Returns:
@@ -243,10 +278,30 @@ def _trace(model: type[Config], location: Sequence[int | str]) -> tuple[list[str
             here = next((member for member in members if part in _names(member)), Any)
             continue
         keys.append(str(part))
-        field = here.model_fields.get(str(part)) if _is_config(here := members[0]) else None
-        here = field.annotation if field is not None else Any
+        data = _value_at(data, part)
+        here = _type_at(members[0], str(part), data)
     members = _members(here)
     return keys, in_union, members[0] if len(members) == 1 else here
+
+
+def _value_at(data: Any, part: int | str) -> Any:
+    try:
+        return data[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _type_at(owner: Any, part: str, value: Any) -> Any:
+    """The type of ``value``, which stands at a key or index of an ``owner``."""
+    if _is_config(owner):
+        field = owner.model_fields.get(part)
+        annotation, marks = (Any, ()) if field is None else (field.annotation, field.metadata)
+    elif typing.get_origin(owner) in (tuple, list):
+        annotation = typing.get_args(owner)[0]
+        marks = getattr(annotation, "__metadata__", ())
+    else:
+        annotation, marks = Any, ()
+    return next((mark.class_of(value) for mark in marks if isinstance(mark, ByName)), annotation)
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -27,12 +27,33 @@ from numpy.typing import NDArray
 
 from megamix.data.blend import Segment
 from megamix.data.sampler import Sampler
-from megamix.errors import MegamixError
+from megamix.errors import InputError, MegamixError
 from megamix.mixers import DomainStats, Mixer
 from megamix.mixture import WeightSchedule
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ShadowChange:
+    """New weights of a mixer that only logs (`megamix.shadow`).
+
+    Attributes:
+        name: which one.
+        step: steps taken before they were computed.
+        effective_step: the first that they would be sampled in.
+        position: where that begins.
+        segment: the stretch of constant weights there.
+        record: what the mixer shows of itself, and the sums of the step.
+    """
+
+    name: str
+    step: int
+    effective_step: int
+    position: int
+    segment: Segment
+    record: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class MixReport:
         segment: the stretch of constant weights that ``effective_step`` starts in.
         record: what the mixer shows of itself.
         updated: whether new weights were computed, by the mixer or by a staged mixture.
+        shadows: new weights of mixers that only log.
     """
 
     step: int
@@ -53,6 +75,7 @@ class MixReport:
     segment: Segment
     record: dict[str, object]
     updated: bool
+    shadows: tuple[ShadowChange, ...] = ()
 
 
 class MixExchange:
@@ -143,8 +166,14 @@ class MixExchange:
             stats = self._statistics(step, reduced)
             wanted, updated = self._update(self._mixer, stats, step)
             weights[0] = torch.from_numpy(wanted)
-            if self._mixer.loss_weights is not None:
-                weights[1] = torch.from_numpy(self._mixer.loss_weights)
+            given = checked_loss_weights(self._mixer)
+            if (given is None) != (self._loss_weights is None):
+                raise InputError(
+                    f"mixer '{self._mixer.name}': loss_weights is None in some steps and not in others. Give 1 for every "
+                    "domain where all count alike."
+                )
+            if given is not None:
+                weights[1] = torch.from_numpy(given)
         dist.broadcast(weights, src=0, group=self._weights_group)
         effective_step = self._effective_step(step)
         self._sampler.set_weights(weights[0].numpy(), effective_step)
@@ -180,14 +209,45 @@ class MixExchange:
         """The weights that follow from ``step``, and whether they were computed anew."""
         _refuse_non_finite(stats, mixer.domains, step)
         effective_step = self._effective_step(step)
-        wanted = mixer.update(stats, step + 1)
-        updated = mixer.changed_at(step + 1)
-        if not mixer.has_updated and self._schedule.changes_at(effective_step):
-            wanted, updated = self._schedule.at(effective_step), True
+        wanted = wanted_weights(mixer, self._schedule, stats, step, effective_step)
         # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
-        return (
-            self._constrain(wanted, effective_step) if updated else self._sampler.weights_at(effective_step)
-        ), updated
+        if wanted is None:
+            return self._sampler.weights_at(effective_step), False
+        return self._constrain(wanted, effective_step), True
+
+
+def wanted_weights(
+    mixer: Mixer, schedule: WeightSchedule, stats: DomainStats, step: int, effective_step: int
+) -> Floats | None:
+    """What the mixer, or a staged mixture until the mixer first changes the weights, asks for after ``step``, which
+    counts from 0; before the constraints. None: nothing new."""
+    wanted = mixer.update(stats, step + 1)
+    if not mixer.has_updated and schedule.changes_at(effective_step):
+        return schedule.at(effective_step)
+    return wanted if mixer.changed_at(step + 1) else None
+
+
+def statistics_record(stats: DomainStats) -> dict[str, object]:
+    """What a line of weights.jsonl says of the sums of its step."""
+    return {"statistics": {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}}
+
+
+def checked_loss_weights(mixer: Mixer) -> Floats | None:
+    """The mixer's loss weights, which nobody else has looked at.
+
+    Raises:
+        InputError: not one for every domain, or one that is negative or not finite.
+    """
+    given = mixer.loss_weights
+    if given is None:
+        return None
+    given = np.asarray(given, np.float64)
+    if given.shape != (mixer.num_domains,) or not (np.isfinite(given) & (given >= 0)).all():
+        raise InputError(
+            f"mixer '{mixer.name}': loss_weights is {given.tolist()}, expected {mixer.num_domains} finite numbers that are "
+            "not negative, one a domain."
+        )
+    return given
 
 
 def _refuse_non_finite(stats: DomainStats, domains: tuple[str, ...], step: int) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
-from megamix.exchange import MixExchange, MixReport
-from megamix.mixers import DoremiConfig, Mixer, make_mixer
+from megamix.exchange import MixExchange, MixReport, checked_loss_weights
+from megamix.mixers import Mixer, ScheduleConfig, make_mixer
 from megamix.plan import DataPlan
-from megamix.reference_cache import open_reference
+from megamix.reference_cache import open_reference, reference_folder
 from megamix.resume import Resumed, data_fingerprints
+from megamix.shadow import Shadow, open_shadows
 
 
 class MixedData:
@@ -37,6 +39,7 @@ class MixedData:
     Attributes:
         step: steps submitted.
         mixer: on rank 0; None elsewhere.
+        shadows: mixers that only log, on rank 0.
         change: what weights.jsonl is to say of a resume that changed the blend; None where nothing changed.
     """
 
@@ -48,6 +51,7 @@ class MixedData:
         self._device = device
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
         self.mixer: Mixer | None = None
+        self.shadows: tuple[Shadow, ...] = ()
         shared: list[Any] = [None]
         share = plan.share(data_rank)
         if dist.get_rank() == 0:
@@ -55,7 +59,8 @@ class MixedData:
             self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights)
             if resumed is not None:
                 resumed.set_mixer(self.mixer)
-            shared = [({"blend": blend.state_dict()}, self.mixer.loss_weights)]
+            self.shadows = open_shadows(plan, blend, self.step, resumed)
+            shared = [({"blend": blend.state_dict()}, checked_loss_weights(self.mixer))]
         # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
         # Through a group of its own: small objects must not need the accelerator.
         group: Any = dist.new_group(backend="gloo")
@@ -63,7 +68,7 @@ class MixedData:
         state, loss_weights = shared[0]
         self.sampler = Sampler.from_state_dict(state, share, plan.constraints.limits)
         self._reports: list[MixReport] = []
-        batch, mixer = plan.config.train.global_batch, plan.config.mixer
+        batch = plan.config.train.global_batch
         self.exchange = MixExchange(
             self.mixer,
             self.sampler,
@@ -71,9 +76,9 @@ class MixedData:
             weight_lag=plan.config.data.weight_lag,
             first_step=self.step,
             loss_weights=loss_weights,
-            has_reference=isinstance(mixer, DoremiConfig) and mixer.reference is not None,
+            has_reference=reference_folder(plan) is not None,
             constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
-            on_report=self._reports.append,
+            on_report=self._report,
         )
         self.loader = Loader(self.sampler, self._reader() if reads_data else None, device.type == "cuda")
         for _ in range(plan.config.data.weight_lag):
@@ -96,7 +101,7 @@ class MixedData:
         loss_weights = self.exchange.loss_weights(self.step)
         if batch is None:
             return Objective(1.0)
-        if loss_weights is None or not isinstance(config, DoremiConfig):
+        if loss_weights is None or not isinstance(config, ScheduleConfig):
             # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
             return Objective(float(max(batch.num_tokens, 1)))
         weights, normaliser = config.objective(loss_weights, batch.domain_tokens, self.sampler.weights_at(self.step))
@@ -123,6 +128,11 @@ class MixedData:
             taken.append(self._reports.pop(0))
         return taken
 
+    def _report(self, report: MixReport) -> None:
+        """On the mixing thread of rank 0, once the weights of the step are on their way."""
+        changes = [change for shadow in self.shadows for change in shadow.update(report.stats, report.step)]
+        self._reports.append(replace(report, shadows=tuple(changes)))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from step ``step``; JSON-serialisable, and whole on rank 0 only."""
         self.exchange.settle(self.step)
@@ -131,6 +141,7 @@ class MixedData:
             "fingerprints": data_fingerprints(self.plan),
             "sampler": self.sampler.state_dict(self.step),
             "mixer": self.mixer.state_dict() if self.mixer is not None else None,
+            "shadow": {shadow.name: shadow.state_dict(self.step) for shadow in self.shadows},
             "manifest": str(self.plan.config.data.manifest.absolute()),
         }
 

@@ -5,6 +5,8 @@ Legend: K domains, n samples.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +25,13 @@ def open_reference(plan: DataPlan) -> ReferenceLosses | None:
     Raises:
         InputError: there are none, or they are of other data, another tokenizer or another sample length.
     """
-    folder = getattr(plan.config.mixer, "reference", None)
+    folder = reference_folder(plan)
     return None if folder is None else ReferenceLosses(folder, cache_key(plan))
+
+
+def reference_folder(plan: DataPlan) -> Path | None:
+    """The key ``reference`` of the mixer's config; None where it has none, or no value."""
+    return getattr(plan.config.mixer, "reference", None)
 
 
 def cache_key(plan: DataPlan) -> CacheKey:

@@ -187,9 +187,9 @@ def test_help_config_needs_no_config_file() -> None:
         ("mixer.odm.alpha=0.5", "unknown key 'mixer.odm'. Known: alpha, "),
         ("mixer={name: static, alpha: 0.5}", "unknown key 'mixer.alpha'. Known: name."),
         ("engine.pipelines=3", "unknown key 'engine.pipelines'. Did you mean 'pipeline'?"),
-        ("mixer.name=omd", "mixer.name: unknown 'omd'. Did you mean 'odm'?"),
-        ("mixer.name=replay", "mixer.name: unknown 'replay'. Known: doremi, odm, static"),
-        ("mixer={warmup_steps: 3, name: null}", "mixer.name: unknown"),
+        ("mixer.name=omd", "mixer.name: unknown mixer 'omd'. Did you mean 'odm'?"),
+        ("mixer.name=replay", "mixer.name: unknown mixer 'replay'. Known: doremi, odm, static"),
+        ("mixer={warmup_steps: 3, name: null}", "mixer.name: a mixer needs the key 'name'"),
         ("mixer.preset=officia", "Did you mean 'official'?"),
         ("model.preset=neox2m", "model.preset: unknown 'neox2m'. Did you mean 'neox-2m'?"),
     ],
@@ -212,7 +212,7 @@ def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str
         ("train.lr=.inf", "train.lr: Input should be a finite number, got inf"),
         ("train.min_lr=1", "train: min_lr 1.0 is above lr 0.001"),
         ("mixer.alpha=1.5", "mixer.alpha: Input should be less than 1, got 1.5"),
-        ("mixer=3", "mixer: Input should be a valid dictionary"),
+        ("mixer=3", "mixer: got 3, expected a mapping with the key 'name'"),
         (
             "mixture=natura",
             "mixture: got 'natura', expected uniform, natural, {domain: weight}, {file: PATH} or {stages: [...]}.",
@@ -238,7 +238,7 @@ def test_a_missing_key(key: str) -> None:
 
 def test_missing_keys_below_the_top() -> None:
     assert message(text=SMALL.replace("steps: 10, ", "")) == "small.yaml: the key 'train.steps' is missing. Add it."
-    assert "mixer needs the key 'name'. Known: doremi, odm, static" in message(text=SMALL.replace("name: odm, ", ""))
+    assert "mixer.name: a mixer needs the key 'name'. Known: doremi, odm, static" in message(text=SMALL.replace("name: odm, ", ""))
 
 
 def test_all_problems_are_reported_at_once() -> None:

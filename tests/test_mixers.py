@@ -245,7 +245,7 @@ def test_the_union_of_configs_and_the_registry_agree() -> None:
         mixer: MixerConfig
 
     assert validate(Run, {"mixer": {"name": "odm", "preset": "exp3"}}, "run").mixer.name == "odm"
-    with pytest.raises(InputError, match=r"unknown 'omd'\. Did you mean 'odm'"):
+    with pytest.raises(InputError, match=r"mixer\.name: unknown mixer 'omd'\. Did you mean 'odm'"):
         validate(Run, {"mixer": {"name": "omd"}}, "run")
     with pytest.raises(InputError, match="Did you mean 'update_every'"):
         validate(Run, {"mixer": {"name": "odm", "update_evry": 2}}, "run")

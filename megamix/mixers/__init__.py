@@ -3,7 +3,8 @@
     mixer = make_mixer({"name": "odm", "preset": "official"}, domains=["web", "code"], initial_weights=[0.7, 0.3])
     weights = mixer.update(DomainStats(nats=[310.0, 95.0], tokens=[100, 40]), step=1)
 
-A new mixer is added here and nowhere else: its config class to `MixerConfig`, its class to `MIXERS`.
+A new mixer is added here and nowhere else: its config class to `MixerConfig`, its class to `MIXERS`. One that is not
+part of megamix needs neither: see `megamix.mixers.own`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from megamix.config import Config, validate
+from megamix.config import ByName, Config, validate
 from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
 from megamix.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixers.odm import OdmConfig, OdmMixer
+from megamix.mixers.own import check_installed, own_mixer
 from megamix.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixers.static import StaticConfig, StaticMixer
 from megamix.mixers.stats import DomainStats
 from megamix.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
-
-MixerConfig = Annotated[StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, Field(discriminator="name")]
-"""The config of any mixer, told apart by ``name``."""
 
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
@@ -33,6 +30,24 @@ MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "doremi": (DoremiConfig, DoremiMixer),
 }
 """Config class and mixer class by name."""
+
+
+def find_mixer(name: object) -> tuple[type[Config], type[Mixer]]:
+    """Config class and mixer class by name, of our mixers and of others' (see `megamix.mixers.own`).
+
+    Raises:
+        InputError: no name, an unknown one, or one whose class cannot be had.
+    """
+    if name is None:
+        raise InputError("a mixer needs the key 'name'." + did_you_mean("", MIXERS))
+    if name not in list(MIXERS):
+        return own_mixer(str(name), tuple(MIXERS))
+    check_installed(list(MIXERS))
+    return MIXERS[str(name)]
+
+
+MixerConfig = Annotated[StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, ByName(lambda name: find_mixer(name)[0])]
+"""The config of any mixer, told apart by ``name``; those listed are the ones whose classes are known beforehand."""
 
 
 def make_mixer(
@@ -53,12 +68,7 @@ def make_mixer(
             that cannot be used.
     """
     name = config.get("name") if isinstance(config, Mapping) else getattr(config, "name", None)
-    if name is None:
-        raise InputError("the mixer's config needs the key 'name'." + did_you_mean("", MIXERS))
-    name = str(name)
-    if name not in MIXERS:
-        raise InputError(f"unknown mixer '{name}'." + did_you_mean(name, MIXERS))
-    config_class, mixer_class = MIXERS[name]
+    config_class, mixer_class = find_mixer(name)
     if not isinstance(config, config_class):
         config = validate(config_class, dict(config), f"mixer '{name}'")
     return mixer_class(config, domains, initial_weights)
@@ -78,6 +88,7 @@ __all__ = [
     "ScheduleConfig",
     "StaticConfig",
     "StaticMixer",
+    "find_mixer",
     "make_mixer",
     "normalise_weights",
     "project_to_capped_simplex",

@@ -11,19 +11,20 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from megamix.config import Config
 from megamix.errors import InputError
-from megamix.mixers.stats import DomainStats
+from megamix.mixers.stats import DomainStats, IntArray
 from megamix.mixers.weights import FloatArray, normalise_weights
 
 
 class ScheduleConfig(Config):
-    """When a mixer changes the weights; the base of the configs of all mixers that do."""
+    """When a mixer changes the weights, and what its loss weights mean; the base of the configs of all mixers that do
+    so."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps during which the weights stay the initial ones while statistics are already collected; the first change can
@@ -35,13 +36,32 @@ class ScheduleConfig(Config):
     update_times: int = Field(default=-1, ge=-1)
     """How many times the weights change before they stay as they are; -1: for ever."""
 
+    def objective(
+        self, loss_weights_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray, /
+    ) -> tuple[FloatArray, float]:
+        """What a step differentiates under a mixer with loss weights: the sum over its tokens of factor[domain] * loss,
+        divided by a normaliser. Here the weighted mean over tokens, so that equal weights change nothing.
+
+        Every rank asks, so this must follow from the config and the arguments alone.
+
+        Args:
+            loss_weights_K: the mixer's `loss_weights`.
+            tokens_K: int64, each domain's labels in the global batch.
+            sampling_K: the weights these were drawn with.
+
+        Returns:
+            The factors and the normaliser, above 0.
+        """
+        # Where only domains of weight 0 came, the sum is 0 and so is the loss, whatever it is divided by.
+        return loss_weights_K, float(loss_weights_K @ tokens_K) or 1.0
+
 
 class Mixer(ABC):
     """Maps the statistics of a run to sampling weights.
 
     A mixer of one's own overrides `_new_weights`, and `_observe`, `_extra_state`, `_load_extra_state` and
-    `_extra_record` where it keeps estimates. The base sums statistics between updates, keeps the schedule, checks and
-    normalises the weights, and saves its own part.
+    `_extra_record` where it keeps estimates, and `loss_weights` where it weighs losses. The base sums statistics
+    between updates, keeps the schedule, checks and normalises the weights, and saves its own part.
 
     Args:
         config: The mixer's config; the schedule is read from it where it derives from `ScheduleConfig`, otherwise the
@@ -53,8 +73,8 @@ class Mixer(ABC):
         InputError: Domains that are missing or given twice; weights that cannot be used.
     """
 
-    name: ClassVar[str]
-    """The mixer's name in configs, records and states."""
+    name: str = ""
+    """The mixer's name in messages and states; where a class gives none, the one that its config chose it by."""
 
     def __init__(
         self,
@@ -62,6 +82,7 @@ class Mixer(ABC):
         domains: Sequence[str],
         initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
     ) -> None:
+        self.name = vars(type(self)).get("name") or getattr(config, "name", type(self).__name__)
         names = tuple(str(domain) for domain in domains)
         repeated = sorted({domain for domain in names if names.count(domain) > 1})
         if not names or repeated:
@@ -123,7 +144,8 @@ class Mixer(ABC):
 
     @property
     def loss_weights(self) -> FloatArray | None:
-        """float64 [K], what each domain's losses are to be weighted with in the next step; None: all alike."""
+        """float64 [K], what each domain's losses are to be weighted with in the next step, as the config's `objective`
+        has it; None: all alike, and then always None."""
         return None
 
     @property
