@@ -34,7 +34,7 @@ from megamix.files import sync_folder
 from megamix.models import ModelConfig
 from megamix.models.layers import hugging_face_config, layer_shapes
 from megamix.models.pretrained_config import CLASSES, OUTPUT_NAMES
-from megamix.summary import CONFIG, RecordedRun
+from megamix.recorded_run import CONFIG, RecordedRun
 from megamix.tensor_files import TensorSpec, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,7 +83,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     if (holds := checkpoint.kind(source)) != checkpoint.LAYERS:
         raise InputError(
             f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which export does not "
-            "read. Resume the run with engine.checkpoint_format=layers, and export the checkpoint that it writes then."
+            "read. Resume the run, also one that is done, with engine.checkpoint_format=layers, and export what it writes."
         )
     manifest = _manifest(run, state, source)
     fingerprints = state["fingerprints"]

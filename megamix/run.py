@@ -6,7 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from megamix import checkpoint
 from megamix.config import load_config
+from megamix.engines.config import MegatronConfig
 from megamix.errors import EXIT_OK, InputError
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
@@ -35,7 +37,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
         log.warning("%s", warning)
     resumed = open_checkpoint(plan)
     _open_sources(plan, resumed)
-    if resumed is not None and resumed.step >= config.train.steps:
+    if resumed is not None and resumed.step >= config.train.steps and not _is_to_be_converted(config, resumed):
         log.info(
             "%s is done: all its %d steps are. To train anew, choose another run_dir.",
             config.run_dir,
@@ -89,6 +91,12 @@ def _open_sources(plan: Plan, resumed: Resumed | None) -> None:
     if resumed is None:
         plan.pretrained()
     open_reference(plan)
+
+
+def _is_to_be_converted(config: RunConfig, resumed: Resumed) -> bool:
+    """Whether the last checkpoint of a run that is done is of another format than ``engine.checkpoint_format``."""
+    own = isinstance(config.engine, MegatronConfig) and config.engine.checkpoint_format == "dist"
+    return own != (checkpoint.kind(resumed.path) != checkpoint.LAYERS)
 
 
 def _prepare_run_dir(config: RunConfig) -> None:

@@ -47,7 +47,7 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
     final = folder / f"step_{step}"
     partial = folder / f"step_{step}{PARTIAL}"
     own = engine if isinstance(engine, OwnFormat) and engine.saves_own_format else None
-    holds = LAYERS if own is None else own.own_format
+    holds = format_of(engine)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / holds).mkdir(parents=True)
@@ -69,8 +69,7 @@ def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep
         files = {name: entry for files, _ in outcomes for name, entry in files.items()}
         listing = {"format": FORMAT, "version": VERSION, "step": step, "holds": holds, "files": files}
         write_json(partial / "checkpoint.json", listing)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        _replace_folder(partial, final)
         sync_folder(folder)
         for old in sorted(complete_steps(folder))[:-keep]:
             shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
@@ -138,6 +137,20 @@ def load_engine(path: Path, engine: Engine, step: int) -> None:
         name = _layer_file(layer)
         verify(path, name)
         engine.load_layer_state(layer, _unflatten(load_file(path / name)))
+
+
+def format_of(engine: Engine) -> str:
+    """What the engine's checkpoints will hold, as `megamix.checkpoint.kind` says it."""
+    return engine.own_format if isinstance(engine, OwnFormat) and engine.saves_own_format else LAYERS
+
+
+def _replace_folder(partial: Path, final: Path) -> None:
+    """Gives a finished folder its name; one of that name from before is there until then."""
+    before = final.with_name(f"{final.name}.before")
+    if final.exists():
+        os.replace(final, before)
+    os.replace(partial, final)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def load_weights(weights: PretrainedWeights, engine: Engine) -> None:

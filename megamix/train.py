@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix import saving
+from megamix import checkpoint, saving
 from megamix.data.loader import Batch
 from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
@@ -64,6 +64,9 @@ class Trainer:
             resumed=resumed,
         )
         self._first_step = self.step
+        self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
+            self.engine
+        )
         self.validation = Validation(plan, self.engine)
         self._log = IntervalLog(plan.domain_names, resumed.state["interval"] if resumed else None)
         self.record = None
@@ -87,6 +90,8 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         stop = min(config.train.steps, config.train.stop_after or config.train.steps)
+        if self.step >= stop and self._is_in_other_format:
+            self.save()
         try:
             while self.step < stop:
                 try:

@@ -75,7 +75,9 @@ def gather_partials(partials_4N: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's [4, N] as [T, 4, N], in one collective."""
     num_rows = partials_4N.shape[1]
     stacked = partials_4N.new_empty(group.size() * NUM_PARTIALS, num_rows)
-    dist.all_gather_into_tensor(stacked, partials_4N, group=group)
+    # Its name from torch 2.13 on; the older one warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(stacked, partials_4N, group=group)
     return stacked.view(group.size(), NUM_PARTIALS, num_rows)
 
 

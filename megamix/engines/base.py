@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 from megamix.data.loader import Batch
+
+# Long enough for a slow filesystem at start-up; a dead rank is noticed by its closed connections and by whoever started
+# the ranks.
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megamix.data.loader import Batch
-from megamix.engines.base import Engine, Objective, ParameterState, Place
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState, Place
 from megamix.engines.config import DeepSpeedConfig
 from megamix.engines.step_loss import StepLoss
 from megamix.models.config import ModelConfig
 from megamix.train_config import TrainConfig
-
-# Long enough for a slow filesystem at start-up; a dead rank is noticed by its closed connections and by whoever started
-# the ranks.
-COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
 def start_distributed() -> None:

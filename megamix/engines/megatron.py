@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from megamix.data.loader import Batch
 from megamix.data.permute import hash_words
 from megamix.engines import megatron_checkpoint, megatron_setup
-from megamix.engines.base import Engine, Objective, ParameterState
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron_context import context_part, whole_samples
 from megamix.engines.megatron_cpu import cpu_stand_ins
@@ -31,8 +30,6 @@ from megamix.engines.step_loss import StepLoss
 from megamix.models.config import ModelConfig
 from megamix.models.layers import Decoder, Embedding, Head
 from megamix.train_config import TrainConfig
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
 def start_distributed() -> None:
