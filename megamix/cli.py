@@ -194,7 +194,7 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the PNGs; default: RUN/plots.")] = None,
 ) -> None:
-    """Draw the weights and per-domain losses of runs over tokens.
+    """Draw runs: weights, losses, exploration and excess loss over tokens; shares and epochs of every domain.
 
     Example: megamix plot runs/demo
     """
@@ -202,6 +202,20 @@ def plot(
 
     for path in plot_run(runs, out):
         typer.echo(path)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; default: RUN/report.html.")] = None,
+) -> None:
+    """Write one HTML page about runs, side by side: weights, losses, shares, epochs, configs. It needs no network.
+
+    Example: megamix report runs/demo runs/natural --out report.html
+    """
+    from megamix.report import write_report
+
+    typer.echo(write_report(runs, out))
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,108 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
+from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, evaluation, write_config, write_data, write_run
 
 from megamix import inspect, plots, saving, summary
-from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.manifest import Manifest
 from megamix.data.sampler import Sampler
-from megamix.data.tokenizer import train_tokenizer
-from megamix.data.writer import IndexedWriter
 from megamix.engines.base import ParameterState
 from megamix.errors import InputError
-from megamix.exchange import MixReport
-from megamix.mixers import DomainStats
+from megamix.labels import spread
 from megamix.models.layers import Decoder, Embedding, Head
 from megamix.plan import make_plan
 from megamix.resume import fingerprints
-from megamix.run_config import RunConfig
 from megamix.tables import Report, Table
-from megamix.tracking import RunRecord
-
-NAMES = ("web", "c_$1$", "_books")
-TRAIN_TOKENS = (3000, 1000, 500)
-UNIGRAM = 5.0
-STEPS, BATCH, SEQ = 40, 8, 16
-
-
-def write_data(folder: Path) -> Manifest:
-    """Three domains of text, in documents of 50 words."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    words = [f"word{number}" for number in range(50)]
-    tokenizer = train_tokenizer([" ".join(words)] * 3, 300)
-    (folder / "tokenizer.json").write_bytes(tokenizer)
-    entries = []
-    for name, size in zip(NAMES, TRAIN_TOKENS, strict=True):
-        (folder / name).mkdir()
-        splits: dict[str, dict[str, Any]] = {}
-        for split, left in (("train", size), ("validation", 200)):
-            with IndexedWriter(folder / name / split, "uint16") as writer:
-                while left > 0:
-                    length = min(left, int(rng.integers(10, 60)))
-                    writer.add_document(rng.integers(1, 250, length))
-                    left -= length
-                written = writer.close()
-            splits[split] = {
-                "prefixes": (f"{name}/{split}",),
-                "tokens": written.tokens,
-                "documents": written.documents,
-                "max_token": written.max_token,
-                "sha256": (written.sha256,),
-            }
-        validation = ValidationEntry(**splits["validation"], unigram_nats=UNIGRAM)
-        entries.append(DomainEntry(name=name, train=SplitEntry(**splits["train"]), validation=validation))
-    sha256 = hashlib.sha256(tokenizer).hexdigest()
-    entry = TokenizerEntry(file="tokenizer.json", sha256=sha256, vocab_size=300, eod_id=0)
-    manifest = Manifest.build(folder, tokenizer=entry, dtype="uint16", validation_fraction=0.02, domains=entries)
-    manifest.save()
-    return manifest
-
-
-def write_config(run_dir: Path, manifest: Path, recorded_as: Path | None = None) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = {
-        "run_dir": str(recorded_as or run_dir),
-        "data": {"manifest": str(manifest), "seq_length": SEQ},
-        "model": {"architecture": "neox", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 16},
-        "mixer": {"name": "odm"},
-        "train": {"steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": 7},
-    }
-    (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-
-
-def evaluation(step: int) -> dict[str, Any]:
-    losses = {"web": 6.0 - step / 20, "c_$1$": 6.0 - step / 10, "_books": 6.0 - step / 80}
-    macro = sum(losses.values()) / 3
-    tokens = step * BATCH * SEQ
-    return {"step": step, "tokens": tokens, "domain_loss": losses, "macro_loss": macro, "worst_domain": "_books"}
-
-
-def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Path | None = None) -> list[list[int]]:
-    """Records a run whose weights change every fifth step; returns the samples taken before each step, by domain."""
-    write_config(run_dir, manifest, recorded_as)
-    plan = make_plan(summary.load_config(RunConfig, run_dir / "config.resolved.yaml"))
-    sampler = Sampler(plan.blend(), plan.share(0))
-    record = RunRecord(run_dir, NAMES, None)
-    record.announce(0, [(0, sampler.segment_at(0))], {"is_warmup": False})
-    record.evaluate(evaluation(0))
-    rng, counts = np.random.default_rng(5), [[0, 0, 0]]
-    for step in range(steps):
-        dealt = sampler.deal()
-        counts.append((np.array(counts[-1]) + np.bincount(dealt.domain.ravel(), minlength=3)).tolist())
-        if step % 5 == 4:
-            weights = rng.dirichlet(np.ones(3))
-            sampler.set_weights(weights, step + 2)
-            stats = DomainStats(nats=np.ones(3), tokens=np.full(3, 4))
-            segment = sampler.segment_at(step + 2)
-            record.weights(MixReport(step, stats, step + 2, segment, {"is_warmup": False}, True), (step + 2) * BATCH)
-            line = {"step": step + 1, "tokens": (step + 1) * BATCH * SEQ, "loss": 5.0, "tokens_per_second": 1.0}
-            losses = {"web": 6.0 - step / 20, "c_$1$": None, "_books": 6.0 - step / 80}
-            record.train({**line, "domain_loss": losses})
-        if step % 20 == 19:
-            record.evaluate(evaluation(step + 1))
-    record.close()
-    return counts
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +151,9 @@ def test_a_line_still_being_written_is_left_out(data: Path, tmp_path: Path) -> N
 # Plots. --------------------------------------------------------------------------------------------------------------
 
 
+OF_ONE = ("weights", "weights_stacked", "loss", "proportions", "epochs")
+
+
 def size_of(png: Path) -> tuple[int, int]:
     head = png.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -251,9 +163,9 @@ def size_of(png: Path) -> tuple[int, int]:
 def test_plots_of_one_run(data: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", data)
     written = plots.plot_run([tmp_path / "run"])
-    assert written == [tmp_path / "run" / "plots" / name for name in ("weights.png", "loss.png")]
+    assert written == [tmp_path / "run" / "plots" / f"{name}.png" for name in OF_ONE]
     assert all(size_of(path)[0] > 1000 for path in written)
-    assert sorted(path.name for path in (tmp_path / "run" / "plots").iterdir()) == ["loss.png", "weights.png"]
+    assert sorted(path.stem for path in (tmp_path / "run" / "plots").iterdir()) == sorted(OF_ONE)
 
 
 def test_plots_of_several_runs(data: Path, tmp_path: Path) -> None:
@@ -261,8 +173,8 @@ def test_plots_of_several_runs(data: Path, tmp_path: Path) -> None:
         write_run(tmp_path / name, data)
     written = plots.plot_run([tmp_path / "a/run", tmp_path / "b/run"], tmp_path / "out")
     names = [str(path.relative_to(tmp_path / "out")) for path in written]
-    each = ("weights.png", "loss.png")
-    assert names == [*(f"a-run/{name}" for name in each), *(f"b-run/{name}" for name in each), "comparison.png"]
+    of_each = [f"{run}/{name}.png" for run in ("a-run", "b-run") for name in OF_ONE]
+    assert names == [*of_each, "comparison.png", "comparison_epochs.png"]
     assert all(size_of(path)[0] > 1000 for path in written)
 
 
@@ -287,12 +199,12 @@ def test_labels_keep_their_distance_order_and_bounds() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         wanted = np.sort(rng.uniform(0, 100, int(rng.integers(1, 22))))
-        placed = plots.spread(wanted, 11.0, 0.0, 300.0)
+        placed = spread(wanted, 11.0, 0.0, 300.0)
         assert np.all(np.diff(placed) >= 11.0 - 1e-9)
         assert placed[0] >= -1e-9
         assert placed[-1] <= 300.0 + 1e-9
-    assert plots.spread(np.array([10.0, 50.0]), 11.0, 0.0, 100.0).tolist() == [10.0, 50.0]
-    assert np.allclose(np.diff(plots.spread(np.zeros(11), 20.0, 0.0, 100.0)), 10.0)
+    assert spread(np.array([10.0, 50.0]), 11.0, 0.0, 100.0).tolist() == [10.0, 50.0]
+    assert np.allclose(np.diff(spread(np.zeros(11), 20.0, 0.0, 100.0)), 10.0)
 
 
 # inspect. ------------------------------------------------------------------------------------------------------------
@@ -362,7 +274,8 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
             weight = parameter.detach()
             yield name, ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
-    engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=SimpleNamespace(data_rank=0))
+    place = SimpleNamespace(data_rank=0, is_first_copy=True)
+    engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=place)
     state = {"fingerprints": fingerprints(plan), "sampler": Sampler(blend, plan.share(0)).state_dict(step), "seed": 7}
     state["manifest"] = str(plan.config.data.manifest)
     store = run_dir / "store"

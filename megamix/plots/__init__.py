@@ -1,0 +1,94 @@
+"""``megamix plot``: PNGs of runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from megamix.errors import InputError
+from megamix.labels import run_names
+from megamix.plots.drawing import STYLE
+from megamix.plots.figures import (
+    comparison_figure,
+    excess_figure,
+    exploration_figure,
+    loss_figure,
+    stacked_figure,
+    weights_figure,
+)
+from megamix.plots.shares import epochs_figure, proportions_figure
+from megamix.summary import RecordedRun
+
+FOLDER = "plots"
+
+
+def plot_run(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Writes weights.png, weights_stacked.png, loss.png, proportions.png and epochs.png of every run, and
+    exploration.png and excess.png where the record has them; of several runs also comparison.png (mean losses),
+    comparison_epochs.png and comparison_exploration.png.
+
+    Args:
+        run_dirs: directories of runs.
+        out: folder for the PNGs, with one subfolder for each run where there are several. Default: RUN/plots of each
+            run, the comparison in the first one's.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: no such run, one that has recorded nothing yet, a damaged line, or a folder that cannot be written.
+    """
+    if not run_dirs:
+        raise InputError("no run given. Name the run_dir of at least one run.")
+    runs = [RecordedRun.open(Path(run_dir)) for run_dir in run_dirs]
+    names = run_names([run.run_dir for run in runs])
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for run, name in zip(runs, names, strict=True):
+            folder = run.run_dir / FOLDER if out is None else out if len(runs) == 1 else out / name
+            written += _save_all(folder, _of_one(run, name))
+        if len(runs) > 1:
+            folder = runs[0].run_dir / FOLDER if out is None else out
+            written += _save_all(folder, _of_several(runs, names))
+    return written
+
+
+def _of_one(run: RecordedRun, name: str) -> dict[str, Figure | None]:
+    return {
+        "weights.png": weights_figure(run),
+        "weights_stacked.png": stacked_figure(run),
+        "loss.png": loss_figure(run),
+        "proportions.png": proportions_figure(run),
+        "epochs.png": epochs_figure([run], [name]),
+        "exploration.png": exploration_figure([run], [name]),
+        "excess.png": excess_figure(run),
+    }
+
+
+def _of_several(runs: Sequence[RecordedRun], names: Sequence[str]) -> dict[str, Figure | None]:
+    return {
+        "comparison.png": comparison_figure(runs, names),
+        "comparison_epochs.png": epochs_figure(runs, names),
+        "comparison_exploration.png": exploration_figure(runs, names),
+    }
+
+
+def _save_all(folder: Path, figures: Mapping[str, Figure | None]) -> list[Path]:
+    return [_save(figure, folder / name) for name, figure in figures.items() if figure is not None]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", facecolor="white")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}. Choose another folder with --out."
+        ) from error
+    return path

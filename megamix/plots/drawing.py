@@ -1,0 +1,155 @@
+"""How plots look: colours and line styles, axes over tokens, and the names at the ends of lines.
+
+Colours are those of Okabe and Ito (2008) and Tol (2021) that stay apart for colour-blind readers, in several line
+styles; each line is named at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
+from matplotlib.transforms import Affine2D, ScaledTranslation
+
+from megamix.labels import spread
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
+_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+_INK = "#222222"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+_POINTS_PER_LINE = 11.0
+"""Vertical distance of two labels, in points."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name for the end of a line: where it belongs (y in data) and how it is drawn."""
+
+    y: float
+    text: str
+    colour: str
+    style: Any
+    bold: bool = False
+
+
+def new_figure(title: str, num_lines: int) -> tuple[Figure, Axes]:
+    """A figure high enough to name that many lines."""
+    height = max(4.2, 1.3 + num_lines * _POINTS_PER_LINE * 1.25 / 72)
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, pad=22)
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    return figure, axes
+
+
+def look(index: int) -> tuple[str, Any]:
+    return _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
+
+
+def _darker(colour: str) -> tuple[float, ...]:
+    """Text needs more contrast than lines."""
+    return tuple(0.75 * part for part in to_rgb(colour))
+
+
+def plain(text: str) -> str:
+    """A name as it is, not as a formula."""
+    return text.replace("$", r"\$")
+
+
+def note(axes: Axes, text: str) -> None:
+    """A line in small print below the title."""
+    axes.annotate(
+        text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#777777"
+    )
+
+
+def points(
+    axes: Axes, tokens: list[int], loss: list[float], colour: str, style: Any, width: float, zorder: float = 3
+) -> None:
+    """Evaluations, joined from the first trained one on: a line from the untrained model would belie the training."""
+    first = 1 if tokens and tokens[0] == 0 else 0
+    axes.plot(tokens[first:], loss[first:], color=colour, linestyle=style, linewidth=width, zorder=zorder)
+    axes.plot(tokens, loss, "o", color=colour, markersize=2.4 + width, zorder=zorder + 1, clip_on=False)
+
+
+def weight_axis(axes: Axes, highest: float, median: float) -> None:
+    """From 0 to above ``highest``; on a square-root scale where one large weight would press the others flat."""
+    axes.set_ylabel("weight")
+    if highest > 5 * median:
+        axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+        axes.yaxis.set_major_locator(FixedLocator([0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]))
+        axes.set_ylabel("weight (square-root scale)")
+    axes.set_ylim(0, min(highest * 1.06, max(1.0, highest)))
+
+
+def name_lines(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
+    """Writes each name right of the axes at the height of its line's end, moved apart where they would overlap."""
+    if not labels:
+        return
+    # The layout makes room for the names by itself, which takes from the width of the axes but not from their height.
+    figure.draw_without_rendering()
+    height = axes.get_window_extent().height * 72 / figure.dpi
+    order = sorted(range(len(labels)), key=lambda index: labels[index].y)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = np.array([to_axes.transform((0, labels[index].y))[1] * height for index in order])
+    placed = spread(wanted, _POINTS_PER_LINE, -0.3 * _POINTS_PER_LINE, height + 0.3 * _POINTS_PER_LINE)
+    for index, y_line, y_name in zip(order, wanted, placed, strict=True):
+        label = labels[index]
+        shared = {"xycoords": ("axes fraction", "axes points"), "textcoords": "offset points", "annotation_clip": False}
+        _leader(axes, label, y_line, y_name)
+        axes.annotate(
+            plain(label.text), (1, y_name), (46, 0), **shared, va="center", color=_darker(label.colour),
+            fontsize=8.5, fontweight="bold" if label.bold else "normal",
+        )  # fmt: skip
+
+
+def _leader(axes: Axes, label: Label, y_line: float, y_name: float) -> None:
+    """A hairline from the end of a line to its name, and a sample of the line before the name."""
+    for start, stop, y_start, y_stop, width, style in (
+        (2, 18, y_line, y_name, 0.6, "-"),
+        (20, 42, y_name, y_name, 2.4 if label.bold else 1.6, label.style),
+    ):
+        _draw_outside(axes, (start, stop), (y_start, y_stop), label.colour, width, style)
+
+
+def _draw_outside(
+    axes: Axes, x: tuple[float, float], y: tuple[float, float], colour: str, width: float, style: Any
+) -> None:
+    """A line in points, from the lower right corner of the axes."""
+    figure = axes.figure
+    assert figure is not None
+    # Points to pixels, then from the origin to the corner.
+    points = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
+    corner: Any = axes.transAxes
+    place = points + ScaledTranslation(1, 0, corner)
+    line = Line2D(x, y, color=colour, linewidth=width, linestyle=style, transform=place, clip_on=False)
+    line.set_in_layout(False)
+    axes.add_artist(line)

@@ -1,0 +1,331 @@
+"""The charts of the report, and the numbers that the pointer reads from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+
+from megamix.history import (
+    Series,
+    asked_shares,
+    mean_series,
+    recorded_series,
+    training_series,
+    validation_series,
+    weight_series,
+)
+from megamix.report.palette import domain_class, run_class
+from megamix.report.svg import (
+    HEIGHT,
+    WIDTH,
+    Axis,
+    Chart,
+    End,
+    dot_path,
+    line_path,
+    nice_axis,
+    step_path,
+    weight_axis,
+)
+from megamix.summary import RecordedRun, RunTable
+
+POINTS = 400
+"""At most so many changes of weights of a run are drawn; fewer where several runs share the page."""
+
+
+@dataclass
+class Data:
+    """What the page's script reads: rows of numbers by the key of a chart.
+
+    Attributes:
+        charts: {key: {mode, rows, x, y}}; ``mode`` is ``step`` (a value holds until the next) or ``near``; ``rows``
+            are [name, CSS class]; ``x`` has one list of tokens, or one for each row; ``y`` has one list for each row.
+    """
+
+    charts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self,
+        key: str,
+        mode: Literal["step", "near"],
+        rows: Sequence[tuple[str, str]],
+        x: Sequence[Sequence[int]],
+        y: Sequence[Sequence[float | None]],
+    ) -> str:
+        """Returns the key."""
+        self.charts[key] = {"mode": mode, "rows": [list(row) for row in rows], "x": list(x), "y": list(y)}
+        return key
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The runs of a page.
+
+    Attributes:
+        runs, tables, names: one for each run.
+        domains: all domains, those of the first run first; the place of a domain is its colour.
+    """
+
+    runs: Sequence[RecordedRun]
+    tables: Sequence[RunTable]
+    names: Sequence[str]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for run in self.runs for name in run.domain_names))
+
+    def look(self, domain: str) -> str:
+        """The CSS class of a domain's colour."""
+        return domain_class(self.domains.index(domain))
+
+    @property
+    def x(self) -> Axis:
+        """The tokens of the longest run."""
+        ends = [int(weight_series(run).tokens[-1]) for run in self.runs]
+        return nice_axis(0.0, float(max(1, *ends)), 5, inside=True)
+
+    @property
+    def points(self) -> int:
+        """Changes drawn for each run: the page stays small however many there are."""
+        return max(100, POINTS // len(self.runs))
+
+
+def weight_charts(shown: Shown, index: int, series: Series, key: str, what: str, data: Data) -> str:
+    """Weights of one run: stacked, and as lines."""
+    name = shown.names[index]
+    rows = [(domain, shown.look(domain)) for domain in series.names]
+    rounded = [[_short(value) for value in column] for column in series.values.T.tolist()]
+    data.add(key, "step", rows, [series.tokens.tolist()], rounded)
+    x, last = shown.x, series.values[-1]
+    places = x.at(series.tokens.astype(np.float64))
+    above = np.cumsum(np.nan_to_num(series.values), axis=1)
+    areas = "".join(
+        f'<path class="area {look}" data-d="{look}" d="{step_path(places, above[:, k], close=True)}"/>'
+        for k, (_, look) in reversed(list(enumerate(rows)))
+    )
+    y = weight_axis(series.values)
+    lines = "".join(
+        f'<path class="line {look}" data-d="{look}" d="{step_path(places, y.at(series.values[:, k]))}"/>'
+        for k, (_, look) in enumerate(rows)
+    )
+    middle = np.nan_to_num(above[-1] - np.nan_to_num(last) / 2)
+    label = f"{what} of {name} over tokens, at the end: {_spoken(series.names, last)}"
+    shares = [End(float(middle[k]), domain, look) for k, (domain, look) in enumerate(rows) if last[k] > 0]
+    ends = [End(float(y.at(last[k])), domain, look) for k, (domain, look) in enumerate(rows) if np.isfinite(last[k])]
+    note = "square-root scale" if y.scale == "sqrt" else ""
+    stacked = Chart(f"{what}, stacked", label, x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=300)
+    each = Chart(f"{what}, each", label, x, y, lines, key, note=note, ends=ends, height=300)
+    head = "" if len(shown.runs) == 1 else f'<h3><i class="swatch {run_class(index)}"></i>{escape(name)}</h3>'
+    return f'{head}<div class="pair">{stacked.html()}{each.html()}</div>'
+
+
+def mean_charts(shown: Shown, data: Data) -> str:
+    """Macro, micro and worst-domain validation loss, runs overlaid."""
+    series = [mean_series(run, 200) for run in shown.runs]
+    titles = {
+        "macro": ("Mean over domains", "macro"),
+        "micro": ("By natural share", "micro"),
+        "worst": ("Worst domain", ""),
+    }
+    charts = [
+        _loss_chart(shown, list(enumerate(series)), column, f"mean:{column}", data, title=title, note=note)
+        for column, (title, note) in titles.items()
+    ]
+    return f'<div class="grid three">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def domain_charts(shown: Shown, data: Data) -> str:
+    """The validation loss of every domain, runs overlaid; training losses as thin lines."""
+    validation = [(index, validation_series(run, 120)) for index, run in enumerate(shown.runs)]
+    training = [(index, training_series(run, 80)) for index, run in enumerate(shown.runs)]
+    charts = []
+    for domain in shown.domains:
+        having = [(index, series) for index, series in validation if domain in series.names]
+        thin = [(index, series) for index, series in training if domain in series.names]
+        absent = [shown.names[index] for index, run in enumerate(shown.runs) if domain not in run.domain_names]
+        note = f"not in {', '.join(absent)}" if absent else ""
+        charts.append(
+            _loss_chart(
+                shown, having, domain, f"loss:{domain}", data, title=domain, note=note, training=thin, small=True
+            )
+        )
+    return f'<div class="grid many">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _loss_chart(
+    shown: Shown,
+    series: Sequence[tuple[int, Series]],
+    column: str,
+    key: str,
+    data: Data,
+    *,
+    title: str,
+    note: str = "",
+    training: Sequence[tuple[int, Series]] = (),
+    small: bool = False,
+) -> str:
+    """One column of several runs; empty where none has it."""
+    curves = [(index, *one.column(column)) for index, one in series]
+    curves = [(index, tokens, loss) for index, tokens, loss in curves if loss]
+    thin = [(index, *one.column(column)) for index, one in training]
+    if not curves and not any(loss for _, _, loss in thin):
+        return ""
+    # The loss before the first step would press what training does into a corner.
+    drawn = [
+        (i, *((tokens[1:], loss[1:]) if tokens[0] == 0 and len(tokens) > 1 else (tokens, loss)))
+        for i, tokens, loss in curves
+    ]
+    seen = [value for _, _, loss in drawn for value in loss]
+    # Training losses only where validation is; without any, all of them.
+    limits = seen or [value for _, _, loss in thin for value in loss]
+    margin = 0.08 * (max(limits) - min(limits)) or 0.1
+    y = nice_axis(min(limits) - margin, max(limits) + margin, 3 if small else 4, inside=True)
+    x = shown.x if not small else nice_axis(0.0, shown.x.high, 3, inside=True)
+    body = "".join(
+        f'<path class="thin {run_class(index)}" d="{line_path(x.at(np.array(tokens)), y.at(np.array(loss)))}"/>'
+        for index, tokens, loss in thin
+        if loss
+    )
+    # What lies outside of the scale is cut off; dots at the edge are not.
+    body = f'<svg width="{WIDTH}" height="{HEIGHT}" preserveAspectRatio="none">{body}</svg>' if body else ""
+    for index, tokens, loss in drawn:
+        places, heights = x.at(np.array(tokens)), y.at(np.array(loss))
+        body += f'<path class="line {run_class(index)}" d="{line_path(places, heights)}"/>'
+        body += f'<path class="dots {run_class(index)}" d="{dot_path(places, heights)}"/>'
+    rows = [(shown.names[index], run_class(index)) for index, _, _ in curves]
+    data.add(key, "near", rows, [t for _, t, _ in curves], [loss for _, _, loss in curves])
+    last = ", ".join(f"{shown.names[index]} {loss[-1]:.3f}" for index, _, loss in curves)
+    label = f"{title}: validation loss in nats per token, last {last or 'none'}"
+    return Chart(
+        title, label, x, y, body, key if curves else None,
+        swatch=shown.look(column) if small else None, note=note, height=120 if small else 200,
+        size="small" if small else "",
+    ).html()  # fmt: skip
+
+
+def exploration_chart(shown: Shown, data: Data) -> str:
+    """The exploration rates, runs overlaid; empty where no run has one."""
+    found = [(index, recorded_series(run, "exploration_rate", shown.points)) for index, run in enumerate(shown.runs)]
+    known = [(index, series) for index, series in found if series is not None]
+    if not known:
+        return ""
+    x, y = shown.x, nice_axis(0.0, max(float(series.values.max()) for _, series in known))
+    body = "".join(
+        f'<path class="line {run_class(index)}" '
+        f'd="{step_path(x.at(series.tokens.astype(np.float64)), y.at(series.values[:, 0]))}"/>'
+        for index, series in known
+    )
+    rows = [(shown.names[index], run_class(index)) for index, _ in known]
+    values = [[_short(value) for value in series.values[:, 0].tolist()] for _, series in known]
+    key = data.add("exploration", "step", rows, [series.tokens.tolist() for _, series in known], values)
+    spoken = ", ".join(f"{shown.names[index]} {series.values[-1, 0]:.4f}" for index, series in known)
+    return Chart("Exploration rate", f"Exploration rate, at the end: {spoken}", x, y, body, key, height=200).html()
+
+
+def excess_charts(shown: Shown, data: Data) -> str:
+    """The scores that drive DoReMi's weights, by run; empty where no run has them."""
+    charts = []
+    for index, run in enumerate(shown.runs):
+        series = recorded_series(run, "perdomain_scores", shown.points)
+        if series is None:
+            continue
+        rows = [(domain, shown.look(domain)) for domain in series.names]
+        x, y = shown.x, nice_axis(0.0, float(np.nanmax(series.values)) or 1.0)
+        places = x.at(series.tokens.astype(np.float64))
+        body = "".join(
+            f'<path class="line {look}" data-d="{look}" d="{step_path(places, y.at(series.values[:, k]))}"/>'
+            for k, (_, look) in enumerate(rows)
+        )
+        values = [[_short(value) for value in column] for column in series.values.T.tolist()]
+        key = data.add(f"excess:{index}", "step", rows, [series.tokens.tolist()], values)
+        last = series.values[-1]
+        ends = [End(float(y.at(last[k])), name, look) for k, (name, look) in enumerate(rows) if np.isfinite(last[k])]
+        note = "over the reference model" if getattr(run.config.mixer, "reference", None) else "of a reference loss 0"
+        title = "Excess loss" if len(shown.runs) == 1 else f"Excess loss: {shown.names[index]}"
+        label = f"Excess loss of {shown.names[index]}, at the end: {_spoken(series.names, last)}"
+        charts.append(Chart(title, label, x, y, body, key, note=note, ends=ends, height=260).html())
+    return f'<div class="pair">{"".join(charts)}</div>' if charts else ""
+
+
+def proportion_charts(shown: Shown) -> str:
+    """Realised against asked shares of every domain, by run."""
+    figures = []
+    for index, (run, table) in enumerate(zip(shown.runs, shown.tables, strict=True)):
+        asked = asked_shares(run)
+        if not asked:
+            continue
+        shares = [*asked.values(), *(row.natural_share or 0.0 for row in table.rows)]
+        axis = nice_axis(0.0, max(*shares, 1e-6))
+        rows = []
+        for row in table.rows:
+            realised, natural = row.realised_share or 0.0, row.natural_share
+            said = f"{row.domain}: realised {realised:.4f}, asked {asked[row.domain]:.4f}"
+            said += "" if natural is None else f", natural {natural:.4f}"
+            marks = f'<i class="bar" style="width:{_percent(axis, realised)}"></i>'
+            marks += "" if natural is None else f'<i class="natural" style="left:{_percent(axis, natural)}"></i>'
+            marks += f'<i class="asked" style="left:{_percent(axis, asked[row.domain])}"></i>'
+            rows.append(_bar_row(row.domain, shown.look(row.domain), said, marks))
+        off = max(abs((row.realised_share or 0.0) - asked[row.domain]) for row in table.rows) * run.position
+        title = "Shares of the samples" if len(shown.runs) == 1 else shown.names[index]
+        note = f"furthest from what was asked: {off:.2g} of {run.position:,} samples"
+        figures.append(_bars(title, note, "".join(rows), axis))
+    return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
+
+
+def epoch_chart(shown: Shown) -> str:
+    """How often each domain has been read, a bar for each run; empty where no data set is there."""
+    known = [(i, {row.domain: row.epochs for row in table.rows}) for i, table in enumerate(shown.tables)]
+    every = [value for _, epochs in known for value in epochs.values() if value is not None]
+    if not every:
+        return ""
+    axis = nice_axis(0.0, max(*every, 1e-6))
+    rows = []
+    for domain in shown.domains:
+        found = [(index, epochs.get(domain)) for index, epochs in known]
+        read = [(index, value) for index, value in found if value is not None]
+        said = f"{domain}: " + ", ".join(f"{shown.names[index]} {value:.3f} epochs" for index, value in read)
+        # The colour of a bar is its run's, where there are several, else its domain's.
+        looks = [run_class(index) if len(shown.runs) > 1 else "" for index, _ in read]
+        marks = "".join(
+            f'<i class="bar {look}" style="width:{_percent(axis, value)}"></i>'
+            for look, (_, value) in zip(looks, read, strict=True)
+        )
+        rows.append(_bar_row(domain, shown.look(domain), said, marks, swatch=True))
+    return _bars("Epochs", "how often each domain has been read", "".join(rows), axis)
+
+
+def _bars(title: str, note: str, rows: str, axis: Axis) -> str:
+    ticks = "".join(f'<span class="tx" style="left:{_percent(axis, tick)}">{tick:.4g}</span>' for tick in axis.ticks)
+    return (
+        f'<figure class="bars"><figcaption>{escape(title)} <small>{escape(note)}</small></figcaption>'
+        f'<div class="rows" role="list">{rows}</div><div class="scale" aria-hidden="true"><div>{ticks}</div></div>'
+        "</figure>"
+    )
+
+
+def _bar_row(domain: str, look: str, said: str, marks: str, swatch: bool = False) -> str:
+    square = f'<i class="swatch {look}"></i>' if swatch else ""
+    return (
+        f'<div class="row {look}" data-d="{look}" role="listitem" aria-label="{escape(said)}" title="{escape(said)}">'
+        f'<span class="name">{square}{escape(domain)}</span><span class="track">{marks}</span></div>'
+    )
+
+
+def _percent(axis: Axis, value: float) -> str:
+    return f"{100 * float(axis.at(value)):.4g}%"
+
+
+def _short(value: float) -> float | None:
+    """To six digits, for the page's data; None for NaN."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _spoken(names: Sequence[str], values: np.ndarray) -> str:
+    known = [(name, value) for name, value in zip(names, values.tolist(), strict=True) if math.isfinite(value)]
+    known.sort(key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {value:.3f}" for name, value in known)

@@ -1,0 +1,234 @@
+"""The page as a whole: sections in reading order, style, script and data in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from megamix import __version__
+from megamix.errors import InputError
+from megamix.files import replace_file
+from megamix.history import Series, asked_shares, recorded_series, weight_series
+from megamix.labels import run_names
+from megamix.report import charts
+from megamix.report.charts import Data, Shown
+from megamix.report.palette import rules, run_class
+from megamix.report.tables import cards, config_table, domain_table, mixer_name
+from megamix.summary import RecordedRun, table_of
+
+DEFAULT = "report.html"
+
+
+def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes one page about all runs.
+
+    Args:
+        run_dirs: directories of runs, finished or not.
+        out: the file; default: report.html in the directory of the first run.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: no such run, one that has recorded nothing yet, a damaged line, or a file that cannot be written.
+    """
+    if not run_dirs:
+        raise InputError("no run given. Name the run_dir of at least one run.")
+    out = Path(run_dirs[0]) / DEFAULT if out is None else Path(out)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder. Give --out the name of the file, for example {out / DEFAULT}.")
+    page = report_page([RecordedRun.open(Path(run_dir)) for run_dir in run_dirs])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}. Choose another file with --out.") from error
+    return out
+
+
+def report_page(runs: Sequence[RecordedRun]) -> str:
+    """The page as text."""
+    shown = Shown(runs, [table_of(run) for run in runs], run_names([run.run_dir for run in runs]))
+    data, thinned = Data(), []
+    parts = [
+        ("", "", cards(shown) + _verdict(shown)),
+        ("loss", "Validation loss", _legend(shown) + charts.mean_charts(shown, data)),
+        ("weights", "Sampling weights", _weights(shown, data, thinned)),
+        ("alpha", "Loss weights", _loss_weights(shown, data, thinned)),
+        ("domains", "Loss by domain", _by_domain(shown, data)),
+        ("shares", "Realised and asked shares", _shares(shown)),
+        ("epochs", "Epochs read", _run_key(shown, charts.epoch_chart(shown))),
+        ("exploration", "Exploration", _run_key(shown, charts.exploration_chart(shown, data))),
+        ("excess", "Excess loss", charts.excess_charts(shown, data)),
+        ("table", "Domains", domain_table(shown, [asked_shares(run) for run in runs])),
+        ("config", "Config" if len(runs) == 1 else "Differences between the configs", config_table(shown)),
+    ]
+    parts = [part for part in parts if part[2]]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts if key)
+    body = "".join(
+        f'<section id="{key}"><h2>{title}</h2>{content}</section>' if key else content for key, title, content in parts
+    )
+    title = f"megamix: {', '.join(shown.names)}"
+    style = rules(len(shown.domains), len(runs)) + _asset("report.css")
+    # Inside a script element only "<" could end it.
+    numbers = json.dumps(data.charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
+        f'<header><h1>{_heading(shown)}</h1><nav aria-label="Sections">{links}</nav></header>'
+        f"<main>{body}</main>{_notes(shown, thinned)}"
+        '<div id="tip" role="status" hidden></div>'
+        f'<script type="application/json" id="data">{numbers}</script><script>{_asset("report.js")}</script>'
+        "</body></html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return files("megamix.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _heading(shown: Shown) -> str:
+    return escape(shown.names[0]) if len(shown.runs) == 1 else f"{len(shown.runs)} runs side by side"
+
+
+def _verdict(shown: Shown) -> str:
+    """Which run has the lowest mean loss, where that can be said."""
+    last = [run.evaluations[-1] if run.evaluations else {} for run in shown.runs]
+    if len(shown.runs) == 1 or any(line.get("macro_loss") is None for line in last) or _not_comparable(shown):
+        return ""
+    order = sorted(range(len(last)), key=lambda index: last[index]["macro_loss"])
+    best, second = order[0], order[1]
+    gap = last[second]["macro_loss"] - last[best]["macro_loss"]
+    if gap == 0:
+        return ""
+    words = f"<b>{escape(shown.names[best])}</b> has the lowest mean loss over domains, {gap:.3g} nats per token below "
+    words += f"<b>{escape(shown.names[second])}</b>"
+    tokens = {line["tokens"] for line in last}
+    words += "." if len(tokens) == 1 else "; the runs have seen different numbers of tokens."
+    return f'<p class="verdict">{words}</p>'
+
+
+def _not_comparable(shown: Shown) -> list[str]:
+    """Why losses of the runs may not be held against each other."""
+    reasons = []
+    manifests = [run.manifest for run in shown.runs if run.manifest is not None]
+    if len({manifest.tokenizer.sha256 for manifest in manifests}) > 1:
+        reasons.append("The runs have different tokenizers: losses per token are not comparable.")
+    elif len({manifest.fingerprint for manifest in manifests}) > 1:
+        reasons.append("The runs were trained on different data sets: losses of the same name may be of other text.")
+    sets = [set(table_names) for table_names in (run.ledger.lines[-1]["domain_names"] for run in shown.runs)]
+    shared = set.intersection(*sets)
+    if any(names != shared for names in sets):
+        only = [
+            f"only {name} has {', '.join(domain for domain in shown.domains if domain in extra)}"
+            for name, extra in (
+                (name, names.difference(*(other for other in sets if other is not names)))
+                for name, names in zip(shown.names, sets, strict=True)
+            )
+            if extra
+        ]
+        said = f" ({'; '.join(only)})" if only else ""
+        reasons.append(
+            f"The runs share {len(shared)} of {len(shown.domains)} domains{said}: means over domains, and the worst, "
+            "are each run's own."
+        )
+    return reasons
+
+
+def _legend(shown: Shown) -> str:
+    reasons = _not_comparable(shown)
+    warning = f'<p class="warning">{" ".join(map(escape, reasons))}</p>' if reasons and len(shown.runs) > 1 else ""
+    without = [name for name, run in zip(shown.names, shown.runs, strict=True) if not run.evaluations]
+    if without:
+        warning += f'<p class="warning">Not evaluated yet: {escape(", ".join(without))}.</p>'
+    note = (
+        ""
+        if len(without) == len(shown.runs)
+        else '<p class="note">nats per token on held-out text, over tokens trained on</p>'
+    )
+    return warning + note + _key(shown)
+
+
+def _key(shown: Shown) -> str:
+    """Names of the runs beside their colours."""
+    if len(shown.runs) == 1:
+        return ""
+    entries = "".join(
+        f'<li><i class="swatch {run_class(index)}"></i>{escape(name)} <small>{escape(mixer_name(run))}</small></li>'
+        for index, (name, run) in enumerate(zip(shown.names, shown.runs, strict=True))
+    )
+    return f'<ul class="key">{entries}</ul>'
+
+
+def _run_key(shown: Shown, chart: str) -> str:
+    return _key(shown) + chart if chart else ""
+
+
+def _domain_key(shown: Shown) -> str:
+    """Every domain as a button that lights it up in all charts."""
+    entries = "".join(
+        f'<li><button type="button" data-pick="{shown.look(name)}"><i class="swatch {shown.look(name)}"></i>'
+        f"{escape(name)}</button></li>"
+        for name in shown.domains
+    )
+    return f'<ul class="key domains">{entries}</ul>'
+
+
+def _weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
+    drawn = []
+    for index, run in enumerate(shown.runs):
+        series = weight_series(run, shown.points)
+        thinned.append((f"sampling weights of {shown.names[index]}", series))
+        drawn.append(charts.weight_charts(shown, index, series, f"weights:{index}", "Weights", data))
+    return _domain_key(shown) + "".join(drawn)
+
+
+def _loss_weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
+    """DoReMi's weights where they act on the loss and the sampling weights stay."""
+    drawn = []
+    for index, run in enumerate(shown.runs):
+        series = recorded_series(run, "loss_weights", shown.points)
+        if series is not None:
+            thinned.append((f"loss weights of {shown.names[index]}", series))
+            drawn.append(charts.weight_charts(shown, index, series, f"alpha:{index}", "Loss weights", data))
+    return "".join(drawn)
+
+
+def _by_domain(shown: Shown, data: Data) -> str:
+    drawn = charts.domain_charts(shown, data)
+    note = "each on its own scale; dots: validation, thin lines: training; the loss before the first step is left out"
+    return f'<p class="note">{note}</p>{_key(shown)}{drawn}' if drawn else ""
+
+
+def _shares(shown: Shown) -> str:
+    drawn = charts.proportion_charts(shown)
+    key = (
+        '<ul class="key"><li><i class="sample bar"></i>realised</li><li><i class="sample asked"></i>asked: mean weight '
+        'over the run</li><li><i class="sample natural"></i>natural: share of the training tokens</li></ul>'
+    )
+    return key + drawn if drawn else ""
+
+
+def _notes(shown: Shown, thinned: Sequence[tuple[str, Series]]) -> str:
+    """What the charts leave out, and what is not known."""
+    notes = []
+    for what, series in thinned:
+        if series.left_out:
+            notes.append(
+                f"The {what} changed {series.left_out + len(series.tokens) - 2:,} times; the chart draws the "
+                f"{len(series.tokens) - 2:,} changes that matter, exact where they are drawn. No weight in between is "
+                f"further than {series.tolerance:.2g} from the one drawn."
+            )
+    for name, table in zip(shown.names, shown.tables, strict=True):
+        if table.missing_data:
+            notes.append(f"{name}: natural shares, epochs and unigram losses are not known here. {table.missing_data}")
+    notes.append(
+        "Long training curves are means over neighbouring lines of the record. Tables hold the record's numbers."
+    )
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<footer><ul>{items}</ul><p>megamix {escape(__version__)}</p></footer>"

@@ -1,0 +1,157 @@
+"""The report's tables: headline numbers, domains, and in what the configs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from megamix.history import worst
+from megamix.report.charts import Shown
+from megamix.report.palette import run_class
+from megamix.report.svg import tokens_text
+from megamix.summary import DomainRow, RecordedRun, RunTable
+
+_ABSENT = "\N{EN DASH}"
+
+
+def cards(shown: Shown) -> str:
+    """The headline of every run."""
+    drawn = [
+        _card(index, run, table, name)
+        for index, (run, table, name) in enumerate(zip(shown.runs, shown.tables, shown.names, strict=True))
+    ]
+    return f'<div class="cards">{"".join(drawn)}</div>'
+
+
+def _card(index: int, run: RecordedRun, table: RunTable, name: str) -> str:
+    last: dict[str, Any] = run.evaluations[-1] if run.evaluations else {"domain_loss": {}}
+    worst_domain, worst_loss = worst(last)
+    fall = "" if table.fall is None else f"{'down' if table.fall >= 0 else 'up'} {abs(table.fall):.0%} since the start"
+    numbers = [
+        _number("macro", "mean loss", last.get("macro_loss"), fall),
+        _number("micro", "natural mean", last.get("micro_loss"), "by natural share"),
+        _number("worst", "worst domain", worst_loss, worst_domain or ""),
+    ]
+    steps = f"{table.steps:,} of {table.total_steps:,} steps" if table.steps < table.total_steps else "finished"
+    return (
+        f'<section class="card {run_class(index)}"><h2>{escape(name)}</h2>'
+        f'<p class="what"><b>{escape(mixer_name(run))}</b> · '
+        f'<span data-value="{table.tokens}">{tokens_text(table.tokens)} tokens</span> · '
+        f"{steps} · {len(run.ledger.lines) - 1:,} changes of weights</p>"
+        f"<dl>{''.join(numbers)}</dl></section>"
+    )
+
+
+def mixer_name(run: RecordedRun) -> str:
+    """``odm official``."""
+    mixer = run.config.mixer
+    preset = getattr(mixer, "preset", None)
+    return mixer.name if preset is None else f"{mixer.name} {preset}"
+
+
+def _number(key: str, title: str, value: float | None, note: str) -> str:
+    shown, exact = (_ABSENT, "") if value is None else (f"{value:.3f}", f' data-value="{value!r}"')
+    return f'<div><dt>{title}</dt><dd data-key="{key}"{exact}>{shown}</dd><dd class="note">{escape(note)}</dd></div>'
+
+
+_COLUMNS: Sequence[tuple[str, str, str, int]] = (
+    ("natural_share", "natural", "share of the training tokens", 4),
+    ("asked", "asked", "mean weight over the run so far", 4),
+    ("realised_share", "realised", "share of the samples trained on", 4),
+    ("final_weight", "final weight", "the last on record", 4),
+    ("first_loss", "first loss", "validation, nats per token", 3),
+    ("last_loss", "last loss", "validation, nats per token", 3),
+    ("against", "against first run", "last loss less that of the first run", 3),
+    ("unigram_loss", "unigram", "loss of the domain's word frequencies alone", 3),
+    ("epochs", "epochs", "how often the domain has been read", 2),
+)
+
+
+def domain_table(shown: Shown, asked: Sequence[Mapping[str, float]]) -> str:
+    """Every domain of every run; the script sorts it by any column.
+
+    Args:
+        asked: for each run the mean weight of each domain.
+    """
+    several = len(shown.runs) > 1
+    columns = [column for column in _COLUMNS if several or column[0] != "against"]
+    heads = [("domain", "domain", ""), *([("run", "run", "")] if several else []), *(c[:3] for c in columns)]
+    head = "".join(
+        f'<th scope="col" data-key="{key}" title="{escape(note)}"><button type="button">{title}</button></th>'
+        for key, title, note in heads
+    )
+    base = {row.domain: row.last_loss for row in shown.tables[0].rows}
+    body = []
+    for domain in shown.domains:
+        for index, table in enumerate(shown.tables):
+            row = next((row for row in table.rows if row.domain == domain), None)
+            if row is None:
+                continue
+            values = _values(row, asked[index].get(domain), base.get(domain) if index else None)
+            cells = "".join(_cell(key, values[key], digits) for key, _, _, digits in columns)
+            gone = "" if row.present else " <small>(removed)</small>"
+            run = f'<td><i class="swatch {run_class(index)}"></i>{escape(shown.names[index])}</td>' if several else ""
+            look = shown.look(domain)
+            body.append(
+                f'<tr data-d="{look}"><th scope="row"><i class="swatch {look}"></i>{escape(domain)}{gone}</th>'
+                f"{run}{cells}</tr>"
+            )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Domains"><table id="domains" class="sortable">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _values(row: DomainRow, asked: float | None, base: float | None) -> dict[str, float | None]:
+    against = None if base is None or row.last_loss is None else row.last_loss - base
+    known = {key: getattr(row, key, None) for key, *_ in _COLUMNS}
+    return {**known, "asked": asked, "against": against}
+
+
+def _cell(key: str, value: float | None, digits: int) -> str:
+    if value is None:
+        return f'<td class="number" data-key="{key}">{_ABSENT}</td>'
+    look, text = "number", f"{value:.{digits}f}"
+    if key == "against":
+        look, text = f"number {'good' if value < 0 else 'bad' if value > 0 else ''}", f"{value:+.{digits}f}"
+    return f'<td class="{look}" data-key="{key}" data-value="{value!r}">{text}</td>'
+
+
+def config_table(shown: Shown) -> str:
+    """The keys in which the configs differ; of one run, all of them behind a fold."""
+    flat = [flatten(run.config.model_dump(mode="json")) for run in shown.runs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "run_dir"]
+    if len(flat) == 1:
+        rows = "".join(f"<tr><th scope=row>{escape(key)}</th><td>{escape(flat[0][key])}</td></tr>" for key in keys)
+        return (
+            f'<details><summary>All {len(keys)} keys</summary><div class="scroll"><table>{rows}</table></div></details>'
+        )
+    keys = [key for key in keys if len({one.get(key) for one in flat}) > 1]
+    if not keys:
+        return "<p>The configs are the same.</p>"
+    head = "".join(
+        f'<th scope="col"><i class="swatch {run_class(index)}"></i>{escape(name)}</th>'
+        for index, name in enumerate(shown.names)
+    )
+    rows = "".join(
+        f'<tr><th scope="row">{escape(key)}</th>'
+        + "".join(f"<td>{escape(one.get(key, _ABSENT))}</td>" for one in flat)
+        + "</tr>"
+        for key in keys
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Configs"><table id="configs">'
+        f'<thead><tr><th scope="col">key</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"train.steps": "100", ...}``."""
+    flat: dict[str, str] = {}
+    for key, part in value.items():
+        if isinstance(part, Mapping) and part:
+            flat |= flatten(part, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "null" if part is None else str(part)
+    return flat
