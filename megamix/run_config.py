@@ -168,8 +168,23 @@ class MixConfig(Config):
     sum 1; {file: PATH}; or {stages: [...]}, in force until the mixer first changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
+    shadow: tuple[MixerConfig, ...] = ()
+    """Mixers that see what the run's mixer sees and only log the weights they would have asked for, to
+    RUN/shadow/NAME.jsonl. They may be added, changed or left out on resume."""
     train: BatchConfig
     checkpoint: ResumeConfig = ResumeConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _shadows_see_what_the_mixer_sees(self) -> MixConfig:
+        read = getattr(self.mixer, "reference", None)
+        for shadow in self.shadow:
+            wanted = getattr(shadow, "reference", None)
+            if wanted is not None and wanted != read:
+                raise ValueError(
+                    f"a shadow's reference is {wanted}, but the run's mixer reads {read or 'no reference losses'}. A shadow "
+                    "sees only what the run measures: set its reference to null, or give the same to the mixer."
+                )
+        return self
 
     @pydantic.field_validator("mixture", mode="before")
     @classmethod

@@ -15,6 +15,9 @@ from which any position after it can be read), ``statistics`` (sums of the step:
 mixer shows of itself. After a resume that changed domains, mixture or constraints there are lines with ``change``,
 which says what changed; they take the place of all lines before them that begin at their position or later
 (`megamix.ledger`).
+
+``statistics/`` holds the sums of every step (`megamix.step_statistics`), ``shadow/NAME.jsonl`` the lines that
+``weights.jsonl`` would have, had that mixer been the run's (`megamix.shadow`).
 """
 
 from __future__ import annotations
@@ -30,13 +33,14 @@ import numpy as np
 
 from megamix.data.blend import Segment
 from megamix.data.sampler import StepSamples
-from megamix.exchange import MixReport
+from megamix.exchange import MixReport, ShadowChange, statistics_record
 from megamix.files import read_json_lines, replace_file
 from megamix.mixers import DomainStats
+from megamix.recorded_run import METRICS, WEIGHTS
 from megamix.sinks import Sink
+from megamix.step_statistics import StatisticsWriter
 
-METRICS = "metrics.jsonl"
-WEIGHTS = "weights.jsonl"
+SHADOWS = "shadow"
 
 
 class RunRecord:
@@ -48,6 +52,14 @@ class RunRecord:
         self._domains = domains
         self._metrics = _open(run_dir / METRICS, resumed_step)
         self._weights = _open(run_dir / WEIGHTS, resumed_step)
+        self._statistics = StatisticsWriter(run_dir, domains, resumed_step)
+        self._run_dir = run_dir
+        self._shadows: dict[str, TextIO] = {}  # opened with its first line, or here where there are lines already
+        for path in (run_dir / SHADOWS).glob("*.jsonl"):
+            if resumed_step is None:
+                path.unlink()
+            else:
+                self._shadows[path.stem] = _open(path, resumed_step)
         self._sinks = sinks
 
     def announce(
@@ -68,11 +80,18 @@ class RunRecord:
         for effective_step, segment in segments:
             self._write_weights(step, effective_step, segment.start, segment, {**mixer_record, **extra})
 
+    def step(self, report: MixReport) -> None:
+        """The sums of one step, and what mixers that only log make of them; every step in turn."""
+        self._statistics.write(report.step + 1, report.stats)
+        for change in report.shadows:
+            if change.name not in self._shadows:
+                self._shadows[change.name] = _open(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
+            _append(self._shadows[change.name], shadow_line(self._domains, change))
+
     def weights(self, report: MixReport, position: int) -> None:
-        stats = {"nats": report.stats.nats.tolist(), "tokens": report.stats.tokens.tolist()}
-        self._write_weights(
-            report.step + 1, report.effective_step, position, report.segment, {**report.record, "statistics": stats}
-        )
+        """The weights that follow from a step."""
+        record = {**report.record, **statistics_record(report.stats)}
+        self._write_weights(report.step + 1, report.effective_step, position, report.segment, record)
 
     def train(self, line: dict[str, Any]) -> None:
         _append(self._metrics, {"event": "train", **line})
@@ -84,35 +103,22 @@ class RunRecord:
 
     def flush(self) -> None:
         """Makes every line so far safe on disk."""
-        for file in (self._metrics, self._weights):
+        for file in (self._metrics, self._weights, *self._shadows.values()):
             file.flush()
             os.fsync(file.fileno())
+        self._statistics.flush()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._weights.close()
+        for file in (self._metrics, self._weights, *self._shadows.values(), self._statistics):
+            file.close()
         for sink in self._sinks:
             sink.close()
 
     def _write_weights(
         self, step: int, effective_step: int, position: int, segment: Segment, extra: Mapping[str, object]
     ) -> None:
+        _append(self._weights, _weights_line(self._domains, step, effective_step, position, segment, extra))
         weights = segment.weights.tolist()
-        line = {
-            "step": step,
-            "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "effective_step": effective_step,
-            "position": position,
-            "domain_names": list(self._domains),
-            "domain_weights": weights,
-            "segment": {
-                "start": segment.start,
-                "counts": segment.counts.tolist(),
-                "deficits": segment.deficits.tolist(),
-            },
-            **extra,
-        }
-        _append(self._weights, line)
         by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights, strict=True)}
         for sink in self._sinks:
             sink.scalars(by_name, effective_step)
@@ -122,6 +128,35 @@ class RunRecord:
         numbers |= {f"{prefix}_loss/{name}": loss for name, loss in line["domain_loss"].items() if loss is not None}
         for sink in self._sinks:
             sink.scalars(numbers, line["step"])
+
+
+def shadow_line(domains: tuple[str, ...], change: ShadowChange) -> dict[str, Any]:
+    """The line of a mixer that only logs: that of weights.jsonl, had it been the run's."""
+    return _weights_line(domains, change.step, change.effective_step, change.position, change.segment, change.record)
+
+
+def _weights_line(
+    domains: tuple[str, ...],
+    step: int,
+    effective_step: int,
+    position: int,
+    segment: Segment,
+    extra: Mapping[str, object],
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "effective_step": effective_step,
+        "position": position,
+        "domain_names": list(domains),
+        "domain_weights": segment.weights.tolist(),
+        "segment": {
+            "start": segment.start,
+            "counts": segment.counts.tolist(),
+            "deficits": segment.deficits.tolist(),
+        },
+        **extra,
+    }
 
 
 class SampleLog:
@@ -209,6 +244,7 @@ class IntervalLog:
 def _open(path: Path, resumed_step: int | None) -> TextIO:
     if resumed_step is None:
         path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     elif path.is_file():
         _drop_lines_after(path, resumed_step)
     return path.open("a", encoding="utf-8")

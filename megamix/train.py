@@ -194,6 +194,7 @@ class Trainer:
         assert self.record is not None
         for report in self.data.take_reports():
             self._log.add_stats(report.stats)
+            self.record.step(report)
             if report.updated:
                 self.record.weights(report, report.effective_step * self.config.train.global_batch)
 

@@ -182,6 +182,7 @@ class HostRun:
     def _write_reports(self) -> None:
         assert self._record is not None
         for report in self.data.take_reports():
+            self._record.step(report)
             if report.updated:
                 self._record.weights(report, report.effective_step * self.plan.config.train.global_batch)
 

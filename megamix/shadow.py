@@ -1,0 +1,158 @@
+"""Mixers that only log: what each would have asked for, had it been the run's.
+
+A `Shadow` is a mixer with a blend of its own, to which its weights are given as the run gives those of its mixer: after
+the run's constraints, from the same position on. No sample is taken from that blend. The key ``shadow`` of a config
+makes some beside a run, on rank 0's mixing thread; `megamix replay` makes them from a record.
+
+The statistics are those of the run: their tokens were drawn with its weights, which is what importance weighting
+divides by, and its model has learnt from its data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.config import Config
+from megamix.constraints import Constraints
+from megamix.data.blend import Blend
+from megamix.exchange import ShadowChange, statistics_record, wanted_weights
+from megamix.mixers import DomainStats, Mixer, make_mixer
+from megamix.mixture import WeightSchedule
+from megamix.plan import DataPlan
+from megamix.resume import Resumed
+
+Floats = NDArray[np.float64]
+REBASE_EVERY = 100
+"""Steps after which a shadow lets go of the weights that lie behind."""
+
+
+class Shadow:
+    """A mixer, and the blend that would follow it.
+
+    Args:
+        name: in files and messages.
+        blend: the blend at the first step, with what is announced for later ones.
+        schedule, constraints, global_batch, weight_lag: of the run.
+        first_step: counts from 0.
+        change: what the first lines are to say, where the run did not begin with this mixer; None where it did.
+        announce: whether the weights it begins with are still to be told.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mixer: Mixer,
+        blend: Blend,
+        schedule: WeightSchedule,
+        constraints: Constraints,
+        global_batch: int,
+        weight_lag: int,
+        *,
+        first_step: int = 0,
+        change: dict[str, Any] | None = None,
+        announce: bool = True,
+    ) -> None:
+        self.name = name
+        self.mixer = mixer
+        self._blend = blend
+        self._schedule = schedule
+        self._constraints = constraints
+        self._batch = global_batch
+        self._weight_lag = weight_lag
+        self._untold = self._announcements(first_step, change) if announce else []
+
+    def update(self, stats: DomainStats, step: int) -> list[ShadowChange]:
+        """Takes in the sums of ``step``, which counts from 0; returns what there is to log.
+
+        Raises:
+            InputError: whatever the mixer raised.
+        """
+        effective_step = step + 1 + self._weight_lag
+        position = effective_step * self._batch
+        wanted = wanted_weights(self.mixer, self._schedule, stats, step, effective_step)
+        changes, self._untold = self._untold, []
+        if wanted is not None:
+            self._blend.set_weights(
+                self._constraints.apply(wanted, self._blend.counts_at(position), position), at=position
+            )
+            segment = self._blend.segment_at(position)
+            record = {**self.mixer.record(), **statistics_record(stats)}
+            changes.append(ShadowChange(self.name, step + 1, effective_step, position, segment, record))
+        if step % REBASE_EVERY == 0:
+            self._blend = Blend.from_state_dict(self._blend.state_dict(at=(step + 1) * self._batch))
+        return changes
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What to continue from with ``step``; JSON-serialisable."""
+        return {
+            "config": self.mixer.config.model_dump(mode="json"),
+            "mixer": self.mixer.state_dict(),
+            "sampler": {"blend": self._blend.state_dict(at=step * self._batch)},
+        }
+
+    def _announcements(self, step: int, change: dict[str, Any] | None) -> list[ShadowChange]:
+        """The weights to begin with, and those announced for later steps."""
+        extra = {} if change is None else {"change": change}
+        start = step * self._batch
+        later = [position for position, _ in self._blend.ledger if position > start]
+        found = []
+        for position in (start, *later):
+            segment, record = self._blend.segment_at(position), {**self.mixer.record(), **extra}
+            found.append(ShadowChange(self.name, step, position // self._batch, position, segment, record))
+        return found
+
+
+def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
+    """The shadows of a run, before ``step``.
+
+    Each goes on from its own part of the checkpoint. One that is new, or has another config now, begins here.
+
+    Args:
+        blend: the run's, as it stands.
+    """
+    saved = {} if resumed is None else resumed.state.get("shadow", {})
+    shadows = []
+    for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
+        own = saved.get(name)
+        if resumed is not None and own is not None and own["config"] == config.model_dump(mode="json"):
+            part = replace(resumed, state={**resumed.state, **own})
+            its_blend, change = part.blend(plan)
+        else:
+            part, its_blend = None, Blend.from_state_dict(blend.state_dict())
+            change = None if step == 0 else {"parts": ["shadow"], "domains": None}
+        start = step * plan.config.train.global_batch
+        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights)
+        if part is not None:
+            part.set_mixer(mixer)
+        shadows.append(
+            Shadow(
+                name,
+                mixer,
+                its_blend,
+                plan.schedule,
+                plan.constraints,
+                plan.config.train.global_batch,
+                plan.config.data.weight_lag,
+                first_step=step,
+                change=change,
+                announce=part is None or change is not None,
+            )
+        )
+    return tuple(shadows)
+
+
+def shadow_names(configs: Sequence[Config]) -> list[str]:
+    """Names for files, all different: the mixer's and its preset's, with a number where that is taken."""
+    names: list[str] = []
+    for config in configs:
+        parts = [str(getattr(config, key)) for key in ("name", "preset") if getattr(config, key, None) is not None]
+        name = re.sub(r"[^\w.-]+", "_", "-".join(parts))
+        number = sum(other == name or re.fullmatch(rf"{re.escape(name)}-\d+", other) is not None for other in names)
+        names.append(f"{name}-{number + 1}" if number else name)
+    return names
