@@ -27,7 +27,7 @@ from megamix.mix_plan import MixPlan, planned_mix
 from megamix.mixers import make_mixer, normalise_weights
 from megamix.models.config import ModelConfig
 from megamix.plan import Plan, check_layout, make_plan
-from megamix.run_config import FileMixture, RunConfig, StagedMixture
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
 from megamix.tables import ABSENT, Report, Table, gib, number, plural
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -213,6 +213,8 @@ def _mixture_line(shape: _Shape) -> str:
     said = [mixture if isinstance(mixture, str) else "as given"]
     if isinstance(mixture, FileMixture):
         said = [f"from {mixture.file}"]
+    elif isinstance(mixture, RunMixture):
+        said = [f"{mixture.which} weights of the run {mixture.from_run}"]
     elif isinstance(mixture, StagedMixture):
         said = [f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in mixture.stages)} tokens on"]
     if data.sampling == "iid":

@@ -21,9 +21,9 @@ from megamix.data.manifest import FILE_NAME, Manifest
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 from megamix.plan import domain_key
-from megamix.summary import CONFIG, RecordedRun, table_of
+from megamix.recorded_run import CONFIG, WEIGHTS, RecordedRun
+from megamix.summary import table_of
 from megamix.tables import Report, Table, gib, number, plural
-from megamix.tracking import WEIGHTS
 
 EXCERPT = 240
 """Characters of text shown of a document."""

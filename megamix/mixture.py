@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.errors import InputError
+from megamix.interop.average import run_weights
+from megamix.interop.weights import read_weights
 from megamix.mixers import normalise_weights
-from megamix.run_config import FileMixture, MixConfig, OneMixture, StagedMixture
+from megamix.recorded_run import RecordedRun
+from megamix.run_config import FileMixture, MixConfig, OneMixture, RunMixture, StagedMixture
 
 Floats = NDArray[np.float64]
 
@@ -44,7 +47,8 @@ def make_schedule(config: MixConfig, names: tuple[str, ...], natural: Floats) ->
     A stage starts with the first step that begins at or after its ``from_tokens``.
 
     Raises:
-        InputError: an unknown or missing domain, a weight that is none, or stages that do not rise from 0.
+        InputError: an unknown or missing domain, a weight that is none, a run without weights, or stages that do not
+            rise from 0.
     """
     if not isinstance(config.mixture, StagedMixture):
         return WeightSchedule((0,), _weights(config.mixture, names, natural, "mixture")[None])
@@ -79,8 +83,9 @@ def _weights(mixture: OneMixture, names: tuple[str, ...], natural: Floats, sourc
     if mixture == "uniform":
         return np.full(len(names), 1 / len(names))
     if isinstance(mixture, FileMixture):
-        from megamix.interop.weights import read_weights
-
         return normalise_weights(read_weights(mixture.file, names), names, f"{source}, file {mixture.file}")
+    if isinstance(mixture, RunMixture):
+        found = run_weights(RecordedRun.open(mixture.from_run), mixture.which)
+        return normalise_weights(found, names, f"{source}, {mixture.which} weights of the run {mixture.from_run}")
     assert isinstance(mixture, dict)
     return normalise_weights(mixture, names, source)

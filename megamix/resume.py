@@ -16,7 +16,7 @@ from megamix.domain_change import DomainChange, digest, find_change
 from megamix.errors import InputError, ResumeRefused
 from megamix.mixers import Mixer
 from megamix.plan import DataPlan, Plan
-from megamix.run_config import FileMixture, RunConfig, StagedMixture
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
 
 Floats = NDArray[np.float64]
 
@@ -149,9 +149,9 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
 
 
 def _mixture(plan: DataPlan) -> object:
-    """A file's weights rather than its path: the file may move or change."""
+    """A file's or run's weights rather than its path: it may move or change."""
     mixture = plan.config.mixture
-    if isinstance(mixture, FileMixture | StagedMixture):
+    if isinstance(mixture, FileMixture | RunMixture | StagedMixture):
         rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.schedule.weights.tolist()]
         return {"steps": list(plan.schedule.steps), "weights": rows}
     return mixture

@@ -57,7 +57,17 @@ class FileMixture(Config):
     """JSON: {domain: weight}, DoReMi's domain config, a line of weights.jsonl; or Megatron's blend as text or JSON."""
 
 
-OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture
+class RunMixture(Config):
+    """Weights that a run has found."""
+
+    from_run: Path
+    """Its directory; its domains must be those of this run."""
+    which: Literal["mean", "final"] = "mean"
+    """mean: over the samples it has trained on, or DoReMi's mean of alpha; final: the last ones, or DoReMi's last
+    alpha."""
+
+
+OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture | RunMixture
 
 
 class StageConfig(Config):
@@ -66,7 +76,7 @@ class StageConfig(Config):
     from_tokens: float = pydantic.Field(ge=0)
     """Tokens of the run before it."""
     weights: OneMixture
-    """uniform, natural, {domain: weight} or {file: PATH}."""
+    """uniform, natural, {domain: weight}, {file: PATH} or {from_run: RUN}."""
 
 
 class StagedMixture(Config):
@@ -81,6 +91,8 @@ def _kind_of_mixture(value: object) -> str:
         return "stages"
     if isinstance(value, FileMixture) or (isinstance(value, dict) and isinstance(value.get("file"), str | Path)):
         return "file"
+    if isinstance(value, RunMixture) or (isinstance(value, dict) and isinstance(value.get("from_run"), str | Path)):
+        return "from_run"
     return "weights" if isinstance(value, dict) else "word"
 
 
@@ -161,11 +173,13 @@ class MixConfig(Config):
         Annotated[Literal["uniform", "natural"], pydantic.Tag("word")]
         | Annotated[dict[str, float], pydantic.Tag("weights")]
         | Annotated[FileMixture, pydantic.Tag("file")]
+        | Annotated[RunMixture, pydantic.Tag("from_run")]
         | Annotated[StagedMixture, pydantic.Tag("stages")],
         pydantic.Discriminator(_kind_of_mixture),
     ] = "natural"
     """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
-    sum 1; {file: PATH}; or {stages: [...]}, in force until the mixer first changes the weights."""
+    sum 1; {file: PATH}; {from_run: RUN, which: mean or final}; or {stages: [...]}, in force until the mixer first
+    changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
     shadow: tuple[MixerConfig, ...] = ()
@@ -192,7 +206,8 @@ class MixConfig(Config):
         known = isinstance(value, dict | Config) or value in ("uniform", "natural")
         if not known:
             raise ValueError(
-                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}} or {{stages: [...]}}."
+                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}}, {{from_run: RUN}} or "
+                "{stages: [...]}."
             )
         return value
 

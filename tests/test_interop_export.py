@@ -28,7 +28,7 @@ from megamix.data.blend import Blend
 from megamix.interop.average import mean_weights
 from megamix.interop.weights import read_weights
 from megamix.ledger import Ledger
-from megamix.summary import RecordedRun
+from megamix.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,53 @@
-"""What a run's weights came to over a stretch of it: exact integrals of its ledger."""
+"""What a run's weights came to, over all of it or a stretch: exact integrals of its ledger."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from megamix.errors import InputError
+from megamix.errors import InputError, did_you_mean
 from megamix.ledger import Ledger
+from megamix.recorded_run import RecordedRun
+
+WHICH = ("mean", "final", "initial", "realised")
+
+
+def run_weights(run: RecordedRun, which: str) -> dict[str, float]:
+    """The weights of a run by domain.
+
+    A mixer whose result is not what it samples with says so by ``average_weights`` in its record, as DoReMi does: its
+    mean is that, and its final weights are the ``loss_weights`` beside it, where there are such.
+
+    Args:
+        which: mean: the mean of the weights over the samples trained on; realised: the shares of the samples, which the
+            mean determines within a few samples; final: the last weights the mixer computed; initial: those the run
+            began with.
+
+    Raises:
+        InputError: nothing trained yet, or an unknown ``which``.
+    """
+    if which not in WHICH:
+        raise InputError(f"--which {which}: no such weights." + did_you_mean(which, WHICH))
+    last = run.ledger.lines[-1]
+    if which == "initial":
+        return _by_name(run.ledger.lines[0], "domain_weights")
+    if which == "final":
+        return _by_name(
+            last, "loss_weights" if {"average_weights", "loss_weights"} <= last.keys() else "domain_weights"
+        )
+    if run.position == 0:
+        raise InputError(f"the run {run.run_dir} has not trained yet: no weights to average. Use --which initial.")
+    if which == "mean":
+        found = "average_weights" in last
+        return _by_name(last, "average_weights") if found else mean_weights(run.ledger, 0, run.position)
+    return {name: count / run.position for name, count in run.ledger.counts(run.position).items()}
+
+
+def _by_name(line: Mapping[str, Any], key: str) -> dict[str, float]:
+    return dict(zip(line["domain_names"], line[key], strict=True))
 
 
 def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:

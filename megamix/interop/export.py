@@ -23,13 +23,12 @@ from megamix.data.manifest import FILE_NAME, Manifest, Split
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError, did_you_mean
 from megamix.files import replace_file
-from megamix.interop.average import mean_weights
+from megamix.interop.average import run_weights
 from megamix.interop.megatron import data_path, per_split_json
 from megamix.interop.weights import doremi_config, read_weights
-from megamix.summary import CONFIG, RecordedRun
+from megamix.recorded_run import CONFIG, RecordedRun
 
 FORMATS = ("megatron", "per-split-json", "doremi", "json")
-WHICH = ("mean", "final", "initial", "realised")
 WHOLE_SPLIT = "100,0,0"
 """Megatron's ``--split`` where validation lies in files of its own."""
 
@@ -77,9 +76,7 @@ def export_blend(
     Args:
         path: a run directory, or a manifest or its folder.
         format: see the module.
-        which: of a run. mean (the default): the mean of its weights over the samples trained on; realised: the shares
-            of the samples, which the mean determines within a few samples; final: the last weights the mixer computed;
-            initial: those it began with.
+        which: of a run, see `run_weights`; default: mean.
         weights: for a data set, a file that `read_weights` reads; None: natural weights.
 
     Raises:
@@ -111,24 +108,6 @@ def is_run(path: Path) -> bool:
     if path.is_file() or (path / FILE_NAME).is_file():
         return False
     raise InputError(f"{path} is neither a run (it has no {CONFIG}) nor a data set (no {FILE_NAME}). Check the path.")
-
-
-def run_weights(run: RecordedRun, which: str) -> dict[str, float]:
-    """The weights of a run by domain.
-
-    Raises:
-        InputError: nothing trained yet, or an unknown ``which``.
-    """
-    if which not in WHICH:
-        raise InputError(f"--which {which}: no such weights." + did_you_mean(which, WHICH))
-    if which in ("initial", "final"):
-        line = run.ledger.lines[0 if which == "initial" else -1]
-        return dict(zip(line["domain_names"], line["domain_weights"], strict=True))
-    if run.position == 0:
-        raise InputError(f"the run {run.run_dir} has not trained yet: no weights to average. Use --which initial.")
-    if which == "mean":
-        return mean_weights(run.ledger, 0, run.position)
-    return {name: count / run.position for name, count in run.ledger.counts(run.position).items()}
 
 
 def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported:

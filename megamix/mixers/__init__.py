@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from pydantic import ConfigDict
+
 from megamix.config import ByName, Config, validate
 from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
@@ -46,8 +48,31 @@ def find_mixer(name: object) -> tuple[type[Config], type[Mixer]]:
     return MIXERS[str(name)]
 
 
-MixerConfig = Annotated[StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, ByName(lambda name: find_mixer(name)[0])]
+MixerConfig = Annotated[
+    StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, ByName(lambda name: find_mixer(name)[0])
+]
 """The config of any mixer, told apart by ``name``; those listed are the ones whose classes are known beforehand."""
+
+
+class RecordedConfig(Config):
+    """The config of a mixer that is not ours, as the record of a run has it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which mixer this configures."""
+
+
+def without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config whose mixers need not be imported: a run is to be looked at where others' code is not."""
+
+    def readable(mixer: Any) -> Any:
+        is_own = isinstance(mixer, dict) and isinstance(mixer.get("name"), str) and mixer["name"] not in MIXERS
+        return RecordedConfig(**mixer) if is_own else mixer
+
+    mixers = {key: readable(config[key]) for key in ("mixer",) if key in config}
+    shadows = {key: [readable(mixer) for mixer in config[key]] for key in ("shadow",) if key in config}
+    return {**config, **mixers, **shadows}
 
 
 def make_mixer(
@@ -92,4 +117,5 @@ __all__ = [
     "make_mixer",
     "normalise_weights",
     "project_to_capped_simplex",
+    "without_code",
 ]

@@ -1,0 +1,133 @@
+"""A run as its directory tells it: config.resolved.yaml, metrics.jsonl and weights.jsonl.
+
+What only the data set knows (natural shares, epochs) is left out where the data set is no longer there.
+
+Legend: N domains, those of the end of the run and those it had before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamix.config import read_yaml, validate
+from megamix.data.manifest import Manifest
+from megamix.errors import InputError
+from megamix.files import read_json_lines
+from megamix.ledger import Ledger
+from megamix.mixers import without_code
+from megamix.run_config import RunConfig
+
+CONFIG = "config.resolved.yaml"
+METRICS = "metrics.jsonl"
+WEIGHTS = "weights.jsonl"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The record of a run.
+
+    Attributes:
+        config: as the run resolved it, its paths as seen from here.
+        train: the ``train`` lines of metrics.jsonl, by step.
+        evaluations: its ``evaluate`` lines, by step.
+        ledger: the weights by position.
+        manifest: the data set, or None where it cannot be opened.
+        missing_data: why it cannot.
+    """
+
+    run_dir: Path
+    config: RunConfig
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    ledger: Ledger
+    manifest: Manifest | None
+    missing_data: str | None
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RecordedRun:
+        """Reads the record in ``run_dir``.
+
+        Raises:
+            InputError: no such run, a run that has recorded nothing yet, or a damaged line.
+        """
+        run_dir = Path(run_dir)
+        if not (run_dir / CONFIG).is_file():
+            reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
+            raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
+        recorded = without_code(read_yaml(run_dir / CONFIG))
+        config = _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
+        ledger = Ledger.read(run_dir / WEIGHTS, config.train.seed, config.data.sampling)
+        if ledger is None:
+            raise InputError(f"the run {run_dir} has recorded nothing yet: {WEIGHTS} has no line. Train it first.")
+        metrics = read_json_lines(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
+        manifest, missing = None, None
+        try:
+            manifest = Manifest.load(config.data.manifest)
+        except InputError as error:
+            missing = str(error)
+        absent = [name for name in ledger.lines[-1]["domain_names"] if manifest and name not in manifest.domain_names]
+        if absent:
+            manifest, missing = (
+                None,
+                f"{config.data.manifest} has no domain '{absent[0]}', which the run was made with.",
+            )
+        return cls(
+            run_dir,
+            config,
+            [line for line in metrics if line["event"] == "train"],
+            [line for line in metrics if line["event"] == "evaluate"],
+            ledger,
+            manifest,
+            missing,
+        )
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """The N domains; those that are no longer there come last."""
+        return self.ledger.names
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, as far as they are on record."""
+        return max((line["step"] for line in (*self.train, *self.evaluations)), default=0)
+
+    @property
+    def position(self) -> int:
+        """Samples taken."""
+        return self.steps * self.config.train.global_batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.position * self.config.data.seq_length
+
+    def epochs(self) -> dict[str, float]:
+        """How often each of the domains that are there has been read; empty without the data set."""
+        if self.manifest is None:
+            return {}
+        return {
+            name: given / max((self.manifest.domain(name).train.tokens - 1) // self.config.data.seq_length, 1)
+            for name, given in self.ledger.read_so_far(self.position).items()
+        }
+
+    def natural_shares(self) -> dict[str, float]:
+        """Shares of the training tokens of the domains that are there; empty without the data set."""
+        if self.manifest is None:
+            return {}
+        names = self.ledger.lines[-1]["domain_names"]
+        return dict(zip(names, self.manifest.natural_weights(names).tolist(), strict=True))
+
+
+def _relocate(config: RunConfig, run_dir: Path) -> RunConfig:
+    """A run's relative paths start where it was started; that place is found from where the run directory is now."""
+    manifest, recorded = config.data.manifest, config.run_dir
+    if manifest.is_absolute() or manifest.exists() or recorded.is_absolute():
+        return config
+    here = run_dir.resolve()
+    if here.parts[-len(recorded.parts) :] == recorded.parts:
+        found = here.parents[len(recorded.parts) - 1] / manifest
+        if found.exists():
+            return config.model_copy(update={"data": config.data.model_copy(update={"manifest": found})})
+    return config
