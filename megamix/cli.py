@@ -103,30 +103,32 @@ def merge(
     typer.echo(f"{out}: {len(manifest.domains)} domains, {tokens:,} tokens")
 
 
-def _print_config_help(wanted: bool) -> None:
-    if wanted:
-        from megamix.config_help import config_help
-        from megamix.run_config import RunConfig
-
-        typer.echo(config_help(RunConfig))
-        raise typer.Exit
-
-
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         str | None, typer.Option(help="auto, never, or a checkpoint's folder; short for checkpoint.resume=.")
     ] = None,
     help_config: Annotated[
-        bool, typer.Option("--help-config", is_eager=True, callback=_print_config_help, help="Every key of a config.")
+        bool, typer.Option("--help-config", help="Print every key of a config; with CONFIG, those of its mixer too.")
     ] = False,
 ) -> None:
     """Train a model on the blend; starts its own ranks, or is one where torchrun or srun has started it.
 
     Example: megamix train configs/demo.yaml train.steps=100 run_dir=runs/short
     """
+    if help_config:
+        from megamix.config import apply_overrides, read_yaml
+        from megamix.config_help import config_help
+        from megamix.run_config import RunConfig
+
+        typer.echo(config_help(RunConfig, data=apply_overrides(read_yaml(config), overrides or []) if config else None))
+        return
+    if config is None:
+        raise typer.BadParameter("it is missing; name a YAML file, for example configs/demo.yaml.", param_hint="CONFIG")
     from megamix.run import train as run
 
     overrides = [*(overrides or []), *([f"checkpoint.resume={json.dumps(resume)}"] if resume else [])]

@@ -51,10 +51,12 @@ class ByName:
 
     Args:
         find: the class for a name (None where there is none); raises `InputError` for one that has none.
+        installed: the classes that come with other packages, to be shown in help.
     """
 
-    def __init__(self, find: Callable[[object], type[Config]]) -> None:
+    def __init__(self, find: Callable[[object], type[Config]], installed: Callable[[], list[type[Config]]]) -> None:
         self._find = find
+        self.installed = installed
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._validate, core_schema.any_schema())

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
 
-from megamix.config import Config
+from megamix.config import ByName, Config
 
 
-def config_help(model: type[Config], indent: int = 0) -> str:
-    """One entry per key, nested configs indented; the choices of a union follow each other."""
+def config_help(model: type[Config], indent: int = 0, data: Mapping[str, Any] | None = None) -> str:
+    """One entry per key, nested configs indented; the choices of a union follow each other.
+
+    Args:
+        data: a config as read from YAML; what it names by import path is among the choices.
+    """
     pad = "  " * indent
     lines = []
     for name, field in model.model_fields.items():
-        nested = _configs(field.annotation)
+        nested = _choices(field, (data or {}).get(name))
         default = "" if field.is_required() or nested else f" = {_default(field)}"
         required = "  (required)" if field.is_required() else ""
         kind = "" if nested else f": {_type_name(field.annotation)}"
@@ -38,6 +43,17 @@ def _summary(config: type[Config]) -> str:
 def _default(field: pydantic.fields.FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _choices(field: pydantic.fields.FieldInfo, value: object) -> list[type[Config]]:
+    """The configs that may stand at a key where ``value`` stands now."""
+    found = _configs(field.annotation)
+    for mark in field.metadata:
+        if isinstance(mark, ByName):
+            found += mark.installed()
+            chosen = mark.class_of(value)
+            found += [chosen] if chosen is not Any and chosen not in found else []
+    return found
 
 
 def _configs(annotation: Any) -> list[type[Config]]:

@@ -9,6 +9,7 @@ part of megamix needs neither: see `megamix.mixers.own`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
 from megamix.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixers.odm import OdmConfig, OdmMixer
-from megamix.mixers.own import check_installed, own_mixer
+from megamix.mixers.own import check_installed, installed, own_mixer
 from megamix.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixers.static import StaticConfig, StaticMixer
 from megamix.mixers.stats import DomainStats
@@ -48,8 +49,18 @@ def find_mixer(name: object) -> tuple[type[Config], type[Mixer]]:
     return MIXERS[str(name)]
 
 
+def _installed_configs() -> list[type[Config]]:
+    """The config classes of the installed mixers that can be imported."""
+    found = []
+    for name in sorted(installed()):
+        with contextlib.suppress(InputError):
+            found.append(find_mixer(name)[0])
+    return found
+
+
 MixerConfig = Annotated[
-    StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig, ByName(lambda name: find_mixer(name)[0])
+    StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig,
+    ByName(lambda name: find_mixer(name)[0], _installed_configs),
 ]
 """The config of any mixer, told apart by ``name``; those listed are the ones whose classes are known beforehand."""
 
@@ -70,9 +81,12 @@ def without_code(config: dict[str, Any]) -> dict[str, Any]:
         is_own = isinstance(mixer, dict) and isinstance(mixer.get("name"), str) and mixer["name"] not in MIXERS
         return RecordedConfig(**mixer) if is_own else mixer
 
-    mixers = {key: readable(config[key]) for key in ("mixer",) if key in config}
-    shadows = {key: [readable(mixer) for mixer in config[key]] for key in ("shadow",) if key in config}
-    return {**config, **mixers, **shadows}
+    result = dict(config)
+    if "mixer" in config:
+        result["mixer"] = readable(config["mixer"])
+    if "shadow" in config:
+        result["shadow"] = [readable(mixer) for mixer in config["shadow"]]
+    return result
 
 
 def make_mixer(
