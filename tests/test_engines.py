@@ -13,6 +13,8 @@ import yaml
 from jobs import run_job
 from records import largest_difference, record, samples
 
+from megamix.checkpoint import LAYERS, damage, kind
+
 STEPS = 50
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
@@ -147,13 +149,30 @@ def moved(runs: Runs) -> dict[tuple[str, str], Path]:
     for first, second in [*MOVES, *OTHER_SIZES]:
         run = done[first, second] = runs.path("moved", first, "to", second)
         jobs[2].append((runs.config(run, ENGINES[first], "odm", 12), ("train.stop_after=6",)))
+    converted = done["converted", "converted"] = runs.path("converted")
+    dist = runs.config(converted, {**ENGINES["megatron pp2"], "checkpoint_format": "dist"}, "odm", 12)
+    jobs[2].append((dist, ()))
     run_job(2, jobs[2])
-    jobs[2] = []
-    for (_, second), run in done.items():
+    jobs[2] = [(dist, ("engine.checkpoint_format=layers",))]
+    for (first, second), run in done.items():
+        if first == "converted":
+            continue
         jobs[_ranks(second)].append((runs.config(run, ENGINES[second], "odm", 12), ()))
     for ranks, wanted in jobs.items():
         run_job(ranks, wanted)
     return {**done, **{(name, ""): run for name, run in whole.items()}}
+
+
+def test_a_run_that_is_done_gives_its_checkpoint_in_the_other_format(moved: dict[tuple[str, str], Path]) -> None:
+    """Through megatron.core's format and back: the same bytes as without."""
+    converted, whole = moved["converted", "converted"], moved["megatron pp2", ""]
+    path = converted / "checkpoints" / "step_12"
+    assert kind(path) == LAYERS
+    assert damage(path) is None
+    names = sorted(file.name for file in (path / "layers").iterdir())
+    assert len(names) == 6, "an embedding, four decoder layers, a head"
+    for name in names:
+        assert (path / "layers" / name).read_bytes() == (whole / "checkpoints/step_12/layers" / name).read_bytes()
 
 
 def _ranks(name: str) -> int:
