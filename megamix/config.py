@@ -203,14 +203,24 @@ def _another_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return any((word in old) != (word in new) for word in ("file", "stages"))
 
 
-def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Applies ``key.path=value`` items; values are YAML, so ``train.steps=10`` is an int and ``mixture={web: 1}`` a
-    mapping."""
+def apply_overrides(data: dict[str, Any], overrides: list[str], origins: Origins | None = None) -> dict[str, Any]:
+    """Applies ``key.path=value`` items and further YAML files, in their order.
+
+    Values are YAML, so ``train.steps=10`` is an int and ``mixture={web: 1}`` a mapping.
+
+    Args:
+        origins: is told which keys the files have.
+    """
     for item in overrides:
         path, equals, text = item.partition("=")
+        if not equals and item.endswith((".yaml", ".yml")):
+            data = merge(data, _read_yaml(Path(item), (), {} if origins is None else origins))
+            continue
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise InputError(f"override '{item}' is not of the form key.path=value, for example train.steps=100.")
+            raise InputError(
+                f"override '{item}' is neither of the form key.path=value, for example train.steps=100, nor a .yaml file."
+            )
         value: Any = parse_yaml(text, f"override '{item}'") if text.strip() else None
         for key in reversed(keys):
             value = {key: value}
@@ -330,7 +340,7 @@ def _names(member: Any) -> tuple[Any, ...]:
 def load_config(model: type[C], path: Path, overrides: list[str] | None = None) -> C:
     """Reads ``path`` with its includes, applies the overrides and validates the whole as ``model``."""
     path, origins = Path(path), Origins()
-    data = apply_overrides(_read_yaml(path, (), origins), overrides or [])
+    data = apply_overrides(_read_yaml(path, (), origins), overrides or [], origins)
     overridden = [tuple(item.partition("=")[0].strip().split(".")) for item in overrides or []]
     included = {
         keys: file

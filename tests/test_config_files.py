@@ -155,9 +155,25 @@ def test_overrides_leave_the_data_they_start_from_alone() -> None:
     assert data == {"train": {"steps": 1}}
 
 
+def test_a_file_among_the_overrides_is_laid_over(tmp_path: Path) -> None:
+    """In its place among them, with its includes; a wrong key names the file."""
+    (tmp_path / "base.yaml").write_text("train: {steps: 1, lr: 1}\nengine: {name: deepspeed, zero: 1}\n")
+    (tmp_path / "part.yaml").write_text("train: {warmup: 0.5}\n")
+    (tmp_path / "over.yaml").write_text("include: part.yaml\ntrain: {steps: 5}\nengine: {name: megatron, tensor: 2}\n")
+    data = read_yaml(tmp_path / "base.yaml")
+    over = str(tmp_path / "over.yaml")
+    assert apply_overrides(data, ["train.steps=3", over, "train.lr=2"]) == {
+        "train": {"steps": 5, "lr": 2, "warmup": 0.5},
+        "engine": {"name": "megatron", "tensor": 2},
+    }
+    assert apply_overrides(data, [over, "train.steps=3"])["train"]["steps"] == 3
+    with pytest.raises(InputError, match=r"cannot read the config .*missing\.yaml"):
+        apply_overrides(data, [str(tmp_path / "missing.yaml")])
+
+
 @pytest.mark.parametrize("override", ["train.steps", "=3", ".steps=3", "train..steps=3", "train.=3", ""])
 def test_an_override_of_the_wrong_form(override: str) -> None:
-    with pytest.raises(InputError, match=r"is not of the form key\.path=value, for example"):
+    with pytest.raises(InputError, match=r"is neither of the form key\.path=value, for example"):
         apply_overrides({}, [override])
 
 
