@@ -1,4 +1,5 @@
-"""Per-domain validation loss: the same windows every time, through the engine's own pipeline.
+"""Per-domain loss of the same windows every time, through the engine's own pipeline: validation, and the rewards of
+mixers that ask for an evaluation.
 
 Legend: K domains, B samples in a micro-batch, S tokens in a sample.
 """
@@ -6,6 +7,7 @@ Legend: K domains, B samples in a micro-batch, S tokens in a sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,33 +16,35 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
+from megamix.data.stream import DomainTokens
 from megamix.engines.base import Engine
+from megamix.mixers import OdmConfig, wants_evaluation
 from megamix.plan import Plan
 from megamix_kernels import DomainSums
 
 
-class Validation:
-    """The validation samples of a run, sliced over data-parallel ranks.
+class EvaluationSamples:
+    """Samples of every domain, the same at every call, sliced over data-parallel ranks.
 
-    Each domain gives ``evaluate.batches`` micro-batches of samples, spread evenly over its validation tokens (all of
-    them where it has fewer). All domains' samples follow each other in one list, whose last micro-batches are filled up
-    with rows that count for nothing.
+    Each domain gives up to ``wanted`` samples, spread evenly over its tokens (all of them where it has fewer). All
+    domains' samples follow each other in one list, whose last micro-batches are filled up with rows that count for
+    nothing.
+
+    Args:
+        streams: each domain's tokens, training or validation.
+        wanted: samples per domain.
     """
 
-    def __init__(self, plan: Plan, engine: Engine) -> None:
-        place = engine.place
-        config = plan.config
-        wanted = config.evaluate.batches * config.train.micro_batch
-        self._names = plan.domain_names
-        self._natural = plan.natural_weights
-        domain_n, sample_n = _choose(plan, wanted)
+    def __init__(self, plan: Plan, engine: Engine, streams: Sequence[DomainTokens], wanted: int) -> None:
+        place, config = engine.place, plan.config
+        domain_n, sample_n = _choose(streams, config.data.seq_length, wanted)
         per_round = config.train.micro_batch * place.data_size
         rounds, multiple = -(-domain_n.size // per_round), engine.micro_batch_multiple
         self.num_micro_batches = -(-rounds // multiple) * multiple
         self._batch = None
         if place.reads_data:
             reader = WindowReader(
-                plan.validation,
+                streams,
                 config.data.seq_length,
                 plan.vocab_size,
                 eod_mask_loss=config.data.eod_mask_loss,
@@ -64,10 +68,24 @@ class Validation:
         batch.labels.flatten(0, 1)[torch.from_numpy(filler)] = IGNORED_LABEL
         return batch
 
+    def sums(self, engine: Engine) -> torch.Tensor:
+        """This rank's int64 [K, C] sums over its samples; every rank of the job must call it."""
+        return engine.evaluate(self._batch, self.num_micro_batches).clone()
+
+
+class Validation:
+    """The validation loss of a run: ``evaluate.batches`` micro-batches of every domain's held-out samples."""
+
+    def __init__(self, plan: Plan, engine: Engine) -> None:
+        wanted = plan.config.evaluate.batches * plan.config.train.micro_batch
+        self._samples = EvaluationSamples(plan, engine, plan.validation, wanted)
+        self._names = plan.domain_names
+        self._natural = plan.natural_weights
+
     def run(self, engine: Engine) -> dict[str, Any]:
         """One evaluation; every rank calls it and gets the same numbers (the ``evaluate`` line of metrics.jsonl,
         without step and tokens)."""
-        buffer = engine.evaluate(self._batch, self.num_micro_batches).clone()
+        buffer = self._samples.sums(engine)
         dist.all_reduce(buffer)
         sums = DomainSums.from_buffer(buffer.cpu())
         loss = sums.nats.numpy() / np.maximum(sums.tokens.numpy(), 1)
@@ -84,11 +102,40 @@ class Validation:
         }
 
 
-def _choose(plan: Plan, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(domain, sample) of every validation row: at most ``wanted`` of each domain, evenly spaced."""
+class RewardEvaluation:
+    """The evaluation phase of a mixer whose rewards are not the training losses (``mixer.reward_from: evaluation``).
+
+    Its samples are training data, not validation data: a mixer that follows the held-out losses would make them say
+    less of how well a mixture does.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, config: OdmConfig) -> None:
+        self._config = config
+        self._engine = engine
+        self._samples = EvaluationSamples(plan, engine, plan.domains, config.num_eval_samples)
+
+    @classmethod
+    def of(cls, plan: Plan, engine: Engine) -> RewardEvaluation | None:
+        """None for a mixer that has no such phase."""
+        config = plan.config.mixer
+        return cls(plan, engine, config) if isinstance(config, OdmConfig) and wants_evaluation(config) else None
+
+    def due_after(self, step: int) -> bool:
+        """Whether the mixer wants an evaluation after ``step``, which counts from 0."""
+        return self._config.evaluates_at(step + 1)
+
+    def sums(self) -> torch.Tensor:
+        """This rank's int64 [K, C] sums; every rank of the job must call it."""
+        return self._samples.sums(self._engine)
+
+
+def _choose(
+    streams: Sequence[DomainTokens], seq_length: int, wanted: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(domain, sample) of every row: at most ``wanted`` of each domain, evenly spaced."""
     domains, samples = [], []
-    for index, stream in enumerate(plan.validation):
-        available = stream.num_windows(plan.config.data.seq_length)
+    for index, stream in enumerate(streams):
+        available = stream.num_windows(seq_length)
         number = min(wanted, available)
         domains.append(np.full(number, index, np.int64))
         samples.append(np.arange(number, dtype=np.int64) * available // number)

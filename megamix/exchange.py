@@ -89,6 +89,7 @@ class MixExchange:
             either.
         loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
         has_reference: whether losses are summed against a reference; without, excess sums say nothing.
+        rewards_evaluation: whether the mixer sees the sums of evaluations instead of those of training.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
             at (rank 0 only).
         on_report: called on rank 0 for every step, from the background thread.
@@ -104,6 +105,7 @@ class MixExchange:
         first_step: int,
         loss_weights: Floats | None,
         has_reference: bool,
+        rewards_evaluation: bool,
         constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
@@ -112,6 +114,7 @@ class MixExchange:
         self._schedule = schedule
         self._weight_lag = weight_lag
         self._has_reference = has_reference
+        self._rewards_evaluation = rewards_evaluation
         self._constrain = constrain
         self._on_report = on_report
         self._sums_group: Any = dist.new_group()
@@ -123,9 +126,13 @@ class MixExchange:
         self._settled = first_step
         self._settle_lock = threading.Lock()
 
-    def submit(self, step: int, sums_KC: torch.Tensor) -> None:
-        """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffer may be used again."""
-        reduced = sums_KC.clone()
+    def submit(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None) -> None:
+        """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffers may be used again.
+
+        Args:
+            evaluated_KC: the sums of the evaluation that the mixer wants after this step; on all ranks or on none.
+        """
+        reduced = sums_KC.clone() if evaluated_KC is None else torch.cat([sums_KC, evaluated_KC])
         work: Any = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
         self._results[step] = self._executor.submit(self._mix, step, reduced, work)
 
@@ -163,8 +170,9 @@ class MixExchange:
         weights = torch.empty(kinds, self._sampler.num_domains, dtype=torch.float64)
         stats, updated = None, False
         if self._mixer is not None:
-            stats = self._statistics(step, reduced)
-            wanted, updated = self._update(self._mixer, stats, step)
+            k = self._sampler.num_domains
+            stats = self._statistics(step, reduced[:k])
+            wanted, updated = self._update(self._mixer, stats, self._rewards(step, stats, reduced[k:]), step)
             weights[0] = torch.from_numpy(wanted)
             given = checked_loss_weights(self._mixer)
             if (given is None) != (self._loss_weights is None):
@@ -205,11 +213,22 @@ class MixExchange:
             non_finite=sums.non_finite.numpy(),
         )
 
-    def _update(self, mixer: Mixer, stats: DomainStats, step: int) -> tuple[Floats, bool]:
+    def _rewards(self, step: int, stats: DomainStats, evaluated: torch.Tensor) -> DomainStats:
+        """What the mixer is to see of ``step``: the sums of the step, or those of its evaluation, none where there was
+        none."""
+        if not self._rewards_evaluation:
+            return stats
+        if evaluated.numel():
+            return self._statistics(step, evaluated)
+        nothing = np.zeros(stats.num_domains)
+        return DomainStats(nothing, nothing, weights=stats.weights)
+
+    def _update(self, mixer: Mixer, stats: DomainStats, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
         """The weights that follow from ``step``, and whether they were computed anew."""
-        _refuse_non_finite(stats, mixer.domains, step)
+        for sums in (stats, rewards):
+            _refuse_non_finite(sums, mixer.domains, step)
         effective_step = self._effective_step(step)
-        wanted = wanted_weights(mixer, self._schedule, stats, step, effective_step)
+        wanted = wanted_weights(mixer, self._schedule, rewards, step, effective_step)
         # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
         if wanted is None:
             return self._sampler.weights_at(effective_step), False

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
+from megamix.errors import InputError
 from megamix.exchange import MixExchange, MixReport, checked_loss_weights
-from megamix.mixers import Mixer, ScheduleConfig, make_mixer
+from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.plan import DataPlan
 from megamix.reference_cache import open_reference, reference_folder
 from megamix.resume import Resumed, data_fingerprints
@@ -35,6 +36,7 @@ class MixedData:
         device: where the model is; batches stay on the CPU, pinned where this is a GPU.
         resumed: what to continue from, the same on all ranks (rank 0's: they may see the file system at different
             moments); None starts anew.
+        evaluates: whether `submit` is given the sums of evaluations where the mixer wants them.
 
     Attributes:
         step: steps submitted.
@@ -44,8 +46,21 @@ class MixedData:
     """
 
     def __init__(
-        self, plan: DataPlan, *, data_rank: int, reads_data: bool, device: torch.device, resumed: Resumed | None = None
+        self,
+        plan: DataPlan,
+        *,
+        data_rank: int,
+        reads_data: bool,
+        device: torch.device,
+        resumed: Resumed | None = None,
+        evaluates: bool = False,
     ) -> None:
+        rewards_evaluation = wants_evaluation(plan.config.mixer)
+        if rewards_evaluation and not evaluates:
+            raise InputError(
+                "mixer.reward_from is evaluation, which only `megamix train` has. Set it to training, whose losses cost "
+                "nothing."
+            )
         self.plan = plan
         self.step = 0 if resumed is None else resumed.step
         self._device = device
@@ -77,6 +92,7 @@ class MixedData:
             first_step=self.step,
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
+            rewards_evaluation=rewards_evaluation,
             constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._report,
         )
@@ -108,12 +124,15 @@ class MixedData:
         tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
-    def submit(self, sums_KC: torch.Tensor) -> None:
+    def submit(self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None) -> None:
         """Takes this rank's int64 [K, C] sums of step ``step`` (zeros where it has no loss), which is then over.
 
         Returns at once; the sums may be overwritten.
+
+        Args:
+            evaluated_KC: this rank's sums of the evaluation after the step; on all ranks or on none.
         """
-        self.exchange.submit(self.step, sums_KC)
+        self.exchange.submit(self.step, sums_KC, evaluated_KC)
         self.step += 1
 
     def settle(self) -> None:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from megamix.config import Config
 from megamix.constraints import Constraints
 from megamix.data.blend import Blend
+from megamix.errors import InputError
 from megamix.exchange import ShadowChange, statistics_record, wanted_weights
-from megamix.mixers import DomainStats, Mixer, make_mixer
+from megamix.mixers import DomainStats, Mixer, make_mixer, wants_evaluation
 from megamix.mixture import WeightSchedule
 from megamix.plan import DataPlan
 from megamix.resume import Resumed
@@ -58,6 +59,11 @@ class Shadow:
         change: dict[str, Any] | None = None,
         announce: bool = True,
     ) -> None:
+        if wants_evaluation(mixer.config):
+            raise InputError(
+                f"shadow '{name}': reward_from is evaluation, and a shadow sees the losses of training only. Set it to "
+                "training."
+            )
         self.name = name
         self.mixer = mixer
         self._blend = blend

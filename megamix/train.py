@@ -15,8 +15,9 @@ from megamix import checkpoint, saving
 from megamix.data.loader import Batch
 from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
+from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
-from megamix.evaluate import Validation
+from megamix.evaluate import RewardEvaluation, Validation
 from megamix.log import get_logger, show_progress
 from megamix.mixed_data import MixedData
 from megamix.plan import Plan
@@ -56,12 +57,14 @@ class Trainer:
             saving.load_engine(resumed.path, self.engine, resumed.step)
         elif (pretrained := plan.pretrained()) is not None:
             saving.load_weights(pretrained, self.engine)
+        self._rewards = RewardEvaluation.of(plan, self.engine)
         self.data = MixedData(
             plan,
             data_rank=self.place.data_rank,
             reads_data=self.place.reads_data,
             device=self.place.device,
             resumed=resumed,
+            evaluates=self._rewards is not None,
         )
         self._first_step = self.step
         self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
@@ -120,10 +123,19 @@ class Trainer:
         self._seed_step(self.step)
         lr = self.config.train.lr_at(self.step)
         objective = self.data.objective(batch)
-        self.engine.train_step(None if batch is None else self._on_device(batch), objective, lr, self.data.submit)
+        self._engine_step(None if batch is None else self._on_device(batch), objective, lr)
         self._log.add_step(time.perf_counter() - started, waited)
         if _every(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log_interval(lr)
+
+    def _engine_step(self, batch: Batch | None, objective: Objective, lr: float) -> None:
+        if self._rewards is None or not self._rewards.due_after(self.step):
+            self.engine.train_step(batch, objective, lr, self.data.submit)
+            return
+        # The mixer hears of the step and of the evaluation that follows it at once.
+        kept: list[torch.Tensor] = []
+        self.engine.train_step(batch, objective, lr, lambda sums: kept.append(sums.clone()))
+        self.data.submit(kept[0], self._rewards.sums())
 
     def evaluate(self) -> None:
         """Validation loss of every domain, into the record and the log."""

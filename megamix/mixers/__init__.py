@@ -19,7 +19,7 @@ from megamix.config import ByName, Config, validate
 from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
 from megamix.mixers.doremi import DoremiConfig, DoremiMixer
-from megamix.mixers.odm import OdmConfig, OdmMixer
+from megamix.mixers.odm import OdmConfig, OdmMixer, wants_evaluation
 from megamix.mixers.own import check_installed, installed, own_mixer
 from megamix.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixers.static import StaticConfig, StaticMixer
@@ -131,5 +131,6 @@ __all__ = [
     "make_mixer",
     "normalise_weights",
     "project_to_capped_simplex",
+    "wants_evaluation",
     "without_code",
 ]

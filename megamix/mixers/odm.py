@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from megamix.config import Config
 from megamix.errors import InputError, did_you_mean
 from megamix.mixers.base import Mixer, ScheduleConfig
 from megamix.mixers.stats import LARGEST, DomainStats
@@ -109,6 +110,23 @@ class OdmConfig(ScheduleConfig):
     min_exploration_rate: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     """The exploration rate, and so every domain's weight (up to normalisation), does not fall below this."""
 
+    reward_from: Literal["training", "evaluation"] = "training"
+    """training: the losses of the tokens trained on, which cost nothing; evaluation (DataFlex): before each update
+    after the warm-up the losses of num_eval_samples training samples of every domain, the same each time."""
+
+    num_eval_samples: int = Field(default=500, gt=0)
+    """reward_from: evaluation only: samples per domain (fewer where a domain has not that many), kept in memory. An
+    update costs a forward pass over all of them, about a third of training on as many: set update_every accordingly."""
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the update of ``step``, counted from 1, needs an evaluation; a function of the config alone, so that
+        every rank knows without asking."""
+        if self.reward_from == "training" or step <= self.warmup_steps or step % self.update_every:
+            return False
+        # Every evaluation sees every domain, so each of these updates changes the weights.
+        number = step // self.update_every - self.warmup_steps // self.update_every
+        return self.update_times < 0 or number <= self.update_times
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, data: Any) -> Any:
@@ -118,6 +136,11 @@ class OdmConfig(ScheduleConfig):
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset: unknown '{preset}'." + did_you_mean(str(preset), PRESETS))
         return {**PRESETS[preset], **data}
+
+
+def wants_evaluation(config: Config) -> bool:
+    """Whether a mixer of this config is to see the losses of an evaluation instead of those of training."""
+    return isinstance(config, OdmConfig) and config.reward_from == "evaluation"
 
 
 class OdmMixer(Mixer):
