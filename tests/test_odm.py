@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megamix.config import validate
 from megamix.errors import InputError
@@ -205,6 +207,40 @@ def test_no_loss_overflows(options: dict[str, Any], loss: float) -> None:
         assert weights[1] == pytest.approx(rate, rel=1e-9)  # exp(loss) of the others is all that counts
         assert weights[0] + weights[2] == pytest.approx(1 - 2 * rate, rel=1e-9)
         assert mixer.record()["rewards_overflowed"] == (loss > 710)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "alpha": st.floats(0, 0.999),
+            "reward": st.sampled_from(["loss", "exp_loss"]),
+            "reward_scale": st.one_of(st.floats(1e-300, 1e300), st.just(1.0)),
+            "importance_weighting": st.booleans(),
+            "estimate": st.sampled_from(["moving_average", "cumulative"]),
+            "reward_clip": st.none() | st.floats(1e-300, 1e308),
+            "policy": st.sampled_from(["gibbs", "linear"]),
+            "exponent_clip": st.none() | st.floats(1e-6, 1e308),
+            "min_exploration_rate": st.floats(0, 0.2),
+        },
+    ),
+    preset=st.sampled_from(PRESETS),
+    data=st.data(),
+)
+def test_no_combination_of_parameters_overflows(preset: str, options: dict[str, Any], data: st.DataObject) -> None:
+    mixer = odm([1.0, 1e-12, 3.0], preset=preset, **options)
+    loss = st.one_of(st.floats(0, 12), st.floats(-1e308, 1e308), st.sampled_from([709.8, 1e308, 0.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, data.draw(st.integers(1, 8)) + 1):
+            losses = data.draw(st.lists(loss, min_size=3, max_size=3))
+            tokens = data.draw(st.lists(st.sampled_from([0, 1, 1, 4096]), min_size=3, max_size=3))
+            nats = [max(-1e308, min(1e308, value * count)) for value, count in zip(losses, tokens, strict=True)]
+            weights = mixer.update(DomainStats(nats, tokens), step)
+            assert (weights >= 0).all()
+            assert weights.sum() == pytest.approx(1, abs=1e-12)
+            json.dumps([mixer.record(), mixer.state_dict()], allow_nan=False)
 
 
 def test_log_rewards_equal_plain_ones_next_to_the_overflow() -> None:
