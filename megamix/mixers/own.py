@@ -154,4 +154,4 @@ def _listed(points: Sequence[EntryPoint]) -> str:
 def _kind(value: Any) -> str:
     if inspect.isclass(value):
         return f"the class {value.__name__}"
-    return f"a {type(value).__name__}"
+    return f"of type {type(value).__name__}"
