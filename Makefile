@@ -15,8 +15,9 @@ demo: $(READY)
 	$(BIN)/megamix inspect runs/demo
 	$(BIN)/megamix plot runs/demo
 
+# Two at a time, file by file: much of the time goes into single processes.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

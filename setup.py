@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest",
         "pytest-benchmark",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "scipy",
         "setuptools>=77",
