@@ -1,4 +1,4 @@
-"""Initial weights: a mixture for the whole run, one from a file, and stages by tokens."""
+"""Initial weights: a mixture for the whole run, one from a file or another run, and stages by tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_config import small
 
 from megamix.config import validate
+from megamix.doctor import doctor
 from megamix.errors import InputError
+from megamix.interop.export import export_blend
 from megamix.mixture import WeightSchedule, make_schedule
+from megamix.plan import make_data_plan
+from megamix.resume import data_fingerprints
 from megamix.run_config import RunConfig
 
 NAMES = ("web", "code")
@@ -64,6 +69,104 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
     assert schedule({"file": str(path)}).at(0) == pytest.approx([0.25, 0.75])
     stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": {"file": str(path)}}]
     assert schedule({"stages": stages}).at(3) == pytest.approx([0.25, 0.75])
+
+
+def write_run(run_dir: Path, mixer: str, lines: list[dict[str, Any]], position: int = 100) -> str:
+    """The record of a run of 10 samples a step up to ``position``.
+
+    Args:
+        lines: of weights.jsonl; the blend's counts and deficits play no part.
+    """
+    run_dir.mkdir()
+    config = {
+        "run_dir": str(run_dir),
+        "data": {"manifest": "gone", "seq_length": 100},
+        "model": {"preset": "neox-2m"},
+        "mixer": {"name": mixer},
+        "train": {"steps": 20, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
+    }
+    (run_dir / "config.resolved.yaml").write_text(json.dumps(config))
+    segment = {"start": 0, "counts": [0, 0], "deficits": [0.0, 0.0]}
+    recorded = [{"domain_names": NAMES, "segment": segment, "step": line["position"], **line} for line in lines]
+    (run_dir / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recorded))
+    evaluation = {"event": "evaluate", "step": position // 10, "tokens": 0, "domain_loss": {}}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(evaluation) + "\n")
+    return str(run_dir)
+
+
+CHANGES = [
+    {"position": 0, "domain_weights": [0.5, 0.5]},
+    {"position": 20, "domain_weights": [0.25, 0.75]},
+    {"position": 70, "domain_weights": [0.9, 0.1]},
+    {"position": 110, "domain_weights": [0.6, 0.4]},  # announced, and never sampled with
+]
+ALPHA = [
+    {"position": 0, "domain_weights": [0.5, 0.5], "average_weights": [0.5, 0.5], "loss_weights": [0.5, 0.5]},
+    {"position": 10, "domain_weights": [0.5, 0.5], "average_weights": [0.3, 0.7], "loss_weights": [0.2, 0.8]},
+]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "lines", "mean", "final"),
+    [
+        ("odm", CHANGES, (20 * 0.5 + 50 * 0.25 + 30 * 0.9) / 100, 0.6),
+        ("doremi", ALPHA, 0.3, 0.2),
+        ("doremi", [{key: line[key] for key in list(line)[:3]} for line in ALPHA], 0.3, 0.5),  # apply: sampling
+        ("nobodys_module:Mixer", CHANGES, 0.495, 0.6),
+    ],
+)
+def test_the_weights_of_a_run(tmp_path: Path, mixer: str, lines: list[Any], mean: float, final: float) -> None:
+    """Its mean over positions, its last ones, and of a DoReMi run its alpha; `megamix blend export` says the same."""
+    run = write_run(tmp_path / "run", mixer, lines)
+    for mixture, wanted in (
+        ({"from_run": run}, mean),
+        ({"from_run": run, "which": "mean"}, mean),
+        ({"from_run": run, "which": "final"}, final),
+    ):
+        found = schedule(mixture).at(5)
+        assert found == pytest.approx([wanted, 1 - wanted], abs=1e-12)
+        exported = json.loads(export_blend(Path(run), "json", mixture.get("which")).text)
+        assert [exported[name] for name in NAMES] == pytest.approx(found.tolist(), abs=1e-15)
+    stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": {"from_run": run}}]
+    assert schedule({"stages": stages}).at(3) == pytest.approx([mean, 1 - mean])
+
+
+def test_runs_without_such_weights(tmp_path: Path) -> None:
+    other = [{**line, "domain_names": ["web", "cod"]} for line in CHANGES]
+    for name, lines, position, message in (
+        (
+            "other",
+            other,
+            100,
+            r"mixture, mean weights of the run .*other: there is no domain 'cod'\. Did you mean 'code'",
+        ),
+        ("fewer", [{"position": 0, "domain_weights": [1.0], "domain_names": ["web"]}], 100, r"no weight for code"),
+        ("young", CHANGES, 0, r"young has not trained yet: no weights to average"),
+        ("empty", [], 0, r"empty has recorded nothing yet"),
+    ):
+        run = write_run(tmp_path / name, "odm", lines, position)
+        with pytest.raises(InputError, match=message):
+            schedule({"from_run": run})
+    with pytest.raises(InputError, match=r"nowhere is not a run: there is no such directory"):
+        schedule({"from_run": str(tmp_path / "nowhere")})
+    with pytest.raises(InputError, match=r"mixture\.which: Input should be 'mean' or 'final', got 'last'"):
+        schedule({"from_run": "run", "which": "last"})
+
+
+def test_a_resume_compares_the_weights_not_the_path(tmp_path: Path, data_dir: Path) -> None:
+    """The run may move; when its weights have changed, so has the mixture. `doctor` says where they are from."""
+    names = ["code", "packages", "tables", "topics"]
+    lines = [{"position": 0, "domain_names": names, "domain_weights": [0.4, 0.3, 0.2, 0.1]}]
+    override = "mixture={{from_run: {}, which: final}}".format
+    runs = [write_run(tmp_path / name, "static", lines) for name in ("first", "moved")]
+    lines[0] = {**lines[0], "domain_weights": [0.1, 0.2, 0.3, 0.4]}
+    runs.append(write_run(tmp_path / "changed", "static", lines))
+    configs = [small(f"data.manifest={data_dir}", override(run)) for run in runs]
+    prints = [data_fingerprints(make_data_plan(config, 1))["mixture"] for config in configs]
+    assert prints[0] == prints[1] != prints[2]
+    report = doctor(configs[0]).text()
+    assert f"final weights of the run {runs[0]}" in report
+    assert "0.4000" in report
 
 
 @pytest.mark.parametrize(
