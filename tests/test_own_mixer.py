@@ -155,6 +155,17 @@ def test_state_and_name(path: Path) -> None:
         np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-12)
 
 
+def test_its_estimates_follow_when_domains_change(path: Path) -> None:
+    """Without a word in the mixer: parts have those of the whole, a new domain the mean."""
+    old = make_mixer({"name": "progress:Progress"}, ["a", "b"], [1, 1])
+    old.update(DomainStats([3.0, 2.0], [1, 1]), 1)
+    new = make_mixer({"name": "progress:Progress"}, ["b1", "new", "b2", "a"], [1, 1, 1, 1])
+    new.adopt_state(old.state_dict(), [1, None, 1, 0], np.full(4, 0.25))
+    assert new.state_dict()["loss"] == [2.0, 2.5, 2.0, 3.0]
+    weights = new.update(DomainStats([1.9, 2.4, 1.9, 2.9], [1, 1, 1, 1]), 2)
+    np.testing.assert_allclose(weights, 0.25, rtol=1e-12)
+
+
 def test_help_and_doctor_know_its_keys(path: Path) -> None:
     install(path, "somebodys-mixers", mine="progress:Progress", broken="nowhere:Mixer")
     assert "Fall, in nats per token, that multiplies a weight by e." in config_help(RunConfig)

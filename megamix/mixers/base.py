@@ -117,9 +117,20 @@ class Mixer(ABC):
         """Takes back what `_extra_state` gave; a missing key may simply raise KeyError."""
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
-        """What of ``state`` (an `_extra_state` of other domains) has one entry a domain, for these domains; see
-        `adopt_state`."""
-        return {}
+        """What of ``state`` (a `state_dict` over other domains) has one entry a domain, for these domains.
+
+        Here: of every list with a number for each domain the parent's, or for a new domain the mean. See `adopt_state`.
+        """
+        number = len(state["domains"])
+        lists = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, list) and len(value) == number and all(isinstance(x, int | float) for x in value)
+        }
+        return {
+            key: [sum(value) / number if parent is None else value[parent] for parent in parents]
+            for key, value in lists.items()
+        }
 
     def _extra_record(self) -> dict[str, Any]:
         """What weights.jsonl shows beyond the base's keys, JSON-serialisable."""
@@ -282,10 +293,10 @@ class Mixer(ABC):
         self.load_state_dict(
             {
                 **state,
+                **self._carry_extra_state(state, parents),
                 "domains": list(self._domains),
                 "weights": np.asarray(weights, np.float64).tolist(),
                 "pending": None,
-                **self._carry_extra_state(state, parents),
             }
         )
 

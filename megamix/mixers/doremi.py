@@ -173,6 +173,10 @@ class DoremiMixer(Mixer):
         scores = [float(np.mean(old)) if parent is None else old[parent] for parent in parents]
         super().adopt_state({**state, **carried, "scores": scores}, parents, weights)
 
+    def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
+        """Nothing: `adopt_state` has carried it, by the weights."""
+        return {}
+
     def _extra_record(self) -> dict[str, Any]:
         """``perdomain_scores`` as in DataFlex's logs, in nats per token; ``loss_weights`` with ``apply: loss``."""
         alpha = {} if self.loss_weights is None else {"loss_weights": self._alpha.tolist()}
