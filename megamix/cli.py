@@ -221,6 +221,47 @@ def report(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONFIG", help="A mixer as in a config; repeat for several. Default: the run's own."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the files; default: RUN/replay.")] = None,
+) -> None:
+    """Feed the recorded losses of a run to other mixers: which weights they would have asked for.
+
+    Example: megamix replay runs/demo --mixer '{name: odm, preset: paper}' --mixer '{name: doremi}'
+    """
+    from megamix.config import parse_yaml
+    from megamix.replay import replay as run_replay
+
+    run_replay(run, [parse_yaml(text, "--mixer") for text in mixer or []], out).report().show()
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    target: Annotated[
+        float | None,
+        typer.Option(help="Mean validation loss over domains to reach; default: what the baseline ends with."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The variant to compare with, by its name; default: that of the first run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write tables and a figure here.")] = None,
+) -> None:
+    """Compare runs by validation loss and by the steps they take to reach a target. Runs that differ in train.seed only
+    count as one variant, and differences are taken seed by seed, with 95 % confidence intervals.
+
+    Example: megamix compare runs/natural-* runs/odm-* --out runs/comparison
+    """
+    from megamix.compare import compare as run_compare
+
+    run_compare(runs, target, baseline, out).report().show()
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A data set, a run, a checkpoint or a token file.")],
     text: Annotated[bool, typer.Option("--text", help="Show the first document of each domain.")] = False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from megamix.errors import InputError
 from megamix.labels import run_names
-from megamix.plots.drawing import STYLE
+from megamix.plots.drawing import STYLE, save_figure
 from megamix.plots.figures import (
     comparison_figure,
     excess_figure,
@@ -78,17 +77,4 @@ def _of_several(runs: Sequence[RecordedRun], names: Sequence[str]) -> dict[str, 
 
 
 def _save_all(folder: Path, figures: Mapping[str, Figure | None]) -> list[Path]:
-    return [_save(figure, folder / name) for name, figure in figures.items() if figure is not None]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", facecolor="white")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Choose another folder with --out."
-        ) from error
-    return path
+    return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]

@@ -6,8 +6,10 @@ styles; each line is named at its end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
+from megamix.errors import InputError
 from megamix.labels import spread
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
@@ -68,6 +71,24 @@ def new_figure(title: str, num_lines: int) -> tuple[Figure, Axes]:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
     return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG, whole or not at all; makes its folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", facecolor="white")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}. Choose another folder with --out."
+        ) from error
+    return path
 
 
 def look(index: int) -> tuple[str, Any]:

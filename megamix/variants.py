@@ -1,0 +1,113 @@
+"""Which runs can be compared, and which of them are seeds of one variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megamix.errors import InputError
+from megamix.recorded_run import RecordedRun
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
+from megamix.shadow import shadow_names
+
+_WITHOUT_EFFECT = (
+    "run_dir", "train.seed", "train.stop_after", "train.micro_batch", "engine", "evaluate", "checkpoint", "loss", "log",
+    "shadow", "data.manifest", "data.token_counts",
+)  # fmt: skip
+"""Keys that make no variant: they change no loss by more than rounding. Precision counts all the same."""
+
+
+def check_comparable(runs: Sequence[RecordedRun]) -> None:
+    """Raises InputError unless all runs were evaluated on the same samples, on every domain, after equally many
+    tokens."""
+    first, wanted = runs[0], None
+    for run in runs:
+        if not run.evaluations or run.evaluations[-1]["step"] == 0:
+            raise InputError(f"{run.run_dir} has no evaluation after training. Let it reach one (evaluate.every).")
+        seen = _evaluation(run)
+        wanted = seen if wanted is None else wanted
+        for what in wanted:
+            if None not in (seen[what], wanted[what]) and seen[what] != wanted[what]:
+                raise InputError(
+                    f"{run.run_dir} and {first.run_dir} were not evaluated alike: {what} is {seen[what]} and "
+                    f"{wanted[what]}. Compare runs with the same held-out samples and the same length."
+                )
+        lost = [name for name, loss in run.evaluations[-1]["domain_loss"].items() if loss is None]
+        if lost:
+            raise InputError(
+                f"{run.run_dir}: the last validation loss of '{lost[0]}' is not finite, so it has no mean."
+            )
+
+
+def _evaluation(run: RecordedRun) -> dict[str, Any]:
+    """What must be the same for losses to be comparable; None for what is not known."""
+    config, last = run.config, run.evaluations[-1]
+    names = sorted(last["domain_loss"])
+    found: dict[str, Any] = {
+        "the set of domains": ", ".join(names),
+        "the last evaluation's number of tokens": last["tokens"],
+        "data.seq_length": config.data.seq_length,
+        "evaluate.batches x train.micro_batch": config.evaluate.batches * config.train.micro_batch,
+        "data.eod_mask_loss": config.data.eod_mask_loss,
+        "data.reset_position_ids": config.data.reset_position_ids,
+    }
+    manifest = run.manifest
+    known = manifest is not None and all(name in manifest.domain_names for name in names)
+    found["the tokenizer"] = manifest.tokenizer.sha256[:12] if manifest is not None else None
+    for name in names:
+        # The files of another data set may well be the same.
+        sha256 = manifest.domain(name).validation.sha256 if known and manifest is not None else None
+        found[f"the held-out text of '{name}'"] = None if sha256 is None else ", ".join(part[:12] for part in sha256)
+    return found
+
+
+def variant_names(runs: Sequence[RecordedRun]) -> list[str]:
+    """A name for each run's variant: its mixer, or its mixture where no mixer changes it, and where that does not tell
+    variants apart the keys that do."""
+    settings = [_settings(run.config) for run in runs]
+    plain = [_plain_name(run.config) for run in runs]
+    names = []
+    for name, mine in zip(plain, settings, strict=True):
+        group = [other for other_name, other in zip(plain, settings, strict=True) if other_name == name]
+        keys = dict.fromkeys(key for other in group for key in other)
+        differing = [key for key in keys if any(other.get(key) != group[0].get(key) for other in group)]
+        shown = ", ".join(f"{key}={mine.get(key, '-')}" for key in differing)
+        names.append(f"{name} ({shown})" if shown else name)
+    return names
+
+
+def _plain_name(config: RunConfig) -> str:
+    mixture = config.mixture
+    if isinstance(mixture, FileMixture):
+        start = mixture.file.stem
+    elif isinstance(mixture, RunMixture):
+        start = f"{mixture.which} of {mixture.from_run.name}"
+    elif isinstance(mixture, StagedMixture):
+        start = "stages"
+    else:
+        start = mixture if isinstance(mixture, str) else "given weights"
+    if config.mixer.name == "static":
+        return start
+    (mixer,) = shadow_names([config.mixer])
+    return mixer if start == "natural" else f"{mixer} from {start}"
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What makes a variant, by key path."""
+    flat = _flat(config.model_dump(mode="json"), "")
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if not any(key == skipped or key.startswith(f"{skipped}.") for skipped in _WITHOUT_EFFECT)
+    }
+    return {**kept, "engine.precision": config.engine.precision}
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            path: leaf
+            for key, part in value.items()
+            for path, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: value}

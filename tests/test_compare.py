@@ -1,0 +1,230 @@
+"""``megamix compare`` on written records, against scipy and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from typer.testing import CliRunner
+
+from megamix.cli import app
+from megamix.compare import compare
+from megamix.config import merge
+from megamix.data.blend import Blend
+from megamix.errors import InputError
+from megamix.paired import t_interval, t_quantile
+
+NAMES = ("web", "code", "books")
+STEPS, BATCH, SEQ = 40, 8, 16
+EVERY = 10
+
+
+def losses(variant: str, seed: int, step: int) -> dict[str, float]:
+    """Falling, with a part that the runs of a seed share and a smaller one of each run's own."""
+    shared = np.random.default_rng(seed).normal(size=3) * 0.3
+    own = np.random.default_rng([seed, len(variant), step]).normal(size=3) * 0.02
+    level = 6.0 - step * (0.06 if variant == "static" else 0.07)
+    return dict(zip(NAMES, (level + shared + own + np.array([0.0, 0.5, 0.2])).tolist(), strict=True))
+
+
+def write_run(folder: Path, variant: str, seed: int, steps: int = STEPS, **sections: Any) -> Path:
+    """The record of a run of a mixer; the natural shares are 0.5, 0.3 and 0.2."""
+    run = folder / f"{variant}-{seed}"
+    run.mkdir(parents=True)
+    config: dict[str, Any] = {
+        "run_dir": str(run),
+        "data": {"manifest": "nowhere", "seq_length": SEQ},
+        "model": {"architecture": "neox", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 16},
+        "mixer": {"name": variant},
+        "train": {"steps": steps, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": seed},
+    }
+    (run / "config.resolved.yaml").write_text(yaml.safe_dump(merge(config, sections)), encoding="utf-8")
+    segment = Blend([9, 9, 9], [0.5, 0.3, 0.2], seed).segment_at(0).to_json()
+    line = {"step": 0, "position": 0, "domain_names": NAMES, "domain_weights": segment["weights"], "segment": segment}
+    (run / "weights.jsonl").write_text(json.dumps(line) + "\n")
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(0, steps + 1, EVERY):
+            loss = losses(variant, seed, step)
+            values = np.array(list(loss.values()))
+            line = {"event": "evaluate", "step": step, "tokens": step * BATCH * SEQ, "domain_loss": loss}
+            line |= {"macro_loss": values.mean(), "micro_loss": float(values @ [0.5, 0.3, 0.2])}
+            file.write(json.dumps(line) + "\n")
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Three seeds of two variants; a layout and a log of its own make no variant."""
+    other: dict[str, Any] = {"engine": {"pipeline": 2, "data": 2}, "log": {"every": 3}, "checkpoint": {"every": 7}}
+    return [
+        write_run(tmp_path, variant, seed, **(other if seed == 3 else {}))
+        for variant in ("static", "odm")
+        for seed in (1, 2, 3)
+    ]
+
+
+def final(variant: str, metric: str) -> np.ndarray:
+    """float64 [3], by seed."""
+    rows = np.array([list(losses(variant, seed, STEPS).values()) for seed in (1, 2, 3)])
+    return {"macro": rows.mean(axis=1), "worst": rows.max(axis=1), "micro": rows @ [0.5, 0.3, 0.2]}[metric]
+
+
+@pytest.mark.parametrize("metric", ["macro", "worst", "micro"])
+def test_losses_are_compared_seed_by_seed(runs: list[Path], metric: str) -> None:
+    found = {summary.variant: summary for summary in compare(runs).summaries if summary.metric == metric}
+    base, other = final("static", metric), final("odm", metric)
+    assert list(found) == ["natural", "odm-official"]
+    assert found["natural"].mean is not None
+    assert found["natural"].mean.mean == pytest.approx(base.mean())
+    assert found["natural"].difference is None
+    difference = found["odm-official"].difference
+    assert difference is not None
+    interval = stats.ttest_rel(other, base).confidence_interval(0.95)
+    assert difference.half_width is not None
+    assert difference.mean - difference.half_width == pytest.approx(interval.low, rel=1e-9)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high, rel=1e-9)
+    assert difference.excludes_zero
+    # Less wide than without pairs, of which the spread between seeds would be a part.
+    unpaired = stats.ttest_ind(other, base).confidence_interval(0.95)
+    assert difference.half_width < 0.8 * (unpaired.high - unpaired.low) / 2
+
+
+def crossing(variant: str, seed: int, target: float) -> float:
+    """The step at which the piecewise linear curve of a run is at ``target``."""
+    steps = np.arange(0, STEPS + 1, EVERY)
+    macro = [np.mean(list(losses(variant, seed, step).values())) for step in steps.tolist()]
+    return float(np.interp(-target, -np.array(macro), steps))
+
+
+def test_steps_to_target(runs: list[Path]) -> None:
+    """Without a target, what the baseline ends with at the same seed; with one, that for all."""
+    found = {(run.variant, run.seed): run for run in compare(runs).runs}
+    for seed in (1, 2, 3):
+        assert found["natural", seed].steps == STEPS
+        target = float(final("static", "macro")[seed - 1])
+        steps = crossing("odm", seed, target)
+        assert STEPS - 2 * EVERY < steps < STEPS
+        assert found["odm-official", seed].steps == pytest.approx(steps)
+        assert found["odm-official", seed].tokens == pytest.approx(steps * BATCH * SEQ)
+    target = 4.5
+    given = compare(runs, target)
+    for run in given.runs:
+        assert run.steps == pytest.approx(crossing("static" if run.variant == "natural" else "odm", run.seed, target))
+    (summary,) = (one for one in given.summaries if (one.variant, one.metric) == ("odm-official", "steps"))
+    assert summary.difference is not None
+    expected = np.mean([crossing("odm", seed, target) - crossing("static", seed, target) for seed in (1, 2, 3)])
+    assert summary.difference.mean == pytest.approx(expected)
+    # Reached before the first step; and by the three odm runs only.
+    assert {run.steps for run in compare(runs, 9.0).runs} == {0.0}
+    low = float(final("static", "macro").min()) - 0.01
+    some = compare(runs, low)
+    assert [run.steps is None for run in some.runs][:3] == [True, True, True]
+    assert {one.difference for one in some.summaries if one.metric in ("steps", "tokens")} == {None}
+
+
+def test_tables_and_files(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["compare", *map(str, runs), "--baseline", "odm-official", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    with (out / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["odm-official"] * 3 + ["natural"] * 3
+    assert [float(row["macro"]) for row in rows[3:]] == final("static", "macro").tolist()
+    assert [row["worst_domain"] for row in rows[3:]] == [
+        max(NAMES, key=losses("static", seed, STEPS).__getitem__) for seed in (1, 2, 3)
+    ]
+    assert [row["steps"] for row in rows[3:]] == ["", "", ""]
+    with (out / "variants.csv").open() as file:
+        long = {(row["variant"], row["metric"]): row for row in csv.DictReader(file)}
+    row = long["natural", "macro"]
+    difference = final("static", "macro") - final("odm", "macro")
+    assert float(row["difference"]) == pytest.approx(difference.mean())
+    assert row["pairs"] == row["seeds"] == "3"
+    assert f"{difference.mean():.4f}" in done.output
+    assert long["natural", "steps"]["mean"] == ""
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_variants(tmp_path: Path) -> None:
+    """Named by mixer, or by mixture where there is none, and by the keys that differ where that is not enough."""
+    static, odm = {"name": "static"}, {"name": "odm", "preset": "paper"}
+    changes: list[dict[str, Any]] = [
+        {"mixer": static},
+        {"mixer": static, "mixture": "uniform"},
+        {"mixer": static, "mixture": {"file": "found/weights.json"}},
+        {"mixer": odm},
+        {"mixer": odm, "train": {"lr": 2e-3}},
+        {"mixer": odm, "mixture": "uniform"},
+        {"mixer": static, "engine": {"precision": "bf16"}},
+    ]
+    runs = [write_run(tmp_path / str(number), "static", 1, **change) for number, change in enumerate(changes)]
+    assert sorted(run.variant for run in compare(runs).runs) == [
+        "natural (engine.precision=bf16)",
+        "natural (engine.precision=fp32)",
+        "odm-paper (train.lr=0.001)",
+        "odm-paper (train.lr=0.002)",
+        "odm-paper from uniform",
+        "uniform",
+        "weights",
+    ]
+
+
+def test_seeds_that_only_one_side_has(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "static", seed) for seed in (1, 2)] + [
+        write_run(tmp_path, "odm", seed) for seed in (2, 3)
+    ]
+    found = {one.variant: one for one in compare(runs).summaries if one.metric == "macro"}
+    difference = found["odm-official"].difference
+    assert difference is not None
+    assert (difference.number, difference.half_width) == (1, None)
+    assert difference.mean == pytest.approx(final("odm", "macro")[1] - final("static", "macro")[1])
+    assert not difference.excludes_zero
+    alone = {one.variant: one for one in compare([runs[0], runs[3]]).summaries if one.metric == "macro"}
+    assert alone["odm-official"].difference is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"seq_length": 32}}, "data.seq_length is 32 and 16"),
+        ({"evaluate": {"batches": 3}}, "evaluate.batches x train.micro_batch is 12 and 64"),
+        ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss is True and False"),
+        ({"steps": 30}, "number of tokens is 3840 and 5120"),
+        ({"steps": 0, "train": {"steps": 1}}, "has no evaluation after training"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    runs = [write_run(tmp_path, "static", 1), write_run(tmp_path, "odm", 1, **change)]
+    with pytest.raises(InputError, match=message):
+        compare(runs)
+
+
+def test_other_mistakes(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 runs are given"):
+        compare(runs[:1])
+    with pytest.raises(InputError, match=r"no such variant\. Did you mean 'odm-official'"):
+        compare(runs, baseline="odm-oficial")
+    again = write_run(tmp_path / "again", "odm", 2)
+    with pytest.raises(InputError, match=r"are both of the variant 'odm-official' with train.seed 2"):
+        compare([*runs, again])
+    metrics = again / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"code": ', '"prose": '))
+    with pytest.raises(InputError, match="the set of domains is books, prose, web and books, code, web"):
+        compare([runs[0], again])
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_quantiles(confidence: float) -> None:
+    for degrees in (*range(1, 12), 30, 101, 1000):
+        assert t_quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-9)
+    values = [0.1, -0.4, 2.5, 0.7]
+    found = t_interval(values, confidence)
+    low, high = stats.t.interval(confidence, 3, np.mean(values), stats.sem(values))
+    assert found.half_width is not None
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high), rel=1e-9)
