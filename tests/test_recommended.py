@@ -20,16 +20,18 @@ from megamix.mixers import DomainStats, Mixer, make_mixer
 class Reference:
     """Keeps every observation and fits each line anew, with numpy's least squares; nothing shared with megamix."""
 
-    def __init__(self, initial: list[float], memory: float = 1.0, exploration: float = 0.1) -> None:
-        self.k, self.memory, self.exploration = len(initial), memory, exploration
+    def __init__(
+        self, initial: list[float], memory: float = 1.0, difficulty: float = 1.0, exploration: float = 0.1
+    ) -> None:
+        self.k, self.memory, self.difficulty, self.exploration = len(initial), memory, difficulty, exploration
         self.pi = [weight / sum(initial) for weight in initial]
         self.seen: list[list[tuple[float, float]]] = [[] for _ in initial]  # (tokens, mean loss)
-        self.fits: list[tuple[float, float] | None] = [None] * self.k
-        self.rewards: list[float] | None = None
+        self.fits: list[tuple[float, float, float] | None] = [None] * self.k
+        self.slopes: list[float] | None = None
+        self.rewards: list[float] = []
 
-    def fit(self, observations: list[tuple[float, float]]) -> tuple[float, float] | None:
-        if not observations:
-            return None
+    def fit(self, observations: list[tuple[float, float]]) -> tuple[float, float, float] | None:
+        """(g, se^2, l)."""
         tokens, y = np.array(observations).T
         given_after = np.cumsum(tokens)
         w = tokens * (given_after / given_after[-1]) ** self.memory
@@ -42,7 +44,7 @@ class Reference:
         line, *_ = np.linalg.lstsq(design * root[:, None], y * root, rcond=None)
         residual = (w * (y - design @ line) ** 2).sum() / w.sum()
         spread = (w * (x - np.average(x, weights=w)) ** 2).sum() / w.sum()
-        return -float(line[1]), residual / ((number - 2) * spread)
+        return -float(line[1]), residual / ((number - 2) * spread), float(line @ [1, math.log(given_after[-1])])
 
     def step(self, losses: list[float | None], tokens: list[int]) -> list[float]:
         for i, loss in enumerate(losses):
@@ -50,19 +52,29 @@ class Reference:
                 self.seen[i].append((float(tokens[i]), loss))
                 self.fits[i] = self.fit(self.seen[i])
         found = [fit for fit in self.fits if fit is not None]
-        if found:
-            mean = sum(slope for slope, _ in found) / len(found)
-            tau = 0.0
-            if len(found) > 1:
-                tau = sum((slope - mean) ** 2 for slope, _ in found) / (len(found) - 1)
-                tau = max(0.0, tau - sum(error for _, error in found) / len(found))
+        if not found:
+            return self.pi
+        mean = sum(slope for slope, _, _ in found) / len(found)
+        tau = 0.0
+        if len(found) > 1:
+            tau = sum((slope - mean) ** 2 for slope, _, _ in found) / (len(found) - 1)
+            tau = max(0.0, tau - sum(error for _, error, _ in found) / len(found))
+        slopes = [
+            mean if fit is None or not tau else mean + (fit[0] - mean) * tau / (tau + fit[1]) for fit in self.fits
+        ]
+        slopes = [max(slope, 0.0) for slope in slopes]
+        if sum(slopes):
+            self.slopes = slopes
+            typical = sum(slope**2 for slope in slopes) / sum(slopes)
+            learning = [min(1.0, max(0.0, 4 * slope / typical - 1)) for slope in slopes]
+            weighed = [(s, fit[2]) for s, fit in zip(learning, self.fits, strict=True) if fit is not None]
+            middle = sum(s * loss for s, loss in weighed) / sum(s for s, _ in weighed)
             self.rewards = [
-                mean if fit is None or not tau else mean + (fit[0] - mean) * tau / (tau + fit[1]) for fit in self.fits
+                s * (1.0 if fit is None else min(2.0, math.exp(self.difficulty * (fit[2] - middle))))
+                for s, fit in zip(learning, self.fits, strict=True)
             ]
-            gain = [max(reward, 0.0) for reward in self.rewards]
-            if sum(gain):
-                e = self.exploration
-                self.pi = [(1 - e) * value / sum(gain) + e / self.k for value in gain]
+            total, e = sum(self.rewards), self.exploration
+            self.pi = [(1 - e) * reward / total + e / self.k for reward in self.rewards]
         return self.pi
 
 
@@ -74,7 +86,9 @@ def mean_losses(stats: DomainStats) -> list[float | None]:
     return [n / t if t else None for n, t in zip(stats.nats.tolist(), stats.tokens.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": 2.5, "exploration": 0.3}, {"memory": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"memory": 2.5, "exploration": 0.3, "difficulty": 0.5}, {"memory": 0.0}], ids=str
+)
 @pytest.mark.parametrize("k", [2, 7])
 def test_250_steps_follow_the_formula(k: int, options: dict[str, float]) -> None:
     initial = [1.0 + i for i in range(k)]
@@ -85,13 +99,15 @@ def test_250_steps_follow_the_formula(k: int, options: dict[str, float]) -> None
         expected = reference.step(mean_losses(stats), stats.tokens.tolist())
         np.testing.assert_allclose(weights, expected, rtol=1e-7)
         assert weights.sum() == pytest.approx(1, abs=1e-14)
-        assert mixer.changed_at(step) == (reference.rewards is not None and max(reference.rewards) > 0)
+        assert mixer.changed_at(step) == (reference.slopes is not None)
     record = mixer.record()
-    assert reference.rewards is not None
+    assert reference.slopes is not None
+    np.testing.assert_allclose(record["learning_slope"], reference.slopes, rtol=1e-7)
     np.testing.assert_allclose(record["estimated_rewards"], reference.rewards, rtol=1e-7)
-    slopes, errors = zip(*(fit for fit in reference.fits if fit is not None), strict=True)
+    slopes, errors, losses = zip(*(fit for fit in reference.fits if fit is not None), strict=True)
     np.testing.assert_allclose(record["loss_slope"], slopes, rtol=1e-7)
     np.testing.assert_allclose(record["loss_slope_error"], np.sqrt(errors), rtol=1e-7)
+    np.testing.assert_allclose(record["fitted_loss"], losses, rtol=1e-9)
     assert record["stalled"] == [
         f"d{i}" for i, (slope, error) in enumerate(zip(slopes, errors, strict=True)) if slope <= 2 * math.sqrt(error)
     ]
@@ -107,16 +123,33 @@ def test_the_comparison_notices_a_wrong_memory() -> None:
     assert np.abs(mixer.record()["loss_slope"] - slopes).max() > 1e-4
 
 
-def test_the_slope_of_an_exact_curve_is_found() -> None:
-    """L = 9 - 0.5 ln n falls by 0.5 nats per e-fold, and 7 - 0.2 ln n by 0.2: no residuals, so weights of 5 to 2."""
-    mixer, tokens = recommended([1.0, 1.0], exploration=0.0), 0
-    for step in range(1, 60):
-        x = math.log(tokens + 50)
-        tokens += 100
-        mixer.update(DomainStats([100 * (9 - 0.5 * x), 100 * (7 - 0.2 * x)], [100, 100]), step)
-    np.testing.assert_allclose(mixer.record()["loss_slope"], [0.5, 0.2], rtol=1e-9)
-    np.testing.assert_allclose(mixer.weights, [5 / 7, 2 / 7], rtol=1e-9)
+def on_lines(mixer: Mixer, *lines: tuple[float, float]) -> None:
+    """60 steps of 100 tokens a domain, whose losses lie on height - slope ln n without any noise."""
+    for step in range(60):
+        x = math.log(100 * step + 50)
+        mixer.update(DomainStats([100 * (high - slope * x) for high, slope in lines], [100] * len(lines)), step + 1)
+
+
+def test_exact_lines_are_found() -> None:
+    """Slopes of 0.5, 0.2 and 0.1: the typical one is 0.3 / 0.8 = 0.375, so the second learns with 4 x 0.2 / 0.375 - 1
+    and the third with 4 x 0.1 / 0.375 - 1; without difficulty that is all there is."""
+    mixer = recommended([1.0] * 3, exploration=0.0, difficulty=0.0)
+    on_lines(mixer, (9, 0.5), (7, 0.2), (3, 0.1))
+    np.testing.assert_allclose(mixer.record()["loss_slope"], [0.5, 0.2, 0.1], rtol=1e-9)
+    present = [high - slope * math.log(6000) for high, slope in ((9, 0.5), (7, 0.2), (3, 0.1))]
+    np.testing.assert_allclose(mixer.record()["fitted_loss"], present, rtol=1e-9)
+    expected = np.array([1, 1, 4 * 0.1 / 0.375 - 1])
+    np.testing.assert_allclose(mixer.weights, expected / expected.sum(), rtol=1e-7)
     assert mixer.record()["stalled"] == []
+
+
+def test_harder_domains_come_more_often_up_to_a_ceiling() -> None:
+    """Equal slopes, so all learn: losses that are ln 1.5 and 3 below and above the mean."""
+    mixer = recommended([1.0] * 4, exploration=0.0)
+    apart = math.log(1.5)
+    on_lines(mixer, (9 - apart, 0.5), (9 + apart, 0.5), (9 - 3, 0.5), (9 + 3, 0.5))
+    expected = np.array([1 / 1.5, 1.5, math.exp(-3), 2])
+    np.testing.assert_allclose(mixer.weights, expected / expected.sum(), rtol=1e-7)
 
 
 @pytest.mark.parametrize("noise", [0, 1])
@@ -165,11 +198,8 @@ def test_constant_losses_change_nothing() -> None:
 
 
 def test_rising_losses_earn_the_exploration_only() -> None:
-    mixer, tokens = recommended([1.0, 1.0, 1.0]), 0
-    for step in range(1, 50):
-        x = math.log(tokens + 50)
-        tokens += 100
-        mixer.update(DomainStats([100 * (9 - x), 100 * x, 100 * (9 - x)], [100] * 3), step)
+    mixer = recommended([1.0, 1.0, 1.0])
+    on_lines(mixer, (9, 0.5), (3, -0.5), (9, 0.5))
     assert mixer.weights == pytest.approx([0.45 + 0.1 / 3, 0.1 / 3, 0.45 + 0.1 / 3])
 
 
@@ -179,14 +209,15 @@ def test_one_domain_keeps_all_the_weight() -> None:
         assert mixer.update(DomainStats([400.0 / step], [100]), step).tolist() == [1.0]
 
 
-def test_a_domain_never_seen_has_the_mean_of_the_others() -> None:
+def test_a_domain_never_seen_has_the_mean_slope_of_the_others() -> None:
     mixer, world = recommended([1.0] * 4), World(4, 4)
     for step in range(1, 100):
         stats = world.step(mixer.weights)
         mixer.update(DomainStats(stats.nats, [*stats.tokens[:3], 0]), step)
     record = mixer.record()
     assert record["loss_slope"][3] is None
-    assert record["estimated_rewards"][3] == pytest.approx(np.mean(record["loss_slope"][:3]))
+    assert record["learning_slope"][3] == pytest.approx(np.mean(record["loss_slope"][:3]))
+    assert record["estimated_rewards"][3] == pytest.approx(1.0)
     assert mixer.weights[3] > 0.15
 
 
@@ -199,10 +230,11 @@ counts = st.one_of(st.integers(0, 2**62), st.integers(0, 3), st.just(4096))
     k=st.integers(1, 4),
     data=st.data(),
     memory=st.floats(0, 10),
+    difficulty=st.floats(0, 10),
     exploration=st.floats(0, 1),
 )
-def test_nothing_overflows(k: int, data: st.DataObject, memory: float, exploration: float) -> None:
-    mixer = recommended([1.0] * k, memory=memory, exploration=exploration)
+def test_nothing_overflows(k: int, data: st.DataObject, memory: float, difficulty: float, exploration: float) -> None:
+    mixer = recommended([1.0] * k, memory=memory, difficulty=difficulty, exploration=exploration)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(1, data.draw(st.integers(1, 15)) + 1):
@@ -240,7 +272,7 @@ def test_a_state_that_is_not_whole_is_refused() -> None:
 
 
 def test_other_domains_keep_what_is_known() -> None:
-    """A domain in two parts, one gone, one new: parts have the slope of the whole, the new one the mean reward."""
+    """A domain in two parts, one gone, one new: parts have the slope of the whole, the new one their mean."""
     before, world = recommended([1.0] * 3), World(6, 3)
     world.train(before, 200)
     slopes = before.record()["loss_slope"]
@@ -248,7 +280,7 @@ def test_other_domains_keep_what_is_known() -> None:
     after.adopt_state(before.state_dict(), [2, 0, 0, None], np.array([0.4, 0.2, 0.2, 0.2]))
     assert after.record()["loss_slope"] == [slopes[2], slopes[0], slopes[0], None]
     assert after.weights.tolist() == [0.4, 0.2, 0.2, 0.2]
-    assert after.record()["estimated_rewards"][3] == pytest.approx(np.mean([slopes[2], slopes[0], slopes[0]]))
+    assert after.record()["learning_slope"][3] == pytest.approx(np.mean([slopes[2], slopes[0], slopes[0]]))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +289,8 @@ def test_other_domains_keep_what_is_known() -> None:
         ({"memry": 1.0}, "Did you mean 'memory'?"),
         ({"memory": -0.1}, "memory"),
         ({"memory": math.inf}, "memory"),
+        ({"difficulty": -1}, "difficulty"),
+        ({"difficulty": 11}, "difficulty"),
         ({"exploration": 1.1}, "exploration"),
         ({"exploration": math.nan}, "exploration"),
         ({"update_every": 0}, "update_every"),

@@ -1,27 +1,41 @@
-"""The recommended online mixer: each domain is sampled in proportion to what it is still learning.
+"""The recommended online mixer: harder domains more often, as long as they are still learning.
 
-Loss as a reward (ODM) goes to whatever is hard, and random noise is the hardest of all. This mixer's reward is how fast
-a domain's loss falls. Let L_i(n) be domain i's loss after n of its tokens. To bring down the sum of all losses with a
-given number of tokens, every domain should gain the same from its next token, and -dL_i/dn = g_i / n with
-g_i = -dL_i / d ln n. So the tokens should go to the domains in proportion to g_i, the loss in nats that a domain loses
-while its tokens grow by a factor of e. For a scaling curve L = E + A n^-b, g is b (L - E): it knows of the floor E
-without a fit of E, which short runs do not determine. Noise, a domain that is learnt, and one that is beyond the model
-have g = 0. That a domain also learns from the others is not in this model; their gain is counted as its own.
+Loss as a reward (ODM) goes to whatever is hard, and random noise is the hardest of all. Here a domain must earn its
+samples by a falling loss. Let L_i(n) be domain i's loss after n of its tokens; its slope g_i = -dL_i / d ln n is what
+it loses, in nats, while its tokens grow by a factor of e. On a scaling curve L = E + A n^-b that is b (L - E): near 0
+for noise, for what is learnt, and for what is beyond the model, without a fit of the floor E, which short runs do not
+determine.
 
 Notation: K domains; interval s brought m_s tokens of domain i with mean loss y_s, at the end of which it had given n_s
-tokens in all; n the tokens it has given now; a = memory. An update is, for each domain seen, the line through
+tokens in all; n the tokens it has given now; a = memory; d = difficulty; e = exploration. For each domain there is the
+line of least squares through
 
-    (x_s, y_s),  x_s = ln(n_s - m_s / 2),  with weight w_s = m_s (n_s / n)^a        least squares; g_i = -slope
+    (x_s, y_s),  x_s = ln(n_s - m_s / 2),  with weight w_s = m_s (n_s / n)^a
 
-with the usual standard error se_i from the residuals and the effective number of observations (sum w)^2 / sum w^2.
-Old observations fade with the domain's own tokens, so that a domain sampled rarely does not forget what is known of it.
-Slopes that are uncertain are drawn to the mean of all (empirical Bayes):
+Its negative slope is g_i, its value at ln n the present loss l_i; g_i has the usual standard error se_i, from the
+residuals and the effective number of observations (sum w)^2 / sum w^2. Old observations fade with the domain's own
+tokens, so that what is known of a rare domain is not forgotten. Slopes that are uncertain are drawn to the mean of all
+(empirical Bayes), and the weights follow:
 
     tau^2 = max(0, variance of g over domains - mean of se_i^2)
-    r_i   = mean(g) + (g_i - mean(g)) tau^2 / (tau^2 + se_i^2)        a domain with too few observations has the mean
-    pi_i  = (1 - e) max(r_i, 0) / sum max(r, 0) + e / K               e = exploration
+    r_i   = max(0, mean(g) + (g_i - mean(g)) tau^2 / (tau^2 + se_i^2))   with too few observations: mean(g)
+    c     = sum r^2 / sum r                        the typical slope, to which domains that do not learn add nothing
+    s_i   = clip(4 r_i / c - 1, 0, 1)              whether i learns: 0 up to a quarter of c, 1 from half of c on
+    M     = sum s l / sum s
+    h_i   = exp(min(d (l_i - M), ln 2))            how hard i is, up to a ceiling; 1 with too few observations
+    pi_i  = (1 - e) s_i h_i / sum s h + e / K
 
-All is kept as seven sums per domain, whatever the length of the run.
+With d = 1, s = 1 and no ceiling these are ODM's `official` weights. All is kept as seven sums per domain, whatever the
+length of the run.
+
+Measured on text: a model of 0.5 M parameters, bytes as tokens, six domains of the mini-pile, 600 steps of 4096 tokens,
+one seed. Mean validation loss of the six: 2.307, `official` 2.320. With random bytes as a seventh domain (2 % of the
+data): 2.353, `official` 2.538; random bytes were 4 % of the tokens trained on, with `official` 44 %. Sampling in
+proportion to r alone came to 2.361 with noise but 2.334 without: a part of every slope is what all domains learn
+together, so slopes differ more than what a domain's own tokens bring. Simulated curves
+(tests/benchmarks/simulate_mixers.py) agree where there is noise; without, `official` and this are equal within the
+scatter of seeds, and uniform weights do better than both where domains do not learn from each other. Not measured:
+larger models, longer runs, data repeated many times.
 
 Shapes: every array is float64 [K].
 """
@@ -45,17 +59,21 @@ _MIN_OBSERVATIONS = 5.0
 """Effective observations from which on a slope and its error mean something."""
 
 _SMALLEST_SLOPE = 1e-6
-"""Nats per e-fold; rewards that are all below this are rounding errors of losses that do not change."""
+"""Nats per e-fold; slopes that are all below this are rounding errors of losses that do not change."""
+
+_NOT_LEARNING, _LEARNING = 0.25, 0.5
+"""Of the typical slope: up to the one a domain does not learn, from the other on it fully does."""
+
+_CEILING = 2.0
+"""Times as often as a domain of mean difficulty a harder one is sampled at most."""
 
 _SUMS = ("w", "ww", "wx", "wy", "wxx", "wxy", "wyy")
 """The sums over a domain's observations, of products of weight, position and loss."""
 
 
 class RecommendedConfig(ScheduleConfig):
-    """Samples each domain in proportion to how fast its loss still falls; runs after neither noise nor what is learnt.
-
-    Weights stay the initial ones for the first few updates, until slopes can be estimated.
-    """
+    """Samples harder domains more often, but only those whose loss still falls: runs after neither noise nor what is
+    learnt. Weights stay the initial ones for the first few updates, until slopes can be estimated."""
 
     name: Literal["recommended"] = "recommended"
     """Which mixer this configures."""
@@ -64,12 +82,16 @@ class RecommendedConfig(ScheduleConfig):
     """How fast old losses fade: those from when a domain had given half of its tokens so far count 2^-memory as much;
     0: all count alike."""
 
+    difficulty: float = Field(default=1.0, ge=0, le=10, allow_inf_nan=False)
+    """Exponent of the perplexity in the weights of domains that learn. 0: all alike; 1: in proportion to perplexity, as
+    in ODM."""
+
     exploration: float = Field(default=0.1, ge=0, le=1, allow_inf_nan=False)
     """Share of the samples that is spread evenly over all domains, whatever they learn."""
 
 
 class RecommendedMixer(Mixer):
-    """Rewards the slope of the loss; see the module's docstring for the formulas.
+    """Rewards loss where it falls; see the module's docstring for the formulas.
 
     Args:
         config: The parameters.
@@ -101,8 +123,8 @@ class RecommendedMixer(Mixer):
         self._sums[:, seen] += np.stack([m, m * m, m * x, m * y, m * x * x, m * x * y, m * y * y])
         self._tokens[seen] = after
 
-    def _slopes(self) -> tuple[FloatArray, FloatArray]:
-        """(g, squared standard error), NaN for a domain with too few observations."""
+    def _lines(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(g, squared standard error, l), NaN for a domain with too few observations."""
         w, ww, wx, wy, wxx, wxy, wyy = self._sums
         with np.errstate(divide="ignore", invalid="ignore"):
             number = w * w / ww
@@ -113,28 +135,36 @@ class RecommendedMixer(Mixer):
             slope = covariance / variance_x
             residual = np.maximum(variance_y - slope * covariance, 0.0)
             error = residual / ((number - 2.0) * variance_x)
-        return np.where(known, -slope, np.nan), np.where(known, error, np.nan)
+            now = mean_y + slope * (np.log(self._tokens) - mean_x)
+        return np.where(known, -slope, np.nan), np.where(known, error, np.nan), np.where(known, now, np.nan)
 
-    def _rewards(self) -> FloatArray | None:
-        """r; None while no slope is known."""
-        slope, error = self._slopes()
+    def _rewards(self) -> tuple[FloatArray, FloatArray] | None:
+        """(r, s h), of which at least one is above 0 each; None while no slope is known or none is above 0."""
+        slope, error, loss = self._lines()
         known = np.isfinite(slope)
         if not known.any():
             return None
         mean = float(slope[known].mean())
         spread = float(slope[known].var(ddof=1)) - float(error[known].mean()) if known.sum() > 1 else 0.0
-        rewards = np.full(self.num_domains, mean)
+        drawn = np.full(self.num_domains, mean)
         if spread > 0:
-            rewards[known] += (slope[known] - mean) * (spread / (spread + error[known]))
-        return rewards
+            drawn[known] += (slope[known] - mean) * (spread / (spread + error[known]))
+        drawn = np.maximum(drawn, 0.0)
+        if drawn.max() < _SMALLEST_SLOPE:
+            return None
+        typical = float(drawn @ drawn / drawn.sum())
+        learning = np.clip((drawn / typical - _NOT_LEARNING) / (_LEARNING - _NOT_LEARNING), 0.0, 1.0)
+        # The largest slope is one of those known and not below the typical one, so there is something to divide by.
+        mean_loss = float(learning[known] @ loss[known] / learning[known].sum())
+        exponent = np.where(known, self.config.difficulty * (np.where(known, loss, 0.0) - mean_loss), 0.0)
+        return drawn, learning * np.exp(np.minimum(exponent, np.log(_CEILING)))
 
     def _new_weights(self, step: int) -> FloatArray | None:
         rewards = self._rewards()
-        if rewards is None or rewards.max() < _SMALLEST_SLOPE:
+        if rewards is None:
             return None
-        gain = np.maximum(rewards, 0.0)
-        e = self.config.exploration
-        return (1.0 - e) * (gain / gain.sum()) + e / self.num_domains
+        e, share = self.config.exploration, rewards[1]
+        return (1.0 - e) * (share / share.sum()) + e / self.num_domains
 
     def _extra_state(self) -> dict[str, Any]:
         return {"tokens": self._tokens.tolist(), "sums": dict(zip(_SUMS, self._sums.tolist(), strict=True))}
@@ -147,7 +177,7 @@ class RecommendedMixer(Mixer):
         self._tokens, self._sums = tokens, sums
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
-        """A new domain has no observations, and so the mean reward of the others until it was seen often enough."""
+        """A new domain has no observations, and so the mean slope of the others until it was seen often enough."""
 
         def carry(values: Sequence[float]) -> list[float]:
             return [0.0 if parent is None else values[parent] for parent in parents]
@@ -158,17 +188,20 @@ class RecommendedMixer(Mixer):
         }
 
     def _extra_record(self) -> dict[str, Any]:
-        """``loss_slope`` and its standard error ``loss_slope_error`` (nats per e-fold of a domain's own tokens, null
-        where not known), ``estimated_rewards`` (r; null while no slope is known), and ``stalled``: the names of the
-        domains whose loss does not fall by more than two standard errors."""
-        slope, squared_error = self._slopes()
+        """``loss_slope`` and its standard error ``loss_slope_error`` (nats per e-fold of a domain's own tokens) and
+        ``fitted_loss`` (nats per token), null where not known; ``learning_slope`` (r) and ``estimated_rewards`` (s h),
+        null while no slope above 0 is known; ``stalled``: the names of the domains whose loss does not fall by more
+        than two standard errors."""
+        slope, squared_error, loss = self._lines()
         error, rewards = np.sqrt(squared_error), self._rewards()
         known = np.isfinite(slope)
         stalled = known & (np.where(known, slope, 1.0) <= 2.0 * np.where(known, error, 0.0))
         return {
             "loss_slope": _or_null(slope),
             "loss_slope_error": _or_null(error),
-            "estimated_rewards": None if rewards is None else rewards.tolist(),
+            "fitted_loss": _or_null(loss),
+            "learning_slope": None if rewards is None else rewards[0].tolist(),
+            "estimated_rewards": None if rewards is None else rewards[1].tolist(),
             "stalled": [name for name, stalls in zip(self.domains, stalled, strict=True) if stalls],
             "exploration_rate": self.config.exploration / self.num_domains,
             "warmup_steps": self.config.warmup_steps,
