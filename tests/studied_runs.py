@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ NAMES = ["odm-paper", "doremi", "odm-official"]
 def studied_runs(data_dir: Path) -> Path:
     """A folder with the runs ``plain``, ``shadowed``, ``halves`` (stopped, then resumed) and ``other`` (stopped, then
     resumed with other shadows)."""
-    folder = Path(tempfile.mkdtemp(prefix="studied"))
+    folder = data_dir.parent / "studied"
+    folder.mkdir()
     plain, shadowed, halves = (
         _config(folder, data_dir, name, name != "plain") for name in ("plain", "shadowed", "halves")
     )
