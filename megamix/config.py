@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
-from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from megamix.errors import InputError, did_you_mean
 
@@ -57,9 +56,13 @@ class ByName:
     def __init__(self, find: Callable[[object], type[Config]], installed: Callable[[], list[type[Config]]]) -> None:
         self._find = find
         self.installed = installed
+        # A config of its own, so that a name that cannot be used is reported under its key.
+        self._name = pydantic.create_model(
+            "Name", name=(typing.Annotated[Any, pydantic.AfterValidator(self._found)], ...)
+        )
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self._validate, core_schema.any_schema())
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler.generate_schema(typing.Annotated[Any, pydantic.BeforeValidator(self._validate)])
 
     def class_of(self, value: object) -> Any:
         """The class for a value that stands in a config; Any where it has none."""
@@ -73,13 +76,14 @@ class ByName:
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"got {value!r}, expected a mapping with the key 'name'.")
-        try:
-            found = self._find(value.get("name"))
-        except InputError as error:
-            problem = PydanticCustomError("value_error", "{error}", {"error": str(error)})
-            details = InitErrorDetails(type=problem, loc=("name",), input=value)
-            raise pydantic.ValidationError.from_exception_data("name", [details]) from error
+        found = dict(self._name(name=value.get("name")))["name"]
         return found.model_validate(value)
+
+    def _found(self, name: object) -> type[Config]:
+        try:
+            return self._find(name)
+        except InputError as error:
+            raise ValueError(str(error)) from error
 
 
 class _Loader(yaml.SafeLoader):
