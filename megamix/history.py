@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.summary import RecordedRun
+from megamix.recorded_run import RecordedRun
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -58,6 +58,18 @@ class Series:
         kept, tolerance = thin(self.values, most)
         return Series(self.names, self.tokens[kept], self.values[kept], len(self.tokens) - len(kept), tolerance)
 
+    def means(self, most: int) -> Series:
+        """At most that many points: means of neighbouring ones, each at the last of those it is of."""
+        if len(self.tokens) <= most:
+            return self
+        starts = np.linspace(0, len(self.tokens), most, endpoint=False).astype(np.int64)
+        known = np.isfinite(self.values)
+        counts = np.add.reduceat(known, starts, axis=0, dtype=np.int64)
+        sums = np.add.reduceat(np.where(known, self.values, 0.0), starts, axis=0)
+        values = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        ends = np.append(starts[1:], len(self.tokens)) - 1
+        return Series(self.names, self.tokens[ends], values, len(self.tokens) - most)
+
     def evenly(self, most: int) -> Series:
         """At most that many points, evenly chosen, the first and the last among them."""
         if len(self.tokens) <= most:
@@ -77,14 +89,15 @@ def thin(values: Floats, most: int) -> tuple[Ints, float]:
         most: at least 2.
 
     Returns:
-        The rows kept, rising, and the tolerance; 0 where all are kept.
+        The rows kept, rising, and the tolerance; 0 where all are kept, or all but repetitions.
     """
     if len(values) <= most:
         return np.arange(len(values)), 0.0
     filled = np.where(np.isfinite(values), values, -1.0)
     low, high = 0.0, float(np.ptp(filled, axis=0).max())
-    if high == 0.0:
-        return np.array([0, len(values) - 1]), 0.0
+    same = _straying(filled, 0.0, most)
+    if same is not None:  # what is left out are repetitions
+        return same, 0.0
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if _straying(filled, middle, most) is not None else (middle, high)
@@ -111,9 +124,9 @@ def _straying(values: Floats, tolerance: float, most: int) -> Ints | None:
 
 def weight_series(run: RecordedRun, most: int | None = None) -> Series:
     """The sampling weights where each begins to act, and the last ones once more where the record ends."""
-    lines, end = _acting(run)
+    lines = _acting(run)
     series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights()[: len(lines)]).at_changes(most)
-    return _closed(series, end * run.config.data.seq_length)
+    return _closed(series, recorded_tokens(run))
 
 
 def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Series | None:
@@ -121,17 +134,32 @@ def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Seri
 
     A list is by domain; a number makes a series with one column of that name.
     """
-    lines, end = _acting(run)
-    lines = [line for line in lines if line.get(key) is not None]
+    lines = [line for line in _acting(run) if line.get(key) is not None]
     if not lines:
         return None
     rows: list[list[float | None]] = []
     by_domain = isinstance(lines[0][key], list)
+    names = run.domain_names if by_domain else (key,)
     for line in lines:
         given = dict(zip(line["domain_names"], line[key], strict=True)) if by_domain else {key: line[key]}
-        rows.append([given.get(name) for name in (run.domain_names if by_domain else (key,))])
-    series = Series.of(run.domain_names if by_domain else (key,), _tokens(run, lines), rows).at_changes(most)
-    return _closed(series, end * run.config.data.seq_length)
+        rows.append([given.get(name) for name in names])
+    series = Series.of(names, _tokens(run, lines), rows).at_changes(most)
+    return _closed(series, recorded_tokens(run))
+
+
+def score_series(run: RecordedRun, key: str, most: int) -> Series | None:
+    """What a mixer has learnt of each domain, under ``key`` of weights.jsonl; None where the run has none.
+
+    Many are drawn as means of neighbouring ones: a score is that of one step, and noisy.
+    """
+    lines = [line for line in _acting(run) if line.get(key) is not None and "statistics" in line]
+    if not lines:
+        return None
+    names, rows = run.domain_names, []
+    for line in lines:
+        given = dict(zip(line["domain_names"], line[key], strict=True))
+        rows.append([given.get(name) for name in names])
+    return Series.of(names, _tokens(run, lines), rows).means(most)
 
 
 def asked_shares(run: RecordedRun) -> dict[str, float]:
@@ -147,8 +175,9 @@ def asked_shares(run: RecordedRun) -> dict[str, float]:
 
 def validation_series(run: RecordedRun, most: int) -> Series:
     """The validation loss of each of the N domains, nats per token."""
-    rows = [[line["domain_loss"].get(name) for name in run.domain_names] for line in run.evaluations]
-    return Series.of(run.domain_names, [line["tokens"] for line in run.evaluations], rows).evenly(most)
+    names = run.domain_names
+    rows = [[line["domain_loss"].get(name) for name in names] for line in run.evaluations]
+    return Series.of(names, [line["tokens"] for line in run.evaluations], rows).evenly(most)
 
 
 def mean_series(run: RecordedRun, most: int) -> Series:
@@ -170,9 +199,10 @@ def worst(evaluation: dict[str, Any]) -> tuple[str | None, float | None]:
 def training_series(run: RecordedRun, most: int) -> Series:
     """The training loss of each of the N domains; of many lines, means over the tokens of neighbouring ones."""
     parts = [part for part in np.array_split(np.arange(len(run.train)), min(most, len(run.train)) or 1) if part.size]
-    rows = [[_mean([run.train[index] for index in part], name) for name in run.domain_names] for part in parts]
+    names = run.domain_names
+    rows = [[_mean([run.train[index] for index in part], name) for name in names] for part in parts]
     tokens = [run.train[part[-1]]["tokens"] for part in parts]
-    series = Series.of(run.domain_names, tokens, rows)
+    series = Series.of(names, tokens, rows)
     return Series(series.names, series.tokens, series.values, len(run.train) - len(parts))
 
 
@@ -184,12 +214,22 @@ def _mean(lines: Sequence[dict[str, Any]], name: str) -> float | None:
     return losses[0] if len(known) == 1 else float(np.average(losses, weights=tokens)) if known else None
 
 
-def _acting(run: RecordedRun) -> tuple[list[dict[str, Any]], int]:
-    """The lines of the ledger that act before the end of what is on record, and that end, in samples."""
+def recorded_tokens(run: RecordedRun) -> int:
+    """The tokens that the record of a run reaches."""
+    return _end(run) * run.config.data.seq_length
+
+
+def _end(run: RecordedRun) -> int:
+    """The samples that the record of a run reaches."""
     # Weights are on record before the metrics of the steps they act in; the last ones of a run never act.
     last, train = run.ledger.lines[-1]["position"], run.config.train
-    end = min(max(run.position, last), train.steps * train.global_batch)
-    return [line for line in run.ledger.lines if line["position"] <= end], end
+    return min(max(run.position, last), train.steps * train.global_batch)
+
+
+def _acting(run: RecordedRun) -> list[dict[str, Any]]:
+    """The lines of the ledger that act before the end of the record."""
+    end = _end(run)
+    return [line for line in run.ledger.lines if line["position"] <= end]
 
 
 def _tokens(run: RecordedRun, lines: Sequence[dict[str, Any]]) -> Ints:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megamix import summary
+from megamix.config import load_config
 from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.sampler import Sampler
 from megamix.data.tokenizer import train_tokenizer
@@ -82,7 +82,7 @@ def evaluation(step: int) -> dict[str, Any]:
 def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Path | None = None) -> list[list[int]]:
     """Records a run whose weights change every fifth step; returns the samples taken before each step, by domain."""
     write_config(run_dir, manifest, recorded_as)
-    plan = make_plan(summary.load_config(RunConfig, run_dir / "config.resolved.yaml"))
+    plan = make_plan(load_config(RunConfig, run_dir / "config.resolved.yaml"))
     sampler = Sampler(plan.blend(), plan.share(0))
     record = RunRecord(run_dir, NAMES, None)
     record.announce(0, [(0, sampler.segment_at(0))], {"is_warmup": False})

@@ -20,7 +20,7 @@ from megamix.plots.figures import (
     weights_figure,
 )
 from megamix.plots.shares import epochs_figure, proportions_figure
-from megamix.summary import RecordedRun
+from megamix.recorded_run import RecordedRun
 
 FOLDER = "plots"
 

@@ -95,6 +95,13 @@ def look(index: int) -> tuple[str, Any]:
     return _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
 
 
+def shade(index: int) -> tuple[float, float, float]:
+    """The colour of an area: where lines change their style, areas get lighter."""
+    white = 0.3 * (index // len(_COLOURS) % len(_STYLES))
+    red, green, blue = (part + (1 - part) * white for part in to_rgb(_COLOURS[index % len(_COLOURS)]))
+    return red, green, blue
+
+
 def _darker(colour: str) -> tuple[float, ...]:
     """Text needs more contrast than lines."""
     return tuple(0.75 * part for part in to_rgb(colour))

@@ -8,9 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megamix.errors import InputError
-from megamix.history import mean_series, recorded_series, training_series, validation_series, weight_series
-from megamix.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, weight_axis
-from megamix.summary import RecordedRun
+from megamix.history import (
+    mean_series,
+    recorded_series,
+    score_series,
+    training_series,
+    validation_series,
+    weight_series,
+)
+from megamix.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
+from megamix.recorded_run import RecordedRun
 
 _POINTS = 2000
 """At most so many points of a line: more than a figure has dots across."""
@@ -48,7 +55,7 @@ def stacked_figure(run: RecordedRun) -> Figure:
     figure, axes = new_figure(f"Sampling weights, stacked: {plain(run.run_dir.resolve().name)}", len(series.names))
     looks = [look(k) for k in range(len(series.names))]
     axes.stackplot(
-        series.tokens, series.values.T, colors=[colour for colour, _ in looks], step="post",
+        series.tokens, series.values.T, colors=[shade(k) for k in range(len(looks))], step="post",
         edgecolor="white", linewidth=0.4,
     )  # fmt: skip
     middle = np.cumsum(series.values[-1]) - series.values[-1] / 2
@@ -132,7 +139,7 @@ def exploration_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Fig
 
 def excess_figure(run: RecordedRun) -> Figure | None:
     """The excess loss of each domain that drives DoReMi's weights; None where the run has none."""
-    series = recorded_series(run, "perdomain_scores", _POINTS)
+    series = score_series(run, "perdomain_scores", 300)
     if series is None:
         return None
     figure, axes = new_figure(f"Excess loss: {plain(run.run_dir.resolve().name)}", len(series.names))
@@ -142,10 +149,9 @@ def excess_figure(run: RecordedRun) -> Figure | None:
         if not tokens:
             continue
         colour, style = look(k)
-        axes.step(tokens, excess, where="post", color=colour, linestyle=style, linewidth=1.4)
+        axes.plot(tokens, excess, color=colour, linestyle=style, linewidth=1.4)
         labels.append(Label(excess[-1], name, colour, style))
     axes.set_xlim(0, max(float(series.tokens[-1]), 1.0))
-    axes.set_ylim(bottom=0)
     axes.set_ylabel("nats per token")
     referenced = getattr(run.config.mixer, "reference", None) is not None
     note(axes, "over the reference model" if referenced else "of a reference loss 0: the run's own loss")

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megamix.history import asked_shares
-from megamix.plots.drawing import look, plain
-from megamix.summary import RecordedRun, table_of
+from megamix.plots.drawing import look, plain, shade
+from megamix.recorded_run import RecordedRun
+from megamix.summary import table_of
 
 
 def proportions_figure(run: RecordedRun) -> Figure | None:
@@ -21,7 +22,7 @@ def proportions_figure(run: RecordedRun) -> Figure | None:
     figure, axes = _rows(f"Shares of the samples: {plain(run.run_dir.resolve().name)}", [row.domain for row in rows], 1)
     places = np.arange(len(rows))
     realised = [row.realised_share or 0.0 for row in rows]
-    axes.barh(places, realised, height=0.6, color=[look(k)[0] for k in range(len(rows))], alpha=0.75, label="realised")
+    axes.barh(places, realised, height=0.6, color=[shade(k) for k in range(len(rows))], alpha=0.75, label="realised")
     axes.plot(
         [asked[row.domain] for row in rows], places, "|", color="black", ms=13, mew=2.2, label="asked, on average"
     )

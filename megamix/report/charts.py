@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from typing import Any, Literal
 
@@ -15,10 +16,12 @@ from megamix.history import (
     asked_shares,
     mean_series,
     recorded_series,
+    recorded_tokens,
+    score_series,
     training_series,
     validation_series,
-    weight_series,
 )
+from megamix.recorded_run import RecordedRun
 from megamix.report.palette import domain_class, run_class
 from megamix.report.svg import (
     HEIGHT,
@@ -30,12 +33,11 @@ from megamix.report.svg import (
     line_path,
     nice_axis,
     step_path,
-    weight_axis,
 )
-from megamix.summary import RecordedRun, RunTable
+from megamix.summary import RunTable
 
-POINTS = 400
-"""At most so many changes of weights of a run are drawn; fewer where several runs share the page."""
+POINTS, ALL_POINTS = 400, 1000
+"""At most so many changes of weights of a run are drawn, and of all runs of a page together."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Shown:
     tables: Sequence[RunTable]
     names: Sequence[str]
 
-    @property
+    @cached_property
     def domains(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for run in self.runs for name in run.domain_names))
 
@@ -83,20 +85,19 @@ class Shown:
         """The CSS class of a domain's colour."""
         return domain_class(self.domains.index(domain))
 
-    @property
+    @cached_property
     def x(self) -> Axis:
         """The tokens of the longest run."""
-        ends = [int(weight_series(run).tokens[-1]) for run in self.runs]
-        return nice_axis(0.0, float(max(1, *ends)), 5, inside=True)
+        return nice_axis(0.0, float(max(1, *(recorded_tokens(run) for run in self.runs))), 5, inside=True)
 
     @property
     def points(self) -> int:
         """Changes drawn for each run: the page stays small however many there are."""
-        return max(100, POINTS // len(self.runs))
+        return max(60, min(POINTS, ALL_POINTS // len(self.runs)))
 
 
-def weight_charts(shown: Shown, index: int, series: Series, key: str, what: str, data: Data) -> str:
-    """Weights of one run: stacked, and as lines."""
+def weight_charts(shown: Shown, index: int, series: Series, y: Axis, key: str, what: str, data: Data) -> str:
+    """Weights of one run: stacked, and as lines on the axis ``y``."""
     name = shown.names[index]
     rows = [(domain, shown.look(domain)) for domain in series.names]
     rounded = [[_short(value) for value in column] for column in series.values.T.tolist()]
@@ -108,7 +109,6 @@ def weight_charts(shown: Shown, index: int, series: Series, key: str, what: str,
         f'<path class="area {look}" data-d="{look}" d="{step_path(places, above[:, k], close=True)}"/>'
         for k, (_, look) in reversed(list(enumerate(rows)))
     )
-    y = weight_axis(series.values)
     lines = "".join(
         f'<path class="line {look}" data-d="{look}" d="{step_path(places, y.at(series.values[:, k]))}"/>'
         for k, (_, look) in enumerate(rows)
@@ -147,7 +147,7 @@ def domain_charts(shown: Shown, data: Data) -> str:
     for domain in shown.domains:
         having = [(index, series) for index, series in validation if domain in series.names]
         thin = [(index, series) for index, series in training if domain in series.names]
-        absent = [shown.names[index] for index, run in enumerate(shown.runs) if domain not in run.domain_names]
+        absent = [shown.names[index] for index, series in validation if domain not in series.names]
         note = f"not in {', '.join(absent)}" if absent else ""
         charts.append(
             _loss_chart(
@@ -208,6 +208,12 @@ def _loss_chart(
     ).html()  # fmt: skip
 
 
+_NOTES = {
+    "perdomain_scores": "nats per token over the reference model",
+    "loss_slope": "nats per e-fold of a domain's own tokens",
+}
+
+
 def exploration_chart(shown: Shown, data: Data) -> str:
     """The exploration rates, runs overlaid; empty where no run has one."""
     found = [(index, recorded_series(run, "exploration_rate", shown.points)) for index, run in enumerate(shown.runs)]
@@ -227,28 +233,34 @@ def exploration_chart(shown: Shown, data: Data) -> str:
     return Chart("Exploration rate", f"Exploration rate, at the end: {spoken}", x, y, body, key, height=200).html()
 
 
-def excess_charts(shown: Shown, data: Data) -> str:
-    """The scores that drive DoReMi's weights, by run; empty where no run has them."""
+def score_charts(shown: Shown, key: str, title: str, data: Data) -> str:
+    """What the mixers have learnt of the domains, under ``key`` of weights.jsonl, by run; empty where no run has it."""
     charts = []
     for index, run in enumerate(shown.runs):
-        series = recorded_series(run, "perdomain_scores", shown.points)
-        if series is None:
+        series = score_series(run, key, 200)
+        if series is None or not np.isfinite(series.values).any():
             continue
         rows = [(domain, shown.look(domain)) for domain in series.names]
-        x, y = shown.x, nice_axis(0.0, float(np.nanmax(series.values)) or 1.0)
+        low, high = float(np.nanmin(series.values)), float(np.nanmax(series.values))
+        x, y = shown.x, nice_axis(low, high)
         places = x.at(series.tokens.astype(np.float64))
         body = "".join(
-            f'<path class="line {look}" data-d="{look}" d="{step_path(places, y.at(series.values[:, k]))}"/>'
+            f'<path class="line {look}" data-d="{look}" d="{line_path(places, y.at(series.values[:, k]))}"/>'
             for k, (_, look) in enumerate(rows)
         )
         values = [[_short(value) for value in column] for column in series.values.T.tolist()]
-        key = data.add(f"excess:{index}", "step", rows, [series.tokens.tolist()], values)
+        data.add(f"{key}:{index}", "near", rows, [series.tokens.tolist()], values)
         last = series.values[-1]
         ends = [End(float(y.at(last[k])), name, look) for k, (name, look) in enumerate(rows) if np.isfinite(last[k])]
-        note = "over the reference model" if getattr(run.config.mixer, "reference", None) else "of a reference loss 0"
-        title = "Excess loss" if len(shown.runs) == 1 else f"Excess loss: {shown.names[index]}"
-        label = f"Excess loss of {shown.names[index]}, at the end: {_spoken(series.names, last)}"
-        charts.append(Chart(title, label, x, y, body, key, note=note, ends=ends, height=260).html())
+        note = _NOTES[key]
+        if key == "perdomain_scores" and getattr(run.config.mixer, "reference", None) is None:
+            note = "of a reference loss 0: the run's own loss"
+        label = f"{title} of {shown.names[index]}, at the end: {_spoken(series.names, last)}"
+        chart = Chart(
+            title if len(shown.runs) == 1 else shown.names[index], label, x, y, body, f"{key}:{index}",
+            swatch=None if len(shown.runs) == 1 else run_class(index), note=note, ends=ends, height=260,
+        )  # fmt: skip
+        charts.append(chart.html())
     return f'<div class="pair">{"".join(charts)}</div>' if charts else ""
 
 
@@ -273,7 +285,8 @@ def proportion_charts(shown: Shown) -> str:
         off = max(abs((row.realised_share or 0.0) - asked[row.domain]) for row in table.rows) * run.position
         title = "Shares of the samples" if len(shown.runs) == 1 else shown.names[index]
         note = f"furthest from what was asked: {off:.2g} of {run.position:,} samples"
-        figures.append(_bars(title, note, "".join(rows), axis))
+        swatch = "" if len(shown.runs) == 1 else run_class(index)
+        figures.append(_bars(title, note, "".join(rows), axis, swatch))
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
@@ -299,10 +312,11 @@ def epoch_chart(shown: Shown) -> str:
     return _bars("Epochs", "how often each domain has been read", "".join(rows), axis)
 
 
-def _bars(title: str, note: str, rows: str, axis: Axis) -> str:
+def _bars(title: str, note: str, rows: str, axis: Axis, swatch: str = "") -> str:
+    square = f'<i class="swatch {swatch}"></i>' if swatch else ""
     ticks = "".join(f'<span class="tx" style="left:{_percent(axis, tick)}">{tick:.4g}</span>' for tick in axis.ticks)
     return (
-        f'<figure class="bars"><figcaption>{escape(title)} <small>{escape(note)}</small></figcaption>'
+        f'<figure class="bars"><figcaption>{square}{escape(title)} <small>{escape(note)}</small></figcaption>'
         f'<div class="rows" role="list">{rows}</div><div class="scale" aria-hidden="true"><div>{ticks}</div></div>'
         "</figure>"
     )

@@ -13,11 +13,13 @@ from megamix.errors import InputError
 from megamix.files import replace_file
 from megamix.history import Series, asked_shares, recorded_series, weight_series
 from megamix.labels import run_names
+from megamix.recorded_run import RecordedRun
 from megamix.report import charts
 from megamix.report.charts import Data, Shown
 from megamix.report.palette import rules, run_class
+from megamix.report.svg import weight_axis
 from megamix.report.tables import cards, config_table, domain_table, mixer_name
-from megamix.summary import RecordedRun, table_of
+from megamix.summary import table_of
 
 DEFAULT = "report.html"
 
@@ -62,7 +64,8 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
         ("shares", "Realised and asked shares", _shares(shown)),
         ("epochs", "Epochs read", _run_key(shown, charts.epoch_chart(shown))),
         ("exploration", "Exploration", _run_key(shown, charts.exploration_chart(shown, data))),
-        ("excess", "Excess loss", charts.excess_charts(shown, data)),
+        ("excess", "Excess loss", charts.score_charts(shown, "perdomain_scores", "Excess loss", data)),
+        ("slope", "What is still being learnt", charts.score_charts(shown, "loss_slope", "Loss slope", data)),
         ("table", "Domains", domain_table(shown, [asked_shares(run) for run in runs])),
         ("config", "Config" if len(runs) == 1 else "Differences between the configs", config_table(shown)),
     ]
@@ -180,23 +183,27 @@ def _domain_key(shown: Shown) -> str:
 
 
 def _weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
-    drawn = []
-    for index, run in enumerate(shown.runs):
-        series = weight_series(run, shown.points)
-        thinned.append((f"sampling weights of {shown.names[index]}", series))
-        drawn.append(charts.weight_charts(shown, index, series, f"weights:{index}", "Weights", data))
+    series = [weight_series(run, shown.points) for run in shown.runs]
+    thinned += [(f"sampling weights of {name}", one) for name, one in zip(shown.names, series, strict=True)]
+    y = weight_axis([one.values for one in series])
+    drawn = [
+        charts.weight_charts(shown, index, one, y, f"weights:{index}", "Weights", data)
+        for index, one in enumerate(series)
+    ]
     return _domain_key(shown) + "".join(drawn)
 
 
 def _loss_weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
     """DoReMi's weights where they act on the loss and the sampling weights stay."""
-    drawn = []
-    for index, run in enumerate(shown.runs):
-        series = recorded_series(run, "loss_weights", shown.points)
-        if series is not None:
-            thinned.append((f"loss weights of {shown.names[index]}", series))
-            drawn.append(charts.weight_charts(shown, index, series, f"alpha:{index}", "Loss weights", data))
-    return "".join(drawn)
+    found = [(index, recorded_series(run, "loss_weights", shown.points)) for index, run in enumerate(shown.runs)]
+    known = [(index, one) for index, one in found if one is not None]
+    if not known:
+        return ""
+    thinned += [(f"loss weights of {shown.names[index]}", one) for index, one in known]
+    y = weight_axis([one.values for _, one in known])
+    return "".join(
+        charts.weight_charts(shown, index, one, y, f"alpha:{index}", "Loss weights", data) for index, one in known
+    )
 
 
 def _by_domain(shown: Shown, data: Data) -> str:
@@ -218,7 +225,7 @@ def _notes(shown: Shown, thinned: Sequence[tuple[str, Series]]) -> str:
     """What the charts leave out, and what is not known."""
     notes = []
     for what, series in thinned:
-        if series.left_out:
+        if series.tolerance:
             notes.append(
                 f"The {what} changed {series.left_out + len(series.tokens) - 2:,} times; the chart draws the "
                 f"{len(series.tokens) - 2:,} changes that matter, exact where they are drawn. No weight in between is "
@@ -228,7 +235,7 @@ def _notes(shown: Shown, thinned: Sequence[tuple[str, Series]]) -> str:
         if table.missing_data:
             notes.append(f"{name}: natural shares, epochs and unigram losses are not known here. {table.missing_data}")
     notes.append(
-        "Long training curves are means over neighbouring lines of the record. Tables hold the record's numbers."
+        "Long curves of training losses and scores are means over neighbouring lines of the record. Tables hold the record's numbers."
     )
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<footer><ul>{items}</ul><p>megamix {escape(__version__)}</p></footer>"

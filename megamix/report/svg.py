@@ -59,14 +59,14 @@ def nice_axis(low: float, high: float, num_ticks: int = 5, inside: bool = False)
     return Axis(low, high, [round(index * step, 12) for index in range(first, last + 1)])
 
 
-def weight_axis(values: Floats) -> Axis:
-    """From 0 to above the highest weight; on a square-root scale where one would press the others flat.
+def weight_axis(runs: Sequence[Floats]) -> Axis:
+    """From 0 to above the highest weight of all runs; on a square-root scale where one would press the others flat.
 
     Args:
-        values: float64 [P, N].
+        runs: float64 [P, N] each.
     """
-    highest = float(np.nanmax(values))
-    if highest > 5 * float(np.nanmedian(values[-1])):
+    highest = max(float(np.nanmax(values)) for values in runs)
+    if highest > 5 * min(float(np.nanmedian(values[-1])) for values in runs):
         ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0) if tick <= highest * 1.05]
         return Axis(0.0, max(highest * 1.05, 0.01), ticks, "sqrt")
     return nice_axis(0.0, max(highest, 1e-6))

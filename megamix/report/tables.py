@@ -7,10 +7,11 @@ from html import escape
 from typing import Any
 
 from megamix.history import worst
+from megamix.recorded_run import RecordedRun
 from megamix.report.charts import Shown
 from megamix.report.palette import run_class
 from megamix.report.svg import tokens_text
-from megamix.summary import DomainRow, RecordedRun, RunTable
+from megamix.summary import DomainRow, RunTable
 
 _ABSENT = "\N{EN DASH}"
 
@@ -38,7 +39,7 @@ def _card(index: int, run: RecordedRun, table: RunTable, name: str) -> str:
         f'<section class="card {run_class(index)}"><h2>{escape(name)}</h2>'
         f'<p class="what"><b>{escape(mixer_name(run))}</b> · '
         f'<span data-value="{table.tokens}">{tokens_text(table.tokens)} tokens</span> · '
-        f"{steps} · {len(run.ledger.lines) - 1:,} changes of weights</p>"
+        f"{steps} · {len(run.ledger.lines) - 1:,} updates of the weights</p>"
         f"<dl>{''.join(numbers)}</dl></section>"
     )
 
@@ -64,7 +65,7 @@ _COLUMNS: Sequence[tuple[str, str, str, int]] = (
     ("last_loss", "last loss", "validation, nats per token", 3),
     ("against", "against first run", "last loss less that of the first run", 3),
     ("unigram_loss", "unigram", "loss of the domain's word frequencies alone", 3),
-    ("epochs", "epochs", "how often the domain has been read", 2),
+    ("epochs", "epochs", "how often the domain has been read", 3),
 )
 
 
@@ -98,7 +99,7 @@ def domain_table(shown: Shown, asked: Sequence[Mapping[str, float]]) -> str:
                 f"{run}{cells}</tr>"
             )
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Domains"><table id="domains" class="sortable">'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Domains"><table class="sortable">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -141,7 +142,7 @@ def config_table(shown: Shown) -> str:
         for key in keys
     )
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Configs"><table id="configs">'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Configs"><table class="configs">'
         f'<thead><tr><th scope="col">key</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
