@@ -25,7 +25,10 @@ app.add_typer(blend, name="blend")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to change, for example train.steps=100."),
+    typer.Argument(
+        metavar="[KEY=VALUE | FILE.yaml]...",
+        help="Keys of the config to change, for example train.steps=100, or files of them.",
+    ),
 ]
 
 

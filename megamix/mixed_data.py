@@ -97,18 +97,17 @@ class MixedData:
             on_report=self._report,
         )
         self.loader = Loader(self.sampler, self._reader() if reads_data else None, device.type == "cuda")
-        for _ in range(plan.config.data.weight_lag):
+        for _ in range(plan.config.data.weight_lag + 1):
             self.loader.request()
 
     def next_batch(self) -> tuple[Batch | None, float]:
-        """This rank's part of step ``step`` (None on a rank that reads no data) and the seconds it was waited for.
+        """This rank's part of the next step (None on a rank that reads no data) and the seconds it was waited for.
+
+        The first call gives step ``step``; up to ``weight_lag`` steps may be taken ahead of it.
 
         Raises:
             DataExhausted: the step would read more of a domain than the run allows.
         """
-        step = self.step
-        # The step weight_lag ahead is sampled with the weights that follow from everything before this step.
-        self.loader.request(lambda: self.exchange.settle(step))
         return self.loader.get()
 
     def objective(self, batch: Batch | None) -> Objective:
@@ -134,6 +133,9 @@ class MixedData:
         """
         self.exchange.submit(self.step, sums_KC, evaluated_KC)
         self.step += 1
+        step = self.step
+        # The step weight_lag ahead is sampled with the weights that follow from everything before this one.
+        self.loader.request(lambda: self.exchange.settle(step))
 
     def settle(self) -> None:
         """Waits until everything that follows from the steps submitted is known; then lets go of what lies before."""

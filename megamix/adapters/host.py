@@ -98,7 +98,6 @@ class HostRun:
         self._has_loss = has_loss
         self.begun = 0 if resumed is None else resumed.step
         self.data = MixedData(plan, data_rank=data_rank, reads_data=reads_data, device=device, resumed=resumed)
-        self._request()
         self._record = None
         if record_dir is not None and dist.get_rank() == 0:
             self._record = self._open_record(record_dir, resumed)
@@ -113,7 +112,7 @@ class HostRun:
 
         Up to ``data.weight_lag`` steps may be taken ahead of the one that was submitted last.
         """
-        return self.data.loader.get()[0]
+        return self.data.next_batch()[0]
 
     def begin_step(self, batch: Batch | None, divided_by: float) -> None:
         """Makes `loss` ready for the micro-batches of ``batch``; a rank without a loss is done with the step here.
@@ -136,23 +135,11 @@ class HostRun:
         if self.data.step % SETTLE_EVERY == 0:
             self.data.settle()
         if not self._has_loss:
-            self._submit(torch.zeros_like(self.loss.evaluation_sums))
+            self.data.submit(torch.zeros_like(self.loss.evaluation_sums))
             return
         objective = self.data.objective(batch)
         objective = Objective(objective.normaliser / divided_by, objective.loss_weights)
-        self.loss.start_step(self.num_micro_batches, objective, None, self._submit)
-
-    def _submit(self, sums_KC: torch.Tensor) -> None:
-        self.data.submit(sums_KC)
-        self._request()
-
-    def _request(self) -> None:
-        """Starts reading the step ``data.weight_lag`` ahead, for which everything before step `step` must be known.
-
-        Not when a batch is taken, as `MixedData.next_batch` does it: hosts take batches ahead.
-        """
-        step = self.data.step
-        self.data.loader.request(lambda: self.data.exchange.settle(step))
+        self.loss.start_step(self.num_micro_batches, objective, None, self.data.submit)
 
     def state(self) -> dict[str, Any]:
         """What to keep with the host's checkpoint of step `step`: JSON-serialisable, whole on rank 0 only."""

@@ -73,11 +73,9 @@ class Steps:
         self._data.close()
 
     def _next_batch(self) -> Batch | None:
-        if self._mixing:
-            batch, _ = self._data.next_batch()
-        else:
-            self._data.loader.request()
-            batch, _ = self._data.loader.get()
+        batch, _ = self._data.next_batch()
+        if not self._mixing:
+            self._data.loader.request()  # which `MixedData.submit` does otherwise
         if batch is None:
             return None
         if self._reference:
