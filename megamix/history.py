@@ -150,15 +150,19 @@ def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Seri
 def score_series(run: RecordedRun, key: str, most: int) -> Series | None:
     """What a mixer has learnt of each domain, under ``key`` of weights.jsonl; None where the run has none.
 
-    Many are drawn as means of neighbouring ones: a score is that of one step, and noisy.
+    It is not known before a domain is first seen. Many are drawn as means of neighbouring ones: a score is that of one
+    step, and noisy.
     """
     lines = [line for line in _acting(run) if line.get(key) is not None and "statistics" in line]
     if not lines:
         return None
-    names, rows = run.domain_names, []
+    names, rows, seen = run.domain_names, [], set()
     for line in lines:
         given = dict(zip(line["domain_names"], line[key], strict=True))
-        rows.append([given.get(name) for name in names])
+        # Before its first token a domain has a score that nothing was measured for.
+        tokens = zip(line["domain_names"], line["statistics"]["tokens"], strict=True)
+        seen |= {name for name, count in tokens if count}
+        rows.append([given.get(name) if name in seen else None for name in names])
     return Series.of(names, _tokens(run, lines), rows).means(most)
 
 

@@ -397,6 +397,7 @@ def test_what_the_mixer_records_of_itself(data: Path, tmp_path: Path) -> None:
         line["exploration_rate"] = 1 / (index + 3)
         line["perdomain_scores"] = [0.1 * index, 0.5, None if index < 4 else 2.0]
         line["loss_weights"] = [0.2, 0.3, 0.5]
+    lines[1]["statistics"]["tokens"][1] = 0
     rewrite(tmp_path, "weights.jsonl", lines)
     text = write_report([tmp_path]).read_text()
     drawn = data_of(text)
@@ -406,6 +407,7 @@ def test_what_the_mixer_records_of_itself(data: Path, tmp_path: Path) -> None:
     # The first line follows from no step.
     assert drawn["perdomain_scores:0"]["x"][0] == [line["position"] * SEQ for line in acting[1:]]
     assert drawn["perdomain_scores:0"]["y"][0] == pytest.approx([0.1 * index for index in range(1, len(acting))])
+    assert drawn["perdomain_scores:0"]["y"][1] == [None, *[0.5] * (len(acting) - 2)]  # not seen in the first step
     assert drawn["perdomain_scores:0"]["y"][2][:4] == [None, None, None, 2.0]
     assert drawn["alpha:0"]["y"] == [[w] * len(drawn["alpha:0"]["x"][0]) for w in (0.2, 0.3, 0.5)]
     Page(text)
