@@ -117,9 +117,10 @@ def weight_charts(shown: Shown, index: int, series: Series, y: Axis, key: str, w
     label = f"{what} of {name} over tokens, at the end: {_spoken(series.names, last)}"
     shares = [End(float(middle[k]), domain, look) for k, (domain, look) in enumerate(rows) if last[k] > 0]
     ends = [End(float(y.at(last[k])), domain, look) for k, (domain, look) in enumerate(rows) if np.isfinite(last[k])]
+    height = max(300, 13 * len(rows))  # room for the names
     note = "square-root scale" if y.scale == "sqrt" else ""
-    stacked = Chart(f"{what}, stacked", label, x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=300)
-    each = Chart(f"{what}, each", label, x, y, lines, key, note=note, ends=ends, height=300)
+    stacked = Chart(f"{what}, stacked", label, x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=height)
+    each = Chart(f"{what}, each", label, x, y, lines, key, note=note, ends=ends, height=height)
     head = "" if len(shown.runs) == 1 else f'<h3><i class="swatch {run_class(index)}"></i>{escape(name)}</h3>'
     return f'{head}<div class="pair">{stacked.html()}{each.html()}</div>'
 
