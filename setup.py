@@ -66,7 +66,7 @@ setup(
         "megamix.configs",
     ],
     package_dir={"megamix_kernels": "kernels/megamix_kernels", "megamix.configs": "configs"},
-    package_data={"megamix.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={"megamix.configs": ["*.yaml", "**/*.yaml"], "megamix.report": ["*.css", "*.js"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megamix = megamix.cli:main"]},
