@@ -238,7 +238,9 @@ def test_a_missing_key(key: str) -> None:
 
 def test_missing_keys_below_the_top() -> None:
     assert message(text=SMALL.replace("steps: 10, ", "")) == "small.yaml: the key 'train.steps' is missing. Add it."
-    assert "mixer.name: a mixer needs the key 'name'. Known: doremi, odm" in message(text=SMALL.replace("name: odm, ", ""))
+    assert "mixer.name: a mixer needs the key 'name'. Known: doremi, odm" in message(
+        text=SMALL.replace("name: odm, ", "")
+    )
 
 
 def test_all_problems_are_reported_at_once() -> None:
