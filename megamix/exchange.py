@@ -144,7 +144,9 @@ class MixExchange:
         """
         with self._settle_lock:
             while self._settled < step:
-                self._results.pop(self._settled).result()
+                # Kept until it is there: a failure is told to whoever asks, the loading thread or this one.
+                self._results[self._settled].result()
+                del self._results[self._settled]
                 self._settled += 1
 
     def loss_weights(self, step: int) -> Floats | None:

