@@ -137,11 +137,40 @@ class CheckpointConfig(ResumeConfig):
 
     every: int = pydantic.Field(default=200, ge=0)
     """Steps between checkpoints; one after the last step is always written. 0: only that one."""
+    every_minutes: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """Also save when the last checkpoint, or the start, is this many minutes ago."""
     keep: int = pydantic.Field(default=2, gt=0)
     """How many of the newest checkpoints stay."""
+    keep_every: int = pydantic.Field(default=0, ge=0)
+    """Checkpoints of steps that divide by this stay for good, beside the newest. 0: none."""
+    asynchronous: bool = True
+    """Write files in the background while training goes on, from a copy of weights and moments in host memory (12 bytes
+    a parameter over all ranks). An engine's own format is always written before the next step."""
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint, or start where there is none; never: start anew and refuse a
     run directory that holds one; a path: continue from that checkpoint."""
+
+
+class GuardConfig(Config):
+    """What happens when a loss goes wrong."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step with a loss or gradient that is NaN or infinite: stop ends the run, the checkpoint before it is the one to
+    go on from; skip leaves the weights as they were before the step, names its samples and goes on, which costs one
+    host read a step."""
+    max_skips: int = pydantic.Field(default=10, gt=0)
+    """Steps skipped in a row that end the run all the same."""
+    explosion: float = pydantic.Field(default=3.0, ge=0, allow_inf_nan=False)
+    """The run ends when the mean loss of a step is above this many times ln(vocabulary), the loss of a guess. 0: never."""
+
+
+class WatchdogConfig(Config):
+    """When a job whose ranks no longer work together ends itself."""
+
+    silence_seconds: float = pydantic.Field(default=60.0, ge=0, allow_inf_nan=False)
+    """A rank that is not heard of for this long (killed, its node gone) ends all others, which say so. 0: never."""
+    stall_minutes: float = pydantic.Field(default=30.0, ge=0, allow_inf_nan=False)
+    """A job in which no step, evaluation or checkpoint has come to its end for this long is ended. 0: never."""
 
 
 class LossConfig(Config):
@@ -227,5 +256,7 @@ class RunConfig(MixConfig):
     train: TrainConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
