@@ -126,9 +126,10 @@ def train(
     if help_config:
         from megamix.config import apply_overrides, read_yaml
         from megamix.config_help import config_help
-        from megamix.run_config import RunConfig
+        from megamix.doremi_config import DoremiJobConfig
 
-        typer.echo(config_help(RunConfig, data=apply_overrides(read_yaml(config), overrides or []) if config else None))
+        data = apply_overrides(read_yaml(config), overrides or []) if config else None
+        typer.echo(config_help(DoremiJobConfig, data=data))
         return
     if config is None:
         raise typer.BadParameter("it is missing; name a YAML file, for example configs/demo.yaml.", param_hint="CONFIG")

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import yaml
 
 from megamix import checkpoint
-from megamix.config import Config, apply_overrides, merge, read_yaml, validate
+from megamix.config import apply_overrides, merge, read_yaml, validate
+from megamix.doremi_config import DoremiSteps
 from megamix.errors import EXIT_OK, InputError
 from megamix.files import replace_file
 from megamix.launch import job_world_size
@@ -39,23 +39,6 @@ from megamix.tables import number as number_text
 Step = Literal["configs", "reference", "cache", "proxy", "weights", "target"]
 WEIGHTS = "weights.json"
 Weights = dict[str, float]
-
-
-class DoremiSteps(Config):
-    """The key ``doremi`` of a run's config: what the steps change of it."""
-
-    reference: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Keys of the reference run that differ. Its mixer is static; its weights are ``mixture``."""
-    proxy: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Keys of the proxy run that differ. Its domains are sampled uniformly unless a mixture stands here; its mixer is
-    doremi, whose keys may stand here. With mixer.reference (a cache, or null) there is no reference run and no cache of
-    its losses."""
-    target: dict[str, Any] | None = None
-    """Keys of the target run that differ, {} for none; null: no target run. Its mixture are the weights found."""
-    rounds: int = pydantic.Field(default=1, ge=1)
-    """Rounds at most; each takes the result of the one before as reference weights."""
-    tolerance: float = pydantic.Field(default=1e-3, gt=0)
-    """A round that changes no weight by more than this is the last."""
 
 
 @dataclass(frozen=True)

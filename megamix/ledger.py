@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ KEYS = ("step", "position", "domain_names", "domain_weights", "segment")
 
 @dataclass(frozen=True)
 class Ledger:
-    """The weights of a run by position.
+    """The weights of a run by position; what follows from all lines is worked out once.
 
     Attributes:
         lines: those of weights.jsonl that hold, by rising position; at least one, the initial weights first.
@@ -61,7 +62,7 @@ class Ledger:
             held.append(line)
         return cls(held, seed, sampling) if held else None
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The N domains: those of the last line, then those that were there before."""
         names = dict.fromkeys(self.lines[-1]["domain_names"])
@@ -70,17 +71,28 @@ class Ledger:
         return tuple(names)
 
     def weights(self) -> Floats:
-        """float64 [lines, N]; 0 where a domain was not there."""
+        """float64 [lines, N]; 0 where a domain was not there. Not to be written to."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> Floats:
         place = {name: index for index, name in enumerate(self.names)}
         rows = np.zeros((len(self.lines), len(place)))
         for row, line in zip(rows, self.lines, strict=True):
             row[[place[name] for name in line["domain_names"]]] = line["domain_weights"]
+        rows.setflags(write=False)
         return rows
+
+    @cached_property
+    def starts(self) -> Ints:
+        """int64 [lines]: the position from which on each line holds. Not to be written to."""
+        starts = np.array([line["position"] for line in self.lines], np.int64)
+        starts.setflags(write=False)
+        return starts
 
     def line_at(self, position: int) -> dict[str, Any]:
         """The line in effect at ``position``."""
-        index = np.searchsorted([line["position"] for line in self.lines], position, "right") - 1
-        return self.lines[max(int(index), 0)]
+        return self.lines[max(int(np.searchsorted(self.starts, position, "right")) - 1, 0)]
 
     def blend_at(self, position: int, num_samples: Sequence[int] | Ints, domain_keys: Sequence[int]) -> Blend:
         """The blend as the run had it at ``position``, from one line.
@@ -95,7 +107,7 @@ class Ledger:
     def counts(self, position: int) -> dict[str, int]:
         """Samples before ``position`` that each of the N domains gave, whatever data it had."""
         totals = dict.fromkeys(self.names, 0)
-        lines = [line for line in self.lines if line["position"] <= position]
+        lines = self.lines[: int(np.searchsorted(self.starts, position, "right"))]
         starts = [index for index, line in enumerate(lines) if index == 0 or line.get("change")]
         for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
             stop = lines[end]["position"] if end < len(lines) else position

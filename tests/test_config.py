@@ -16,6 +16,7 @@ from small_config import SMALL, small
 
 from megamix.config import Config, load_config, parse_yaml, read_yaml, validate
 from megamix.config_help import config_help
+from megamix.doremi_config import DoremiJobConfig, DoremiSteps
 from megamix.errors import EXIT_BAD_INPUT, InputError
 from megamix.mixers import OdmConfig, StaticConfig
 from megamix.models import ModelConfig
@@ -103,9 +104,10 @@ def test_configs_are_frozen() -> None:
 def test_every_field_has_a_docstring_and_is_printed() -> None:
     """Each field, at any depth, has a docstring of its own or, where it holds another config, that class's; the printed
     help has its name and docstring."""
-    printed = [line.strip() for line in config_help(RunConfig).splitlines()]
-    classes = set(config_classes(RunConfig))
-    assert {RunConfig, ModelConfig, OdmConfig, StaticConfig} < classes
+    printed = [line.strip() for line in config_help(DoremiJobConfig).splitlines()]
+    classes = set(config_classes(DoremiJobConfig))
+    assert {DoremiJobConfig, DoremiSteps, ModelConfig, OdmConfig, StaticConfig} < classes
+    assert set(RunConfig.model_fields) | {"doremi"} == set(DoremiJobConfig.model_fields)
     undocumented = []
     for config_class in classes:
         assert config_class.__doc__
@@ -170,7 +172,7 @@ def test_help_config_needs_no_config_file() -> None:
     command = [sys.executable, "-m", "megamix", "train", "--help-config"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == config_help(RunConfig).strip()
+    assert done.stdout.strip() == config_help(DoremiJobConfig).strip()
 
 
 # Keys and values that are wrong
