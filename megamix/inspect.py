@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from megamix.data.blend import Blend
 from megamix.data.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.manifest import FILE_NAME, Manifest
+from megamix.data.reference import is_cache
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 from megamix.plan import domain_key
 from megamix.recorded_run import CONFIG, WEIGHTS, RecordedRun
+from megamix.reference_cache import describe_cache
 from megamix.summary import table_of
 from megamix.tables import Report, Table, gib, number, plural
 
@@ -30,7 +32,7 @@ EXCERPT = 240
 _EXCERPT_TOKENS = 400
 _EXPECTED = (
     "Give a data set (manifest.json or its folder), a run (the folder with config.resolved.yaml), a checkpoint "
-    "(RUN/checkpoints/step_N), or a token file (PREFIX, PREFIX.bin or PREFIX.idx)."
+    "(RUN/checkpoints/step_N), a cache of reference losses, or a token file (PREFIX, PREFIX.bin or PREFIX.idx)."
 )
 
 
@@ -55,6 +57,8 @@ def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = Non
             return _checkpoint(path)
         if (path / FILE_NAME).is_file():
             return _data(path, text, seq_length)
+        if is_cache(path):
+            return describe_cache(path)
     elif path.suffix == ".json":
         return _data(path, text, seq_length)
     elif path.suffix in (".bin", ".idx"):

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.blend import Blend
-from megamix.data.reference import CachedDomain, CacheKey, ReferenceLosses, Selection
+from megamix.data.reference import DTYPE, CachedDomain, CacheKey, ReferenceLosses, Selection, read_progress
 from megamix.domain_change import digest
 from megamix.mixers import DoremiConfig, StaticConfig
 from megamix.plan import DataPlan
+from megamix.tables import Report, Table, gib
 
 Ints = NDArray[np.int64]
 
@@ -32,6 +33,31 @@ def open_reference(plan: DataPlan) -> ReferenceLosses | None:
 def reference_folder(plan: DataPlan) -> Path | None:
     """The key ``reference`` of the mixer's config; None where it has none, or no value."""
     return getattr(plan.config.mixer, "reference", None)
+
+
+def describe_cache(folder: Path) -> Report:
+    """What a folder of reference losses holds, for `megamix inspect`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    info, done = read_progress(folder)
+    wanted = sum(domain.computed for domain in info.domains.values())
+    state = "finished" if done == wanted else "not finished (the same `megamix reference` command goes on)"
+    head = (
+        f"{folder} is a cache of reference losses, {state}.\n"
+        f"samples     {done:,} of {wanted:,} computed, {info.seq_length} losses each: "
+        f"{gib(done * info.seq_length * DTYPE.itemsize)} of {gib(wanted * info.seq_length * DTYPE.itemsize)}\n"
+        f"checkpoint  {info.checkpoint}\n"
+        f"            SHA-256 {info.checkpoint_sha256}\n"
+        f"tokenizer   SHA-256 {info.tokenizer}"
+    )
+    rows, left = [], done
+    for name, domain in info.domains.items():
+        here = min(left, domain.computed)
+        left -= here
+        rows.append((name, f"{here:,}", f"{domain.computed:,}", f"{domain.windows:,}"))
+    return Report([head, Table(("domain", "computed", "to compute", "samples of the domain"), rows)])
 
 
 def cache_key(plan: DataPlan) -> CacheKey:

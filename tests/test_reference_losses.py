@@ -29,6 +29,7 @@ from megamix.data.reference import (
 from megamix.data.stream import DomainTokens
 from megamix.data.writer import IndexedWriter
 from megamix.errors import InputError, MegamixError
+from megamix.inspect import inspect_path
 from megamix.plan import DataPlan, make_plan
 from megamix.reference_cache import cache_key, open_reference, samples_read, whole_domains
 
@@ -221,6 +222,32 @@ def test_an_unfinished_cache_that_is_damaged(tmp_path: Path) -> None:
     (tmp_path / PROGRESS).write_text('{"done": 3}')
     with pytest.raises(InputError, match=r"progress.json is damaged .*Choose another --out"):
         open_progress(tmp_path, make_info())
+
+
+def test_inspect_says_what_a_cache_holds(tmp_path: Path) -> None:
+    """Finished, half-way (domains are computed one after the other), and damaged."""
+    info = make_info()
+    folder = tmp_path / "cache"
+    assert open_progress(folder, info) == 0
+    write(folder, info, whole(), 0, 33)
+    save_progress(folder, info, 33)
+    table = ["web 30 30 30", "a/b 3 7 7"]
+    for state, counts in (("not finished (the same", "33 of 37"), ("finished.", "37 of 37")):
+        head, *rows = inspect_path(folder).text().split("\n---")
+        assert f"cache is a cache of reference losses, {state}" in head
+        assert f"samples     {counts} computed, {SEQ} losses each" in head
+        assert info.checkpoint in head
+        assert info.checkpoint_sha256 in head
+        assert [" ".join(line.split()) for line in rows[0].splitlines()[1:]] == table
+        write(folder, info, whole(), 33, 37)
+        finish(folder, info)
+        table = ["web 30 30 30", "a/b 7 7 7"]
+    losses_path(folder, "web").write_bytes(b"")
+    with pytest.raises(InputError, match=r"web.f16 of domain 'web' have 0 bytes, expected 480"):
+        inspect_path(folder)
+    (tmp_path / PROGRESS).write_text("{}")
+    with pytest.raises(InputError, match="is nothing that megamix makes"):
+        inspect_path(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is imitated by /dev/full")

@@ -146,6 +146,41 @@ def read_info(folder: Path) -> CacheInfo:
     return validate(CacheInfo, data, str(path))
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds reference losses, finished or not."""
+    if (folder / FILE_NAME).is_file():
+        return True
+    try:
+        return json.loads((folder / PROGRESS).read_bytes())["info"]["format"] == "megamix-reference"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_progress(folder: Path) -> tuple[CacheInfo, int]:
+    """What a cache will hold, and how many rows are safe on disk: all of them, where it is finished.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    progress = folder / PROGRESS
+    if (folder / FILE_NAME).is_file() or not progress.is_file():
+        info = read_info(folder)
+        done = sum(domain.computed for domain in info.domains.values())
+    else:
+        try:
+            data = json.loads(progress.read_bytes())
+            info, done = validate(CacheInfo, data["info"], str(progress)), int(data["done"])
+        except OSError as error:
+            raise InputError(f"cannot read {progress}: {error.strerror or error}. Check the path.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{progress} is damaged ({error}). Choose another --out, or remove that folder."
+            ) from error
+    for name in info.domains:
+        _map(folder, info, name)
+    return info, done
+
+
 def _map(folder: Path, info: CacheInfo, name: str) -> NDArray[np.float16]:
     """The losses of a domain, [windows, S], mapped read-only.
 
@@ -245,14 +280,11 @@ def open_progress(folder: Path, info: CacheInfo) -> int | None:
     if (folder / FILE_NAME).is_file():
         _check_continues(read_info(folder), info, folder, remedy)
         return None
-    progress = folder / PROGRESS
+    if (folder / PROGRESS).is_file():
+        begun, done = read_progress(folder)
+        _check_continues(begun, info, folder, remedy)
+        return done
     try:
-        if progress.is_file():
-            data = json.loads(progress.read_bytes())
-            _check_continues(validate(CacheInfo, data["info"], str(progress)), info, folder, remedy)
-            for name in info.domains:
-                _map(folder, info, name)
-            return int(data["done"])
         folder.mkdir(parents=True, exist_ok=True)
         for name, domain in info.domains.items():
             with losses_path(folder, name).open("wb") as file:
@@ -260,8 +292,6 @@ def open_progress(folder: Path, info: CacheInfo) -> int | None:
         save_progress(folder, info, 0)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}. {remedy}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{progress} is damaged ({error}). {remedy}") from error
     return 0
 
 
