@@ -30,9 +30,11 @@ from megamix.data.sampler import Sampler
 from megamix.errors import InputError, MegamixError
 from megamix.mixers import DomainStats, Mixer
 from megamix.mixture import WeightSchedule
+from megamix.stopping import Wishes
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
+NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class MixReport:
 
 
 class MixExchange:
-    """Carries sums up and weights down, once per step, in step order.
+    """Carries sums up and weights down, once per step, in step order; and the wishes of any rank to all.
 
     Args:
         mixer: on rank 0 the mixer; None elsewhere.
@@ -121,18 +123,26 @@ class MixExchange:
         self._weights_group: Any = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._results: dict[int, Future[None]] = {}
+        self._wishes: dict[int, Wishes] = {}
         self._stream: torch.cuda.Stream | None = None
         self._loss_weights = loss_weights
         self._settled = first_step
         self._settle_lock = threading.Lock()
 
-    def submit(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None) -> None:
+    def submit(
+        self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, wishes: Wishes = NO_WISHES
+    ) -> None:
         """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffers may be used again.
 
         Args:
             evaluated_KC: the sums of the evaluation that the mixer wants after this step; on all ranks or on none.
+            wishes: this rank's; all ranks hear of them by `wishes_at`.
         """
-        reduced = sums_KC.clone() if evaluated_KC is None else torch.cat([sums_KC, evaluated_KC])
+        wishes_1C = sums_KC.new_zeros(1, sums_KC.shape[1])
+        if wishes != NO_WISHES:
+            wishes_1C[0, 0] = wishes.stop
+            wishes_1C[0, 1] = wishes.save
+        reduced = torch.cat([sums_KC, *([] if evaluated_KC is None else [evaluated_KC]), wishes_1C])
         work: Any = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
         self._results[step] = self._executor.submit(self._mix, step, reduced, work)
 
@@ -148,6 +158,14 @@ class MixExchange:
                 self._results[self._settled].result()
                 del self._results[self._settled]
                 self._settled += 1
+
+    def wishes_at(self, step: int) -> Wishes:
+        """What any rank wished for in the step whose weights take effect in ``step``; the same on all ranks.
+
+        That is the earliest boundary for which every rank waits for that step's answer anyway, to know what to read.
+        """
+        self.settle(step - self._weight_lag)
+        return self._wishes.pop(step - 1 - self._weight_lag, NO_WISHES)
 
     def loss_weights(self, step: int) -> Floats | None:
         """float64 [K], those of ``step``, which must not have been submitted; None: the mixer has none.
@@ -168,13 +186,16 @@ class MixExchange:
 
     def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
         reduced = self._on_host(reduced, work)
+        stop, save = reduced[-1, :2].tolist()
+        if stop or save:
+            self._wishes[step] = Wishes(stop > 0, save > 0)
         kinds = 1 if self._loss_weights is None else 2
         weights = torch.empty(kinds, self._sampler.num_domains, dtype=torch.float64)
         stats, updated = None, False
         if self._mixer is not None:
             k = self._sampler.num_domains
             stats = self._statistics(step, reduced[:k])
-            wanted, updated = self._update(self._mixer, stats, self._rewards(step, stats, reduced[k:]), step)
+            wanted, updated = self._update(self._mixer, stats, self._rewards(step, stats, reduced[k:-1]), step)
             weights[0] = torch.from_numpy(wanted)
             given = checked_loss_weights(self._mixer)
             if (given is None) != (self._loss_weights is None):

@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamix.errors import EXIT_FAILED, EXIT_OK, InputError, RankFailed
+from megamix.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, InputError, RankFailed
+from megamix.stopping import SIGNALS
 
 # A rank that fails of itself closes its connections, so that the others fail too; they get this long to say their own
 # reason.
 GRACE_SECONDS = 5.0
-KILL_SECONDS = 10.0
 REPORTS = "MEGAMIX_FAILURE_REPORTS"
 """Environment variable of ranks started here: the folder in which a failing rank leaves its reason."""
 
@@ -70,11 +70,13 @@ def _first_host(nodes: str) -> str:
 def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
     """Runs ``python -m megamix ARGUMENTS`` once per rank and waits for all of them.
 
+    Signals that ask to stop are passed on; the ranks save and end with code 75. A second one ends them at once.
+
     Returns:
-        The exit code of the job: 0, or that of the rank that failed first.
+        The exit code of the job: 0, that of the rank that failed first, or 75 where it was asked to stop.
 
     Raises:
-        RankFailed: a rank, or this process, was ended by a signal.
+        RankFailed: a rank was ended by a signal, or this process was asked to stop twice.
     """
     environment = {
         **os.environ,
@@ -96,10 +98,7 @@ def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
             for rank in range(ranks)
         ]
         received: list[int] = []
-        previous = {
-            number: signal.signal(number, lambda number, _frame: received.append(number))
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        previous = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in SIGNALS}
         try:
             return _watch(processes, received, Path(reports))
         finally:
@@ -119,15 +118,24 @@ def report_failure(message: str) -> None:
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], received: list[int], reports: Path) -> int:
-    """Waits for the first rank that fails, or for all to finish."""
+    """Waits for the first rank that fails, or for all to finish; passes the first signal of ``received`` on."""
+    passed_on = False
     while True:
         codes = [process.poll() for process in processes]
-        if any(code not in (None, EXIT_OK) for code in codes):
-            return _explain(processes, reports)
         if all(code == EXIT_OK for code in codes):
             return EXIT_OK
-        if received:
-            raise RankFailed(f"stopped by {signal.Signals(received[0]).name}.")
+        if passed_on and -received[0] in codes:
+            name = signal.Signals(received[0]).name
+            print(f"megamix: stopped by {name} before all ranks were ready to heed it.", file=sys.stderr)
+            return EXIT_PREEMPTED
+        if any(code not in (None, EXIT_OK) for code in codes):
+            return _explain(processes, reports)
+        if len(received) > 1:
+            raise RankFailed(f"stopped by {signal.Signals(received[1]).name}, asked a second time.")
+        if received and not passed_on:
+            passed_on = True
+            for process in processes:
+                process.send_signal(received[0])
         time.sleep(0.05)
 
 
@@ -155,24 +163,23 @@ def _explain(processes: list[subprocess.Popen[bytes]], reports: Path) -> int:
 
 def _blame(code: int) -> int:
     """Orders exit codes by how likely they are the cause: a stated reason, a signal, then what may follow from another
-    rank's end: gloo and NCCL abort, or raise, when a peer is gone."""
+    rank's end: gloo and NCCL abort, or raise, when a peer is gone. A rank that stopped as it was asked to is none."""
+    if code == EXIT_PREEMPTED:
+        return 3
     if code in (EXIT_FAILED, -signal.SIGABRT):
         return 2
     return 1 if code < 0 else 0
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ends whatever still runs: politely, then for good."""
+    """Ends whatever still runs, for good: it heeds other signals by going on to the next step, which never comes.
+
+    Nothing is lost by that, as files are there whole or not at all.
+    """
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + KILL_SECONDS
+        process.kill()
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.wait()
 
 
 def _die_with_parent() -> None:

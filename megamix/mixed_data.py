@@ -17,12 +17,13 @@ from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
 from megamix.errors import InputError
-from megamix.exchange import MixExchange, MixReport, checked_loss_weights
+from megamix.exchange import NO_WISHES, MixExchange, MixReport, checked_loss_weights
 from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.plan import DataPlan
 from megamix.reference_cache import open_reference, reference_folder
 from megamix.resume import Resumed, data_fingerprints
 from megamix.shadow import Shadow, open_shadows
+from megamix.stopping import Wishes
 
 
 class MixedData:
@@ -123,15 +124,25 @@ class MixedData:
         tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
-    def submit(self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None) -> None:
+    def wishes(self) -> Wishes:
+        """What ranks wish for at the boundary before step ``step``, the same on all ranks; once per step.
+
+        A wish is heard of 1 + weight_lag steps after the one that it was submitted with.
+        """
+        return self.exchange.wishes_at(self.step)
+
+    def submit(
+        self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, wishes: Wishes = NO_WISHES
+    ) -> None:
         """Takes this rank's int64 [K, C] sums of step ``step`` (zeros where it has no loss), which is then over.
 
         Returns at once; the sums may be overwritten.
 
         Args:
             evaluated_KC: this rank's sums of the evaluation after the step; on all ranks or on none.
+            wishes: this rank's.
         """
-        self.exchange.submit(self.step, sums_KC, evaluated_KC)
+        self.exchange.submit(self.step, sums_KC, evaluated_KC, wishes)
         self.step += 1
         step = self.step
         # The step weight_lag ahead is sampled with the weights that follow from everything before this one.

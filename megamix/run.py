@@ -9,7 +9,7 @@ import yaml
 from megamix import checkpoint
 from megamix.config import load_config
 from megamix.engines.config import MegatronConfig
-from megamix.errors import EXIT_OK, InputError
+from megamix.errors import EXIT_OK, InputError, Preempted
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
@@ -17,6 +17,7 @@ from megamix.reference_cache import open_reference
 from megamix.resume import Resumed, open_checkpoint
 from megamix.run_config import RunConfig
 from megamix.sinks import check_sinks
+from megamix.stopping import heed_signals
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -25,9 +26,11 @@ def train(config_path: Path, overrides: list[str]) -> int:
     Raises:
         MegamixError: anything a user can mend; the command line prints it.
     """
+    world_size = job_world_size()
+    if world_size is not None:
+        heed_signals()
     config = load_config(RunConfig, config_path, overrides)
     check_sinks(config)
-    world_size = job_world_size()
     if world_size is not None:
         _run_rank(config, world_size)
         return EXIT_OK
@@ -57,9 +60,16 @@ def _run_rank(config: RunConfig, world_size: int) -> None:
     is_main = job_rank() == 0
     plan = make_plan(config, world_size, verify=is_main)
     start_distributed(config.engine)
-    train_rank(plan)
+    preempted = None
+    try:
+        train_rank(plan)
+    except Preempted as stop:
+        preempted = stop
+    # All ranks end in the same way, so that none is missed by another on its way out.
     dist.barrier()
     dist.destroy_process_group()
+    if preempted is not None:
+        raise preempted
 
 
 def train_rank(plan: Plan) -> None:

@@ -161,7 +161,8 @@ class GuardConfig(Config):
     max_skips: int = pydantic.Field(default=10, gt=0)
     """Steps skipped in a row that end the run all the same."""
     explosion: float = pydantic.Field(default=3.0, ge=0, allow_inf_nan=False)
-    """The run ends when the mean loss of a step is above this many times ln(vocabulary), the loss of a guess. 0: never."""
+    """The run ends when the mean loss of a step is above this many times ln(vocabulary), the loss of a guess.
+    0: never."""
 
 
 class WatchdogConfig(Config):

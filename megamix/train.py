@@ -17,6 +17,7 @@ from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
 from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
+from megamix.errors import Preempted
 from megamix.evaluate import RewardEvaluation, Validation
 from megamix.log import get_logger, show_progress
 from megamix.mixed_data import MixedData
@@ -24,6 +25,7 @@ from megamix.plan import Plan
 from megamix.resume import Resumed, fingerprints
 from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
+from megamix.stopping import Wishes, asked_to_stop
 from megamix.tracking import IntervalLog, RunRecord, SampleLog
 
 
@@ -66,7 +68,8 @@ class Trainer:
             resumed=resumed,
             evaluates=self._rewards is not None,
         )
-        self._first_step = self.step
+        self._first_step = self._saved_step = self.step
+        self._saved_at = time.monotonic()
         self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
             self.engine
         )
@@ -97,6 +100,7 @@ class Trainer:
             self.save()
         try:
             while self.step < stop:
+                self._grant_wishes()
                 try:
                     self.train_step()
                 except DataExhausted as end:
@@ -114,6 +118,27 @@ class Trainer:
             if self._sample_log is not None:
                 self._sample_log.close()
 
+    def _grant_wishes(self) -> None:
+        """At a boundary: saves, or saves and ends the run, where ranks have agreed on it.
+
+        Raises:
+            Preempted: a rank was asked to stop.
+        """
+        wishes = self.data.wishes()
+        if (wishes.stop or wishes.save) and self._saved_step != self.step:
+            self.save()
+        if wishes.stop:
+            raise Preempted(
+                f"asked to stop: {self.config.run_dir} stands at step {self.step} of {self.config.train.steps}, saved. The same "
+                "command goes on from there."
+            )
+
+    def _wishes(self) -> Wishes:
+        """This rank's, to be submitted with a step."""
+        minutes = self.config.checkpoint.every_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        return Wishes(stop=asked_to_stop(), save=late and self.is_main)
+
     def train_step(self) -> None:
         """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
         started = time.perf_counter()
@@ -130,12 +155,12 @@ class Trainer:
 
     def _engine_step(self, batch: Batch | None, objective: Objective, lr: float) -> None:
         if self._rewards is None or not self._rewards.due_after(self.step):
-            self.engine.train_step(batch, objective, lr, self.data.submit)
+            self.engine.train_step(batch, objective, lr, lambda sums: self.data.submit(sums, wishes=self._wishes()))
             return
         # The mixer hears of the step and of the evaluation that follows it at once.
         kept: list[torch.Tensor] = []
         self.engine.train_step(batch, objective, lr, lambda sums: kept.append(sums.clone()))
-        self.data.submit(kept[0], self._rewards.sums())
+        self.data.submit(kept[0], self._rewards.sums(), self._wishes())
 
     def evaluate(self) -> None:
         """Validation loss of every domain, into the record and the log."""
@@ -147,6 +172,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the run as it stands before step ``self.step``."""
+        self._saved_step, self._saved_at = self.step, time.monotonic()
         state: dict[str, Any] = {
             **self.data.state_dict(),
             "fingerprints": fingerprints(self.plan),
