@@ -27,12 +27,13 @@ from megamix.data.reference import (
     open_progress,
     save_progress,
 )
-from megamix.errors import EXIT_OK, InputError
+from megamix.errors import EXIT_OK, InputError, Preempted
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
 from megamix.reference_cache import cache_key, samples_read, whole_domains
 from megamix.run_config import RunConfig
+from megamix.stopping import asked_to_stop, heed_signals
 
 if TYPE_CHECKING:
     from megamix.data.loader import Batch
@@ -77,9 +78,10 @@ def reference(
     """
     world_size = job_world_size()
     if world_size is not None:
-        _run_rank(_plan_job(source, overrides, proxy, world_size), out, save_every or SAVE_EVERY)
+        heed_signals()
+        _run_rank(plan_job(source, overrides, proxy, world_size), out, save_every or SAVE_EVERY)
         return EXIT_OK
-    job = _plan_job(source, overrides, proxy, None)
+    job = plan_job(source, overrides, proxy, None)
     if open_progress(out, job.info) is None:
         get_logger().info("%s is done: it holds the losses of %d samples.", out, job.selection.total)
         return EXIT_OK
@@ -91,7 +93,7 @@ def reference(
     return run_local([*arguments, *overrides], job.plan.world_size, job.plan.config.engine.threads)
 
 
-def _plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size: int | None) -> ReferenceJob:
+def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size: int | None) -> ReferenceJob:
     """Looks everything up and checks it.
 
     Raises:
@@ -172,15 +174,38 @@ def _samples_of(proxy: Path, plan: Plan) -> Selection:
 
 
 def _run_rank(job: ReferenceJob, out: Path, save_every: int) -> None:
-    """One rank of the job. Rank 0 finds out how far the cache has come."""
+    """One rank of the job."""
     import torch.distributed as dist
 
-    from megamix.engines.choose import make_engine, start_distributed
+    from megamix.engines.choose import start_distributed
+
+    start_distributed(job.plan.config.engine)
+    preempted = None
+    try:
+        fill_cache(job, out, save_every)
+    except Preempted as stop:
+        preempted = stop
+    # All ranks end in the same way, so that none is missed by another on its way out.
+    dist.barrier()
+    dist.destroy_process_group()
+    if preempted is not None:
+        raise preempted
+
+
+def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> None:
+    """Computes what is missing of a cache; every rank of a started process group calls it.
+
+    Raises:
+        Preempted: a rank was asked to stop; what was computed is safe.
+    """
+    import torch.distributed as dist
+
+    from megamix.engines.choose import make_engine
     from megamix.saving import load_engine
 
     config = job.plan.config
-    start_distributed(config.engine)
-    shared: list[int | None] = [open_progress(out, job.info) if job_rank() == 0 else None]
+    # Rank 0 finds out how far the cache has come.
+    shared: list[int | None] = [open_progress(out, job.info) if dist.get_rank() == 0 else None]
     control: Any = dist.new_group(backend="gloo")
     dist.broadcast_object_list(shared, src=0, group=control)
     if shared[0] is not None:
@@ -192,11 +217,11 @@ def _run_rank(job: ReferenceJob, out: Path, save_every: int) -> None:
             num_domains=len(job.plan.domains),
             vocab_size=job.plan.vocab_size,
             loss_implementation=config.loss.implementation,
+            reset_position_ids=config.data.reset_position_ids,
         )
         load_engine(job.path, engine, 0)
         _Filler(job, engine, out, control, save_every).run(shared[0])
     dist.barrier(control)
-    dist.destroy_process_group()
 
 
 class _Filler:
@@ -227,7 +252,11 @@ class _Filler:
         self._writer = ReferenceWriter(out, job.info) if place.has_loss and place.is_first_copy else None
 
     def run(self, done: int) -> None:
-        """Computes all rows from ``done`` on."""
+        """Computes all rows from ``done`` on.
+
+        Raises:
+            Preempted: a rank was asked to stop.
+        """
         total, step = self._job.selection.total, self._per_rank * self._engine.place.data_size
         log = get_logger()
         if done:
@@ -236,8 +265,14 @@ class _Filler:
         for number, start in enumerate(range(done, total, step), start=1):
             self._round(start)
             done = min(start + step, total)
-            if number % self._rounds_per_save == 0 or done == total:
+            asked = done < total and self._is_any_asked_to_stop()
+            if number % self._rounds_per_save == 0 or done == total or asked:
                 self._save(done)
+            if asked:
+                raise Preempted(
+                    f"asked to stop: {self._out} holds the losses of {done} of {total} samples. The same command goes on "
+                    "from there."
+                )
             if time.monotonic() - said > LOG_SECONDS or done == total:
                 said = time.monotonic()
                 tokens = (done - first) * self._job.info.seq_length / max(said - started, 1e-9)
@@ -263,6 +298,15 @@ class _Filler:
             mine = index_n < total
             loss_nS = losses.flatten(0, 1).cpu().numpy()
             self._writer.write(domain_n[mine], sample_n[mine], loss_nS[mine])
+
+    def _is_any_asked_to_stop(self) -> bool:
+        """Whether any rank was, the same on all."""
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor([asked_to_stop()], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._control)
+        return bool(asked.item())
 
     def _save(self, done: int) -> None:
         import torch.distributed as dist
