@@ -5,13 +5,16 @@
                                     moments in Adam
         state.json                  step, sampler, mixer, sums of the log interval, and fingerprints of what the run
                                     was made of
-        checkpoint.json             every file's size and SHA-256; written last, before the directory gets its name
+        checkpoint.json             every file's size and SHA-256, and a SHA-256 of this list; written last, before the
+                                    directory gets its name
 
 An engine that writes a format of its own has a folder of its name in the place of ``layers``, which it alone reads.
 
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
-(`megamix.saving`). Nothing but an engine's own format is pickled. Random numbers need no file: what is random in a step
-is seeded by the run's seed and the step (`megamix.train`).
+(`megamix.saving`, `megamix.keeping`). Nothing but an engine's own format is pickled. Random numbers need no file: what
+is random in a step is seeded by the run's seed and the step (`megamix.train`).
+
+Which checkpoint is the newest is read off its step: clocks and the times of files are not looked at.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +34,218 @@ from megamix.errors import ResumeRefused
 from megamix.log import get_logger
 
 FORMAT = "megamix-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no SHA-256 of the list itself
 PARTIAL = ".partial"
+BEFORE = ".before"
+"""What a checkpoint is called while another takes its name (`megamix.keeping`)."""
 LAYERS = "layers"
+LISTING = "checkpoint.json"
+STATE = "state.json"
+PATIENCE_SECONDS = 30.0
+"""How long a reader waits for a file that ought to be there. A machine of a shared file system may remember for as long
+that there was none when it looked last (NFS: acdirmin, 30 s)."""
+_POLL_SECONDS = 0.1
+
+Files = dict[str, dict[str, Any]]
+"""By name in the checkpoint, what `describe` says of a file."""
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; says which newer ones it passed over and why."""
-    if not folder.is_dir():
-        return None
-    log = get_logger()
-    for path in sorted(folder.glob(f"step_*{PARTIAL}")):
-        log.info("passing over %s: it was not finished", path)
-    for step in sorted(complete_steps(folder), reverse=True):
-        path = folder / f"step_{step}"
+@dataclass(frozen=True)
+class Listing:
+    """checkpoint.json.
+
+    Attributes:
+        step: steps taken.
+        holds: `LAYERS`, or the name of the engine that alone can read the weights.
+    """
+
+    step: int
+    holds: str
+    files: Files
+
+
+def newest(folder: Path, *, quiet: bool = False) -> Path | None:
+    """The newest checkpoint in ``folder`` that `damage` finds nothing wrong with; None where there is none at all.
+
+    Args:
+        quiet: not to say which newer ones were passed over, and why.
+
+    Raises:
+        ResumeRefused: there are checkpoints, and all are damaged.
+    """
+    passed_over = []
+    for path in candidates(folder):
         problem = damage(path)
         if problem is None:
             return path
-        log.warning("passing over %s: %s", path, problem)
+        passed_over.append((path, problem))
+        if not quiet:
+            get_logger().warning("passing over %s: %s", path, problem)
+    refuse_damaged(folder, passed_over)
     return None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The directories that may be checkpoints, newest first.
+
+    These are ``step_N``, and of a step of which a run was killed while one checkpoint took the name of another: the new
+    one, which was finished, else the old one.
+    """
+    found = steps_in(folder)
+    for step, before in steps_in(folder, BEFORE).items():
+        if step not in found:
+            partial = folder / f"step_{step}{PARTIAL}"
+            found[step] = partial if damage(partial) is None else before
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def refuse_damaged(folder: Path, passed_over: Sequence[tuple[Path, str]]) -> None:
+    """Refuses to start anew where there was something to continue from.
+
+    Raises:
+        ResumeRefused: ``passed_over``, checkpoints and what is wrong with them, is not empty.
+    """
+    if passed_over:
+        problems = "; ".join(f"{path.name}: {problem}" for path, problem in passed_over)
+        raise ResumeRefused(
+            f"every checkpoint in {folder} is damaged ({problems}). Put back a copy of one, or choose another run_dir to start anew."
+        )
 
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps that have a directory under its final name."""
-    return [int(path.name[5:]) for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return list(steps_in(folder))
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint (presence and size; hashes are checked on reading), or None."""
+def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Step -> directory ``step_N`` + ``suffix``; none where there is no folder."""
+    pattern = re.compile(rf"step_(0|[1-9]\d*){re.escape(suffix)}", re.ASCII)
+    names = ((pattern.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return {int(match[1]): path for match, path in names if match is not None and path.is_dir()}
+
+
+def read_listing(path: Path, patience: float = 0.0) -> Listing:
+    """checkpoint.json of a checkpoint, checked against itself.
+
+    Args:
+        patience: seconds to wait for it.
+
+    Raises:
+        ValueError: it is not there or is damaged; the message says how.
+    """
+    wait_for(path / LISTING, time.monotonic() + patience)
     try:
-        listing = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-        files = listing["files"]
-        if listing["format"] != FORMAT or listing["version"] != VERSION:
-            return f"checkpoint.json is of format {listing['format']} version {listing['version']}, expected {FORMAT} {VERSION}"
-        for name, entry in files.items():
-            size = (path / name).stat().st_size if (path / name).is_file() else None
-            if size != entry["bytes"]:
-                return f"{name} has {'no file' if size is None else f'{size} bytes'}, expected {entry['bytes']} bytes"
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        return f"checkpoint.json cannot be read ({problem})"
+        content = json.loads((path / LISTING).read_text(encoding="utf-8"))
+        seal = content.pop("sha256", None)
+        if content["format"] != FORMAT or content["version"] not in (1, VERSION):
+            raise ValueError(
+                f"it is of format {content['format']} version {content['version']}, expected {FORMAT} {VERSION}"
+            )
+        if seal != (None if content["version"] == 1 else _seal(content)):
+            raise ValueError("its contents have changed since it was written")
+        return Listing(int(content["step"]), str(content.get("holds", LAYERS)), dict(content["files"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{LISTING} cannot be used ({problem})") from problem
+
+
+def write_listing(path: Path, listing: Listing) -> None:
+    """Writes checkpoint.json, which makes the checkpoint complete."""
+    content = {"format": FORMAT, "version": VERSION, **vars(listing)}
+    write_json(path / LISTING, {**content, "sha256": _seal(content)})
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def damage(path: Path, patience: float = 0.0) -> str | None:
+    """What is wrong with a checkpoint, as far as can be said without reading its weights, or None.
+
+    checkpoint.json and state.json are checked by their hashes, the other files by presence and size.
+
+    Args:
+        patience: seconds to wait, in all, for files that are not there.
+    """
+    deadline = time.monotonic() + patience
+    try:
+        listing = read_listing(path, patience)
+    except ValueError as problem:
+        return str(problem)
+    problem = damage_of_files(path, listing, listing.files, deadline, hashes=False)
+    return problem or damage_of_files(path, listing, [STATE], deadline)
+
+
+def damage_of_files(
+    path: Path, listing: Listing, names: Iterable[str], deadline: float, *, hashes: bool = True
+) -> str | None:
+    """What is wrong with the first damaged one of some files of a checkpoint, or None.
+
+    Args:
+        deadline: on the clock of `time.monotonic`, when a file that is not there is missing.
+        hashes: whether to read the files, or only look at their sizes.
+    """
+    for name in names:
+        expected = listing.files.get(name)
+        if expected is None:
+            return f"there is no {name} in its {LISTING}"
+        try:
+            if not wait_for(path / name, deadline):
+                return f"{name} is missing, expected {expected['bytes']} bytes"
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, expected {expected['bytes']} bytes"
+            seen = describe(path / name, sync=False) if hashes else expected
+        except OSError as problem:
+            return f"{name} cannot be read ({problem.strerror or problem})"
+        if seen["sha256"] != expected["sha256"]:
+            return f"{name} has SHA-256 {seen['sha256'][:12]}..., expected {expected['sha256'][:12]}..."
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its hash checked.
+def wait_for(path: Path, deadline: float) -> bool:
+    """Whether there is such a file, at the latest when the clock of `time.monotonic` reads ``deadline``."""
+    while not path.is_file():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+        # Listing the folder asks the server; looking for one name may be answered from memory.
+        with suppress(OSError):
+            os.listdir(path.parent)
+    return True
+
+
+def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Args:
+        patience: see `damage`.
 
     Raises:
-        ResumeRefused: the checkpoint is damaged.
+        ResumeRefused: the checkpoint is damaged (see `damage`).
     """
-    problem = damage(path)
+    problem = damage(path, patience)
     if problem is not None:
-        raise ResumeRefused(
-            f"the checkpoint {path} is damaged: {problem}. Resume from another (checkpoint.resume=PATH)."
-        )
-    verify(path, "state.json")
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        raise refusal(path, problem)
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def refusal(path: Path, problem: str) -> ResumeRefused:
+    """The error for a damaged checkpoint that was asked for by its path."""
+    return ResumeRefused(
+        f"the checkpoint {path} is damaged: {problem}. Resume from another (checkpoint.resume=PATH, or auto for the newest whole one)."
+    )
 
 
 def kind(path: Path) -> str:
-    """What holds the weights of a checkpoint: `LAYERS`, or the name of the engine that alone can read them."""
-    return json.loads((path / "checkpoint.json").read_text(encoding="utf-8")).get("holds", LAYERS)
+    """What holds the weights of a checkpoint, see `Listing`.
+
+    Raises:
+        ResumeRefused: its checkpoint.json is damaged.
+    """
+    try:
+        return read_listing(path).holds
+    except ValueError as problem:
+        raise refusal(path, str(problem)) from problem
 
 
 def files_in(path: Path, folder: str) -> list[str]:
@@ -100,15 +259,15 @@ def verify(path: Path, name: str) -> None:
     Raises:
         ResumeRefused: it is not what was written.
     """
-    expected = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["files"].get(name)
-    if expected is None:
+    try:
+        listing = read_listing(path)
+    except ValueError as problem:
+        raise refusal(path, str(problem)) from problem
+    if name not in listing.files:
         raise ResumeRefused(f"the checkpoint {path} has no {name}: it is of another model.")
-    seen = describe(path / name, sync=False)
-    if seen != expected:
-        raise ResumeRefused(
-            f"the checkpoint {path} is damaged: {name} has SHA-256 {seen['sha256'][:12]}..., expected {expected['sha256'][:12]}.... "
-            "Resume from another (checkpoint.resume=PATH)."
-        )
+    problem = damage_of_files(path, listing, [name], time.monotonic())
+    if problem is not None:
+        raise refusal(path, problem)
 
 
 def describe(path: Path, sync: bool = True) -> dict[str, Any]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megamix import checkpoint
 from megamix.data.blend import Blend
 from megamix.domain_change import DomainChange, digest, find_change
-from megamix.errors import InputError, ResumeRefused
+from megamix.errors import InputError, MegamixError, ResumeRefused
+from megamix.keeping import mend
+from megamix.log import get_logger
 from megamix.mixers import Mixer
 from megamix.plan import DataPlan, Plan
 from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Resumed:
 
 
 def open_checkpoint(plan: Plan) -> Resumed | None:
-    """The checkpoint that the run will continue from; None to start anew.
+    """The checkpoint that the run would continue from, as one process sees it; None to start anew.
+
+    Weights are not read. The ranks of a run call `agree_on_checkpoint`, which says what is passed over.
 
     Raises:
         InputError: a given path is no checkpoint, or the config asks for changes that cannot be made.
@@ -93,6 +100,110 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     if path is None:
         return None
     return resume_from(checkpoint.read_state(path), plan, path, fingerprints(plan))
+
+
+def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
+    """The checkpoint that the run continues from, the same on all ranks, each of which calls this; None to start anew.
+
+    The ranks share the reading of a checkpoint's files, whose hashes must hold. A damaged one is passed over for the
+    next older one, unless it was asked for by its path. Rank 0 says which, and first clears away what a killed run left
+    in the folder, so no other run may be writing there.
+
+    Args:
+        group: a process group of all ranks with a CPU backend.
+
+    Raises:
+        InputError, ResumeRefused: on every rank, see `open_checkpoint`; or all checkpoints are damaged.
+    """
+    search = _Search(plan)
+    while True:
+        offer = _from_main(search.next, group)
+        if offer is None:
+            return None
+        resumed, listing = offer
+        problem = _shared_reading(resumed.path, listing, group)
+        if problem is None:
+            return resumed
+        search.pass_over(resumed.path, problem)
+
+
+class _Search:
+    """Rank 0's way through the checkpoints of a run; the other ranks know only what was passed over."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._passed_over: list[tuple[Path, str]] = []
+
+    def next(self) -> tuple[Resumed, checkpoint.Listing] | None:
+        """The newest checkpoint that was not passed over and may be continued from; None to start anew."""
+        config = self._plan.config
+        folder = config.run_dir / "checkpoints"
+        if config.checkpoint.resume != "auto":
+            path = find_checkpoint(config, checkpoint.PATIENCE_SECONDS)
+            return None if path is None else self._open(path)
+        if not self._passed_over:
+            _mend(folder)
+        done = [path for path, _ in self._passed_over]
+        for path in checkpoint.candidates(folder):
+            if path in done:
+                continue
+            problem = checkpoint.damage(path, checkpoint.PATIENCE_SECONDS)
+            if problem is None:
+                return self._open(path)
+            self.pass_over(path, problem)
+        checkpoint.refuse_damaged(folder, self._passed_over)
+        return None
+
+    def pass_over(self, path: Path, problem: str) -> None:
+        """Does not offer a damaged checkpoint again.
+
+        Raises:
+            ResumeRefused: it was asked for by its path.
+        """
+        if self._plan.config.checkpoint.resume != "auto":
+            raise checkpoint.refusal(path, problem)
+        self._passed_over.append((path, problem))
+        if dist.get_rank() == 0:
+            get_logger().warning("passing over %s: %s", path, problem)
+
+    def _open(self, path: Path) -> tuple[Resumed, checkpoint.Listing]:
+        state = checkpoint.read_state(path, checkpoint.PATIENCE_SECONDS)
+        resumed = resume_from(state, self._plan, path, fingerprints(self._plan))
+        return resumed, checkpoint.read_listing(path)
+
+
+def _mend(folder: Path) -> None:
+    try:
+        mend(folder)
+    except OSError as problem:
+        raise InputError(
+            f"cannot clear away what a killed run left in {folder}: {problem.strerror or problem}. Choose another run_dir, or "
+            "make that one writable."
+        ) from problem
+
+
+def _from_main(look: Callable[[], T], group: Any) -> T:
+    """What rank 0 finds, or the error it meets, on every rank."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = look()
+        except MegamixError as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0, group=group)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def _shared_reading(path: Path, listing: checkpoint.Listing, group: Any) -> str | None:
+    """Reads every file of a checkpoint once, on some rank; what is wrong with the first damaged one, on all."""
+    by_size = sorted(listing.files, key=lambda name: (listing.files[name]["bytes"], name))
+    mine = by_size[dist.get_rank() :: dist.get_world_size()]
+    deadline = time.monotonic() + checkpoint.PATIENCE_SECONDS
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, checkpoint.damage_of_files(path, listing, mine, deadline), group=group)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def resume_from(state: dict[str, Any], plan: DataPlan, path: Path, present: Mapping[str, Mapping[str, Any]]) -> Resumed:
@@ -196,17 +307,20 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(config: RunConfig, patience: float = 0.0) -> Path | None:
     """The checkpoint to continue from by ``checkpoint.resume``; None to start anew.
+
+    Args:
+        patience: seconds to wait for the one that a path names.
 
     Raises:
         InputError: a given path is no checkpoint.
-        ResumeRefused: ``never``, but the run directory holds a checkpoint.
+        ResumeRefused: ``never``, but the run directory holds a checkpoint; or all that it holds are damaged.
     """
     folder = config.run_dir / "checkpoints"
     wish = config.checkpoint.resume
     if wish == "auto":
-        return checkpoint.newest(folder)
+        return checkpoint.newest(folder, quiet=True)
     if wish == "never":
         if checkpoint.complete_steps(folder):
             raise ResumeRefused(
@@ -215,7 +329,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
             )
         return None
     path = Path(wish)
-    if not (path / "checkpoint.json").is_file():
+    if not checkpoint.wait_for(path / checkpoint.LISTING, time.monotonic() + patience):
         raise InputError(
             f"checkpoint.resume: {path} is no complete checkpoint. Give auto, never or a RUN/checkpoints/step_N directory."
         )

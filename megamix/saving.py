@@ -1,11 +1,14 @@
-"""Writing checkpoints from all ranks at once, and setting an engine from one."""
+"""Writing checkpoints from all ranks at once, beside training, and setting an engine from one."""
 
 from __future__ import annotations
 
-import os
+import copy
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,142 +18,328 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamix.checkpoint import (
-    FORMAT,
     LAYERS,
     PARTIAL,
-    VERSION,
-    complete_steps,
+    PATIENCE_SECONDS,
+    STATE,
+    Files,
+    Listing,
+    damage_of_files,
     describe,
     files_in,
-    kind,
-    verify,
+    read_listing,
+    refusal,
     write_json,
+    write_listing,
 )
-from megamix.engines.base import Engine, ParameterState
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState
 from megamix.engines.own_format import OwnFormat
-from megamix.errors import MegamixError, ResumeRefused
+from megamix.errors import MegamixError, Preempted, RankFailed, ResumeRefused
 from megamix.files import sync_folder
+from megamix.keeping import drop_old, give_name, mend
+from megamix.log import get_logger
 from megamix.models.pretrained import PretrainedWeights
+from megamix.run_config import CheckpointConfig
+
+PARTS = ("weight", "exp_avg", "exp_avg_sq")
+LEAVE_SECONDS = 30.0
+"""How long a run that fails waits for the checkpoint under way, which may well come to its end."""
+
+Layers = Iterable[tuple[int, dict[str, torch.Tensor]]]
+Outcome = tuple[Files, str | None]
+"""What each rank reports: the files it wrote or hashed, and what went wrong."""
 
 
-def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
-    """Writes the checkpoint of ``step`` (steps taken) and drops all but the newest ``keep``; every rank calls it.
+class CheckpointWriter:
+    """Writes the checkpoints of a run. Every rank has one and makes the same calls.
+
+    With ``checkpoint.asynchronous``, `save` returns once this rank has copied what it is to write into host memory; a
+    thread writes it, agrees with the other ranks and gives the checkpoint its name while training goes on. An engine's
+    own format is written before `save` returns: its collectives are the main thread's.
+
+    As a context manager it waits at the end of the block for what is under way, for `LEAVE_SECONDS` where the block
+    fails. If it was the writing that failed, that is the error of the block.
 
     Args:
         folder: the run's ``checkpoints`` directory.
-        state: JSON-serialisable; rank 0's is written.
-        group: a process group of all ranks with a CPU backend.
+        group: a process group of the ranks of the job. Nothing is sent over it: the writer makes one like it, so that
+            what the thread sends meets no collective of the main thread.
 
-    Raises:
-        MegamixError: a rank could not write; every rank raises, and no checkpoint of this step exists.
+    Attributes:
+        last_step: the step of the last call of `save`; None before the first.
     """
-    final = folder / f"step_{step}"
-    partial = folder / f"step_{step}{PARTIAL}"
-    own = engine if isinstance(engine, OwnFormat) and engine.saves_own_format else None
-    holds = format_of(engine)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / holds).mkdir(parents=True)
-    dist.barrier(group)
-    written, error = _save_layers(partial, engine) if own is None else _save_own(partial, own, group)
-    if dist.get_rank() == 0 and error is None:
+
+    def __init__(self, folder: Path, engine: Engine, config: CheckpointConfig, group: Any) -> None:
+        self._folder = folder
+        self._engine = engine
+        self._config = config
+        self._own = engine if isinstance(engine, OwnFormat) and engine.saves_own_format else None
+        self._is_main = dist.get_rank() == 0
+        ranks = dist.get_process_group_ranks(group)
+        self._group: Any = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.last_step: int | None = None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Takes the checkpoint of ``step`` (steps taken), after waiting for the one before.
+
+        Args:
+            state: JSON-serialisable; rank 0's is written.
+
+        Raises:
+            MegamixError: this checkpoint, or with ``checkpoint.asynchronous`` the one before, could not be written, or
+                the model is not finite. Every rank raises, and no checkpoint of that step has come to be.
+        """
+        self.wait()
+        self.last_step = step
+        state = {**copy.deepcopy(dict(state)), "step": step} if self._is_main else {}
+        if self._own is not None or not self._config.asynchronous:
+            self._write(step, self._layers(), state)
+            return
+        arguments = (step, list(self._layers()), state)
+        # Must not keep the process when the main thread has failed.
+        self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the background so far, without waiting."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk under its name; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Preempted):
+            self.wait()
+        elif isinstance(error, Exception) and self._thread is not None:
+            self._thread.join(LEAVE_SECONDS)
+            # All ranks know of a failure in writing; the first to raise it takes the others' connections with it.
+            if self._error is not None and not isinstance(error, MegamixError):
+                raise self._error from error
+
+    def _in_background(self, step: int, layers: Layers, state: dict[str, Any]) -> None:
         try:
-            written["state.json"] = write_json(partial / "state.json", {**state, "step": step})
+            self._write(step, layers, state)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, layers: Layers, state: dict[str, Any]) -> None:
+        """From the first file to the last rename; all ranks."""
+        started = time.monotonic()
+        partial = self._folder / f"step_{step}{PARTIAL}"
+        holds = format_of(self._engine)
+
+        def start() -> None:
+            mend(self._folder)
+            (partial / holds).mkdir(parents=True)
+
+        def finish() -> None:
+            write_listing(partial, Listing(step, holds, files))
+            sync_folder(partial / holds)
+            sync_folder(partial)
+            give_name(partial)
+
+        try:
+            self._agree(step, self._on_main(start, partial))
+            outcome = self._write_own(partial, self._own) if self._own is not None else _write_layers(partial, layers)
+            files = self._agree(step, self._write_state(partial, state, outcome))
+            self._agree(step, self._on_main(finish, partial))
+        except MegamixError:
+            if self._is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self._is_main:
+            get_logger().info("saved %s (%.1f s)", partial.with_suffix(""), time.monotonic() - started)
+            drop_old(self._folder, step, self._config.keep, self._config.keep_every)
+
+    def _layers(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Copies of the layers that this rank writes. Every rank takes part in gathering a layer it holds a part of, so
+        this must be read to its end."""
+        place = self._engine.place
+        is_writer = place.data_rank == 0 and place.is_first_copy
+        for layer in self._engine.layers() if self._own is None else ():
+            tensors = {}
+            for name, state in self._engine.layer_state(layer):
+                for part in PARTS if is_writer else ():
+                    held = getattr(state, part).detach()
+                    tensors[f"{part}/{name}"] = held.to("cpu", torch.float32, copy=True).contiguous()
+            if is_writer:
+                yield layer, tensors
+
+    def _write_state(self, partial: Path, state: dict[str, Any], outcome: Outcome) -> Outcome:
+        files, error = outcome
+        if not self._is_main or error is not None:
+            return outcome
+        try:
+            return {**files, STATE: write_json(partial / STATE, state)}, None
+        except ValueError as problem:
+            return {}, f"the run's state has a number that is not finite ({problem}). {_RUINED}"
         except OSError as problem:
-            error = f"cannot write {partial / 'state.json'}: {problem}"
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (written, error), group=group)
-    errors = [problem for _, problem in outcomes if problem]
-    if errors:
-        raise MegamixError(
-            f"the checkpoint of step {step} was not written: {errors[0]}. Free space or choose another run_dir."
-        )
-    if dist.get_rank() == 0:
-        files = {name: entry for files, _ in outcomes for name, entry in files.items()}
-        listing = {"format": FORMAT, "version": VERSION, "step": step, "holds": holds, "files": files}
-        write_json(partial / "checkpoint.json", listing)
-        _replace_folder(partial, final)
-        sync_folder(folder)
-        for old in sorted(complete_steps(folder))[:-keep]:
-            shutil.rmtree(folder / f"step_{old}", ignore_errors=True)
-    dist.barrier(group)
-    return final
+            return {}, _cannot_write(partial / STATE, problem)
+
+    def _write_own(self, partial: Path, engine: OwnFormat) -> Outcome:
+        """The engine writes, then each file is hashed by one rank.
+
+        A rank that cannot write raises by itself: the others may be waiting for it inside the engine.
+        """
+        folder = partial / engine.own_format
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            engine.save_own(folder)
+        except (OSError, RuntimeError, CheckpointException) as problem:
+            raise MegamixError(_cannot_write(folder, problem)) from problem
+        # Each rank sees its own files; those of others may not have appeared yet.
+        seen: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(seen, files_in(partial, engine.own_format), group=self._group)
+        mine = [name for name, rank in _shared_out(seen).items() if rank == dist.get_rank(self._group)]
+        try:
+            return {name: describe(partial / name) for name in mine}, None
+        except OSError as problem:
+            return {}, f"cannot read back {folder}: {problem.strerror or problem}"
+
+    def _on_main(self, act: Callable[[], None], path: Path) -> Outcome:
+        try:
+            if self._is_main:
+                act()
+        except OSError as problem:
+            return {}, _cannot_write(path, problem)
+        return {}, None
+
+    def _agree(self, step: int, outcome: Outcome) -> Files:
+        """The files of all ranks.
+
+        Raises:
+            MegamixError: on every rank, what went wrong on one.
+            RankFailed: a rank is gone.
+        """
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        try:
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+        except RuntimeError as problem:
+            raise RankFailed(
+                f"the checkpoint of step {step} was given up: another rank is gone ({problem}). The same command resumes "
+                "the run from the checkpoint before it."
+            ) from problem
+        errors = [error for _, error in outcomes if error]
+        if errors:
+            raise MegamixError(f"the checkpoint of step {step} was not written: {errors[0]}")
+        return {name: entry for files, _ in outcomes for name, entry in files.items()}
 
 
-# What each rank reports: the files it wrote or hashed, and what went wrong.
-Outcome = tuple[dict[str, dict[str, Any]], str | None]
+_RUINED = "Resume from the checkpoint before it, with a lower train.lr."
 
 
-def _save_layers(partial: Path, engine: Engine) -> Outcome:
-    """Every rank takes part in gathering a layer it holds a part of, and one writes it."""
-    written: dict[str, dict[str, Any]] = {}
+def _cannot_write(path: Path, problem: BaseException) -> str:
+    reason = problem.strerror or problem if isinstance(problem, OSError) else problem
+    return (
+        f"cannot write {path}: {reason}. Free space; the same command then goes on from the checkpoint before it. Or "
+        "choose another run_dir."
+    )
+
+
+def _write_layers(partial: Path, layers: Layers) -> Outcome:
+    """Writes the layers that are given, to the first that cannot be written."""
+    files: Files = {}
     error: str | None = None
-    for layer in engine.layers():
-        tensors = _flat(engine, layer)
-        if engine.place.data_rank == 0 and engine.place.is_first_copy and error is None:
-            path = partial / _layer_file(layer)
-            try:
-                save_file(tensors, path)
-                written[str(path.relative_to(partial))] = describe(path)
-            except (OSError, SafetensorError) as problem:
-                error = f"cannot write {path}: {problem}"
-    return written, error
+    for layer, tensors in layers:
+        if error is not None:
+            continue  # gathering the others is the work of all ranks
+        error = _not_finite(layer, tensors)
+        if error is not None:
+            continue
+        path = partial / _layer_file(layer)
+        try:
+            # Rank 0 has made it, which this machine may not have noticed.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path)
+            files[_layer_file(layer)] = describe(path)
+        except (OSError, SafetensorError) as problem:
+            error = _cannot_write(path, problem)
+    return files, error
 
 
-def _save_own(partial: Path, engine: OwnFormat, group: Any) -> Outcome:
-    """The engine writes, then each file is hashed by one rank.
-
-    A rank that cannot write raises by itself: the others may be waiting for it inside the engine.
-    """
-    folder = partial / engine.own_format
-    try:
-        engine.save_own(folder)
-    except (OSError, RuntimeError, CheckpointException) as problem:
-        raise MegamixError(f"cannot write {folder}: {problem}. Free space or choose another run_dir.") from problem
-    dist.barrier(group)
-    names = files_in(partial, engine.own_format)[dist.get_rank() :: dist.get_world_size()]
-    try:
-        return {name: describe(partial / name) for name in names}, None
-    except OSError as problem:
-        return {}, f"cannot read back {folder}: {problem}"
+def _not_finite(layer: int, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """What is NaN or infinite in a layer, or None."""
+    for key, tensor in tensors.items():
+        # One pass without a copy; NaN anywhere makes both NaN.
+        low, high = torch.aminmax(tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            count = int((~torch.isfinite(tensor)).sum())
+            part, _, name = key.partition("/")
+            return (
+                f"{count:,} of {tensor.numel():,} values of {part} of {name} (layer {layer}) are not finite. {_RUINED}"
+            )
+    return None
 
 
-def load_engine(path: Path, engine: Engine, step: int) -> None:
+def _shared_out(seen: list[list[str]]) -> dict[str, int]:
+    """File -> a rank that sees it; no rank is given many more than others that see the same."""
+    shared: dict[str, int] = {}
+    load = [0] * len(seen)
+    for name in sorted({name for names in seen for name in names}):
+        rank = min((rank for rank, names in enumerate(seen) if name in names), key=lambda rank: load[rank])
+        load[rank] += 1
+        shared[name] = rank
+    return shared
+
+
+def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: bool = False) -> None:
     """Sets the engine's weights and optimizer state; each rank reads the layers it holds.
+
+    Layers are safetensors files. An own format is read by its engine; Megatron's holds pickled files, which it opens
+    only after their hashes were found right (`megamix.engines.megatron_checkpoint`).
+
+    Args:
+        verified: whether all hashes were checked just now (`megamix.resume.agree_on_checkpoint`).
 
     Raises:
         ResumeRefused: a file is damaged, or only another engine can read it.
     """
-    holds = kind(path)
-    if holds != LAYERS:
-        if not isinstance(engine, OwnFormat) or engine.own_format != holds:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
+        listing = read_listing(path, PATIENCE_SECONDS)
+    except ValueError as problem:
+        raise refusal(path, str(problem)) from problem
+
+    def check(names: list[str]) -> None:
+        problem = damage_of_files(path, listing, names, deadline, hashes=not verified)
+        if problem is not None:
+            raise refusal(path, problem)
+
+    if listing.holds != LAYERS:
+        if not isinstance(engine, OwnFormat) or engine.own_format != listing.holds:
             raise ResumeRefused(
-                f"the checkpoint {path} was written by engine {holds} in a format of its own (engine.checkpoint_format dist), which no other "
-                f"engine reads. Resume it with engine.name={holds}; there, engine.checkpoint_format=layers writes the next one for all engines."
+                f"the checkpoint {path} was written by engine {listing.holds} in a format of its own (engine.checkpoint_format dist), which no "
+                f"other engine reads. Resume it with engine.name={listing.holds}; there, engine.checkpoint_format=layers writes the next one "
+                "for all engines."
             )
-        for name in files_in(path, holds)[dist.get_rank() :: dist.get_world_size()]:
-            verify(path, name)
-        engine.load_own(path / holds, step)
+        names = sorted(name for name in listing.files if name.startswith(f"{listing.holds}/"))
+        check(names if verified else names[dist.get_rank() :: dist.get_world_size()])
+        engine.load_own(path / listing.holds, optimizer_steps)
         return
-    engine.optimizer_steps = step
+    engine.optimizer_steps = optimizer_steps
     for layer in engine.layers():
         name = _layer_file(layer)
-        verify(path, name)
+        if name not in listing.files:
+            raise ResumeRefused(f"the checkpoint {path} has no {name}: it is of another model.")
+        check([name])
         engine.load_layer_state(layer, _unflatten(load_file(path / name)))
 
 
 def format_of(engine: Engine) -> str:
-    """What the engine's checkpoints will hold, as `megamix.checkpoint.kind` says it."""
+    """What the engine's checkpoints will hold, see `megamix.checkpoint.Listing`."""
     return engine.own_format if isinstance(engine, OwnFormat) and engine.saves_own_format else LAYERS
-
-
-def _replace_folder(partial: Path, final: Path) -> None:
-    """Gives a finished folder its name; one of that name from before is there until then."""
-    before = final.with_name(f"{final.name}.before")
-    if final.exists():
-        os.replace(final, before)
-    os.replace(partial, final)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def load_weights(weights: PretrainedWeights, engine: Engine) -> None:
@@ -168,17 +357,12 @@ def _layer_file(layer: int) -> str:
     return f"{LAYERS}/{layer:05d}.safetensors"
 
 
-def _flat(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, state in engine.layer_state(layer):
-        for part in ("weight", "exp_avg", "exp_avg_sq"):
-            tensors[f"{part}/{name}"] = getattr(state, part).detach().float().cpu().contiguous()
-    return tensors
-
-
 def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, ParameterState]:
     names = [key.partition("/")[2] for key in tensors if key.startswith("weight/")]
-    return {
-        name: ParameterState(*(tensors[f"{part}/{name}"] for part in ("weight", "exp_avg", "exp_avg_sq")))
-        for name in names
-    }
+    return {name: ParameterState(*(tensors[f"{part}/{name}"] for part in PARTS)) for name in names}
+
+
+def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
+    """Writes one checkpoint, before it returns; every rank calls it."""
+    CheckpointWriter(folder, engine, CheckpointConfig(keep=keep, asynchronous=False), group).save(step, state)
+    return folder / f"step_{step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -90,8 +91,7 @@ def run_of(trained: Path, tmp_path: Path) -> Make:
             path = source / "layers" / f"{layer.index:05d}.safetensors"
             save_file({**tensors, **moments}, path)
             files[f"layers/{path.name}"] = checkpoint.describe(path)
-        listing = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "step": 2, "files": files}
-        checkpoint.write_json(source / "checkpoint.json", listing)
+        checkpoint.write_listing(source, checkpoint.Listing(2, checkpoint.LAYERS, files))
         return folder, layers
 
     return make
@@ -351,9 +351,9 @@ def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> No
             path.write_bytes(content)
 
     def rewrite(path: Path) -> None:
-        files = json.loads(listing.read_text())
-        files["files"][str(path.relative_to(source))] = checkpoint.describe(path)
-        listing.write_text(json.dumps(files))
+        kept = checkpoint.read_listing(source)
+        kept.files[str(path.relative_to(source))] = checkpoint.describe(path)
+        checkpoint.write_listing(source, kept)
 
     layer.write_bytes(before[layer][:-1] + bytes([before[layer][-1] ^ 1]))
     refused(ResumeRefused, r"is damaged: layers/00001.safetensors has SHA-256")
@@ -368,7 +368,7 @@ def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> No
     state.write_text(json.dumps(changed))
     rewrite(state)
     refused(InputError, r"was trained with a tokenizer of hash 000000000000, but .* has")
-    listing.write_text(json.dumps({**json.loads(before[listing]), "holds": "megatron"}))
+    checkpoint.write_listing(source, dataclasses.replace(checkpoint.read_listing(source), holds="megatron"))
     refused(InputError, r"in a format of engine megatron's own .*engine.checkpoint_format=layers")
     with pytest.raises(InputError, match=r"cannot make /proc/none.partial"):
         export(source, Path("/proc/none"))
