@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import run_processes
 
 ROOT = Path(__file__).parent.parent
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -87,17 +87,21 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def megamix() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one."""
+    """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one.
 
-    def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "megamix", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=RUN_SECONDS,
-            env={**ENVIRONMENT, **environment},
-            stdin=subprocess.DEVNULL,
-            check=False,
+    It is forked from one that has imported everything, if ``fork`` is left at that (see `forked`).
+    """
+
+    def run(
+        *arguments: object, code: int = 0, fork: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        (done,) = run_processes(
+            ["-m", "megamix", *arguments],
+            [{**ENVIRONMENT, **environment}],
+            cwd=ROOT,
+            seconds=RUN_SECONDS,
+            fork=fork,
+            separate=True,
         )
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -7,56 +7,30 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 600
 
-
-def run_job(ranks: int, runs: Sequence[tuple[Path, Sequence[str]]], **environment: str) -> None:
+def run_job(
+    ranks: int, runs: Sequence[tuple[Path, Sequence[str]]], script: str | Path = __file__, **environment: str
+) -> None:
     """Trains (config, overrides) after (config, overrides) on ``ranks`` ranks; a run's ``stop_after`` ends it only.
+
+    Args:
+        script: what a rank runs.
 
     Raises:
         AssertionError: a rank failed; with what it said.
     """
-    from conftest import ENVIRONMENT
+    from ranks import run_ranks
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     wanted = json.dumps([[str(config), list(overrides)] for config, overrides in runs])
-    shared = {
-        **ENVIRONMENT,
-        **environment,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, wanted],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert not any(codes), "\n".join(f"rank {rank}: exit code {code}\n{said[rank]}" for rank, code in enumerate(codes))
+    run_ranks(Path(script), ranks, wanted, cwd=Path(__file__).parent, **environment)
 
 
-def _rank(runs: list[Any]) -> None:
+def run_rank(runs: list[Any]) -> None:
     import torch.distributed as dist
 
     from megamix.config import load_config
@@ -76,4 +50,4 @@ def _rank(runs: list[Any]) -> None:
 
 
 if __name__ == "__main__":
-    _rank(json.loads(sys.argv[1]))
+    run_rank(json.loads(sys.argv[1]))

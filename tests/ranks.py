@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from conftest import ENVIRONMENT
+from forked import run_processes
 
-SECONDS = 240
+SECONDS = 600
 
 
-def run_ranks(script: Path, num_ranks: int, *arguments: object, cwd: Path, code: int = 0) -> list[str]:
+def run_ranks(
+    script: Path, num_ranks: int, *arguments: object, cwd: Path, code: int = 0, fork: bool = True, **environment: str
+) -> list[str]:
     """Runs ``script`` once per rank, with the variables that torchrun sets; fails if an exit code is not ``code``.
+
+    Args:
+        fork: as of `run_processes`.
 
     Returns:
         What each rank printed, standard error included.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            cwd=cwd,
-            env={**ENVIRONMENT, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        printed = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    codes = [rank.returncode for rank in ranks]
-    assert codes == [code] * num_ranks, f"exit codes {codes}\n" + "\n".join(printed)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    job = {**ENVIRONMENT, **environment, **address, "WORLD_SIZE": str(num_ranks)}
+    ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=SECONDS, fork=fork)
+    printed = [rank.stdout for rank in done]
+    said = "\n".join(f"rank {rank}: exit code {each.returncode}\n{each.stdout}" for rank, each in enumerate(done))
+    assert [each.returncode for each in done] == [code] * num_ranks, said
     return printed
