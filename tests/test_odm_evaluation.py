@@ -52,6 +52,7 @@ def test_rewards_are_the_losses_of_the_evaluation(
     """With alpha 0 the estimated rewards are those of the last evaluation, so log R is the loss of the model as it
     stands after that step; the update at step 12 is the third and last."""
     pipeline, data = {"engine": {"pipeline": 2}}, {"engine": {"data": 2}}
+    tensor, stages = ({"engine": {"name": "megatron", part: 2}} for part in ("tensor", "pipeline"))
 
     def config(name: str, **sections: Any) -> Path:
         written = tiny_config(run_dir=str(tmp_path / name), mixer=EVALUATION, train={"steps": 14}, **sections)
@@ -63,6 +64,8 @@ def test_rewards_are_the_losses_of_the_evaluation(
         [
             (config("pipeline", **pipeline), ("train.stop_after=12",)),
             (config("data", **data), ("train.stop_after=12",)),
+            (config("megatron-tensor", **tensor), ("train.stop_after=12",)),
+            (config("megatron-pipeline", **stages), ("train.stop_after=12",)),
             (stopped, ("train.stop_after=8",)),
             (stopped, ("train.stop_after=12",)),
         ],
@@ -79,9 +82,10 @@ def test_rewards_are_the_losses_of_the_evaluation(
     assert rate == pytest.approx(math.sqrt(math.log(k) / (k * 12)))
     assert weights[-1]["domain_weights"] == pytest.approx((1 - k * rate) * share + rate, abs=1e-5)
     assert record(tmp_path / "stopped") == record(tmp_path / "pipeline")
-    loss, weight = largest_difference(tmp_path / "data", tmp_path / "pipeline")
-    assert loss < 1e-4
-    assert weight < 1e-4
+    for other in ("data", "megatron-tensor", "megatron-pipeline"):
+        loss, weight = largest_difference(tmp_path / other, tmp_path / "pipeline")
+        assert loss < 1e-4
+        assert weight < 1e-4
 
 
 def test_which_steps_end_in_an_evaluation() -> None:
