@@ -79,12 +79,25 @@ class Engine(ABC):
     @abstractmethod
     def train_step(
         self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
-    ) -> None:
+    ) -> bool:
         """One optimizer step on this rank's part of a global batch (None where the stage reads no data).
 
         ``on_statistics`` is called exactly once, with this rank's int64 [K, C] sums of the step (zeros on a rank
         without the loss), as soon as the last micro-batch has gone forward, so that their all-reduce runs beside the
         backward pass.
+
+        Returns:
+            False where the engine has seen a loss or a gradient that is not finite; the same on all ranks. An engine
+            made with ``skip_non_finite`` looks at every step, and has then left weights and optimizer as they were;
+            else it tells only what it comes to know anyway, and what became of the weights is not said.
+        """
+
+    @abstractmethod
+    def non_finite_counts(self) -> torch.Tensor | None:
+        """Tokens of each of this rank's samples whose loss was not finite, int32 [M, B] on the device; None on a rank
+        without the loss, or where another speaks for it.
+
+        Of the last training step, from its ``on_statistics`` on; a later step does not write over it.
         """
 
     @abstractmethod

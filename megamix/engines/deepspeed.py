@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState, Place
 from megamix.engines.config import DeepSpeedConfig
+from megamix.engines.finite import is_finite_everywhere
 from megamix.engines.step_loss import StepLoss
 from megamix.models.config import ModelConfig
 from megamix.train_config import TrainConfig
@@ -53,6 +55,7 @@ class DeepSpeedEngine(Engine):
         num_domains: int,
         vocab_size: int,
         loss_implementation: str,
+        skip_non_finite: bool = False,
     ) -> None:
         import deepspeed
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -97,11 +100,14 @@ class DeepSpeedEngine(Engine):
         )
         if engine.zero == 0 and train.clip > 0:
             self._engine.clip_fp32_gradients = self._clip_gradients
+        self._is_finite = True
+        if skip_non_finite:
+            self._engine._take_model_step = self._take_step_if_finite
         self.optimizer_steps = 0
 
     def train_step(
         self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
-    ) -> None:
+    ) -> bool:
         micro_batches = self._engine.gradient_accumulation_steps()
         if self.place.has_loss:
             # DeepSpeed averages over micro-batches and data-parallel ranks; undone here, because ours is one sum over
@@ -116,7 +122,13 @@ class DeepSpeedEngine(Engine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train_batch(_micro_batches(batch) if batch is not None else None)
-        self._steps += 1
+        # Under ZeRO, DeepSpeed leaves out a step whose norm is not finite, whatever it was told.
+        is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
+        self._steps += is_finite
+        return is_finite
+
+    def non_finite_counts(self) -> torch.Tensor | None:
+        return self._loss.non_finite_counts if self.place.has_loss else None
 
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
         self._loss.start_evaluation()
@@ -134,7 +146,27 @@ class DeepSpeedEngine(Engine):
 
     def grad_norm(self) -> float | None:
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None or not math.isfinite(norm) else float(norm)
+
+    def _take_step_if_finite(self, lr_kwargs: Any = None) -> None:
+        """Stands in for `DeepSpeedEngine._take_model_step`: clips, steps, passes the weights on and forgets the
+        gradients, but leaves out the step itself where it may not be taken."""
+        self._is_finite = is_finite_everywhere(self._gradients(), self._loss.non_finite_tokens)
+        with contextlib.nullcontext() if self._is_finite else _at_rest(self._adam):
+            type(self._engine)._take_model_step(self._engine, lr_kwargs)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """What this rank's part of the optimizer is about to use."""
+        if hasattr(self._optimizer, "averaged_gradients"):  # ZeRO: this rank's share of every group
+            return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
+        if hasattr(self._optimizer, "fp32_groups_gradients_flat"):  # the same in bf16
+            return self._optimizer.fp32_groups_gradients_flat
+        return [p.grad for p in self._module.parameters() if p.grad is not None]
+
+    @property
+    def _adam(self) -> torch.optim.AdamW:
+        """The optimizer that was given to DeepSpeed, wrapped or not."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def _clip_gradients(self) -> None:
         """Stands in for `DeepSpeedEngine.clip_fp32_gradients`, which takes the norm of each pipeline stage for
@@ -189,7 +221,7 @@ class DeepSpeedEngine(Engine):
     def optimizer_steps(self, steps: int) -> None:
         """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
         self._steps = steps
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        inner = self._adam
         for group in inner.param_groups:
             for parameter in group["params"]:
                 inner.state[parameter] = {
@@ -203,6 +235,16 @@ class DeepSpeedEngine(Engine):
             # run can fill them.
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def _at_rest(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, stepping the optimizer does nothing."""
+    vars(optimizer)["step"] = lambda: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:

@@ -5,6 +5,7 @@ Legend: M micro-batches, B samples, S tokens, V vocabulary, T tensor-parallel ra
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from megamix.data.permute import hash_words
 from megamix.engines import megatron_checkpoint, megatron_setup
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState
 from megamix.engines.config import MegatronConfig
+from megamix.engines.finite import is_finite_everywhere
 from megamix.engines.megatron_context import context_part, whole_samples
 from megamix.engines.megatron_cpu import cpu_stand_ins
 from megamix.engines.megatron_layout import uses_transformer_engine
@@ -59,9 +61,11 @@ class MegatronEngine(Engine, OwnFormat):
         num_domains: int,
         vocab_size: int,
         loss_implementation: str,
+        skip_non_finite: bool = False,
         reset_position_ids: bool = False,
     ) -> None:
         self._config = engine
+        self._skip_non_finite = skip_non_finite
         self._model = model
         self._train = train
         self._seq_length = seq_length
@@ -85,6 +89,7 @@ class MegatronEngine(Engine, OwnFormat):
             self.place.device,
             loss_implementation,
             process_group=self._tensor_group if engine.tensor > 1 else None,
+            sample_dim=1,
         )
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
         self._grad_norm: float | None = None
@@ -92,7 +97,7 @@ class MegatronEngine(Engine, OwnFormat):
 
     def train_step(
         self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
-    ) -> None:
+    ) -> bool:
         if self.place.has_loss:
             # Gradients are summed as they are: over micro-batches, and over data- and context-parallel ranks.
             self._loss.start_step(self._num_micro_batches, objective, 1.0, on_statistics)
@@ -106,8 +111,30 @@ class MegatronEngine(Engine, OwnFormat):
             self._run(batch, self._num_micro_batches, forward_only=False)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            _, self._grad_norm, _ = self._optimizer.step()
-        self._steps += 1
+            is_finite = self._step_optimizer()
+        self._steps += is_finite
+        return is_finite
+
+    def _step_optimizer(self) -> bool:
+        """Takes the step unless it is to be left out; returns whether the step is known to be finite."""
+        self._grad_norm = None
+        if self._skip_non_finite:
+            bad_tokens = self._loss.non_finite_tokens  # 0 where there is no loss
+            if not is_finite_everywhere([p.main_grad for p in self._parameters_held()], bad_tokens):
+                return False
+        _, norm, _ = self._optimizer.step()
+        # Megatron has read it on the host, whether it clips or not.
+        is_finite = math.isfinite(norm)
+        self._grad_norm = norm if is_finite else None
+        return is_finite
+
+    def _parameters_held(self) -> Iterator[Any]:
+        """All that this rank holds a part of, with the gradients that Megatron sums up."""
+        return (p for chunk in self._chunks for p in chunk.parameters() if p.requires_grad)
+
+    def non_finite_counts(self) -> torch.Tensor | None:
+        speaks = self.place.has_loss and self.place.tensor_rank == 0
+        return self._loss.non_finite_counts if speaks else None
 
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
         self._loss.start_evaluation()

@@ -1,7 +1,7 @@
 """The loss function an engine calls on its last stage: the scalar to differentiate, and the sums per domain of the
 step.
 
-Legend: B samples, S tokens, V vocabulary, K domains, C statistics.
+Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains, C statistics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megamix.engines.base import Objective
 from megamix.errors import InputError
 from megamix_kernels import DomainSums, domain_cross_entropy
 from megamix_kernels.loss import choose_backend
+from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE
 
 
 class StepLoss:
@@ -26,6 +27,7 @@ class StepLoss:
     Args:
         vocab_size: token ids that join the softmax, over all ranks of ``process_group``.
         process_group: the ranks that share the vocabulary; None: the logits hold all of it.
+        sample_dim: which dimension of logits and targets counts samples: 0, or 1 where tokens come first.
 
     Raises:
         InputError: the implementation cannot be used on the device.
@@ -38,10 +40,12 @@ class StepLoss:
         device: torch.device,
         implementation: str,
         process_group: Any = None,
+        sample_dim: int = 0,
     ) -> None:
         self._num_domains = num_domains
         self._vocab_size = vocab_size
         self._process_group = process_group
+        self._token_dim = 1 - sample_dim
         try:
             choose_backend(implementation, torch.empty(1, 1, device=device))
         except ValueError as error:
@@ -52,6 +56,7 @@ class StepLoss:
         self._objective = Objective(1.0)
         self._gradient_scale: float | None = None
         self._left = 0
+        self._bad: list[torch.Tensor] = []
         self._token_losses: list[torch.Tensor] | None = None
         self._on_statistics: Callable[[torch.Tensor], None] | None = None
 
@@ -72,6 +77,7 @@ class StepLoss:
             on_statistics: takes the step's int64 [K, C] sums.
         """
         self._training.zero_()
+        self._bad = []
         self._left = num_micro_batches
         self._objective = objective
         self._gradient_scale = gradient_scale
@@ -86,6 +92,16 @@ class StepLoss:
     def evaluation_sums(self) -> torch.Tensor:
         """int64 [K, C]: what the evaluation in progress has collected."""
         return self._evaluation.buffer
+
+    @property
+    def non_finite_counts(self) -> torch.Tensor:
+        """int32 [M, B]: tokens of each sample that the sums of the training step count as not finite."""
+        return torch.stack(self._bad)
+
+    @property
+    def non_finite_tokens(self) -> torch.Tensor:
+        """int64 []: all of them, once where ranks share the vocabulary."""
+        return self._training.buffer[:, NON_FINITE].sum()
 
     def token_losses(self) -> torch.Tensor | None:
         """float32 [M, B, S] of the evaluation that kept them; None where no micro-batch came by."""
@@ -113,7 +129,7 @@ class StepLoss:
             normaliser=self._objective.normaliser if training else 1.0,
             gradient_scale=self._gradient_scale if training else None,
             sums=self._training if training else self._evaluation,
-            return_token_loss=not training and self._token_losses is not None,
+            return_token_loss=training or self._token_losses is not None,
             process_group=self._process_group,
             implementation=self._implementation,
         )
@@ -121,7 +137,19 @@ class StepLoss:
             self._token_losses.append(out.token_loss_N.detach().view_as(labels_BS))
         if training:
             assert self._on_statistics is not None
+            assert out.token_loss_N is not None
+            self._bad.append(self._count_bad(out.token_loss_N.view_as(labels_BS), labels_BS, *reference_BS))
             self._left -= 1
             if self._left == 0:
                 self._on_statistics(self._training.buffer)
         return out.loss
+
+    def _count_bad(
+        self, loss_BS: torch.Tensor, labels_BS: torch.Tensor, reference_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """int32 [B]: tokens of each sample that `DomainSums` leaves out; nothing here waits for the device."""
+        # Comparisons with NaN are false.
+        bad_BS = ~(loss_BS.detach().abs() <= MAX_TOKEN_NATS)
+        if reference_BS is not None:
+            bad_BS |= ~(reference_BS.abs() <= MAX_TOKEN_NATS) & (labels_BS != IGNORED_LABEL)
+        return bad_BS.sum(self._token_dim, dtype=torch.int32)
