@@ -27,7 +27,7 @@ def run_job(
     from ranks import run_ranks
 
     wanted = json.dumps([[str(config), list(overrides)] for config, overrides in runs])
-    run_ranks(Path(script), ranks, wanted, cwd=Path(__file__).parent, **environment)
+    run_ranks(Path(script), ranks, wanted, cwd=Path(__file__).parent, environment=environment)
 
 
 def run_rank(runs: list[Any]) -> None:

@@ -12,12 +12,19 @@ SECONDS = 600
 
 
 def run_ranks(
-    script: Path, num_ranks: int, *arguments: object, cwd: Path, code: int = 0, fork: bool = True, **environment: str
+    script: Path,
+    num_ranks: int,
+    *arguments: object,
+    cwd: Path,
+    code: int = 0,
+    fork: bool = True,
+    environment: dict[str, str] | None = None,
 ) -> list[str]:
     """Runs ``script`` once per rank, with the variables that torchrun sets; fails if an exit code is not ``code``.
 
     Args:
         fork: as of `run_processes`.
+        environment: more variables.
 
     Returns:
         What each rank printed, standard error included.
@@ -25,7 +32,7 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    job = {**ENVIRONMENT, **environment, **address, "WORLD_SIZE": str(num_ranks)}
+    job = {**ENVIRONMENT, **(environment or {}), **address, "WORLD_SIZE": str(num_ranks)}
     ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=SECONDS, fork=fork)
     printed = [rank.stdout for rank in done]
