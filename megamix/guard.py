@@ -1,0 +1,276 @@
+"""What happens when a loss goes wrong: a step that is not finite, and a loss that explodes (the config's ``guard``).
+
+    engine: tokens of each sample that are not finite --kept--> Guard.judge, once the step's sums are there: names them
+    engine: was the step finite? --at its end, the same on all ranks--> Guard.took or Guard.left_out
+
+Every rank has one and is given the same sums, so that all come to the same end at the same point of the run: no rank
+goes on to wait for another, and each can say the whole reason. Nothing is read from the device for this before a step
+has gone wrong.
+
+A step that is left out is seen by the mixer all the same, by its finite tokens: their losses are true of the model as
+it stood before the step, whether the step is taken or not; and the mixer is told of them before the gradient is known.
+
+``RUN/non_finite.jsonl`` has a line for every such step, with all its samples. It is never cut back on resume.
+
+Legend: K domains, C statistics, M micro-batches, B samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamix.append_file import AppendFile
+from megamix.checkpoint import complete_steps
+from megamix.data.sampler import StepSamples
+from megamix.errors import MegamixError
+from megamix.log import get_logger
+from megamix.plan import DataPlan
+from megamix.run_config import GuardConfig, RunConfig
+from megamix_kernels import DomainSums
+
+RECORD = "non_finite.jsonl"
+SHOWN = 4  # samples in a message
+
+
+class BadStep(MegamixError):
+    """A step that ends the run. Every rank raises it, before the same step."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample whose loss was not finite.
+
+    Attributes:
+        position: its place in the run, as ``megamix inspect RUN --sample`` takes it.
+        domain: a name.
+        sample: its number in the domain.
+        tokens: how many of its tokens.
+    """
+
+    position: int
+    domain: str
+    sample: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a rank with the loss keeps of a step until its sums are there."""
+
+    samples: StepSamples
+    first: int
+    counts_MB: torch.Tensor
+
+
+class Guard:
+    """Judges the steps of one rank of a run.
+
+    Args:
+        config: the policy.
+        domains: K names.
+        vocab_size: what a guess would choose from.
+        run: the config of the run, for its messages and its record; None in a trainer of somebody else's.
+        first: this rank's first sample within a global batch.
+        state: what `state_dict` gave.
+
+    Attributes:
+        skips: steps left out so far.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        domains: tuple[str, ...],
+        vocab_size: int,
+        *,
+        run: RunConfig | None = None,
+        first: int = 0,
+        state: Mapping[str, int] | None = None,
+    ) -> None:
+        self._config = config
+        self._domains = domains
+        self._limit = config.explosion * math.log(vocab_size) if config.explosion else math.inf
+        self._run = run
+        self._first = first
+        self._kept: dict[int, _Kept] = {}
+        self._found: dict[int, str] = {}
+        self._end: BadStep | None = None
+        self.skips, self._in_a_row = (0, 0) if state is None else (state["skips"], state["in_a_row"])
+
+    @classmethod
+    def of(cls, plan: DataPlan, data_rank: int, state: Mapping[str, int] | None) -> Guard:
+        """The guard of a run; that of somebody else's trainer stops where a loss is not finite, and has no limit."""
+        run = plan.config if isinstance(plan.config, RunConfig) else None
+        return cls(
+            GuardConfig(explosion=0) if run is None else run.guard,
+            plan.domain_names,
+            plan.vocab_size,
+            run=run,
+            first=plan.share(data_rank).samples.start,
+            state=state,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """What to keep with a checkpoint."""
+        return {"skips": self.skips, "in_a_row": self._in_a_row}
+
+    def keep(self, step: int, samples: StepSamples, counts_MB: torch.Tensor) -> None:
+        """Keeps what `judge` will name the samples of ``step`` by; before the step's sums are on their way.
+
+        Args:
+            samples: what this rank reads in the step.
+            counts_MB: int32, on the device: tokens of each that are not finite.
+        """
+        self._kept[step] = _Kept(samples, self._first, counts_MB)
+
+    def judge(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor, group: Any) -> None:
+        """Looks at the sums of ``step`` over all ranks, in the order of steps; every rank calls it with the same.
+
+        Args:
+            sums_KC: int64, on the CPU.
+            evaluated_KC: the same of the evaluation after the step; [0, C] where there was none.
+            group: a process group of all ranks with a CPU backend, which nobody else uses meanwhile.
+
+        Raises:
+            BadStep: the run ends here; also for every step after it.
+        """
+        kept = self._kept.pop(step, None)
+        if self._end is not None:
+            raise self._end
+        sums = DomainSums.from_buffer(sums_KC)
+        if sums.non_finite.any():
+            samples = _gather(kept, self._domains, group)
+            self._found[step] = self._describe(sums, samples)
+            self._write(step, sums, samples)
+        problem = self._problem(step, sums, evaluated_KC)
+        if problem is not None:
+            self._end = BadStep(problem)
+            raise self._end
+
+    def took(self) -> None:
+        """The step was taken."""
+        self._in_a_row = 0
+
+    def left_out(self, step: int) -> str:
+        """The engine says that ``step``, which has been judged, was not finite; all ranks know it. Says what it was.
+
+        Raises:
+            BadStep: such a step, or so many in a row, end the run.
+        """
+        what = self._found.pop(step, None)
+        if what is None:
+            what = "the gradient is not finite, though every loss is"
+            self._write(step, None, [])
+        if self._config.non_finite == "stop":
+            raise BadStep(f"step {step + 1}: {what}. {self._remedy()}")
+        self.skips += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._config.max_skips:
+            raise BadStep(
+                f"step {step + 1}: {what}. It is the last of {self._in_a_row} steps in a row that were left out "
+                f"(guard.max_skips {self._config.max_skips}). {self._remedy()}"
+            )
+        return f"step {step + 1} left out, {self._in_a_row} in a row: {what}"
+
+    def _problem(self, step: int, sums: DomainSums, evaluated_KC: torch.Tensor) -> str | None:
+        """Why the run must end, or None."""
+        if self._config.non_finite == "stop":
+            if step in self._found:
+                return f"step {step + 1}: {self._found[step]}. {self._remedy()}"
+            if len(evaluated_KC) and (evaluated := DomainSums.from_buffer(evaluated_KC)).non_finite.any():
+                what = f"the loss is not finite in {self._by_domain(evaluated)}"
+                return f"the evaluation after step {step + 1}: {what}. {self._remedy()}"
+        tokens = int(sums.tokens.sum())
+        if not tokens or (loss := float(sums.nats.sum()) / tokens) <= self._limit:
+            return None
+        return self._explosion(step, loss, sums)
+
+    def _explosion(self, step: int, loss: float, sums: DomainSums) -> str:
+        assert self._run is not None
+        mean_K = sums.nats / sums.tokens.clamp(min=1)
+        worst = int(mean_K.argmax())
+        folder = self._run.run_dir / "checkpoints"
+        before = max((saved for saved in complete_steps(folder) if saved <= step), default=None)
+        start = "the start, as no checkpoint is before it" if before is None else (
+            f"one before it: checkpoint.resume={folder / f'step_{before}'}, or an earlier one if the loss was rising there already"
+        )  # fmt: skip
+        return (
+            f"step {step + 1}: the mean loss is {loss:.3f} with a learning rate of {self._run.train.lr_at(step):.3g}, above "
+            f"{self._limit:.3f} (guard.explosion: {self._config.explosion:g} times the loss of a guess); the highest is that of "
+            f"'{self._domains[worst]}', {float(mean_K[worst]):.3f}. Lower train.lr or lengthen train.warmup (with "
+            f"checkpoint.accept_changed=[train]) and go on from {start}."
+        )
+
+    def _describe(self, sums: DomainSums, samples: list[BadSample]) -> str:
+        text = f"the loss is not finite in {self._by_domain(sums)}"
+        if not sums.tokens.any():
+            text += ", which is all of the step: the weights are at fault rather than a sample"
+        if samples:
+            shown = ", ".join(
+                f"{bad.position} (sample {bad.sample} of '{bad.domain}', {bad.tokens} tokens)"
+                for bad in samples[:SHOWN]
+            )
+            more = f" and {len(samples) - SHOWN} more (see {RECORD})" if len(samples) > SHOWN else ""
+            text += f"; at position {shown}{more}"
+            if self._run is not None:
+                text += f"; `megamix inspect {self._run.run_dir} --sample {samples[0].position}` shows the documents"
+        return text
+
+    def _by_domain(self, sums: DomainSums) -> str:
+        counts = zip(self._domains, sums.non_finite.tolist(), strict=True)
+        return ", ".join(f"'{name}' ({count} tokens)" for name, count in counts if count)
+
+    def _remedy(self) -> str:
+        if self._run is None:
+            return "Lower the learning rate, lengthen its warmup or clip gradients, and go on from the last checkpoint."
+        skip = "" if self._config.non_finite == "skip" else "; guard.non_finite=skip leaves such steps out"
+        return (
+            "Lower train.lr, lengthen train.warmup or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
+            f"from the last checkpoint{skip}."
+        )
+
+    def _write(self, step: int, sums: DomainSums | None, samples: list[BadSample]) -> None:
+        """The line of a step, once."""
+        if self._run is None or dist.get_rank() != 0:
+            return
+        counts = {} if sums is None else dict(zip(self._domains, sums.non_finite.tolist(), strict=True))
+        line: dict[str, Any] = {
+            "step": step + 1,
+            "policy": self._config.non_finite,
+            "tokens": {name: count for name, count in counts.items() if count},
+            "samples": [asdict(bad) for bad in samples],
+        }
+        try:
+            file = AppendFile(Path(self._run.run_dir) / RECORD)
+            file.write((json.dumps(line) + "\n").encode())
+            file.close()
+        except MegamixError as error:  # it must not take the place of what went wrong
+            get_logger().warning("%s", error)
+
+
+def _gather(kept: _Kept | None, domains: tuple[str, ...], group: Any) -> list[BadSample]:
+    """The bad samples of all ranks, by position; every rank calls it. Ranks that share a sample add up."""
+    mine: list[BadSample] = []
+    if kept is not None:
+        rows = zip(kept.samples.domain.ravel().tolist(), kept.samples.sample.ravel().tolist(), strict=True)
+        start = kept.samples.position + kept.first
+        mine = [
+            BadSample(start + row, domains[domain], sample, count)
+            for row, ((domain, sample), count) in enumerate(zip(rows, kept.counts_MB.flatten().tolist(), strict=True))
+            if count
+        ]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    found: dict[int, BadSample] = {}
+    for bad in (bad for part in gathered for bad in part):
+        before = found[bad.position].tokens if bad.position in found else 0
+        found[bad.position] = BadSample(bad.position, bad.domain, bad.sample, before + bad.tokens)
+    return [found[position] for position in sorted(found)]
