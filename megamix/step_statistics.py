@@ -15,11 +15,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.append_file import AppendFile, write_failed
 from megamix.errors import InputError
 from megamix.files import replace_file
 from megamix.mixers import DomainStats
@@ -95,14 +96,14 @@ class StatisticsWriter:
     def __init__(self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None) -> None:
         self._folder = run_dir / FOLDER
         self._domains = domains
-        self._file: BinaryIO | None = None
+        self._file: AppendFile | None = None
         self._layout: tuple[str, ...] = ()
         self._next_step = 0
         last = None
         for path in _paths(run_dir):
             last = _keep_until(path, resumed_step or 0) or last
         if last is not None and last.domain_names == domains:
-            self._file, self._layout, self._next_step = last.path.open("ab"), last.columns, last.end
+            self._file, self._layout, self._next_step = AppendFile(last.path), last.columns, last.end
 
     def write(self, step: int, stats: DomainStats) -> None:
         """The row of ``step``, which counts from 1."""
@@ -114,14 +115,12 @@ class StatisticsWriter:
         for name in columns:
             row[name] = getattr(stats, name)
         self._file.write(row.tobytes())
-        self._file.flush()
         self._next_step = step + 1
 
     def flush(self) -> None:
         """Makes every row so far safe on disk."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         """Closes the file; a later row would begin a new one."""
@@ -129,12 +128,15 @@ class StatisticsWriter:
             self._file.close()
             self._file = None
 
-    def _start(self, step: int, columns: tuple[str, ...]) -> BinaryIO:
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _start(self, step: int, columns: tuple[str, ...]) -> AppendFile:
         path = self._folder / f"from_{step:09d}.bin"
         header = {"first_step": step, "domain_names": list(self._domains), "columns": list(columns)}
-        replace_file(path, (json.dumps(header) + "\n").encode())
-        return path.open("ab")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, (json.dumps(header) + "\n").encode())
+        except OSError as error:
+            raise write_failed(path, error) from error
+        return AppendFile(path)
 
 
 @dataclass(frozen=True)

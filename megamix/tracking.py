@@ -16,6 +16,8 @@ mixer shows of itself. After a resume that changed domains, mixture or constrain
 which says what changed; they take the place of all lines before them that begin at their position or later
 (`megamix.ledger`).
 
+``events.jsonl`` says when the run was started, resumed, stopped (`megamix.events`).
+
 ``statistics/`` holds the sums of every step (`megamix.step_statistics`), ``shadow/NAME.jsonl`` the lines that
 ``weights.jsonl`` would have, had that mixer been the run's (`megamix.shadow`).
 """
@@ -23,16 +25,17 @@ which says what changed; they take the place of all lines before them that begin
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
+from megamix.append_file import AppendFile, write_failed
 from megamix.data.blend import Segment
 from megamix.data.sampler import StepSamples
+from megamix.events import Event, EventLog
 from megamix.exchange import MixReport, ShadowChange, statistics_record
 from megamix.files import read_json_lines, replace_file
 from megamix.mixers import DomainStats
@@ -54,13 +57,19 @@ class RunRecord:
         self._weights = _open(run_dir / WEIGHTS, resumed_step)
         self._statistics = StatisticsWriter(run_dir, domains, resumed_step)
         self._run_dir = run_dir
-        self._shadows: dict[str, TextIO] = {}  # opened with its first line, or here where there are lines already
+        self._shadows: dict[str, AppendFile] = {}  # opened with its first line, or here where there are lines already
         for path in (run_dir / SHADOWS).glob("*.jsonl"):
             if resumed_step is None:
                 path.unlink()
             else:
                 self._shadows[path.stem] = _open(path, resumed_step)
         self._sinks = sinks
+        self._events = EventLog(run_dir)
+        self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
+
+    def note(self, event: Event, step: int, text: str = "") -> None:
+        """Something that happened to the run (`megamix.events`)."""
+        self._events.note(event, step, text)
 
     def announce(
         self,
@@ -104,12 +113,11 @@ class RunRecord:
     def flush(self) -> None:
         """Makes every line so far safe on disk."""
         for file in (self._metrics, self._weights, *self._shadows.values()):
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         self._statistics.flush()
 
     def close(self) -> None:
-        for file in (self._metrics, self._weights, *self._shadows.values(), self._statistics):
+        for file in (self._metrics, self._weights, *self._shadows.values(), self._statistics, self._events):
             file.close()
         for sink in self._sinks:
             sink.close()
@@ -166,9 +174,7 @@ class SampleLog:
     FOLDER = "samples"
 
     def __init__(self, run_dir: Path, data_rank: int) -> None:
-        folder = run_dir / self.FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"data_{data_rank:05d}.jsonl").open("a", encoding="utf-8")
+        self._file = AppendFile(run_dir / self.FOLDER / f"data_{data_rank:05d}.jsonl")
 
     @classmethod
     def drop_after(cls, run_dir: Path, resumed_step: int) -> None:
@@ -241,22 +247,28 @@ class IntervalLog:
         return {"domains": dict(zip(self._domains, sums, strict=True))}
 
 
-def _open(path: Path, resumed_step: int | None) -> TextIO:
+def _open(path: Path, resumed_step: int | None) -> AppendFile:
     if resumed_step is None:
         path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
     elif path.is_file():
         _drop_lines_after(path, resumed_step)
-    return path.open("a", encoding="utf-8")
+    return AppendFile(path)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Drops the lines past ``step``, and a last one that was cut off in writing.
+
+    Raises:
+        MegamixError: the disk is full; the file is as it was then.
+    """
     lines = read_json_lines(path, ("step",))
     # What a resume at this very step changed is written again, if it changes it again.
     kept = [line for line in lines if line["step"] < step or (line["step"] == step and "change" not in line)]
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
+    try:
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
+    except OSError as error:
+        raise write_failed(path, error) from error
 
 
-def _append(file: TextIO, line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
+def _append(file: AppendFile, line: Mapping[str, Any]) -> None:
+    file.write((json.dumps(line, allow_nan=False) + "\n").encode("utf-8"))

@@ -1,0 +1,37 @@
+"""``RUN/events.jsonl``: what happened to a run, in the order in which it happened.
+
+A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
+``resumed``, ``saved``, ``skipped`` (steps by the guard), ``preempted``, ``failed`` and ``ended`` (as its config says).
+Unlike the run's record it is never cut back on resume: it also tells what was done twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from megamix.append_file import AppendFile
+
+EVENTS = "events.jsonl"
+Event = Literal["started", "resumed", "saved", "skipped", "preempted", "failed", "ended"]
+
+
+class EventLog:
+    """Adds to the events of a run; rank 0 only."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = AppendFile(run_dir / EVENTS)
+
+    def note(self, event: Event, step: int, text: str = "") -> None:
+        """Adds one.
+
+        Raises:
+            MegamixError: it cannot be written.
+        """
+        line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text}
+        self._file.write((json.dumps(line) + "\n").encode("utf-8"))
+
+    def close(self) -> None:
+        self._file.close()

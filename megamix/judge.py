@@ -1,0 +1,316 @@
+"""Who of a job's ranks is well, and why the job ends: rank 0's `Hub` judges the others, a `Member` judges rank 0.
+
+    member -> hub    {"hello": rank, "secret", "host", "process"}, {"state": [...]}, {"bye"},
+                     {"fail", "code", "stated", "step"}
+    hub -> member    {"state": [...]}, {"bye"}, {"verdict": {...}}, {"over"}
+
+Times are differences of one host's monotonic clock: clocks of hosts are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megamix.errors import EXIT_FAILED
+from megamix.heartbeat import Connection, Invitation, drain, wait_for
+from megamix.run_config import WatchdogConfig
+
+# Whoever loses its connection to a failing rank fails too; the cause gets this long to be heard.
+UNSURE_SECONDS = 2.0
+PART_SECONDS = 1.0
+_NEXT = "The same command resumes the run from its last checkpoint."
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank says of itself.
+
+    Attributes:
+        step: steps taken.
+        idle: seconds for which it has been doing what it does.
+        place: where in its code it is.
+    """
+
+    step: int = 0
+    doing: str = "starting"
+    idle: float = 0.0
+    place: str = "an unknown place"
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.doing} for {self.idle:.0f} s, at {self.place}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends.
+
+    Attributes:
+        rank: the one that is the cause; None where there is no single one.
+        code: the exit code.
+        is_told: whether the cause was told by that rank, which prints it.
+        is_own: whether this process found it out, rather than being told.
+    """
+
+    reason: str
+    code: int
+    rank: int | None = None
+    is_told: bool = False
+    is_own: bool = True
+
+
+@dataclass
+class _Peer:
+    """What is known of a rank."""
+
+    rank: int
+    heard: float
+    host: str = "?"
+    process: int = 0
+    state: State = State()
+    connection: Connection | None = None
+    is_leaving: bool = False
+
+    def name(self, world_size: int) -> str:
+        where = f" ({self.host}, process {self.process})" if self.process else ""
+        return f"rank {self.rank} of {world_size}{where}"
+
+    def silence(self, seconds: float, world_size: int) -> Verdict:
+        reason = (
+            f"{self.name(world_size)} has not been heard of for {seconds:.0f} s (watchdog.silence_seconds): it was stopped, hangs or "
+            f"has lost its node. Its last word: {self.state}. {_NEXT}"
+        )
+        return Verdict(reason, EXIT_FAILED, self.rank)
+
+    def end(self, now: float, world_size: int) -> Verdict:
+        reason = (
+            f"{self.name(world_size)} is gone: its process ended without a word. Its last, {now - self.heard:.0f} s before: "
+            f"{self.state}. {_NEXT}"
+        )
+        return Verdict(reason, EXIT_FAILED, self.rank)
+
+
+class Member:
+    """The side of every rank but 0."""
+
+    def __init__(self, joined: tuple[Connection, Invitation], world_size: int, config: WatchdogConfig) -> None:
+        connection, hub = joined
+        self._hub = _Peer(0, time.monotonic(), hub.host, hub.process, connection=connection)
+        self._connection = connection
+        self._world_size, self._silence = world_size, config.silence_seconds
+        self._is_leaving = False
+        self.is_over = False
+
+    def hear_self(self, word: dict[str, Any]) -> None:
+        """Something that this rank has to say."""
+        self._is_leaving |= "bye" in word
+        self._connection.send(word)
+
+    def turn(self, state: State, wake: socket.socket, interval: float) -> Verdict | None:
+        """Says how this rank is, and listens for ``interval`` seconds, or until ``wake``."""
+        self._connection.send({"state": list(asdict(state).values())})
+        deadline = time.monotonic() + interval
+        while (left := deadline - time.monotonic()) > 0:
+            ready = wait_for([self._connection, wake], left)
+            for message in self._connection.receive():
+                self._hub.heard = time.monotonic()
+                if "state" in message:
+                    self._hub.state = State(*message["state"])
+                elif "verdict" in message:
+                    return replace(Verdict(**message["verdict"]), is_own=False)
+                else:
+                    self._hub.is_leaving |= "bye" in message
+                    self.is_over |= "over" in message
+            if self._connection.is_closed and not self.is_over:
+                self.is_over = True
+                expected = self._is_leaving or self._hub.is_leaving or not self._silence
+                return None if expected else self._hub.end(time.monotonic(), self._world_size)
+            if self.is_over:
+                return None
+            if wake.fileno() in ready:
+                drain(wake)
+                return None
+        since = time.monotonic() - self._hub.heard
+        return self._hub.silence(since, self._world_size) if 0 < self._silence < since else None
+
+    def part(self) -> None:
+        """Nothing to be done: what was sent needs nobody's help."""
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Hub:
+    """Rank 0's side, which judges."""
+
+    def __init__(self, server: socket.socket, invitation: Invitation, world_size: int, config: WatchdogConfig) -> None:
+        self._server, self._secret = server, invitation.secret
+        self._world_size = world_size
+        self._silence, self._stall = config.silence_seconds, 60 * config.stall_minutes
+        now = time.monotonic()
+        self._peers = [_Peer(rank, now) for rank in range(world_size)]
+        self._peers[0].host, self._peers[0].process = invitation.host, invitation.process
+        self._strangers: list[Connection] = []
+        # By how likely each is the cause: told with a reason, gone, told without one.
+        self._suspects: list[tuple[int, Verdict]] = []
+        self._suspected = 0.0
+        self.is_over = False
+
+    def hear_self(self, word: dict[str, Any]) -> None:
+        """Something that rank 0 has to say."""
+        self._hear(self._peers[0], word)
+        if "bye" in word:
+            self._tell(word)
+
+    def turn(self, state: State, wake: socket.socket, interval: float) -> Verdict | None:
+        """Says how rank 0 is, and listens for ``interval`` seconds, or until ``wake``."""
+        self._tell({"state": list(asdict(state).values())})
+        deadline = time.monotonic() + interval
+        while (left := deadline - time.monotonic()) > 0:
+            self._peers[0].state, self._peers[0].heard = state, time.monotonic()
+            known = [peer.connection for peer in self._peers if peer.connection is not None]
+            ready = wait_for([self._server, wake, *known, *self._strangers], min(left, UNSURE_SECONDS / 4))
+            if self._server.fileno() in ready:
+                self._accept()
+            for stranger in self._strangers[:]:
+                self._introduce(stranger)
+            for peer in self._peers:
+                self._listen(peer)
+            verdict = self._judge()
+            if verdict is not None or self.is_over:
+                return verdict
+            if wake.fileno() in ready:
+                drain(wake)
+                return None
+        return None
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._strangers.append(Connection(self._server.accept()[0]))
+
+    def _introduce(self, stranger: Connection) -> None:
+        """Gives a new connection to its rank."""
+        try:
+            messages = stranger.receive()
+            if messages:
+                self._strangers.remove(stranger)
+                hello, *rest = messages
+                if not secrets.compare_digest(hello["secret"], self._secret):
+                    raise ValueError("the secret is another's")
+                peer = self._peers[hello["hello"]]
+                peer.connection, peer.host, peer.process = stranger, hello["host"], hello["process"]
+                peer.heard = time.monotonic()
+                if self._peers[0].is_leaving:
+                    stranger.send({"bye": True})
+                for message in rest:
+                    self._hear(peer, message)
+            elif stranger.is_closed:
+                self._strangers.remove(stranger)
+        except (ValueError, KeyError, TypeError, IndexError):
+            stranger.close()
+            if stranger in self._strangers:
+                self._strangers.remove(stranger)
+
+    def _listen(self, peer: _Peer) -> None:
+        if peer.connection is None:
+            return
+        for message in peer.connection.receive():
+            peer.heard = time.monotonic()
+            self._hear(peer, message)
+        if peer.connection.is_closed:
+            peer.connection.close()
+            peer.connection = None
+            if not peer.is_leaving and self._silence:
+                self._suspect(1, peer.end(time.monotonic(), self._world_size))
+            peer.is_leaving = True
+
+    def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
+        if "state" in message:
+            peer.state = State(*message["state"])
+        elif "bye" in message:
+            peer.is_leaving = True
+        elif "fail" in message:
+            reason = f"{peer.name(self._world_size)} failed after step {message['step']}: {message['fail']}"
+            self._suspect(0 if message["stated"] else 2, Verdict(reason, message["code"], peer.rank, is_told=True))
+
+    def _suspect(self, likelihood: int, verdict: Verdict) -> None:
+        if not self._suspects:
+            self._suspected = time.monotonic()
+        self._suspects.append((likelihood, verdict))
+
+    def _judge(self) -> Verdict | None:
+        """The verdict, once it is sure; every member is told."""
+        verdict = self._likeliest() if self._suspects else self._silent_or_still()
+        if verdict is not None:
+            self._tell({"verdict": asdict(verdict)})
+        elif not self._suspects and all(peer.is_leaving for peer in self._peers):
+            self._tell({"over": True})
+            self.is_over = True
+        return verdict
+
+    def _likeliest(self) -> Verdict | None:
+        likelihood, verdict = min(self._suspects, key=lambda suspect: suspect[0])
+        return verdict if likelihood == 0 or time.monotonic() - self._suspected > UNSURE_SECONDS else None
+
+    def _silent_or_still(self) -> Verdict | None:
+        now = time.monotonic()
+        # A rank that is done goes on speaking until all are, or has closed its connection.
+        watched = [peer for peer in self._peers if peer.connection is not None or not peer.is_leaving]
+        for peer in watched:
+            if peer.rank and 0 < self._silence < now - peer.heard:
+                return peer.silence(now - peer.heard, self._world_size)
+        if self._stall and watched and all(peer.state.idle > self._stall for peer in watched):
+            return Verdict(self._standstill(), EXIT_FAILED)
+        return None
+
+    def _standstill(self) -> str:
+        """Who stands where, the few before the many."""
+        groups: dict[tuple[int, str, str], list[int]] = {}
+        for peer in self._peers:
+            groups.setdefault((peer.state.step, peer.state.doing, peer.state.place), []).append(peer.rank)
+        shown = [
+            f"{_ranks(ranks)} ({self._peers[ranks[0]].host}): step {step}, {doing}, at {place}"
+            for (step, doing, place), ranks in sorted(groups.items(), key=lambda group: len(group[1]))
+        ]
+        return (
+            f"nothing has advanced for {self._stall / 60:g} min (watchdog.stall_minutes). {'; '.join(shown)}. {_NEXT}"
+        )
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for peer in self._peers:
+            if peer.connection is not None:
+                peer.connection.send(message)
+
+    def part(self) -> None:
+        """Waits until the members have heard the verdict and are gone, for a moment."""
+        deadline = time.monotonic() + PART_SECONDS
+        left = [peer.connection for peer in self._peers if peer.connection is not None]
+        while left and time.monotonic() < deadline:
+            wait_for(left, 0.05)
+            for connection in left:
+                connection.send()
+                connection.receive()
+            left = [connection for connection in left if not connection.is_closed]
+
+    def close(self) -> None:
+        self._server.close()
+        for connection in (*self._strangers, *(peer.connection for peer in self._peers)):
+            if connection is not None:
+                connection.close()
+
+
+def _ranks(ranks: list[int]) -> str:
+    """``rank 3``, ``ranks 0 to 6, 8``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"

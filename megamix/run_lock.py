@@ -1,0 +1,141 @@
+"""One job at a time in a run directory: an flock on ``RUN/lock``, which the kernel takes back with the process.
+
+The file stays; what counts is the lock on it, so nothing is left behind by a process that was killed. In it stands who
+holds it, for the message of whoever comes second.
+
+On NFS (Linux 2.6.12 or later) the server keeps such locks for all its clients. It takes back those of a client that has
+lost its power only after its lease, commonly 90 s; so a job that Slurm starts again waits for the lock of its own
+earlier start (`LEASE_SECONDS`) instead of refusing. Where the filesystem has no locks (an NFS or Lustre mount without
+them) there is a warning, and nothing keeps two jobs apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megamix.errors import InputError
+from megamix.log import get_logger
+
+NAME = "lock"
+LEASE_SECONDS = 150.0
+HELD = "MEGAMIX_RUN_LOCK"
+"""Environment variable of ranks whose starter holds the lock for them: the lock's path."""
+_IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+class RunLock:
+    """The right to train in ``run_dir``, from entering the context to leaving it or to the end of the process.
+
+    Raises (on entering):
+        InputError: another job trains there, or the directory cannot be written to.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._path = run_dir / NAME
+        self._file: int | None = None
+
+    def __enter__(self) -> RunLock:
+        if os.environ.get(HELD) == str(self._path.absolute()):
+            return self
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to run_dir {self._run_dir}: {error.strerror or error}. Choose another."
+            ) from error
+        try:
+            self._take(file)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """To be kept open by the ranks that this process starts: the lock then holds as long as any of them lives."""
+        return () if self._file is None else (self._file,)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Tells those ranks that they need not take it."""
+        return {HELD: str(self._path.absolute())}
+
+    def _take(self, file: int) -> None:
+        deadline = time.monotonic() + LEASE_SECONDS
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in _IN_USE:
+                    get_logger().warning(
+                        "%s cannot be locked (%s): nothing keeps a second job from training in the same run_dir",
+                        self._path,
+                        error.strerror or error,
+                    )
+                    return
+            holder = _read(file)
+            if not _is_earlier_start(holder) or time.monotonic() > deadline:
+                raise InputError(
+                    f"another job trains in {self._run_dir}{_describe(holder)}. Wait until it ends, or end it, or choose another run_dir."
+                )
+            if not waiting:
+                get_logger().warning("waiting for the lock of this job's earlier start%s", _describe(holder))
+                waiting = True
+            time.sleep(1.0)
+        self._sign(file)
+
+    def _sign(self, file: int) -> None:
+        holder = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, (json.dumps(holder) + "\n").encode(), 0)
+        except OSError as error:  # a full disk; the lock holds without it
+            get_logger().warning("cannot write %s: %s", self._path, error.strerror or error)
+
+
+def _read(file: int) -> dict[str, Any]:
+    """Who holds the lock; empty where that has not been written yet."""
+    try:
+        holder = json.loads(os.pread(file, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_earlier_start(holder: dict[str, Any]) -> bool:
+    """Whether the holder is what Slurm has ended before it started this same job again."""
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return job is not None and holder.get("slurm_job") == job and holder.get("slurm_restart") != restart
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return ""
+    job = f", Slurm job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+    return f": process {holder.get('process')} on {holder.get('host')}{job}, since {holder.get('since')}"

@@ -1,0 +1,172 @@
+"""Ends every rank of a job, with the reason, when one of them is gone, silent or failed, or when nothing advances.
+
+torchrun and srun start ranks on many nodes, and none of them sees a rank die on another: its peers would wait in a
+collective until that times out. Here one thread per rank keeps a connection to rank 0 (`megamix.judge`), apart from
+process groups and devices, so that a step has nothing to do with it:
+
+- a process that ends closes its connection, so that the kernel says at once that a rank is gone;
+- a rank that is stopped, or whose node is gone, is silent: no heartbeat for ``watchdog.silence_seconds``;
+- heartbeats say how long a rank has been doing what it does: when every rank has been for
+  ``watchdog.stall_minutes``, the job hangs, and the reason says where in its code each rank is;
+- a rank that fails says why, so that the others need not guess it from closed connections.
+
+Rank 0 judges and tells all others; of rank 0 they judge by themselves. Each says the reason and ends its process,
+whatever its main thread is waiting for. A rank that cannot even do that, as C code holds Python's lock, is ended by
+Python's own timer (`faulthandler`), with its traceback, after twice the silence; so is a job that was suspended.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from megamix.errors import EXIT_FAILED, MegamixError, Preempted
+from megamix.heartbeat import invite, join
+from megamix.judge import UNSURE_SECONDS, Hub, Member, State, Verdict
+from megamix.launch import REPORTS, report_failure
+from megamix.run_config import WatchdogConfig
+
+# How long a failing rank waits to be told whether it is the cause.
+ANSWER_SECONDS = UNSURE_SECONDS + 3.0
+LONGEST_INTERVAL = 5.0
+
+
+class Watchdog:
+    """One rank's part: `start`, `progress` as often as it does something else, and in the end `fail` or `close`.
+
+    With ``silence_seconds`` and ``stall_minutes`` both 0 it does nothing.
+    """
+
+    def __init__(self, config: WatchdogConfig, rank: int, world_size: int) -> None:
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+        self._since = time.monotonic()
+        self._step, self._doing = 0, "starting"
+        self._words: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._wake, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._is_said, self._is_cause = threading.Event(), threading.Event()
+        self._main = threading.get_ident()
+        self._thread: threading.Thread | None = None
+
+    def start(self, share: Callable[[Any], Any] | None = None) -> None:
+        """Connects this rank; every rank of the job calls it.
+
+        Args:
+            share: gives rank 0's object to every rank; by default over the process group of the job.
+
+        Raises:
+            MegamixError: rank 0 cannot be reached.
+        """
+        if not self._config.silence_seconds and not self._config.stall_minutes:
+            return
+        server, invitation = invite() if self._rank == 0 else (None, None)
+        invitation = (share or _broadcast)(invitation)
+        link: Hub | Member
+        if server is not None:
+            link = Hub(server, invitation, self._world_size, self._config)
+        else:
+            link = Member(join(invitation, self._rank), self._world_size, self._config)
+        self._thread = threading.Thread(target=self._run, args=(link,), name="watchdog", daemon=True)
+        self._thread.start()
+
+    def progress(self, step: int, doing: str) -> None:
+        """Says that this rank now begins something else.
+
+        Args:
+            step: steps taken.
+            doing: for messages: training, evaluating, saving, loading.
+        """
+        self._step, self._doing, self._since = step, doing, time.monotonic()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others why this rank ends, before its connections close.
+
+        Returns once they know, for the caller to raise ``error``. Where another rank is the cause and this one only
+        follows, the process ends here, with the cause said.
+        """
+        if isinstance(error, Preempted):
+            self.close()
+            return
+        stated = isinstance(error, MegamixError)
+        text = str(error) if stated else "".join(traceback.format_exception_only(error)).strip()
+        code = error.exit_code if isinstance(error, MegamixError) else EXIT_FAILED
+        self._say({"fail": text, "code": code, "stated": stated, "step": self._step})
+        if self._thread is not None and self._thread.is_alive():
+            self._is_cause.wait(ANSWER_SECONDS)
+
+    def close(self) -> None:
+        """This rank is done. Its thread goes on until all ranks are, so that the last ones are not left alone."""
+        self._say({"bye": True})
+
+    def _say(self, word: dict[str, Any]) -> None:
+        self._is_said.clear()
+        self._words.put(word)
+        self._wake.send(b"!")
+        if self._thread is not None and self._thread.is_alive():
+            self._is_said.wait(ANSWER_SECONDS)
+
+    def _run(self, link: Hub | Member) -> None:
+        """The thread: beats, listens and judges until all ranks are done."""
+        silence = self._config.silence_seconds
+        shortest = min(period for period in (silence, 60 * self._config.stall_minutes) if period)
+        interval = min(LONGEST_INTERVAL, shortest / 5)
+        try:
+            while True:
+                if silence:
+                    faulthandler.dump_traceback_later(2 * silence + interval, exit=True, file=2)
+                while not self._words.empty():
+                    link.hear_self(self._words.get())
+                    self._is_said.set()
+                verdict = link.turn(self._state(), self._woken, interval)
+                if verdict is not None:
+                    self._obey(verdict, link)
+                if link.is_over:
+                    return
+        finally:
+            link.close()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _state(self) -> State:
+        return State(self._step, self._doing, time.monotonic() - self._since, _place(self._main))
+
+    def _obey(self, verdict: Verdict, link: Hub | Member) -> None:
+        """Ends this process, unless it is the cause and says so itself."""
+        if verdict.rank == self._rank and verdict.is_told:
+            link.part()
+            link.is_over = True
+            self._is_cause.set()
+            return
+        # The starter of local ranks prints one reason: that of the rank that found it.
+        if not os.environ.get(REPORTS):
+            who = "" if self._rank == 0 else f"[rank {self._rank}] "
+            os.write(2, f"megamix: {who}{verdict.reason}\n".encode())  # past a lock that the main thread may hold
+        elif verdict.is_own:
+            report_failure(verdict.reason)
+        link.part()
+        os._exit(verdict.code)
+
+
+def _broadcast(invitation: Any) -> Any:
+    import torch.distributed as dist
+
+    shared = [invitation]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _place(thread: int) -> str:
+    """Where in its code a thread is."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "an unknown place"
+    file = "/".join(frame.f_code.co_filename.split("/")[-2:])
+    return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
