@@ -152,13 +152,20 @@ def _forker() -> tuple[socket.socket, Any]:
     from conftest import ENVIRONMENT
 
     ours, its = socket.socketpair()
-    number = its.fileno()
-    environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
-    subprocess.Popen(
-        [sys.executable, __file__, str(number)], pass_fds=[number], env=environment, stdin=subprocess.DEVNULL,
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(its.fileno())],
+        pass_fds=[its.fileno()],
+        env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     its.close()
+
+    def end() -> None:
+        ours.shutdown(socket.SHUT_RDWR)
+        process.wait()
+
+    atexit.register(end)
     return ours, ours.makefile("r", encoding="utf-8")
 
 
