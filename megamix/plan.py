@@ -8,15 +8,18 @@ manifest and the heads of the data files, neither torch nor a GPU; `megamix doct
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.config import Config
 from megamix.constraints import Constraints
 from megamix.data.blend import Blend
 from megamix.data.manifest import DomainEntry, Manifest
 from megamix.data.permute import hash_words
+from megamix.data.reference import read_info
 from megamix.data.sampler import Slice
 from megamix.data.stream import DomainTokens
 from megamix.engines.config import MegatronConfig
@@ -54,6 +57,22 @@ class DataPlan(MixPlan):
     def domain_keys(self) -> list[int]:
         """What names each domain to the random order."""
         return [domain_key(name) for name in self.domain_names]
+
+    @cached_property
+    def reference_sha256(self) -> str | None:
+        """Of the checkpoint whose losses the mixer reads; None where it reads none. Read once.
+
+        Raises:
+            InputError: these losses are not there, or not finished.
+        """
+        folder = getattr(self.config.mixer, "reference", None)
+        return None if folder is None else read_info(folder).checkpoint_sha256
+
+    def mixer_identity(self, mixer: Config) -> dict[str, Any]:
+        """The config of the run's mixer, or of one that sees the same, with the reference model in place of the folder
+        that its losses lie in: that may move. JSON-serialisable."""
+        found = mixer.model_dump(mode="json")
+        return found if found.get("reference") is None else {**found, "reference": self.reference_sha256}
 
     @property
     def vocab_size(self) -> int:

@@ -43,6 +43,7 @@ class Shadow:
         first_step: counts from 0.
         change: what the first lines are to say, where the run did not begin with this mixer; None where it did.
         announce: whether the weights it begins with are still to be told.
+        identity: what of its config must be the same for it to go on after a resume; see `DataPlan.mixer_identity`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Shadow:
         first_step: int = 0,
         change: dict[str, Any] | None = None,
         announce: bool = True,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         if wants_evaluation(mixer.config):
             raise InputError(
@@ -71,6 +73,7 @@ class Shadow:
         self._constraints = constraints
         self._batch = global_batch
         self._weight_lag = weight_lag
+        self._identity = identity
         self._untold = self._announcements(first_step, change) if announce else []
 
     def update(self, stats: DomainStats, step: int) -> list[ShadowChange]:
@@ -97,7 +100,7 @@ class Shadow:
     def state_dict(self, step: int) -> dict[str, Any]:
         """What to continue from with ``step``; JSON-serialisable."""
         return {
-            "config": self.mixer.config.model_dump(mode="json"),
+            "config": self._identity,
             "mixer": self.mixer.state_dict(),
             "sampler": {"blend": self._blend.state_dict(at=step * self._batch)},
         }
@@ -125,8 +128,8 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
     saved = {} if resumed is None else resumed.state.get("shadow", {})
     shadows = []
     for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
-        own = saved.get(name)
-        if resumed is not None and own is not None and own["config"] == config.model_dump(mode="json"):
+        own, identity = saved.get(name), plan.mixer_identity(config)
+        if resumed is not None and own is not None and own["config"] == identity:
             part = replace(resumed, state={**resumed.state, **own})
             its_blend, change = part.blend(plan)
         else:
@@ -148,6 +151,7 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
                 first_step=step,
                 change=change,
                 announce=part is None or change is not None,
+                identity=identity,
             )
         )
     return tuple(shadows)

@@ -333,3 +333,22 @@ def test_a_plan_opens_its_cache(data_plan: Any, data_dir: Path, tmp_path: Path) 
     assert open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}")) is not None
     with pytest.raises(InputError, match=r"made with data.seq_length 32, this run has 16"):
         open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}", "data.seq_length=16"))
+
+
+def test_a_cache_may_move(data_plan: Any, tmp_path: Path) -> None:
+    """A mixer is told apart by whose losses it reads, wherever they lie; and by everything else, as before."""
+
+    def identity(folder: str, sha256: str, *, eta: float = 1.0) -> dict[str, Any]:
+        plan = data_plan(f"mixer={{name: doremi, eta: {eta}, reference: {tmp_path / folder}}}")
+        if not (tmp_path / folder).is_dir():
+            info = CacheInfo(**cache_key(plan).model_dump(), checkpoint=folder, checkpoint_sha256=sha256)
+            open_progress(tmp_path / folder, info)
+            finish(tmp_path / folder, info)
+        return plan.mixer_identity(plan.config.mixer)
+
+    first = identity("here", "a" * 64)
+    assert identity("there", "a" * 64) == first
+    assert identity("another", "b" * 64) != first
+    assert identity("here", "a" * 64, eta=0.5) != first
+    plan = data_plan("mixer={name: doremi}")
+    assert plan.mixer_identity(plan.config.mixer) == plan.config.mixer.model_dump(mode="json")
