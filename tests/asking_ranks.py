@@ -1,0 +1,26 @@
+"""A rank of `jobs.run_job` that is asked to stop in a given step, on one rank of the job; it ends as a stopped one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from jobs import run_rank
+
+from megamix import train
+from megamix.errors import Preempted
+
+if __name__ == "__main__":
+    asked, real = int(os.environ["ASK_STEP"]), train.Trainer._wishes
+
+    def wishes(self: train.Trainer) -> train.Wishes:
+        train.asked_to_stop = lambda: self.step == asked and os.environ["RANK"] == os.environ["ASK_RANK"]
+        return real(self)
+
+    train.Trainer._wishes = wishes
+    try:
+        run_rank(json.loads(sys.argv[1]))
+    except Preempted:
+        sys.exit(0)
+    sys.exit("the run was not stopped")
