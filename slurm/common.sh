@@ -1,0 +1,153 @@
+# What the job scripts of this folder share; they source it. It only defines functions.
+#
+#   begin_job               environment, names, signals
+#   preflight CONFIG ...    `megamix doctor` on every node
+#   ranks COMMAND ...       `megamix COMMAND ...` as one process per GPU
+#   once COMMAND ...        `megamix COMMAND ...` as one process
+#   end_job CODE            requeues or ends the job
+#
+# A preempted run: Slurm sends USR1 to the batch script alone (--signal=B:USR1@...); srun passes on what it is sent to the
+# ranks; they write a checkpoint and exit 75; the job is requeued and goes on from there. When a node is lost, srun waits
+# until Slurm has missed it and requeues the job by itself.
+
+say() { echo "megamix: $*"; }
+
+begin_job() {
+  set +u # modules and venvs read variables that are not set
+  # shellcheck source=slurm/env.sh
+  source "${MEGAMIX_ENV:-$MEGAMIX_SLURM/env.sh}"
+  set -u
+  restart=${SLURM_RESTART_COUNT:-0}
+  logs=${MEGAMIX_LOGS:-$PWD/logs}
+  # The first rank that ends otherwise than with 0 says so here; the name is of this start of the job only.
+  export MEGAMIX_OUTCOME=$logs/.outcome-$SLURM_JOB_ID-$restart
+  mkdir -p "$logs"
+  python=${MEGAMIX_PYTHON:-python} nodes=$SLURM_JOB_NUM_NODES
+  tasks=${MEGAMIX_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+  cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
+  ((cpus > 0)) || cpus=1
+  # srun would take the job's number of tasks for that of each step.
+  unset SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
+  find_container
+  export MEGAMIX_SLURM MASTER_ADDR MASTER_PORT
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
+  child='' asked='' interrupted=''
+  trap 'asked=1 interrupted=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
+  # Of scancel the ranks hear from Slurm itself. This shell has to outlive them.
+  trap 'interrupted=1' TERM
+  say "job $SLURM_JOB_ID, start $((restart + 1)), $(date +%FT%T): $nodes nodes ($SLURM_JOB_NODELIST) of $tasks ranks;" \
+    "logs in $logs/$SLURM_JOB_ID-*.log"
+}
+
+# MEGAMIX_CONTAINER: an image for pyxis where srun has it, else for apptainer. MEGAMIX_MOUNTS: SOURCE:TARGET,...
+find_container() {
+  pyxis=() inside=()
+  [ -n "${MEGAMIX_CONTAINER:-}" ] || return 0
+  python=${MEGAMIX_PYTHON:-python3}
+  local mounts=$PWD:$PWD,$MEGAMIX_SLURM:$MEGAMIX_SLURM,$logs:$logs${MEGAMIX_MOUNTS:+,$MEGAMIX_MOUNTS} help
+  help=$(srun --help 2>&1)
+  if [[ $help == *--container-image* ]]; then
+    pyxis=(--container-image="$MEGAMIX_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
+  else
+    inside=(apptainer exec --bind "$mounts" --pwd "$PWD")
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || inside+=(--nv)
+    inside+=("$MEGAMIX_CONTAINER")
+  fi
+}
+
+# await PID: its exit code, though signals come in between.
+await() {
+  local code=127 seen
+  while :; do
+    interrupted='' seen=0
+    wait "$1" || seen=$?
+    ((seen == 127)) || code=$seen # 127: it had been waited for already
+    [ -n "$interrupted" ] || return "$code"
+  done
+}
+
+# step [OPTION ...] PROGRAM ...: a job step that hears of USR1. Steps share the job's CPUs out among their own tasks.
+step() {
+  local code=0
+  srun --nodes="$nodes" --kill-on-bad-exit=1 --overcommit ${pyxis[@]+"${pyxis[@]}"} "$@" </dev/null &
+  child=$!
+  await "$child" || code=$?
+  child=''
+  return "$code"
+}
+
+preflight() {
+  [ "${MEGAMIX_PREFLIGHT:-1}" != 0 ] || return 0
+  # Every node is to be heard, so none ends the others. Only a failure is told of all.
+  # shellcheck disable=SC2016
+  step --kill-on-bad-exit=0 --ntasks="$nodes" bash -c '
+    code=0 said=$("$@" 2>&1) || code=$?
+    [ $code = 0 ] && [ $SLURM_PROCID != 0 ] || echo "$said"
+    [ $code = 0 ] || echo "megamix: node $SLURMD_NODENAME cannot run this job (exit code $code): ${said##*$'"'\\n'"'}" >&2
+    exit $code' - ${inside[@]+"${inside[@]}"} "$python" -m megamix doctor "$@" --ranks $((nodes * tasks)) && return
+  [ -z "$asked" ] || requeue "asked to stop before the first step"
+  say "the job ends before its first step: see what the nodes said above. It is not requeued."
+  exit 2
+}
+
+ranks() {
+  local one=(${inside[@]+"${inside[@]}"} "$python" -m megamix "$@")
+  local options=(--output="$logs/$SLURM_JOB_ID-%N.log" --open-mode=append)
+  [ -z "$asked" ] || requeue "asked to stop before the first step"
+  case ${MEGAMIX_LAUNCHER:-srun} in
+    srun)
+      step "${options[@]}" --label --ntasks=$((nodes * tasks)) --cpus-per-task="$cpus" \
+        bash "$MEGAMIX_SLURM/rank.sh" "${one[@]}"
+      ;;
+    torchrun)
+      local torchrun=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$tasks"
+        --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+      MEGAMIX_CPUS=$cpus step "${options[@]}" --ntasks="$nodes" --cpus-per-task=$((cpus * tasks)) \
+        bash "$MEGAMIX_SLURM/torchrun.sh" "${torchrun[@]}" -- "${one[@]}"
+      ;;
+    *)
+      say "MEGAMIX_LAUNCHER is '$MEGAMIX_LAUNCHER', expected srun or torchrun."
+      return 2
+      ;;
+  esac
+}
+
+once() {
+  [ -z "$asked" ] || requeue "asked to stop before it began"
+  nodes=1 step --ntasks=1 --cpus-per-task=$((cpus * tasks)) bash "$MEGAMIX_SLURM/rank.sh" --alone \
+    ${inside[@]+"${inside[@]}"} "$python" -m megamix "$@"
+}
+
+end_job() {
+  local code=$1
+  # srun says the highest code of all ranks, torchrun 1: not that of the rank whose end was the cause.
+  if [ -e "$MEGAMIX_OUTCOME" ]; then
+    read -r code <"$MEGAMIX_OUTCOME"
+    rm -f "$MEGAMIX_OUTCOME"
+  fi
+  case $code in
+    75) requeue "asked to stop" ;;
+    0) say "done" ;;
+    *)
+      say "ended with exit code $code; what the ranks said last:"
+      grep -h 'megamix: ' "$logs/$SLURM_JOB_ID"-*.log 2>/dev/null | tail -n 8 || :
+      ;;
+  esac
+  exit "$code"
+}
+
+# requeue REASON: ends this start of the job; the next goes on from the newest checkpoint.
+requeue() {
+  local state limit=${MEGAMIX_MAX_REQUEUES:-50}
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || :)
+  if [ "$state" != RUNNING ]; then
+    say "$1; Slurm ends this start of the job itself: if by scancel, submit it again to go on; else it is requeued."
+  elif ((restart >= limit)); then
+    say "$1; requeued $restart times, the limit (MEGAMIX_MAX_REQUEUES). Submit it again to go on."
+  else
+    say "$1; the job is requeued and goes on from the newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue it. Submit it again to go on."
+  fi
+  exit 75
+}
