@@ -133,8 +133,7 @@ class MegatronEngine(Engine, OwnFormat):
         return (p for chunk in self._chunks for p in chunk.parameters() if p.requires_grad)
 
     def non_finite_counts(self) -> torch.Tensor | None:
-        speaks = self.place.has_loss and self.place.tensor_rank == 0
-        return self._loss.non_finite_counts if speaks else None
+        return self._loss.non_finite_counts if self.place.has_loss else None
 
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
         self._loss.start_evaluation()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megamix.data.loader import IGNORED_LABEL
 from megamix.engines.base import Objective
@@ -94,9 +95,11 @@ class StepLoss:
         return self._evaluation.buffer
 
     @property
-    def non_finite_counts(self) -> torch.Tensor:
-        """int32 [M, B]: tokens of each sample that the sums of the training step count as not finite."""
-        return torch.stack(self._bad)
+    def non_finite_counts(self) -> torch.Tensor | None:
+        """int32 [M, B]: tokens of each sample that the sums of the training step count as not finite; None where
+        another of the ranks that share the vocabulary says so."""
+        speaks = self._process_group is None or dist.get_rank(self._process_group) == 0
+        return torch.stack(self._bad) if speaks else None
 
     @property
     def non_finite_tokens(self) -> torch.Tensor:
