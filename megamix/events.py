@@ -1,7 +1,7 @@
 """``RUN/events.jsonl``: what happened to a run, in the order in which it happened.
 
 A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
-``resumed``, ``saved``, ``skipped`` (steps by the guard), ``preempted``, ``failed`` and ``ended`` (as its config says).
+``resumed``, ``skipped`` (a step, by the guard), ``preempted``, ``failed`` and ``ended`` (as its config says).
 Unlike the run's record it is never cut back on resume: it also tells what was done twice.
 """
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megamix.append_file import AppendFile
+from megamix.errors import MegamixError
+from megamix.log import get_logger
 
 EVENTS = "events.jsonl"
-Event = Literal["started", "resumed", "saved", "skipped", "preempted", "failed", "ended"]
+Event = Literal["started", "resumed", "skipped", "preempted", "failed", "ended"]
 
 
 class EventLog:
@@ -25,13 +27,12 @@ class EventLog:
         self._file = AppendFile(run_dir / EVENTS)
 
     def note(self, event: Event, step: int, text: str = "") -> None:
-        """Adds one.
-
-        Raises:
-            MegamixError: it cannot be written.
-        """
+        """Adds one; where it cannot be written there is a warning: what it tells of matters more."""
         line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text}
-        self._file.write((json.dumps(line) + "\n").encode("utf-8"))
+        try:
+            self._file.write((json.dumps(line) + "\n").encode("utf-8"))
+        except MegamixError as error:
+            get_logger().warning("%s", error)
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,172 @@
+"""A run that may be going on, as its files say it at this moment.
+
+Only what was added to a file since the last look is read, and no more than its end to begin with; a file that a resume
+has cut back is read anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamix.checkpoint import complete_steps
+from megamix.config import read_yaml
+from megamix.errors import InputError
+from megamix.events import EVENTS
+from megamix.recorded_run import CONFIG, METRICS, WEIGHTS
+
+QUIET_SECONDS = 180.0
+_TAIL = 2**20  # bytes read of the end of a file that is there already
+_NOTABLE = ("resumed", "skipped", "preempted", "failed")
+
+
+class _Tail:
+    """The lines that are added to a .jsonl file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None  # device and inode
+        self._offset = 0
+        self.modified = 0.0
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole lines added since the last call, and whether the file was begun anew."""
+        try:
+            # Opened anew each time: on NFS that is when another node's changes are looked for.
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                self.modified = status.st_mtime
+                anew = self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset
+                if anew:
+                    self._file = (status.st_dev, status.st_ino)
+                    self._offset = max(0, status.st_size - _TAIL)
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return [], False
+        whole = data[: data.rfind(b"\n") + 1]
+        texts = whole.split(b"\n")[:-1]
+        if anew and self._offset:
+            texts = texts[1:]  # begins in the middle of a line
+        self._offset += len(whole)
+        return [line for text in texts if (line := _parse(text)) is not None], anew
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+@dataclass
+class LiveRun:
+    """What the files of a run say now.
+
+    Attributes:
+        config: config.resolved.yaml; None until it is there.
+        train: the last ``train`` line.
+        evaluation: the last ``evaluate`` line.
+        loss: by domain, each domain's last training loss.
+        weights: the last line of weights.jsonl; ``before`` is the one before it.
+        event: the last line of events.jsonl; ``notable`` the last that a user may want to know of.
+        checkpoint: the last checkpoint's step, and when it was written (seconds since 1970).
+    """
+
+    run_dir: Path
+    config: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    loss: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
+    event: dict[str, Any] | None = None
+    notable: dict[str, Any] | None = None
+    checkpoint: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._metrics = _Tail(self.run_dir / METRICS)
+        self._ledger = _Tail(self.run_dir / WEIGHTS)
+        self._events = _Tail(self.run_dir / EVENTS)
+        self._heard: float | None = None
+
+    def look(self) -> None:
+        """Reads what is new."""
+        try:
+            self.config = read_yaml(self.run_dir / CONFIG)
+        except InputError:  # not there yet, or being written
+            return
+        self._read_metrics()
+        lines, anew = self._ledger.read()
+        if anew:
+            self.weights = self.before = None
+        for line in lines:
+            self.before, self.weights = self.weights, line
+        for line in self._events.read()[0]:
+            self.event = line
+            if line.get("event") in _NOTABLE:
+                self.notable = line
+        self.checkpoint = _last_checkpoint(self.run_dir / "checkpoints")
+
+    def _read_metrics(self) -> None:
+        lines, anew = self._metrics.read()
+        if anew:
+            self.train = self.evaluation = None
+            self.loss = {}
+        for line in lines:
+            if line.get("event") == "train":
+                self.train = line
+                self.loss |= {name: loss for name, loss in line["domain_loss"].items() if loss is not None}
+            elif line.get("event") == "evaluate":
+                self.evaluation = line
+        now = time.monotonic()
+        if lines:
+            # What was there before the first look has the file's own age.
+            age = max(0.0, time.time() - self._metrics.modified) if self._heard is None else 0.0
+            self._heard = now - age
+
+    @property
+    def steps(self) -> int:
+        """Those that the config asks for."""
+        return int(self.config["train"]["steps"]) if self.config else 0
+
+    @property
+    def step(self) -> int:
+        """Steps taken, as far as they are on record."""
+        lines = [line for line in (self.train, self.evaluation) if line is not None]
+        return max((int(line["step"]) for line in lines), default=0)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more is to come; a run that was stopped or has failed may go on."""
+        if self.event is not None:
+            return self.event["event"] == "ended"
+        return bool(self.config) and self.evaluation is not None and self.evaluation["step"] >= self.steps
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.train is None:
+            return None
+        return (self.steps - self.step) * self.train["step_seconds"]
+
+    @property
+    def quiet(self) -> float:
+        """For how long there has been no new line of metrics.jsonl, in seconds; 0 while that is nothing unusual."""
+        if self._heard is None or self.is_done or not self.config:
+            return 0.0
+        between = self.config["log"]["every"] * self.train["step_seconds"] if self.train else 0.0
+        silence = time.monotonic() - self._heard
+        return silence if silence > max(QUIET_SECONDS, 3 * between) else 0.0
+
+
+def _last_checkpoint(folder: Path) -> tuple[int, float] | None:
+    try:
+        step = max(complete_steps(folder))
+        return step, (folder / f"step_{step}" / "checkpoint.json").stat().st_mtime
+    except (OSError, ValueError):
+        return None
