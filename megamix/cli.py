@@ -140,6 +140,60 @@ def train(
 
 
 @app.command()
+def launch(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG | FOLDER", help="A YAML file; of a swarm, a folder with one for each run.")
+    ],
+    arguments: Overrides = None,
+    chain: Annotated[
+        Literal["train", "doremi", "swarm", "prepare"], typer.Option(help="What to submit; train: one run.")
+    ] = "train",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Of each job; default: as many as the ranks fill.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="And ranks on each node.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, without GPUs.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time limit of each start, for example 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="The account.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Members of an array that run at a time; 0: all.")] = 0,
+    shards: Annotated[int | None, typer.Option(min=2, help="Of the chain prepare.")] = None,
+    gather: Annotated[bool, typer.Option("--gather", help="Of a swarm: only write FOLDER/results.csv.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts, submit nothing.")] = False,
+) -> None:
+    """Submit a run, or a chain of runs, to Slurm. What is done or in the queue is not submitted again.
+
+    Example: megamix launch configs/pile_1b_odm.yaml --nodes 1 --gpus-per-node 8 --time 24:00:00
+
+    --chain doremi CONFIG: the steps of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
+    --chain prepare --shards 8 -- INPUTS... --out OUT [...]: `megamix prepare` in shards, and their merge.
+    """
+    from megamix.submit import PrepareJob, Resources
+    from megamix.submit import launch as run
+
+    rest, prepare_job = arguments or [], None
+    if chain == "prepare":
+        command = typer.main.get_command(app).commands["prepare"]  # pyright: ignore[reportAttributeAccessIssue]
+        prepare_job = PrepareJob([source, *rest], command.make_context("prepare", [source, *rest]).params)
+    resources = Resources(nodes, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
+    typer.echo(
+        run(
+            source,
+            rest,
+            resources,
+            chain=chain,
+            limit=limit,
+            shards=shards,
+            prepare=prepare_job,
+            only_gather=gather,
+            dry_run=dry_run,
+        ),
+        nl=False,
+    )
+
+
+@app.command()
 def export(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run (its newest checkpoint), or one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model, new or empty.")],
@@ -271,11 +325,17 @@ def inspect(
     text: Annotated[bool, typer.Option("--text", help="Show the first document of each domain.")] = False,
     seq_length: Annotated[int | None, typer.Option(min=1, help="Count samples of this many tokens.")] = None,
     sample: Annotated[int | None, typer.Option(min=0, help="The position in a run's data to show.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show a run as it goes on, until it is done.")] = False,
 ) -> None:
     """Say in words what a data set, a run, a checkpoint or a token file is.
 
     Example: megamix inspect runs/demo --sample 1000
     """
+    if follow:
+        from megamix.follow import follow as run
+
+        run(path)
+        return
     from megamix.inspect import inspect_path, inspect_sample
 
     report = inspect_path(path, text=text, seq_length=seq_length) if sample is None else inspect_sample(path, sample)

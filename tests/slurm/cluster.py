@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ class Cluster:
         return [*self._inside(), "env", *place, f"SLURM_CONF={self.folder}/etc/slurm.conf", *map(str, arguments)]
 
     def run(
-        self, *arguments: object, cwd: Path | None = None, check: bool = True, **environment: str
+        self, *arguments: object, cwd: Path | None = None, check: bool = True, environment: Mapping[str, str] = {}
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command where the controller is."""
         done = subprocess.run(
@@ -95,7 +95,7 @@ class Cluster:
 
     def submit(self, *arguments: object, cwd: Path, **environment: str) -> int:
         """``sbatch ARGUMENTS``; returns the job's number."""
-        return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd, **environment).stdout)
+        return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd, environment=environment).stdout)
 
     def field(self, job: int | str, name: str) -> str:
         """What ``scontrol show job`` says of a job under a name, for example JobState."""

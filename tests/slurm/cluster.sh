@@ -2,7 +2,9 @@
 # A Slurm controller in namespaces of its own, and what its nodes need. `cluster.py` starts this as the first process of a
 # PID namespace: when it ends, whatever runs on the cluster ends with it. It ends when its standard input does.
 #
-#   cluster.sh DIR NODES MISSED     MISSED: after so many seconds a silent node is down; all files go to DIR, whose path is short: munge's socket has at most 108 characters
+#   cluster.sh DIR NODES MISSED     a node that is silent for MISSED seconds is down
+#
+# All files go to DIR, whose path is short: munge's socket has at most 108 characters.
 set -euo pipefail
 D=$1 nodes=$2 missed=$3 net=10.213.0
 export SLURM_CONF=$D/etc/slurm.conf

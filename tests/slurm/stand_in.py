@@ -1,10 +1,9 @@
 #!/usr/bin/python3 -S
 """Takes the place of Python in the jobs of tests of the job scripts: it starts in no time and does what it is told.
 
-Every process leaves a line in FOLDER/events.jsonl for its start and its end. FOLDER, in the environment as STAND_IN, may
-hold: ``finish`` (ranks end with exit code 0), ``exit`` (rank 0 ends with this exit code), ``bad_node`` (the node on which
-doctor fails), ``deaf`` (USR1 is not caught, as while a program is still starting), ``one.yaml.exit`` (as ``exit``, for
-runs of the config one.yaml).
+Every process leaves a line in FOLDER/events.jsonl for its start and its end. FOLDER, in the environment as STAND_IN,
+may hold: ``finish`` (ranks end with exit code 0), ``exit`` (rank 0 ends with this exit code), ``bad_node`` (the node on
+which doctor fails), ``deaf`` (USR1 is not caught, as while a program is still starting).
 """
 
 import json
@@ -64,9 +63,8 @@ def main() -> int:
         signal.signal(signal.SIGUSR1, stop)
         signal.signal(signal.SIGTERM, stop)
     tell("start")
-    name = os.path.basename(ARGUMENTS[3]) if len(ARGUMENTS) > 3 else ""
     while not text("finish"):
-        code = text(f"{name}.exit") or text("exit")
+        code = text("exit")
         if code and RANK in ("0", ""):
             print("megamix: out of luck", file=sys.stderr)
             tell("end", code=int(code))

@@ -1,0 +1,98 @@
+"""Slurm's commands, as far as launching needs them."""
+
+from __future__ import annotations
+
+import getpass
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.errors import InputError
+
+UNAVAILABLE = "not available (down, drained or reserved)"
+"""sbatch --test-only says so of nodes that a job may well wait for."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job, or a member of an array, that waits or runs."""
+
+    job: int
+    member: int | None
+    state: str
+
+
+def scripts_dir() -> Path:
+    """The folder of the job scripts: in the checkout, or inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "slurm"
+    return installed if installed.is_dir() else package.parent / "slurm"
+
+
+def queued(name: str) -> list[Queued]:
+    """One's own jobs of a name that wait or run, members of arrays one by one.
+
+    A job that is coming to its end is none of them: what is submitted now waits for it (``--dependency=singleton``).
+    """
+    # %A: a member's own number; %F: that of the array; %K: its index, N/A where there is no array.
+    shown = _run(
+        ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--name={name}", "--format=%F %K %T"]
+    )
+    found = []
+    for line in shown.splitlines():
+        job, member, state = line.split()
+        if state not in ("COMPLETING", "CANCELLED"):
+            found.append(Queued(int(job), int(member) if member.isdigit() else None, state))
+    return found
+
+
+def check(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Whether the cluster would ever run what ``sbatch`` is asked to.
+
+    Raises:
+        InputError: no such partition, account, number of nodes or GPUs; with Slurm's words.
+    """
+    done = _start([command[0], "--test-only", *command[1:]], environment)
+    if done.returncode and UNAVAILABLE not in done.stderr:
+        raise InputError(
+            f"Slurm refuses this job: {_words(done.stderr)}. Change --partition, --account, --nodes, --gpus-per-node or "
+            "--time; `sinfo` shows what there is."
+        )
+
+
+def submit(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs ``sbatch``; returns the job's number.
+
+    Raises:
+        InputError: Slurm refuses it.
+    """
+    done = _start([command[0], "--parsable", *command[1:]], environment)
+    if done.returncode:
+        raise InputError(f"Slurm refuses this job: {_words(done.stderr)}.")
+    return int(done.stdout.strip().split(";")[0])
+
+
+def _run(command: Sequence[str]) -> str:
+    done = _start(command, None)
+    if done.returncode:
+        raise InputError(f"{command[0]} fails: {_words(done.stderr)}. Is the cluster up (`sinfo`)?")
+    return done.stdout
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no {command[0]} on this machine. Run megamix launch where jobs are submitted from, or look at what "
+            "it would submit: --dry-run."
+        ) from error
+
+
+def _words(text: str) -> str:
+    """Slurm's messages without its prefixes, as one line."""
+    lines = [line.split("error: ", 1)[-1].strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("allocation failure: ").rstrip(".") for line in lines) or "it gives no reason"
