@@ -28,7 +28,7 @@ from megamix.labels import run_names
 from megamix.paired import Interval, t_interval
 from megamix.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
 from megamix.recorded_run import RecordedRun
-from megamix.tables import ABSENT, Report, Table, number
+from megamix.tables import ABSENT, Report, Table, number, plural
 from megamix.variants import check_comparable, variant_names
 
 METRICS = {
@@ -157,7 +157,7 @@ def compare(
             the same variant and seed, an unknown baseline, or a folder that cannot be written.
     """
     if len(run_dirs) < 2:
-        raise InputError(f"{len(run_dirs)} runs are given. Name at least two to compare.")
+        raise InputError(f"{plural(len(run_dirs), 'run is', 'runs are')} given. Name at least two to compare.")
     runs = [RecordedRun.open(Path(run_dir)) for run_dir in run_dirs]
     check_comparable(runs)
     variants = variant_names(runs)

@@ -138,6 +138,7 @@ def read_job(config_path: Path, overrides: list[str]) -> Job:
     data = apply_overrides(read_yaml(config_path), overrides)
     section = data.pop("doremi", None)
     steps = validate(DoremiSteps, {} if section is None else section, f"{config_path}, doremi")
+    _refuse_settled(steps, str(config_path))
     job = Job(data, steps, validate(RunConfig, data, str(config_path)).run_dir, str(config_path))
     _write_round(job, 1, None)
     proxy = make_plan(_load(job.run_dir / "proxy.yaml"))
@@ -146,6 +147,21 @@ def read_job(config_path: Path, overrides: list[str]) -> Job:
     if steps.target is not None:
         _write(job.run_dir / "target.yaml", job.target_run(), f"{config_path}, target run")
     return job
+
+
+SETTLED = {"reference": ("run_dir", "mixer"), "proxy": ("run_dir",), "target": ("run_dir", "mixture")}
+"""Keys of each step that are not for a config to say."""
+
+
+def _refuse_settled(steps: DoremiSteps, source: str) -> None:
+    """Raises InputError for a key that would have no effect."""
+    for step, keys in SETTLED.items():
+        for key in keys:
+            if key in (getattr(steps, step) or {}):
+                raise InputError(
+                    f"{source}: doremi.{step}.{key} cannot be set: DoReMi settles the reference run's mixer, the target's "
+                    "mixture, and where each run is (RUN/STEP). Remove the key, or train that run with `megamix train`."
+                )
 
 
 def _one_step(job: Job, step: Step) -> int:

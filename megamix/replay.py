@@ -121,6 +121,11 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
             "reward_from is evaluation, but the losses of evaluations are not on record, only those of training. Replay it "
             "with reward_from: training."
         )
+    if statistics.excess_nats is None and any(getattr(config, "reference", None) is not None for config in configs):
+        raise InputError(
+            f"the run {run.run_dir} was trained without reference losses, so none of its steps has an excess loss on record. "
+            "Replay the mixer with reference: null, or a run whose mixer had a reference."
+        )
     schedule, constraints = _frame(run, statistics.domain_names)
     drawn_with = _weights_by_step(run.ledger, statistics.num_steps, run.config.train.global_batch)
     folder = run.run_dir / FOLDER if out is None else out

@@ -99,7 +99,7 @@ def test_what_cannot_be_replayed(runs: Path, tmp_path: Path) -> None:
     for mixer, message in (
         ({"name": "odm", "preset": "papr"}, "Did you mean 'paper'"),
         ({}, "needs the key 'name'"),
-        ({"name": "doremi", "reference": "cache"}, "have no excess_nats"),
+        ({"name": "doremi", "reference": "cache"}, "was trained without reference losses"),
         ({"name": "odm", "reward_from": "evaluation"}, "the losses of evaluations are not on record"),
     ):
         with pytest.raises(InputError, match=message):
