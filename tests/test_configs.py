@@ -152,17 +152,21 @@ def test_the_engines_train_the_same_run(one: str, other: str) -> None:
     assert second.model_copy(update=change) == first
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "doremi").glob("*.yaml")), ids=lambda path: path.stem)
-def test_each_doremi_job_is_three_runs(path: Path) -> None:
-    """A reference run and a proxy of one size, and a target of 1 B; those of 280 M are shipped by themselves too."""
+def doremi_runs(path: Path) -> list[RunConfig]:
+    """Reference, proxy and target of a job."""
     from megamix.doremi import DoremiSteps, Job
 
     data = read_yaml(path)
     steps = validate(DoremiSteps, data.pop("doremi"), path.name)
     job = Job(data, steps, Path(data["run_dir"]), path.name)
-    reference, proxy, target = (
-        validate(RunConfig, run, path.name) for run in (job.reference_run(1, None), job.proxy_run(1), job.target_run())
-    )
+    runs = (job.reference_run(1, None), job.proxy_run(1), job.target_run())
+    return [validate(RunConfig, run, path.name) for run in runs]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "doremi").glob("pile_*.yaml")), ids=lambda path: path.stem)
+def test_each_doremi_job_is_three_runs(path: Path) -> None:
+    """A reference run and a proxy of one size, and a target of 1 B; those of 280 M are shipped by themselves too."""
+    reference, proxy, target = doremi_runs(path)
     assert reference.model == proxy.model
     assert reference.model.preset == f"neox-{path.stem.partition('_')[2]}"
     assert reference.train == proxy.train
@@ -172,6 +176,18 @@ def test_each_doremi_job_is_three_runs(path: Path) -> None:
         assert reference == load(CONFIGS / "pile_doremi_1_reference.yaml")
         assert proxy == load(CONFIGS / "pile_doremi_2_proxy.yaml")
         assert target == load(CONFIGS / "pile_doremi_3_target.yaml")
+
+
+def test_the_demo_of_doremi() -> None:
+    """The target is the demo but for its weights; reference and proxy are the same run but for theirs."""
+    demo = read_yaml(CONFIGS / "demo.yaml")
+    reference, proxy, target = doremi_runs(CONFIGS / "doremi" / "demo.yaml")
+    wanted = {**demo, "mixer": {"name": "static"}, "mixture": target.mixture, "run_dir": target.run_dir}
+    assert target == validate(RunConfig, wanted, "demo.yaml")
+    assert reference.train == proxy.train
+    assert reference.model == proxy.model == target.model
+    assert (reference.mixture, reference.mixer.name) == ("natural", "static")
+    assert (proxy.mixture, proxy.mixer.name) == ("uniform", "doremi")
 
 
 @pytest.mark.parametrize("engine", GPUS)
