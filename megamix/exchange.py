@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from megamix.data.blend import Segment
 from megamix.data.sampler import Sampler
-from megamix.errors import InputError, MegamixError
+from megamix.errors import InputError
+from megamix.guard import Guard
 from megamix.mixers import DomainStats, Mixer
 from megamix.mixture import WeightSchedule
 from megamix.stopping import Wishes
@@ -92,6 +93,7 @@ class MixExchange:
         loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
         has_reference: whether losses are summed against a reference; without, excess sums say nothing.
         rewards_evaluation: whether the mixer sees the sums of evaluations instead of those of training.
+        guard: judges the sums of every step, on every rank.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
             at (rank 0 only).
         on_report: called on rank 0 for every step, from the background thread.
@@ -108,6 +110,7 @@ class MixExchange:
         loss_weights: Floats | None,
         has_reference: bool,
         rewards_evaluation: bool,
+        guard: Guard,
         constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
@@ -117,6 +120,7 @@ class MixExchange:
         self._weight_lag = weight_lag
         self._has_reference = has_reference
         self._rewards_evaluation = rewards_evaluation
+        self._guard = guard
         self._constrain = constrain
         self._on_report = on_report
         self._sums_group: Any = dist.new_group()
@@ -150,7 +154,7 @@ class MixExchange:
         """Waits until the weights that follow from all steps before ``step`` are known to the sampler.
 
         Raises:
-            MegamixError: a loss that is not finite, or whatever the mixer raised.
+            MegamixError: the guard ends the run (on every rank, at the same step), or whatever the mixer raised.
         """
         with self._settle_lock:
             while self._settled < step:
@@ -189,11 +193,12 @@ class MixExchange:
         stop, save = reduced[-1, :2].tolist()
         if stop or save:
             self._wishes[step] = Wishes(stop > 0, save > 0)
+        k = self._sampler.num_domains
+        self._guard.judge(step, reduced[:k], reduced[k:-1], self._weights_group)
         kinds = 1 if self._loss_weights is None else 2
-        weights = torch.empty(kinds, self._sampler.num_domains, dtype=torch.float64)
+        weights = torch.empty(kinds, k, dtype=torch.float64)
         stats, updated = None, False
         if self._mixer is not None:
-            k = self._sampler.num_domains
             stats = self._statistics(step, reduced[:k])
             wanted, updated = self._update(self._mixer, stats, self._rewards(step, stats, reduced[k:-1]), step)
             weights[0] = torch.from_numpy(wanted)
@@ -248,8 +253,6 @@ class MixExchange:
 
     def _update(self, mixer: Mixer, stats: DomainStats, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
         """The weights that follow from ``step``, and whether they were computed anew."""
-        for sums in (stats, rewards):
-            _refuse_non_finite(sums, mixer.domains, step)
         effective_step = self._effective_step(step)
         wanted = wanted_weights(mixer, self._schedule, rewards, step, effective_step)
         # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
@@ -290,13 +293,3 @@ def checked_loss_weights(mixer: Mixer) -> Floats | None:
             "not negative, one a domain."
         )
     return given
-
-
-def _refuse_non_finite(stats: DomainStats, domains: tuple[str, ...], step: int) -> None:
-    counts = np.zeros(len(domains)) if stats.non_finite is None else np.asarray(stats.non_finite)
-    if counts.any():
-        bad = ", ".join(f"'{domains[k]}' ({int(counts[k])} tokens)" for k in np.flatnonzero(counts))
-        raise MegamixError(
-            f"step {step + 1}: the loss is not finite in {bad}. Lower train.lr, lengthen train.warmup or tighten train.clip, "
-            "and resume from the last checkpoint."
-        )

@@ -67,10 +67,16 @@ def _first_host(nodes: str) -> str:
     return found.stdout.split()[0]
 
 
-def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
+def run_local(
+    arguments: Sequence[str], ranks: int, threads: int | None, files: Sequence[int] = (), **variables: str
+) -> int:
     """Runs ``python -m megamix ARGUMENTS`` once per rank and waits for all of them.
 
     Signals that ask to stop are passed on; the ranks save and end with code 75. A second one ends them at once.
+
+    Args:
+        files: descriptors that the ranks keep open.
+        variables: of their environment.
 
     Returns:
         The exit code of the job: 0, that of the rank that failed first, or 75 where it was asked to stop.
@@ -80,6 +86,7 @@ def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
     """
     environment = {
         **os.environ,
+        **variables,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(ranks),
@@ -93,6 +100,7 @@ def run_local(arguments: Sequence[str], ranks: int, threads: int | None) -> int:
                 [sys.executable, "-m", "megamix", *arguments],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
+                pass_fds=tuple(files),
                 preexec_fn=_die_with_parent,
             )
             for rank in range(ranks)

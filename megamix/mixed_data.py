@@ -18,6 +18,7 @@ from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
 from megamix.errors import InputError
 from megamix.exchange import NO_WISHES, MixExchange, MixReport, checked_loss_weights
+from megamix.guard import Guard
 from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.plan import DataPlan
 from megamix.reference_cache import open_reference, reference_folder
@@ -42,6 +43,7 @@ class MixedData:
     Attributes:
         step: steps submitted.
         mixer: on rank 0; None elsewhere.
+        guard: judges the sums of every step.
         shadows: mixers that only log, on rank 0.
         change: what weights.jsonl is to say of a resume that changed the blend; None where nothing changed.
     """
@@ -65,6 +67,7 @@ class MixedData:
         self.plan = plan
         self.step = 0 if resumed is None else resumed.step
         self._device = device
+        self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.guard)
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
         self.mixer: Mixer | None = None
         self.shadows: tuple[Shadow, ...] = ()
@@ -94,6 +97,7 @@ class MixedData:
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
             rewards_evaluation=rewards_evaluation,
+            guard=self.guard,
             constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._report,
         )
@@ -174,6 +178,7 @@ class MixedData:
             "sampler": self.sampler.state_dict(self.step),
             "mixer": self.mixer.state_dict() if self.mixer is not None else None,
             "shadow": {shadow.name: shadow.state_dict(self.step) for shadow in self.shadows},
+            "guard": self.guard.state_dict(),
             "manifest": str(self.plan.config.data.manifest.absolute()),
         }
 

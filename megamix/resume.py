@@ -46,6 +46,16 @@ class Resumed:
         """Steps taken."""
         return int(self.state["step"])
 
+    @property
+    def guard(self) -> dict[str, int] | None:
+        """State of the run's guard; None in a checkpoint from before there were guards."""
+        return self.state.get("guard")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the optimizer has taken: those of the run but for what the guard left out."""
+        return self.step - (0 if self.guard is None else self.guard["skips"])
+
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
         """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
 

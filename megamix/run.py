@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,10 +16,12 @@ from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
 from megamix.reference_cache import open_reference
-from megamix.resume import Resumed, open_checkpoint
+from megamix.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.run_config import RunConfig
+from megamix.run_lock import RunLock
 from megamix.sinks import check_sinks
 from megamix.stopping import heed_signals
+from megamix.watchdog import Watchdog
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -38,17 +42,19 @@ def train(config_path: Path, overrides: list[str]) -> int:
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)
-    resumed = open_checkpoint(plan)
-    _open_sources(plan, resumed)
-    if resumed is not None and resumed.step >= config.train.steps and not _is_to_be_converted(config, resumed):
-        log.info(
-            "%s is done: all its %d steps are. To train anew, choose another run_dir.",
-            config.run_dir,
-            config.train.steps,
-        )
-        return EXIT_OK
-    _prepare_run_dir(config)
-    return run_local(["train", str(config_path), *overrides], plan.world_size, config.engine.threads)
+    with RunLock(config.run_dir) as lock:
+        resumed = open_checkpoint(plan)
+        _open_sources(plan, resumed)
+        if resumed is not None and resumed.step >= config.train.steps and not _is_to_be_converted(config, resumed):
+            log.info(
+                "%s is done: all its %d steps are. To train anew, choose another run_dir.",
+                config.run_dir,
+                config.train.steps,
+            )
+            return EXIT_OK
+        _prepare_run_dir(config)
+        arguments = ["train", str(config_path), *overrides]
+        return run_local(arguments, plan.world_size, config.engine.threads, lock.files, **lock.environment)
 
 
 def _run_rank(config: RunConfig, world_size: int) -> None:
@@ -76,18 +82,32 @@ def train_rank(plan: Plan) -> None:
     """One rank's part of a run, in a process group that is there.
 
     Rank 0 looks at everything first; what it finds wrong ends the job before the others begin.
+
+    Raises:
+        Preempted: a rank was asked to stop; the run is saved.
+        MegamixError: anything a user can mend.
     """
     import torch.distributed as dist
 
     from megamix.train import Trainer
 
-    found: list[Resumed | None] = [None]
-    if dist.get_rank() == 0:
-        found = [open_checkpoint(plan)]
-        _open_sources(plan, found[0])
-        _prepare_run_dir(plan.config)
-    dist.broadcast_object_list(found, src=0)
-    Trainer(plan, found[0]).run()
+    is_main = dist.get_rank() == 0
+    watchdog = Watchdog(plan.config.watchdog, dist.get_rank(), dist.get_world_size())
+    watchdog.start()
+    try:
+        with RunLock(plan.config.run_dir) if is_main else nullcontext():
+            group: Any = dist.new_group(backend="gloo")
+            resumed = agree_on_checkpoint(plan, group)
+            if is_main:
+                _open_sources(plan, resumed)
+                _prepare_run_dir(plan.config)
+            # Nobody builds a model for a run that rank 0 refuses.
+            dist.barrier(group)
+            Trainer(plan, resumed, watchdog).run()
+    except BaseException as error:
+        watchdog.fail(error)
+        raise
+    watchdog.close()
 
 
 def _open_sources(plan: Plan, resumed: Resumed | None) -> None:

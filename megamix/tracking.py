@@ -4,7 +4,9 @@
 
 - ``train``, every ``log.every`` steps: ``step`` (steps taken), ``tokens`` (trained on so far), ``loss`` (mean nats per
   token over the interval), ``domain_loss`` and ``domain_tokens`` by domain (null and 0 where absent), ``lr``,
-  ``grad_norm``, ``step_seconds`` and ``data_wait_seconds`` (means per step), ``tokens_per_second``;
+  ``grad_norm``, ``tokens_per_second``, and where the time of rank 0 went (`megamix.step_time`, means per step):
+  ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
+  ``mixing_seconds``;
 - ``evaluate``: ``step``, ``tokens``, ``domain_loss``, ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by
   natural share), ``worst_domain``.
 
@@ -42,6 +44,7 @@ from megamix.mixers import DomainStats
 from megamix.recorded_run import METRICS, WEIGHTS
 from megamix.sinks import Sink
 from megamix.step_statistics import StatisticsWriter
+from megamix.step_time import StepTimes
 
 SHADOWS = "shadow"
 
@@ -210,22 +213,19 @@ class IntervalLog:
     def reset(self) -> None:
         self._nats = np.zeros(len(self._domains))
         self._tokens = np.zeros(len(self._domains), np.int64)
-        self._seconds = self._waited = 0.0
-        self._timed_steps = 0
-
-    def add_step(self, seconds: float, waited: float) -> None:
-        """The wall time of one step, and how much of it was waiting for data."""
-        self._seconds += seconds
-        self._waited += waited
-        self._timed_steps += 1
 
     def add_stats(self, stats: DomainStats) -> None:
         self._nats = self._nats + stats.nats
         self._tokens = self._tokens + stats.tokens
 
-    def line(self, step: int, tokens: int, lr: float, grad_norm: float | None, tokens_per_step: int) -> dict[str, Any]:
-        """The ``train`` line for the interval that ends at ``step``; starts the next interval."""
-        steps = max(1, self._timed_steps)
+    def line(
+        self, step: int, tokens: int, lr: float, grad_norm: float | None, times: StepTimes, tokens_per_step: int
+    ) -> dict[str, Any]:
+        """The ``train`` line for the interval that ends at ``step``; starts the next interval.
+
+        Args:
+            times: of the steps of the interval that this process took.
+        """
         domain_loss = [n / t if t else None for n, t in zip(self._nats.tolist(), self._tokens.tolist(), strict=True)]
         line = {
             "step": step,
@@ -235,9 +235,8 @@ class IntervalLog:
             "domain_tokens": dict(zip(self._domains, self._tokens.tolist(), strict=True)),
             "lr": lr,
             "grad_norm": grad_norm,
-            "step_seconds": self._seconds / steps,
-            "data_wait_seconds": self._waited / steps,
-            "tokens_per_second": tokens_per_step * steps / self._seconds if self._seconds else 0.0,
+            **times.record(),
+            "tokens_per_second": tokens_per_step * times.steps / times.total if times.total else 0.0,
         }
         self.reset()
         return line

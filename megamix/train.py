@@ -17,33 +17,36 @@ from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
 from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
-from megamix.errors import Preempted
+from megamix.errors import MegamixError, Preempted
 from megamix.evaluate import RewardEvaluation, Validation
+from megamix.events import Event
 from megamix.log import get_logger, show_progress
 from megamix.mixed_data import MixedData
 from megamix.plan import Plan
 from megamix.resume import Resumed, fingerprints
 from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
+from megamix.step_time import StepClock
 from megamix.stopping import Wishes, asked_to_stop
 from megamix.tracking import IntervalLog, RunRecord, SampleLog
+from megamix.watchdog import Watchdog
 
 
 class Trainer:
     """One rank of a run; every rank builds one and calls `run`."""
 
-    def __init__(self, plan: Plan, resumed: Resumed | None) -> None:
+    def __init__(self, plan: Plan, resumed: Resumed | None, watchdog: Watchdog) -> None:
         """
         Args:
-            resumed: what rank 0 found to continue from; None starts anew. All ranks are given the same: they may see
-                the file system at different moments.
+            resumed: what the ranks agreed to continue from, its files checked; None starts anew.
+            watchdog: is told what this rank does.
         """
         self.plan = plan
         self.config: RunConfig = plan.config
         self.is_main = dist.get_rank() == 0
         # Gathering small objects must not need the accelerator.
         self._control: Any = dist.new_group(backend="gloo")
-        self._checkpoints = self.config.run_dir / "checkpoints"
+        self._watchdog = watchdog
         self.engine = make_engine(
             self.config.engine,
             plan.model,
@@ -52,11 +55,12 @@ class Trainer:
             num_domains=len(plan.domains),
             vocab_size=plan.vocab_size,
             loss_implementation=self.config.loss.implementation,
+            skip_non_finite=self.config.guard.non_finite == "skip",
             reset_position_ids=self.config.data.reset_position_ids,
         )
         self.place = self.engine.place
         if resumed is not None:
-            saving.load_engine(resumed.path, self.engine, resumed.step)
+            saving.load_engine(resumed.path, self.engine, resumed.optimizer_steps, verified=True)
         elif (pretrained := plan.pretrained()) is not None:
             saving.load_weights(pretrained, self.engine)
         self._rewards = RewardEvaluation.of(plan, self.engine)
@@ -68,11 +72,16 @@ class Trainer:
             resumed=resumed,
             evaluates=self._rewards is not None,
         )
+        self.guard = self.data.guard
         self._first_step = self._saved_step = self.step
         self._saved_at = time.monotonic()
         self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
             self.engine
         )
+        self._writer = saving.CheckpointWriter(
+            self.config.run_dir / "checkpoints", self.engine, self.config.checkpoint, self._control
+        )
+        self._clock = StepClock(self.place.device)
         self.validation = Validation(plan, self.engine)
         self._log = IntervalLog(plan.domain_names, resumed.state["interval"] if resumed else None)
         self.record = None
@@ -91,32 +100,45 @@ class Trainer:
         return self.data.step
 
     def run(self) -> None:
-        """Trains to the last step (or to ``train.stop_after``), evaluating and saving on the way."""
-        config = self.config
-        if self.step == 0:
-            self.evaluate()
-        stop = min(config.train.steps, config.train.stop_after or config.train.steps)
-        if self.step >= stop and self._is_in_other_format:
-            self.save()
+        """Trains to the last step (or to ``train.stop_after``), evaluating and saving on the way.
+
+        Raises:
+            Preempted: a rank was asked to stop; the run is saved.
+            MegamixError: the guard ended the run, or something could not be written.
+        """
         try:
-            while self.step < stop:
-                self._grant_wishes()
-                try:
-                    self.train_step()
-                except DataExhausted as end:
-                    self._stop_exhausted(end)
-                    break
-                # Not where the run is only interrupted: the record must not depend on where that was.
-                if self.step == config.train.steps or _every(self.step, config.evaluate.every):
-                    self.evaluate()
-                if self.step == stop or _every(self.step, config.checkpoint.every):
-                    self.save()
+            with self._writer:
+                self._run()
+            self._note("ended")
+        except MegamixError as error:
+            self._note("preempted" if isinstance(error, Preempted) else "failed", str(error))
+            raise
         finally:
             self.data.close()
             if self.record is not None:
                 self.record.close()
             if self._sample_log is not None:
                 self._sample_log.close()
+
+    def _run(self) -> None:
+        config = self.config
+        if self.step == 0:
+            self.evaluate()
+        stop = min(config.train.steps, config.train.stop_after or config.train.steps)
+        if self.step >= stop and self._is_in_other_format:
+            self.save()
+        while self.step < stop:
+            self._grant_wishes()
+            try:
+                self.train_step()
+            except DataExhausted as end:
+                self._stop_exhausted(end)
+                break
+            # Not where the run is only interrupted: the record must not depend on where that was.
+            if self.step == config.train.steps or _every(self.step, config.evaluate.every):
+                self.evaluate()
+            if self.step == stop or _every(self.step, config.checkpoint.every):
+                self.save()
 
     def _grant_wishes(self) -> None:
         """At a boundary: saves, or saves and ends the run, where ranks have agreed on it.
@@ -141,29 +163,59 @@ class Trainer:
 
     def train_step(self) -> None:
         """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
-        started = time.perf_counter()
-        batch, waited = self.data.next_batch()
-        if self._sample_log is not None and batch is not None and batch.samples is not None:
-            self._sample_log.write(batch.samples)
-        self._seed_step(self.step)
-        lr = self.config.train.lr_at(self.step)
-        objective = self.data.objective(batch)
-        self._engine_step(None if batch is None else self._on_device(batch), objective, lr)
-        self._log.add_step(time.perf_counter() - started, waited)
+        self._watchdog.progress(self.step, "training")
+        self._writer.check()
+        with self._clock.step():
+            with self._clock.data():
+                batch, _ = self.data.next_batch()
+            if self._sample_log is not None and batch is not None and batch.samples is not None:
+                self._sample_log.write(batch.samples)
+            self._seed_step(self.step)
+            lr = self.config.train.lr_at(self.step)
+            with self._clock.mixing():
+                objective = self.data.objective(batch)
+            is_finite = self._engine_step(None if batch is None else self._on_device(batch), objective, lr)
+        self._judge(self.step - 1, is_finite)
         if _every(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log_interval(lr)
 
-    def _engine_step(self, batch: Batch | None, objective: Objective, lr: float) -> None:
-        if self._rewards is None or not self._rewards.due_after(self.step):
-            self.engine.train_step(batch, objective, lr, lambda sums: self.data.submit(sums, wishes=self._wishes()))
-            return
-        # The mixer hears of the step and of the evaluation that follows it at once.
+    def _engine_step(self, batch: Batch | None, objective: Objective, lr: float) -> bool:
+        """Trains, and submits the step's sums; returns what the engine knows of whether it was finite."""
+        evaluates = self._rewards is not None and self._rewards.due_after(self.step)
         kept: list[torch.Tensor] = []
-        self.engine.train_step(batch, objective, lr, lambda sums: kept.append(sums.clone()))
-        self.data.submit(kept[0], self._rewards.sums(), self._wishes())
+
+        def on_statistics(sums: torch.Tensor) -> None:
+            counts = self.engine.non_finite_counts()
+            if counts is not None and batch is not None and batch.samples is not None:
+                self.guard.keep(self.step, batch.samples, counts)
+            if evaluates:
+                kept.append(sums.clone())
+            else:
+                self.data.submit(sums, wishes=self._wishes())
+
+        with self._clock.engine():
+            is_finite = self.engine.train_step(batch, objective, lr, self._clock.as_mixing(on_statistics))
+        if evaluates:
+            assert self._rewards is not None
+            # The mixer hears of the step and of the evaluation that follows it at once.
+            with self._clock.mixing():
+                self.data.submit(kept[0], self._rewards.sums(), self._wishes())
+        return is_finite
+
+    def _judge(self, step: int, is_finite: bool) -> None:
+        """Hears from the engine whether ``step``, which is over, was finite, as far as it knows."""
+        if is_finite:
+            self.guard.took()
+            return
+        self.data.settle()
+        text = self.guard.left_out(step)
+        if self.record is not None:
+            get_logger().warning("%s", text)
+            self._note("skipped", text)
 
     def evaluate(self) -> None:
         """Validation loss of every domain, into the record and the log."""
+        self._watchdog.progress(self.step, "evaluating")
         line = self.validation.run(self.engine)
         if self.record is not None:
             self.record.evaluate({"step": self.step, "tokens": self._tokens(), **line})
@@ -171,7 +223,9 @@ class Trainer:
             get_logger().info("step %d: validation loss %.4f (mean over domains), worst %s", self.step, macro, worst)
 
     def save(self) -> None:
-        """A checkpoint of the run as it stands before step ``self.step``."""
+        """A checkpoint of the run as it stands before step ``self.step``; with checkpoint.asynchronous it is on disk
+        some time later."""
+        self._watchdog.progress(self.step, "saving")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         state: dict[str, Any] = {
             **self.data.state_dict(),
@@ -182,8 +236,11 @@ class Trainer:
             self._collect_reports()
             self.record.flush()
         state["interval"] = self._log.state_dict()
-        path = saving.save(self._checkpoints, self.step, self.engine, state, self.config.checkpoint.keep, self._control)
-        get_logger().info("step %d: saved %s", self.step, path)
+        self._writer.save(self.step, state)
+
+    def _note(self, event: Event, text: str = "") -> None:
+        if self.record is not None:
+            self.record.note(event, self.step, text)
 
     def _announce_weights(self, change: dict[str, Any] | None) -> None:
         """The weights that the run starts with, or goes on with after a change on resume."""
@@ -216,15 +273,17 @@ class Trainer:
         return SampleLog(self.config.run_dir, self.place.data_rank) if keeps else None
 
     def _log_interval(self, lr: float) -> None:
-        grad_norm = self.engine.grad_norm()
-        self.data.settle()
+        with self._clock.device():
+            grad_norm = self.engine.grad_norm()
+        with self._clock.mixing():
+            self.data.settle()
+        times = self._clock.take()
         if self.record is None:
             self._log.reset()
             return
         self._collect_reports()
-        line = self._log.line(
-            self.step, self._tokens(), lr, grad_norm, self.config.train.global_batch * self.config.data.seq_length
-        )
+        tokens_per_step = self.config.train.global_batch * self.config.data.seq_length
+        line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, tokens_per_step)
         self.record.train(line)
         show_progress(self.step, self.config.train.steps, line)
 

@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMES = {"step_seconds", "data_wait_seconds", "tokens_per_second", "timestamp"}
+TIMES = {
+    "step_seconds",
+    "data_wait_seconds",
+    "communication_seconds",
+    "mixing_seconds",
+    "compute_seconds",
+    "tokens_per_second",
+    "timestamp",
+}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
