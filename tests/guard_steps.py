@@ -4,7 +4,8 @@ never sees them.
     python guard_steps.py FOLDER    runs every layout, into FOLDER/NAME_RANK.json
 
 A token's embedding is so large, though finite, that the norm after it is NaN: a loss goes wrong in the samples with
-that token. A gradient goes wrong while its losses are finite where the objective is divided by next to nothing.
+that token. A gradient goes wrong while its losses are finite where the objective is divided by next to nothing. Where
+a reference's loss is NaN, the sums leave the token out, and the gradient knows nothing of it.
 
 Legend: M micro-batches, B samples, S tokens, K domains.
 """
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tiny_models import SEED, model_config
 
-from megamix.data.loader import Batch
+from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.engines.base import Engine, Objective, ParameterState
 from megamix.engines.choose import make_engine, start_distributed
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
@@ -32,9 +33,9 @@ from megamix_kernels import DomainSums
 
 SEQ_LENGTH, NUM_DOMAINS, VOCAB, POISON = 16, 3, 62, 61
 EMBEDDING = "gpt_neox.embed_in.weight"
-GOOD, BAD_LOSS, BAD_GRADIENT = "good", "bad loss", "bad gradient"
+GOOD, BAD_LOSS, BAD_GRADIENT, BAD_REFERENCE = "good", "bad loss", "bad gradient", "bad reference"
 # The first and the last, two in a row, and a good one after each kind.
-STEPS = (BAD_LOSS, GOOD, BAD_GRADIENT, GOOD, BAD_LOSS, BAD_LOSS, GOOD, BAD_GRADIENT)
+STEPS = (BAD_LOSS, GOOD, BAD_GRADIENT, GOOD, BAD_LOSS, BAD_REFERENCE, GOOD, BAD_GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,25 @@ def make(layout: Layout, *, skip: bool) -> Engine:
 
 
 def batch(step: int, data_rank: int, data_size: int) -> Batch:
-    """A rank's part of a step; where its loss is to be bad, sample 0 of the last micro-batch of the last rank has the
-    token, from its middle on."""
+    """A rank's part of a step; what is to be bad is so in sample 0 of the last micro-batch of the last rank, the loss
+    from its middle on."""
     generator = torch.Generator().manual_seed(step)
     shape = (8 // (2 * data_size), data_size, 2)
     tokens = torch.randint(0, POISON, (*shape, SEQ_LENGTH + 1), generator=generator)
     domains = torch.randint(0, NUM_DOMAINS, shape, generator=generator, dtype=torch.int32)
     if STEPS[step] == BAD_LOSS:
         tokens[-1, -1, 0, SEQ_LENGTH // 2] = POISON
+    labels, reference = tokens[..., 1:].clone(), torch.zeros(*shape, SEQ_LENGTH)
+    if STEPS[step] == BAD_REFERENCE:
+        reference[-1, -1, 0, 3] = torch.nan
+    labels[0, 0, 0, 5], reference[0, 0, 0, 5] = IGNORED_LABEL, torch.nan  # which is nothing
     domain_MDBS = domains[..., None].expand(*shape, SEQ_LENGTH)
     counted = np.bincount(domain_MDBS.flatten().numpy(), minlength=NUM_DOMAINS)
 
     def mine(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:, data_rank].contiguous()
 
-    return Batch(mine(tokens[..., :-1]), mine(tokens[..., 1:]), mine(domain_MDBS), counted)
+    return Batch(mine(tokens[..., :-1]), mine(labels), mine(domain_MDBS), counted, reference=mine(reference))
 
 
 def train(engine: Engine, kinds: Sequence[str]) -> dict[str, Any]:
@@ -160,12 +165,12 @@ def run(layout: Layout) -> dict[str, Any]:
     """What became of the steps; and the same steps without the bad ones, through an engine that does not look."""
     skipping, plain = make(layout, skip=True), make(layout, skip=False)
     initial = states(skipping)
-    found: dict[str, Any] = {"skipping": train(skipping, (GOOD, BAD_LOSS, BAD_GRADIENT))}
+    found: dict[str, Any] = {"skipping": train(skipping, (GOOD, BAD_LOSS, BAD_GRADIENT, BAD_REFERENCE))}
     found["plain"] = train(plain, (GOOD,))
     found["differing"] = differing(states(skipping), states(plain))
     found["trained"] = differing(initial, states(skipping))
     found["optimizer_steps"] = [skipping.optimizer_steps, plain.optimizer_steps]
-    found["told"] = train(make(layout, skip=False), (BAD_GRADIENT,))["finite"]
+    found["told"] = train(plain, (BAD_GRADIENT,))["finite"]
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard_steps import BAD_GRADIENT, BAD_LOSS, GOOD, LAYOUTS, SEQ_LENGTH, STEPS
+from guard_steps import BAD_GRADIENT, BAD_LOSS, BAD_REFERENCE, GOOD, LAYOUTS, SEQ_LENGTH, STEPS
 from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
@@ -45,7 +45,8 @@ def test_all_ranks_agree_on_what_is_finite(trained: dict[str, list[dict[str, Any
         said = rank["skipping"]["finite"]
         assert {step for step, is_finite in said.items() if is_finite} == set(steps_of(GOOD))
         assert all(rank["plain"]["finite"].values())
-        assert all(norm is None for step, norm in rank["skipping"]["norms"].items() if not said[step])
+        norms = rank["skipping"]["norms"]
+        assert {norms[step] for step in steps_of(BAD_LOSS, BAD_GRADIENT)} == {None}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -56,7 +57,8 @@ def test_what_an_engine_tells_without_being_asked_to_look(trained: dict[str, lis
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bad_tokens_are_counted_by_sample(trained: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Only the sample with the token has any, at least all from that token on, and as many as the sums leave out."""
+    """Only the sample with the token has any, at least all from that token on, or that with the bad reference, one; as
+    many as the sums leave out."""
     for step in map(str, range(len(STEPS))):
         found = [rank["skipping"] for rank in trained[name]]
         given = [part["counts"][step] for part in found if part["counts"][step] is not None]
@@ -64,8 +66,8 @@ def test_bad_tokens_are_counted_by_sample(trained: dict[str, list[dict[str, Any]
         assert len(flat) == 8, "each sample of the step is counted by one rank"
         bad = [count for count in flat if count]
         assert sum(flat) == sum(sum(part["bad"][step]) for part in found)
-        if step in steps_of(BAD_LOSS):
-            assert len(bad) == 1
-            assert given[-1][-1][0] == bad[0] >= SEQ_LENGTH // 2
+        if step in steps_of(BAD_LOSS, BAD_REFERENCE):
+            assert bad == [given[-1][-1][0]]
+            assert bad == [1] if step in steps_of(BAD_REFERENCE) else bad[0] >= SEQ_LENGTH // 2
         else:
             assert not bad
