@@ -151,10 +151,11 @@ class CheckpointWriter:
             give_name(partial)
 
         try:
-            self._agree(step, self._on_main(start, partial))
-            outcome = self._write_own(partial, self._own) if self._own is not None else _write_layers(partial, layers)
+            self._agree(step, ({}, self._ruined_own() or self._on_main(start, partial)))
+            own = self._own
+            outcome = _write_layers(partial, layers) if own is None else self._write_own(step, partial, own)
             files = self._agree(step, self._write_state(partial, state, outcome))
-            self._agree(step, self._on_main(finish, partial))
+            self._agree(step, ({}, self._on_main(finish, partial)))
         except MegamixError:
             if self._is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +189,11 @@ class CheckpointWriter:
         except OSError as problem:
             return {}, _cannot_write(partial / STATE, problem)
 
-    def _write_own(self, partial: Path, engine: OwnFormat) -> Outcome:
+    def _ruined_own(self) -> str | None:
+        """What is NaN or infinite of what the engine is about to write, on this rank."""
+        return None if self._own is None else _not_finite(f"rank {dist.get_rank()}", self._own.own_tensors())
+
+    def _write_own(self, step: int, partial: Path, engine: OwnFormat) -> Outcome:
         """The engine writes, then each file is hashed by one rank.
 
         A rank that cannot write raises by itself: the others may be waiting for it inside the engine.
@@ -200,21 +205,21 @@ class CheckpointWriter:
         except (OSError, RuntimeError, CheckpointException) as problem:
             raise MegamixError(_cannot_write(folder, problem)) from problem
         # Each rank sees its own files; those of others may not have appeared yet.
-        seen: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(seen, files_in(partial, engine.own_format), group=self._group)
+        seen = self._gather(step, files_in(partial, engine.own_format))
         mine = [name for name, rank in _shared_out(seen).items() if rank == dist.get_rank(self._group)]
         try:
             return {name: describe(partial / name) for name in mine}, None
         except OSError as problem:
             return {}, f"cannot read back {folder}: {problem.strerror or problem}"
 
-    def _on_main(self, act: Callable[[], None], path: Path) -> Outcome:
+    def _on_main(self, act: Callable[[], None], path: Path) -> str | None:
+        """Lets rank 0 do something to ``path``; what went wrong."""
         try:
             if self._is_main:
                 act()
         except OSError as problem:
-            return {}, _cannot_write(path, problem)
-        return {}, None
+            return _cannot_write(path, problem)
+        return None
 
     def _agree(self, step: int, outcome: Outcome) -> Files:
         """The files of all ranks.
@@ -223,18 +228,22 @@ class CheckpointWriter:
             MegamixError: on every rank, what went wrong on one.
             RankFailed: a rank is gone.
         """
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        outcomes = self._gather(step, outcome)
+        errors = [error for _, error in outcomes if error]
+        if errors:
+            raise MegamixError(f"the checkpoint of step {step} was not written: {errors[0]}")
+        return {name: entry for files, _ in outcomes for name, entry in files.items()}
+
+    def _gather(self, step: int, given: Any) -> list[Any]:
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
         try:
-            dist.all_gather_object(outcomes, outcome, group=self._group)
+            dist.all_gather_object(gathered, given, group=self._group)
         except RuntimeError as problem:
             raise RankFailed(
                 f"the checkpoint of step {step} was given up: another rank is gone ({problem}). The same command resumes "
                 "the run from the checkpoint before it."
             ) from problem
-        errors = [error for _, error in outcomes if error]
-        if errors:
-            raise MegamixError(f"the checkpoint of step {step} was not written: {errors[0]}")
-        return {name: entry for files, _ in outcomes for name, entry in files.items()}
+        return gathered
 
 
 _RUINED = "Resume from the checkpoint before it, with a lower train.lr."
@@ -255,7 +264,7 @@ def _write_layers(partial: Path, layers: Layers) -> Outcome:
     for layer, tensors in layers:
         if error is not None:
             continue  # gathering the others is the work of all ranks
-        error = _not_finite(layer, tensors)
+        error = _not_finite(f"layer {layer}", tensors.items())
         if error is not None:
             continue
         path = partial / _layer_file(layer)
@@ -269,17 +278,14 @@ def _write_layers(partial: Path, layers: Layers) -> Outcome:
     return files, error
 
 
-def _not_finite(layer: int, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """What is NaN or infinite in a layer, or None."""
-    for key, tensor in tensors.items():
+def _not_finite(where: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """What is NaN or infinite, or None."""
+    for name, tensor in tensors:
         # One pass without a copy; NaN anywhere makes both NaN.
-        low, high = torch.aminmax(tensor)
+        low, high = torch.aminmax(tensor.detach())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int((~torch.isfinite(tensor)).sum())
-            part, _, name = key.partition("/")
-            return (
-                f"{count:,} of {tensor.numel():,} values of {part} of {name} (layer {layer}) are not finite. {_RUINED}"
-            )
+            return f"{count:,} of {tensor.numel():,} values of {name} ({where}) are not finite. {_RUINED}"
     return None
 
 

@@ -72,18 +72,20 @@ def job(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         (folder / "store").unlink(missing_ok=True)
 
 
-def write(folder: Path, steps: list[int], group: Any, **config: Any) -> None:
-    """The checkpoints of some steps, in this order."""
+def write(folder: Path, steps: list[int], group: Any, state: dict[str, Any] | None = None, **config: Any) -> None:
+    """The checkpoints of some steps, in this order; a job of one rank."""
     writer = CheckpointWriter(folder, engine_at(0), CheckpointConfig(**{"keep": 100, **config}), group)
     with writer:
         for step in steps:
             writer._engine = engine_at(step)
-            writer.save(step, {})
+            writer.save(step, state or {})
 
 
 def flip(path: Path, bit: int | None = None) -> None:
     """Changes one bit, of the middle if not said otherwise."""
-    content = bytearray(path.read_bytes())
-    bit = 8 * (len(content) // 2) if bit is None else bit
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(bytes(content))
+    bit = 8 * (path.stat().st_size // 2) if bit is None else bit
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        (before,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([before ^ 1 << bit % 8]))

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -102,6 +103,50 @@ def die(folder: Path) -> None:
             )
         writer.save(2, {})
         _tell(_told(writer.wait))
+
+
+def choose(config: Path, scenarios: Path) -> None:
+    """Agrees on the checkpoint to continue from in every run directory of a folder: what each rank then has, and which
+    files it has read for it."""
+    import torch.distributed as dist
+    from checkpoint_files import job
+
+    from megamix import checkpoint
+    from megamix.config import load_config
+    from megamix.plan import make_plan
+    from megamix.resume import agree_on_checkpoint
+    from megamix.run_config import RunConfig
+
+    rank = int(os.environ["RANK"])
+    found = {}
+    describe, read = checkpoint.describe, []
+
+    def reading(path: Path, sync: bool = True) -> dict[str, Any]:
+        read.append(str(path))
+        return describe(path, sync)
+
+    checkpoint.describe = reading
+    with job(scenarios, rank, RANKS):
+        group: Any = dist.new_group(backend="gloo")
+        for folder in sorted(path for path in scenarios.iterdir() if path.is_dir()):
+            overrides = [f"run_dir={folder}", "engine={pipeline: 1, data: 2}"]
+            if (folder / "overrides").is_file():
+                overrides += (folder / "overrides").read_text().splitlines()
+            plan = make_plan(load_config(RunConfig, config, overrides), RANKS, verify=False)
+            checkpoint.PATIENCE_SECONDS = 0.5
+            if (folder / "late").is_file():
+                checkpoint.PATIENCE_SECONDS = 20.0
+                dist.barrier(group)
+                if rank == 0:
+                    subprocess.Popen(["sh", (folder / "late")])
+            read.clear()
+
+            def agreed(plan: Any = plan) -> str | None:
+                resumed = agree_on_checkpoint(plan, group)
+                return None if resumed is None else f"{resumed.path.name} of step {resumed.step}"
+
+            found[folder.name] = (_told(agreed), list(read))
+    _tell(found)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import engine_at, job, loads, write
+from checkpoint_files import TinyEngine, engine_at, flip, job, loads, write
 from checkpoint_ranks import run
 from conftest import ENVIRONMENT
 
 from megamix import saving
 from megamix.checkpoint import complete_steps, damage, newest, read_listing
-from megamix.errors import InputError, MegamixError, Preempted
+from megamix.engines.own_format import OwnFormat
+from megamix.errors import InputError, MegamixError, Preempted, ResumeRefused
 from megamix.run_config import CheckpointConfig
-from megamix.saving import CheckpointWriter
+from megamix.saving import CheckpointWriter, load_engine
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_a_ruined_model_is_not_saved(tmp_path: Path, group: Any, part: str, valu
     engine.held[1][part][7:9] = value
     writer = CheckpointWriter(tmp_path, engine, CheckpointConfig(), group)
     writer.save(4, {})
-    with pytest.raises(MegamixError, match=rf"step 4 .* 2 of 50 values of {part} of h.1 \(layer 1\) are not finite"):
+    with pytest.raises(MegamixError, match=rf"step 4 .* 2 of 50 values of {part}/h.1 \(layer 1\) are not finite"):
         writer.wait()
     assert newest(tmp_path) == tmp_path / "step_3"
     assert complete_steps(tmp_path) == [3]
@@ -232,3 +233,53 @@ def test_a_rank_that_dies_does_not_keep_the_others(tmp_path: Path) -> None:
     assert (code, killed) == (0, -signal.SIGKILL)
     assert said.startswith("RankFailed: the checkpoint of step 2 was given up: another rank is gone")
     assert newest(tmp_path / "c") == tmp_path / "c" / "step_1"
+
+
+class OwnEngine(TinyEngine, OwnFormat):
+    """Writes one file of its own."""
+
+    own_format = "tiny"
+
+    @property
+    def saves_own_format(self) -> bool:
+        return True
+
+    def own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for layer, parts in self.held.items():
+            for part, tensor in parts.items():
+                yield f"{part} of {layer}", tensor
+
+    def save_own(self, folder: Path) -> None:
+        torch.save(self.held, folder / "all.pt")
+
+    def load_own(self, folder: Path, steps: int) -> None:
+        self.held, self.optimizer_steps = torch.load(folder / "all.pt", weights_only=True), steps
+
+
+def test_a_format_of_its_own_is_written_at_once_and_checked_as_well(tmp_path: Path, group: Any) -> None:
+    engine: Any = OwnEngine()
+    engine.go_to(4)
+    writer = CheckpointWriter(tmp_path, engine, CheckpointConfig(), group)
+    writer.save(4, {})
+    path = tmp_path / "step_4"
+    assert sorted(read_listing(path).files) == ["state.json", "tiny/all.pt"]
+    other: Any = OwnEngine()
+    load_engine(path, other, 4)
+    assert other.equals(engine)
+    engine.held[2]["exp_avg"][5] = torch.inf
+    with pytest.raises(MegamixError, match=r"1 of 50 values of exp_avg of 2 \(rank 0\) are not finite"):
+        writer.save(5, {})
+    assert [path.name for path in tmp_path.glob("step*")] == ["step_4"]
+    flip(path / "tiny" / "all.pt")
+    with pytest.raises(ResumeRefused, match=r"tiny/all.pt has SHA-256"):
+        load_engine(path, other, 4)
+
+
+def test_each_file_of_such_a_format_is_hashed_once() -> None:
+    """Also where a rank does not see what others have written yet; a rank always sees its own."""
+    seen = [["a", "b", "c"], ["b", "c", "d"], ["c", "e"]]
+    shared = saving._shared_out(seen)
+    assert sorted(shared) == ["a", "b", "c", "d", "e"]
+    assert all(name in seen[rank] for name, rank in shared.items())
+    everybody = saving._shared_out([[str(number) for number in range(12)]] * 3)
+    assert sorted(everybody.values()) == sorted(list(range(3)) * 4)

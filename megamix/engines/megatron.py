@@ -282,6 +282,14 @@ class MegatronEngine(Engine, OwnFormat):
     def saves_own_format(self) -> bool:
         return self._config.checkpoint_format == "dist"
 
+    def own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for chunk in self._chunks:
+            yield from chunk.named_parameters()
+        # The distributed optimizer holds pieces that have no names.
+        for number, state in enumerate(self._optimizer.optimizer.state.values()):
+            for part in ("exp_avg", "exp_avg_sq"):
+                yield f"{part} of parameter {number}", state[part]
+
     def save_own(self, folder: Path) -> None:
         with cpu_stand_ins():
             megatron_checkpoint.save(folder, self._chunks, self._optimizer)

@@ -1,5 +1,10 @@
 """Model and optimizer through megatron.core.dist_checkpointing, in PyTorch's distributed format: every rank writes and
-reads its own parts, and another layout finds its parts by their place in the whole."""
+reads its own parts, and another layout finds its parts by their place in the whole.
+
+Two of its files are pickles: ``common.pt``, which Megatron loads with torch's ``weights_only``, and ``.metadata``,
+which torch.distributed.checkpoint unpickles whole. The hashes that are checked first tell damage, not malice: of a
+checkpoint from somebody else, ask for the format ``layers``.
+"""
 
 from __future__ import annotations
 

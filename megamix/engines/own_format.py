@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 
 class OwnFormat(ABC):
@@ -16,6 +19,11 @@ class OwnFormat(ABC):
     @abstractmethod
     def saves_own_format(self) -> bool:
         """Whether checkpoints are to be written in it, instead of layer by layer."""
+
+    @abstractmethod
+    def own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what this rank holds of weights and moments, no copies; to look at before they are
+        written."""
 
     @abstractmethod
     def save_own(self, folder: Path) -> None:
