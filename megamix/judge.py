@@ -23,6 +23,7 @@ from megamix.run_config import WatchdogConfig
 # Whoever loses its connection to a failing rank fails too; the cause gets this long to be heard.
 UNSURE_SECONDS = 2.0
 PART_SECONDS = 1.0
+GATHER_SECONDS = 0.05
 _NEXT = "The same command resumes the run from its last checkpoint."
 
 
@@ -155,6 +156,7 @@ class Hub:
         self._peers = [_Peer(rank, now) for rank in range(world_size)]
         self._peers[0].host, self._peers[0].process = invitation.host, invitation.process
         self._strangers: list[Connection] = []
+        self._advanced = now  # when any rank last began something else
         # By how likely each is the cause: told with a reason, gone, told without one.
         self._suspects: list[tuple[int, Verdict]] = []
         self._suspected = 0.0
@@ -169,17 +171,21 @@ class Hub:
     def turn(self, state: State, wake: socket.socket, interval: float) -> Verdict | None:
         """Says how rank 0 is, and listens for ``interval`` seconds, or until ``wake``."""
         self._tell({"state": list(asdict(state).values())})
+        self._note_state(self._peers[0], state)
         deadline = time.monotonic() + interval
         while (left := deadline - time.monotonic()) > 0:
-            self._peers[0].state, self._peers[0].heard = state, time.monotonic()
             known = [peer.connection for peer in self._peers if peer.connection is not None]
             ready = wait_for([self._server, wake, *known, *self._strangers], min(left, UNSURE_SECONDS / 4))
+            if ready:
+                # Many words at a time: rank 0's training thread shares Python's lock with this one.
+                time.sleep(GATHER_SECONDS)
             if self._server.fileno() in ready:
                 self._accept()
             for stranger in self._strangers[:]:
                 self._introduce(stranger)
             for peer in self._peers:
-                self._listen(peer)
+                if peer.connection is not None and peer.connection.fileno() in ready:
+                    self._listen(peer, peer.connection)
             verdict = self._judge()
             if verdict is not None or self.is_over:
                 return verdict
@@ -216,14 +222,12 @@ class Hub:
             if stranger in self._strangers:
                 self._strangers.remove(stranger)
 
-    def _listen(self, peer: _Peer) -> None:
-        if peer.connection is None:
-            return
-        for message in peer.connection.receive():
+    def _listen(self, peer: _Peer, connection: Connection) -> None:
+        for message in connection.receive():
             peer.heard = time.monotonic()
             self._hear(peer, message)
-        if peer.connection.is_closed:
-            peer.connection.close()
+        if connection.is_closed:
+            connection.close()
             peer.connection = None
             if not peer.is_leaving and self._silence:
                 self._suspect(1, peer.end(time.monotonic(), self._world_size))
@@ -231,12 +235,17 @@ class Hub:
 
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
         if "state" in message:
-            peer.state = State(*message["state"])
+            self._note_state(peer, State(*message["state"]))
         elif "bye" in message:
             peer.is_leaving = True
+            self._advanced = time.monotonic()
         elif "fail" in message:
             reason = f"{peer.name(self._world_size)} failed after step {message['step']}: {message['fail']}"
             self._suspect(0 if message["stated"] else 2, Verdict(reason, message["code"], peer.rank, is_told=True))
+
+    def _note_state(self, peer: _Peer, state: State) -> None:
+        peer.state, peer.heard = state, time.monotonic()
+        self._advanced = max(self._advanced, peer.heard - state.idle)
 
     def _suspect(self, likelihood: int, verdict: Verdict) -> None:
         if not self._suspects:
@@ -264,7 +273,7 @@ class Hub:
         for peer in watched:
             if peer.rank and 0 < self._silence < now - peer.heard:
                 return peer.silence(now - peer.heard, self._world_size)
-        if self._stall and watched and all(peer.state.idle > self._stall for peer in watched):
+        if 0 < self._stall < now - self._advanced:
             return Verdict(self._standstill(), EXIT_FAILED)
         return None
 

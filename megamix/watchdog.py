@@ -36,7 +36,7 @@ from megamix.run_config import WatchdogConfig
 
 # How long a failing rank waits to be told whether it is the cause.
 ANSWER_SECONDS = UNSURE_SECONDS + 3.0
-LONGEST_INTERVAL = 5.0
+LONGEST_INTERVAL = 2.0
 
 
 class Watchdog:
