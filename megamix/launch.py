@@ -155,7 +155,9 @@ def _explain(processes: list[subprocess.Popen[bytes]], reports: Path) -> int:
     codes = {rank: process.returncode for rank, process in enumerate(processes)}
     running = [str(rank) for rank, code in codes.items() if code is None]
     others = f" Ending the ranks that still run ({', '.join(running)})." if running else ""
-    rank = min((rank for rank, code in codes.items() if code not in (None, EXIT_OK)), key=lambda r: _blame(codes[r]))
+    failed = [rank for rank, code in codes.items() if code not in (None, EXIT_OK)]
+    # A rank that the watchdog of another told to end leaves no reason of its own.
+    rank = min(failed, key=lambda rank: (_blame(codes[rank]), not (reports / str(rank)).is_file()))
     code = codes[rank]
     who = f"rank {rank} of {len(processes)}"
     if code < 0:
