@@ -366,9 +366,3 @@ def _layer_file(layer: int) -> str:
 def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[str, ParameterState]:
     names = [key.partition("/")[2] for key in tensors if key.startswith("weight/")]
     return {name: ParameterState(*(tensors[f"{part}/{name}"] for part in PARTS)) for name in names}
-
-
-def save(folder: Path, step: int, engine: Engine, state: Mapping[str, Any], keep: int, group: Any) -> Path:
-    """Writes one checkpoint, before it returns; every rank calls it."""
-    CheckpointWriter(folder, engine, CheckpointConfig(keep=keep, asynchronous=False), group).save(step, state)
-    return folder / f"step_{step}"

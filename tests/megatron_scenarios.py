@@ -166,8 +166,9 @@ def _plain_losses(layers: list[Any], whole: Batch) -> torch.Tensor:
 def train_by_engine(scenario: Scenario, folder: Path) -> None:
     """Trains and leaves ``result.json``, the checkpoint and the token losses in ``folder``."""
     from megamix import saving
+    from megamix.run_config import CheckpointConfig
 
-    group = dist.new_group(backend="gloo")
+    group, at_once = dist.new_group(backend="gloo"), CheckpointConfig(keep=1, asynchronous=False)
     engine = make(scenario, scenario.engine)
     initial = _own_weights(engine)
     counts = _count_calls(engine)
@@ -175,12 +176,12 @@ def train_by_engine(scenario: Scenario, folder: Path) -> None:
     first_leg = STEPS if scenario.resumed is None else STEPS // 2
     for step in range(STEPS):
         if step == first_leg:
-            path = saving.save(folder / "leg", step, engine, {}, 1, group)
+            saving.CheckpointWriter(folder / "leg", engine, at_once, group).save(step, {})
             engine = make(scenario, scenario.resumed or {})
-            saving.load_engine(path, engine, step)
+            saving.load_engine(folder / "leg" / f"step_{step}", engine, step)
             counts = _count_calls(engine)
         result["calls"].append(_step(scenario, engine, step, counts, result))
-    saving.save(folder, STEPS, engine, {}, 1, group)
+    saving.CheckpointWriter(folder, engine, at_once, group).save(STEPS, {})
     shape_batch = batch(STEPS, engine.place.data_rank, engine.place.data_size, positions=scenario.positions)
     given = shape_batch if engine.place.reads_data else None
     micro_batches = shape_batch.tokens.shape[0]

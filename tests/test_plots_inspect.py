@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, evaluation, write_config, write_data, write_run
 
-from megamix import inspect, plots, saving, summary
+from megamix import inspect, plots, summary
 from megamix.data.manifest import Manifest
 from megamix.data.sampler import Sampler
 from megamix.engines.base import ParameterState
@@ -23,6 +23,8 @@ from megamix.labels import spread
 from megamix.models.layers import Decoder, Embedding, Head
 from megamix.plan import make_plan
 from megamix.resume import fingerprints
+from megamix.run_config import CheckpointConfig
+from megamix.saving import CheckpointWriter
 from megamix.tables import Report, Table
 
 
@@ -281,8 +283,9 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
     store = run_dir / "store"
     dist.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=0, world_size=1)
     try:
-        group: Any = dist.new_group(backend="gloo")
-        return saving.save(run_dir / "checkpoints", step, engine, state, 2, group)
+        with CheckpointWriter(run_dir / "checkpoints", engine, CheckpointConfig(), dist.group.WORLD) as writer:
+            writer.save(step, state)
+        return run_dir / "checkpoints" / f"step_{step}"
     finally:
         dist.destroy_process_group()
 
