@@ -1,5 +1,5 @@
-"""Packaging: ``megamix`` from the checkout's root, ``megamix_kernels`` from ``kernels/``, and the configs as package
-data."""
+"""Packaging: ``megamix`` from the checkout's root, ``megamix_kernels`` from ``kernels/``, configs and job scripts as
+package data."""
 
 import re
 from pathlib import Path
@@ -64,9 +64,18 @@ setup(
         *find_packages(".", include=["megamix", "megamix.*"]),
         *find_packages("kernels", include=["megamix_kernels", "megamix_kernels.*"]),
         "megamix.configs",
+        "megamix.slurm",
     ],
-    package_dir={"megamix_kernels": "kernels/megamix_kernels", "megamix.configs": "configs"},
-    package_data={"megamix.configs": ["*.yaml", "**/*.yaml"], "megamix.report": ["*.css", "*.js"]},
+    package_dir={
+        "megamix_kernels": "kernels/megamix_kernels",
+        "megamix.configs": "configs",
+        "megamix.slurm": "slurm",
+    },
+    package_data={
+        "megamix.configs": ["*.yaml", "**/*.yaml"],
+        "megamix.report": ["*.css", "*.js"],
+        "megamix.slurm": ["*.sbatch", "*.sh"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megamix = megamix.cli:main"]},

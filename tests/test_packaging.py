@@ -124,17 +124,23 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What is in the wheel
 
 
-def test_the_wheel_holds_the_packages_and_the_configs_and_nothing_else(wheel: Path, tracked: list[str]) -> None:
-    """Every tracked file of both packages and every YAML of configs/ (inside megamix); no tests, and no top-level
-    package called kernels or configs, which would overwrite another's."""
-    moved = {"kernels/megamix_kernels/": "megamix_kernels/", "configs/": "megamix/configs/", "megamix/": "megamix/"}
+def test_the_wheel_holds_packages_configs_and_job_scripts_and_nothing_else(wheel: Path, tracked: list[str]) -> None:
+    """Every tracked file of both packages, every YAML of configs/ and every job script of slurm/ (inside megamix); no
+    tests, and no top-level package called kernels, configs or slurm, which would overwrite another's."""
+    moved = {
+        "kernels/megamix_kernels/": ("megamix_kernels/", ""),
+        "configs/": ("megamix/configs/", ".yaml"),
+        "slurm/": ("megamix/slurm/", (".sbatch", ".sh")),
+        "megamix/": ("megamix/", ""),
+    }
     expected = {
         new + name.removeprefix(old)
         for name in tracked
-        for old, new in moved.items()
-        if name.startswith(old) and name.endswith((".yaml",) if old == "configs/" else "")
+        for old, (new, ends) in moved.items()
+        if name.startswith(old) and name.endswith(ends)
     }
     assert {"megamix/cli.py", "megamix/configs/demo.yaml", "megamix/configs/models/neox-2m.yaml"} < expected
+    assert "megamix/slurm/train.sbatch" in expected
     assert {"megamix_kernels/__init__.py", "megamix/data/corpus/build.py"} < expected
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"megamix-{megamix.__version__}.dist-info/"
