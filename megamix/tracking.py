@@ -220,12 +220,15 @@ class IntervalLog:
 
     def line(
         self, step: int, tokens: int, lr: float, grad_norm: float | None, times: StepTimes, tokens_per_step: int
-    ) -> dict[str, Any]:
-        """The ``train`` line for the interval that ends at ``step``; starts the next interval.
+    ) -> dict[str, Any] | None:
+        """The ``train`` line for the interval that ends at ``step``; starts the next interval. None where no token of
+        the interval had a finite loss.
 
         Args:
             times: of the steps of the interval that this process took.
         """
+        if not self._tokens.any():
+            return None
         domain_loss = [n / t if t else None for n, t in zip(self._nats.tolist(), self._tokens.tolist(), strict=True)]
         line = {
             "step": step,

@@ -28,6 +28,7 @@ from megamix.run_config import RunConfig
 from megamix.sinks import make_sinks
 from megamix.step_time import StepClock
 from megamix.stopping import Wishes, asked_to_stop
+from megamix.tables import number
 from megamix.tracking import IntervalLog, RunRecord, SampleLog
 from megamix.watchdog import Watchdog
 
@@ -219,8 +220,8 @@ class Trainer:
         line = self.validation.run(self.engine)
         if self.record is not None:
             self.record.evaluate({"step": self.step, "tokens": self._tokens(), **line})
-            macro, worst = line["macro_loss"], line["worst_domain"]
-            get_logger().info("step %d: validation loss %.4f (mean over domains), worst %s", self.step, macro, worst)
+            macro, worst = number(line["macro_loss"]), line["worst_domain"]
+            get_logger().info("step %d: validation loss %s (mean over domains), worst %s", self.step, macro, worst)
 
     def save(self) -> None:
         """A checkpoint of the run as it stands before step ``self.step``; with checkpoint.asynchronous it is on disk
@@ -284,8 +285,9 @@ class Trainer:
         self._collect_reports()
         tokens_per_step = self.config.train.global_batch * self.config.data.seq_length
         line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, tokens_per_step)
-        self.record.train(line)
-        show_progress(self.step, self.config.train.steps, line)
+        if line is not None:
+            self.record.train(line)
+            show_progress(self.step, self.config.train.steps, line)
 
     def _collect_reports(self) -> None:
         assert self.record is not None

@@ -1,0 +1,93 @@
+"""A model that a chosen token makes NaN of, and which tokens a run reads when: losses go wrong in known samples.
+
+The token's embedding is large but finite; the norm after it overflows, in its sample and in no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+VOCAB = 512
+Tokens = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A sample that a run reads.
+
+    Attributes:
+        position: its place in the run.
+        domain: a name.
+        sample: its number in the domain.
+        tokens: those that go into the model.
+    """
+
+    position: int
+    domain: str
+    sample: int
+    tokens: Tokens
+
+
+def read_by(config: Path, *overrides: str) -> list[list[Read]]:
+    """What each step of a run with fixed weights reads, worked out without training."""
+    from megamix.config import load_config
+    from megamix.plan import make_plan
+    from megamix.run_config import RunConfig
+
+    plan = make_plan(load_config(RunConfig, config, list(overrides)))
+    blend, batch = plan.blend(), plan.config.train.global_batch
+    length = plan.config.data.seq_length
+    steps = []
+    for step in range(plan.config.train.steps):
+        taken = zip(*(numbers.tolist() for numbers in blend.take(batch)), strict=True)
+        steps.append(
+            [
+                Read(
+                    step * batch + row,
+                    plan.domain_names[domain],
+                    sample,
+                    frozenset(plan.domains[domain].window(sample, length)[:-1].tolist()),
+                )
+                for row, (domain, sample) in enumerate(taken)
+            ]
+        )
+    return steps
+
+
+def token_of(steps: list[list[Read]], wanted: Callable[[list[Read]], bool]) -> int:
+    """A token whose samples in the whole run, by rising position, are such as ``wanted`` says."""
+    for token in range(VOCAB):
+        found = [read for step in steps for read in step if token in read.tokens]
+        if found and wanted(found):
+            return token
+    raise AssertionError("the data have no such token: ask for another")
+
+
+def with_any(steps: list[list[Read]], tokens: Iterable[int]) -> list[list[Read]]:
+    """Of each step, the samples with one of the tokens."""
+    return [[read for read in step if not read.tokens.isdisjoint(tokens)] for step in steps]
+
+
+def poisoned_model(folder: Path, tokens: Iterable[int]) -> dict[str, Any]:
+    """Writes a model of the tests' size to start from; gives what names it in the ``model`` section."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    sizes: Mapping[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["gpt_neox.embed_in.weight"][list(tokens)] = torch.tensor([3e38, -3e38]).repeat(16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"from_pretrained": str(folder)}

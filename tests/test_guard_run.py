@@ -1,0 +1,208 @@
+"""Runs in which a loss really goes wrong: where they end, what they say, what they leave out, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import run_job
+from poisoned import VOCAB, Read, poisoned_model, read_by, token_of, with_any
+from records import lines, record, samples
+
+from megamix.guard import RECORD
+from megamix.inspect import inspect_sample
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Write = Callable[..., Path]
+BATCH, STEPS = 8, 8
+FIXED: dict[str, Any] = {
+    "mixer": {"name": "static"},
+    "mixture": "uniform",
+    "train": {"steps": STEPS, "lr": 1e-3},
+    "evaluate": {"every": 0, "batches": 1},
+    "checkpoint": {"every": 1, "keep": 99},
+}
+ENGINES = {"deepspeed": {"name": "deepspeed", "pipeline": 2}, "megatron": {"name": "megatron", "pipeline": 2}}
+
+
+def step_of(read: Read) -> int:
+    """Counted from 0."""
+    return read.position // BATCH
+
+
+def only_in(*steps: int) -> Callable[[list[Read]], bool]:
+    """Samples in these steps, and in no others."""
+    return lambda found: {step_of(read) for read in found} == set(steps)
+
+
+def saved(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+
+
+def bad_steps(run: Path) -> dict[int, list[tuple[int, str, int]]]:
+    """Step -> position, domain and number of the samples on record; steps count from 1."""
+    found = lines(run / RECORD)
+    for line in found:
+        assert sum(line["tokens"].values()) == sum(bad["tokens"] for bad in line["samples"])
+    return {
+        line["step"]: [(bad["position"], bad["domain"], bad["sample"]) for bad in line["samples"]] for line in found
+    }
+
+
+def expected(steps: list[list[Read]]) -> dict[int, list[tuple[int, str, int]]]:
+    """The same, of the samples that have a token."""
+    return {
+        step: [(read.position, read.domain, read.sample) for read in found]
+        for step, found in enumerate(steps, start=1)
+        if found
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stop_names_the_samples_and_leaves_no_checkpoint_after(
+    megamix: Run, tiny_config: Write, tmp_path: Path, engine: str
+) -> None:
+    """One token in one sample, of step 5 (counted from 0); every step is saved."""
+    sections = {**FIXED, "engine": ENGINES[engine]}
+    steps = read_by(tiny_config(**sections))
+    token = token_of(steps, lambda found: len(found) == 1 and step_of(found[0]) == 5)
+    (bad,) = with_any(steps, [token])[5]
+    config = tiny_config(**sections, model=poisoned_model(tmp_path / "model", [token]))
+    said = megamix("train", config, code=1).stderr
+    assert f"step 6: the loss is not finite in '{bad.domain}' (" in said
+    assert f"at position {bad.position} (sample {bad.sample} of '{bad.domain}'," in said
+    assert said.count("is not finite") == 1
+    run = tmp_path / "run"
+    assert saved(run) == [1, 2, 3, 4, 5]
+    assert bad_steps(run) == {6: [(bad.position, bad.domain, bad.sample)]}
+    command = re.search(r"`megamix inspect (\S+) --sample (\d+)`", said)
+    assert command is not None
+    shown = inspect_sample(Path(command[1]), int(command[2])).text()
+    assert f"domain      {bad.domain} " in shown
+    assert f"sample      {bad.sample} of " in shown
+
+
+@pytest.mark.parametrize("engine", [{"name": "deepspeed", "data": 2}, {"name": "megatron", "pipeline": 2}])
+def test_skip_leaves_out_these_steps_and_resumes_as_if_never_stopped(
+    tiny_config: Write, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    """The first step and the last, and two in a row before a checkpoint: one of them in samples of several domains,
+    another in one of the two ranks' samples only."""
+    sections = {
+        **FIXED,
+        "engine": engine,
+        "guard": {"non_finite": "skip"},
+        "checkpoint": {"every": 5},
+        "log": {"every": 3},
+    }
+    steps = read_by(tiny_config(**sections))
+    one_rank = {read.position % BATCH // (BATCH // 2) for read in steps[3]}
+    tokens = [
+        token_of(steps, only_in(0)),
+        token_of(steps, lambda found: only_in(3)(found) and len({read.position % BATCH // 4 for read in found}) == 1),
+        *(token_of(steps, lambda found, d=d: only_in(4)(found) and found[0].domain == d) for d in ("code", "packages")),
+        token_of(steps, only_in(STEPS - 1)),
+    ]
+    assert one_rank == {0, 1}
+    sections["model"] = poisoned_model(tmp_path / "model", tokens)
+    runs = []
+    for name in ("whole", "halves"):
+        config = tiny_config(run_dir=str(tmp_path / name), **sections)
+        runs.append(config.rename(tmp_path / f"{name}.yaml"))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_job(2, [(runs[0], []), (runs[1], ["train.stop_after=5"]), (runs[1], [])])
+    wanted = expected(with_any(steps, tokens))
+    assert list(wanted) == [1, 4, 5, STEPS]
+    assert len({domain for _, domain, _ in wanted[5]}) > 1
+    for run in (whole, halves):
+        assert bad_steps(run) == wanted
+        assert {s: list(read) for s, read in samples(run).items()}.keys() == set(range(1, STEPS + 1))
+        assert state(run, STEPS)["guard"] == {"skips": 4, "in_a_row": 1}
+    assert state(halves, 5)["guard"] == {"skips": 3, "in_a_row": 2}
+    assert record(halves) == record(whole)
+    assert layers(halves) == layers(whole)
+
+
+def state(run: Path, step: int) -> dict[str, Any]:
+    return json.loads((run / "checkpoints" / f"step_{step}" / "state.json").read_text())
+
+
+def layers(run: Path) -> dict[str, bytes]:
+    """The weights and moments after the last step."""
+    return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step_{STEPS}" / "layers").iterdir()}
+
+
+def test_a_mixer_goes_on_over_steps_left_out(tiny_config: Write, tmp_path: Path) -> None:
+    """Its weights follow from the finite tokens; stopped between two steps that are left out, it goes on the same."""
+    sections = {
+        **FIXED,
+        "mixer": {"name": "odm", "preset": "paper", "warmup_steps": 1},
+        "guard": {"non_finite": "skip"},
+    }
+    sections |= {"checkpoint": {"every": 4}, "engine": {"pipeline": 2}}
+    steps = read_by(tiny_config(**sections))
+    # Common in one domain: some of its samples will be bad whatever the mixer makes of it.
+    token = token_of(
+        steps,
+        lambda found: 3 <= len({step_of(read) for read in found}) <= 5 and len({read.domain for read in found}) == 1,
+    )
+    sections["model"] = poisoned_model(tmp_path / "model", [token])
+    runs = []
+    for name in ("whole", "halves"):
+        runs.append(tiny_config(run_dir=str(tmp_path / name), **sections).rename(tmp_path / f"{name}.yaml"))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_job(2, [(runs[0], []), (runs[1], ["train.stop_after=4"]), (runs[1], [])])
+    skipped = set(bad_steps(whole))
+    assert 0 < len(skipped) < STEPS
+    assert state(whole, STEPS)["guard"]["skips"] == len(skipped)
+    assert record(halves) == record(whole)
+    assert layers(halves) == layers(whole)
+    assert bad_steps(halves) == bad_steps(whole)
+
+
+@pytest.mark.parametrize("all_tokens", [False, True], ids=["one token", "every token"])
+def test_too_many_steps_left_out_in_a_row_end_the_run(
+    megamix: Run, tiny_config: Write, tmp_path: Path, all_tokens: bool
+) -> None:
+    """One domain, bad in every step; the third step is the last, and the run's first checkpoint would have been after
+    it. Where no loss at all is finite, there is none to be logged."""
+    sections = {**FIXED, "data": {"domains": ["code"]}, "guard": {"non_finite": "skip", "max_skips": 3}}
+    sections |= {"checkpoint": {"every": 3}, "log": {"every": 1}}
+    tokens = range(VOCAB) if all_tokens else [token_of(read_by(tiny_config(**sections)), only_in(*range(STEPS)))]
+    said = megamix("train", tiny_config(**sections, model=poisoned_model(tmp_path / "m", tokens)), code=1).stderr
+    assert "step 3: the loss is not finite in 'code'" in said
+    assert ("which is all of the step: the weights are at fault" in said) == all_tokens
+    assert "the last of 3 steps in a row that were left out (guard.max_skips 3)" in said
+    assert "Logging error" not in said
+    run = tmp_path / "run"
+    assert list(bad_steps(run)) == [1, 2, 3]
+    assert not (run / "checkpoints").exists() or not saved(run)
+    assert [line["step"] for line in record(run)[0] if line["event"] == "train"] == ([] if all_tokens else [1, 2])
+
+
+def test_a_loss_that_explodes_ends_the_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """By a learning rate that is far too large; the checkpoint that is named lies before the step."""
+    config = tiny_config(
+        **FIXED
+        | {
+            "train": {"steps": STEPS, "lr": 0.5, "warmup": 0.5},
+            "guard": {"explosion": 1.5},
+            "checkpoint": {"every": 1, "keep": 99, "asynchronous": False},
+        }
+    )
+    said = megamix("train", config, code=1).stderr
+    found = re.search(r"step (\d+): the mean loss is ([\d.]+) with a learning rate of ([\d.]+), above ([\d.]+) ", said)
+    assert found is not None, said
+    step, loss, limit = int(found[1]), float(found[2]), float(found[4])
+    assert loss > limit == pytest.approx(1.5 * 6.238, abs=1e-2)
+    run = tmp_path / "run"
+    assert max(saved(run)) == step - 1
+    assert f"checkpoint.resume={run}/checkpoints/step_{step - 1}" in said
+    written = [line for line in record(run)[0] if line["event"] == "train"]
+    assert [line["step"] for line in written] == list(range(1, step))
+    assert max(line["loss"] for line in written) <= limit
