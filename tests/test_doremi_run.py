@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
 from megamix.config import load_config
-from megamix.data.reference import ReferenceLosses
+from megamix.data.reference import ReferenceLosses, read_progress
 from megamix.errors import InputError
 from megamix.models.layers import hugging_face_config
 from megamix.plan import Plan, make_plan
@@ -91,6 +91,29 @@ def kill_in_the_cache(run_dir: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "cache" / "reference.json").exists()
+
+
+def test_a_cache_that_is_asked_to_stop(run_dir: Path, tmp_path: Path) -> None:
+    """USR1 to the command while it computes whole domains: exit code 75, what was computed is kept although no safe
+    point was due."""
+    out = tmp_path / "cache"
+    command = [sys.executable, "-m", "megamix", "reference", str(run_dir / "reference"), "--out", str(out)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    rows, deadline = out / "code.f16", time.monotonic() + RUN_SECONDS
+    while not (rows.is_file() and any(rows.read_bytes())):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 75, said
+    done = json.loads((out / "progress.json").read_bytes())["done"]
+    info = read_progress(out)[0]
+    total = sum(domain.computed for domain in info.domains.values())
+    assert 0 < done < total
+    assert f"holds the losses of {done} of {total} samples. The same command goes on" in said
+    here = np.fromfile(rows, "<f2").reshape(-1, SEQ)
+    assert here[: min(done, len(here))].all(), "in the order of samples, without a hole"
 
 
 def plan_of(path: Path) -> Plan:
