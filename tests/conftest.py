@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # Two ranks on two cores: more threads than that only get in each other's way.
     "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "0",
 }
 RUN_SECONDS = 300
 
@@ -85,25 +86,26 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def megamix() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_megamix(
+    *arguments: object, code: int = 0, fork: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one.
 
     It is forked from one that has imported everything, if ``fork`` is left at that (see `forked`).
     """
+    (done,) = run_processes(
+        ["-m", "megamix", *arguments],
+        [{**ENVIRONMENT, **environment}],
+        cwd=ROOT,
+        seconds=RUN_SECONDS,
+        fork=fork,
+        separate=True,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
-    def run(
-        *arguments: object, code: int = 0, fork: bool = True, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        (done,) = run_processes(
-            ["-m", "megamix", *arguments],
-            [{**ENVIRONMENT, **environment}],
-            cwd=ROOT,
-            seconds=RUN_SECONDS,
-            fork=fork,
-            separate=True,
-        )
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
 
-    return run
+@pytest.fixture
+def megamix() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_megamix`."""
+    return run_megamix

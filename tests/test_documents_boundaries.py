@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import STDLIB
+from ranks import run_ranks
 from records import record, samples
-from torch.multiprocessing.spawn import spawn
 from transformers import GPTNeoXForCausalLM
 
 from megamix.data.blend import Blend
@@ -196,7 +196,7 @@ def random_batch(with_positions: bool, data_rank: int, data_size: int) -> Batch:
     return Batch(tokens[mine], labels[mine], domains[mine], counted, chosen)
 
 
-def engine_job(rank: int, store: str, result: str) -> None:
+def engine_job(result: str) -> None:
     """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
     import torch.distributed as dist
 
@@ -205,8 +205,6 @@ def engine_job(rank: int, store: str, result: str) -> None:
     from megamix.engines.deepspeed import DeepSpeedEngine, start_distributed
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     start_distributed()
     nats = {}
     for (name, layout), positions in itertools.product(LAYOUTS.items(), (True, False)):
@@ -231,7 +229,7 @@ def engine_job(rank: int, store: str, result: str) -> None:
         total = torch.stack(found)
         dist.all_reduce(total)
         nats[name, positions] = torch.stack([DomainSums.from_buffer(part).nats for part in total])
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(nats, result)
     dist.destroy_process_group()
 
@@ -239,7 +237,7 @@ def engine_job(rank: int, store: str, result: str) -> None:
 def test_positions_pass_from_stage_to_stage(tmp_path: Path) -> None:
     """The loss per domain before, in and after two optimizer steps is the same in every layout; before them it is that
     of transformers' own model with these position ids; and positions matter to it."""
-    spawn(engine_job, (str(tmp_path / "store"), str(tmp_path / "nats.pt")), nprocs=2)
+    run_ranks(Path(__file__), 2, tmp_path / "nats.pt", cwd=tmp_path)
     nats = torch.load(tmp_path / "nats.pt")
     for positions in (True, False):
         whole = nats["data", positions]
@@ -314,3 +312,7 @@ def test_options_of_a_run(
     for line, twin in zip(record(both)[0], record(mask)[0], strict=True):
         for name, loss in line["domain_loss"].items():
             assert abs(loss - twin["domain_loss"][name]) > 1e-3
+
+
+if __name__ == "__main__":
+    engine_job(sys.argv[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import run_job
 from records import largest_difference
 
 Write = Callable[..., Path]
@@ -16,12 +17,12 @@ Run = Callable[..., Any]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernel itself")
 def test_triton_without_a_gpu_is_refused_before_any_step(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    refused = megamix("train", tiny_config(loss={"implementation": "triton"}), code=2, TRITON_INTERPRET="0").stderr
+    refused = megamix("train", tiny_config(loss={"implementation": "triton"}), code=2).stderr
     assert "loss.implementation: implementation 'triton' cannot be used: logits_NV is on cpu, wanted cuda" in refused
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_kernel_trains_what_torch_trains(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+def test_the_kernel_trains_what_torch_trains(tiny_config: Write, tmp_path: Path) -> None:
     """Two stages and two micro-batches, so that the promised gradient is not 1."""
     pytest.importorskip("triton")
     for name in ("triton", "torch"):
@@ -34,7 +35,7 @@ def test_the_kernel_trains_what_torch_trains(megamix: Run, tiny_config: Write, t
             evaluate={"every": 0, "batches": 1},
             loss={"implementation": name},
         )
-        megamix("train", config, TRITON_INTERPRET="1" if name == "triton" else "0")
+        run_job(2, [(config, ())], TRITON_INTERPRET="1" if name == "triton" else "0")
     loss, weight = largest_difference(tmp_path / "triton", tmp_path / "torch")
     assert 0 < loss < 1e-4  # not the same arithmetic
     assert weight < 1e-4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _rank(rank: int, data_dir: str, folder: str) -> None:
+def _rank(data_dir: str, folder: str) -> None:
     """Some steps without the exchange, some with it, in each layout; writes what was counted."""
     from small_config import small
 
@@ -50,8 +50,7 @@ def _rank(rank: int, data_dir: str, folder: str) -> None:
     from megamix_kernels import DomainSums
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     found = {}
     for name, engine in LAYOUTS.items():
         config = small(
@@ -92,14 +91,15 @@ def _rank(rank: int, data_dir: str, folder: str) -> None:
             found[f"{name}, {phase}"] = counted
         found[f"{name}, waits"] = settled_by.count("MainThread")
         data.close()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def counted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("counts")
-    mp.spawn(_rank, (str(data_dir), str(folder)), nprocs=2)
+    run_ranks(Path(__file__), 2, data_dir, folder, cwd=folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -120,3 +120,7 @@ def test_the_count_sees_what_the_engines_do(counted: list[dict[str, Any]], name:
     seen = sum((Counter(rank[f"{name}, off"]) for rank in counted), Counter())
     assert any(op.startswith("c10d") for op in seen), seen
     assert any("_local_scalar_dense" in op for op in seen), seen
+
+
+if __name__ == "__main__":
+    _rank(*sys.argv[1:])
