@@ -27,7 +27,14 @@ FIXED: dict[str, Any] = {
     "evaluate": {"every": 0, "batches": 1},
     "checkpoint": {"every": 1, "keep": 99},
 }
-ENGINES = {"deepspeed": {"name": "deepspeed", "pipeline": 2}, "megatron": {"name": "megatron", "pipeline": 2}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "deepspeed": {"name": "deepspeed", "pipeline": 2},
+    "megatron": {"name": "megatron", "pipeline": 2},
+    # Has no look at the gradient of its own: the sums alone tell, some steps later.
+    "unaware": {"name": "deepspeed", "zero": 0},
+}
+# The update alone is nearly the largest number of fp32, and decay makes the sum larger.
+RUINOUS = {"steps": 1, "lr": 3.4e38, "warmup": 0.0, "beta1": 0.0, "weight_decay": 1.0}
 
 
 def step_of(read: Read) -> int:
@@ -41,7 +48,7 @@ def only_in(*steps: int) -> Callable[[list[Read]], bool]:
 
 
 def saved(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
 
 def bad_steps(run: Path) -> dict[int, list[tuple[int, str, int]]]:
@@ -63,28 +70,41 @@ def expected(steps: list[list[Read]]) -> dict[int, list[tuple[int, str, int]]]:
     }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "at"), [("deepspeed", 5), ("megatron", 5), ("unaware", 0), ("unaware", STEPS - 1)])
 def test_stop_names_the_samples_and_leaves_no_checkpoint_after(
-    megamix: Run, tiny_config: Write, tmp_path: Path, engine: str
+    megamix: Run, tiny_config: Write, tmp_path: Path, engine: str, at: int
 ) -> None:
-    """One token in one sample, of step 5 (counted from 0); every step is saved."""
+    """One token in one sample, of step ``at`` (counted from 0); every step is saved. Then the same run leaves the step
+    out, and finishes."""
     sections = {**FIXED, "engine": ENGINES[engine]}
     steps = read_by(tiny_config(**sections))
-    token = token_of(steps, lambda found: len(found) == 1 and step_of(found[0]) == 5)
-    (bad,) = with_any(steps, [token])[5]
+    token = token_of(steps, lambda found: len(found) == 1 and step_of(found[0]) == at)
+    (bad,) = with_any(steps, [token])[at]
     config = tiny_config(**sections, model=poisoned_model(tmp_path / "model", [token]))
     said = megamix("train", config, code=1).stderr
-    assert f"step 6: the loss is not finite in '{bad.domain}' (" in said
+    assert f"step {at + 1}: the loss is not finite in '{bad.domain}' (" in said
     assert f"at position {bad.position} (sample {bad.sample} of '{bad.domain}'," in said
     assert said.count("is not finite") == 1
     run = tmp_path / "run"
-    assert saved(run) == [1, 2, 3, 4, 5]
-    assert bad_steps(run) == {6: [(bad.position, bad.domain, bad.sample)]}
+    assert saved(run) == list(range(1, at + 1))
+    assert bad_steps(run) == {at + 1: [(bad.position, bad.domain, bad.sample)]}
     command = re.search(r"`megamix inspect (\S+) --sample (\d+)`", said)
     assert command is not None
     shown = inspect_sample(Path(command[1]), int(command[2])).text()
     assert f"domain      {bad.domain} " in shown
     assert f"sample      {bad.sample} of " in shown
+    said = megamix("train", config, "guard.non_finite=skip").stderr
+    assert f"step {at + 1} left out, 1 in a row: the loss is not finite in '{bad.domain}'" in said
+    assert saved(run) == list(range(1, STEPS + 1))
+    assert [(line["step"], line["policy"]) for line in lines(run / RECORD)] == [(at + 1, "stop"), (at + 1, "skip")]
+
+
+def test_weights_ruined_by_the_last_step_are_not_saved(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """Its loss and its gradient are finite; the learning rate is not of this world. No loss is left that would tell."""
+    sections = {**FIXED, "engine": {"zero": 0}, "train": RUINOUS}
+    said = megamix("train", tiny_config(**sections), code=1).stderr
+    assert "are not finite" in said
+    assert not saved(tmp_path / "run")
 
 
 @pytest.mark.parametrize("engine", [{"name": "deepspeed", "data": 2}, {"name": "megatron", "pipeline": 2}])
@@ -181,7 +201,7 @@ def test_too_many_steps_left_out_in_a_row_end_the_run(
     assert "Logging error" not in said
     run = tmp_path / "run"
     assert list(bad_steps(run)) == [1, 2, 3]
-    assert not (run / "checkpoints").exists() or not saved(run)
+    assert not saved(run)
     assert [line["step"] for line in record(run)[0] if line["event"] == "train"] == ([] if all_tokens else [1, 2])
 
 
