@@ -16,10 +16,13 @@ import torch.distributed as dist
 from records import lines
 from small_config import small
 
+from megamix.adapters.host import HostRun
+from megamix.config import validate
 from megamix.data.sampler import StepSamples
 from megamix.guard import RECORD, BadStep, Guard
 from megamix.mixers import DomainStats, make_mixer
-from megamix.run_config import RunConfig
+from megamix.plan import make_data_plan
+from megamix.run_config import MixConfig, RunConfig
 from megamix_kernels import DomainSums
 
 DOMAINS = ("web", "code", "law")
@@ -196,6 +199,38 @@ def test_a_record_that_cannot_be_written_does_not_hide_the_reason(group: Any, tm
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(BadStep, match="the loss is not finite in 'web'"):
         make(tmp_path / "run").judge(0, sums((0, math.nan)), NOTHING, group)
+
+
+def test_other_trainers_stop_with_the_samples_named(group: Any, data_dir: Path, tmp_path: Path) -> None:
+    """Through what all adapters are made of; the second sample of the second micro-batch of step 2 is bad."""
+    mix = {
+        "data": {"manifest": str(data_dir), "seq_length": 32},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 4},
+    }
+    plan = make_data_plan(validate(MixConfig, mix, "test"), 1, verify=False)
+    run = HostRun(
+        plan, data_rank=0, reads_data=True, has_loss=True, device=torch.device("cpu"), record_dir=tmp_path, resumed=None
+    )
+    reads = []
+    for step in range(2):
+        batch = run.next_batch()
+        assert batch is not None
+        reads.append(batch.samples)
+        run.begin_step(batch, 2.0)
+        for m, (labels, domains) in enumerate(zip(batch.labels, batch.domains, strict=True)):
+            logits = torch.zeros(*labels.shape, plan.vocab_size)
+            if (step, m) == (1, 1):
+                logits[1] = torch.nan
+            run.loss(logits, (labels, domains))
+    bad = reads[1]
+    assert bad is not None
+    name, sample = plan.domain_names[bad.domain[1, 1]], bad.sample[1, 1]
+    with pytest.raises(
+        BadStep, match=rf"at position 13 \(sample {sample} of '{name}', 32 tokens\)\. Lower the learning"
+    ):
+        run.data.settle()
+    run.close()
+    assert not (tmp_path / RECORD).exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Steps, batches and seed are the host's; data, mixture and mixer come from a YAML
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from megamix.config import apply_overrides, read_yaml, validate
 from megamix.data.loader import Batch
+from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
 from megamix.errors import InputError, MegamixError, ResumeRefused
@@ -139,7 +141,15 @@ class HostRun:
             return
         objective = self.data.objective(batch)
         objective = Objective(objective.normaliser / divided_by, objective.loss_weights)
-        self.loss.start_step(self.num_micro_batches, objective, None, self.data.submit)
+        submit = functools.partial(self._submit, None if batch is None else batch.samples)
+        self.loss.start_step(self.num_micro_batches, objective, None, submit)
+
+    def _submit(self, samples: StepSamples | None, sums_KC: torch.Tensor) -> None:
+        """Hands the step's sums on, and what names the samples of a loss that is not finite."""
+        counts_MB = self.loss.non_finite_counts
+        if counts_MB is not None and samples is not None:
+            self.data.guard.keep(self.data.step, samples, counts_MB)
+        self.data.submit(sums_KC)
 
     def state(self) -> dict[str, Any]:
         """What to keep with the host's checkpoint of step `step`: JSON-serialisable, whole on rank 0 only."""
