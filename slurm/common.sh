@@ -32,10 +32,10 @@ begin_job() {
   export MEGAMIX_SLURM MASTER_ADDR MASTER_PORT
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
-  child='' asked='' interrupted=''
-  trap 'asked=1 interrupted=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
+  child='' asked=''
+  trap 'asked=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
   # Of scancel the ranks hear from Slurm itself. This shell has to outlive them.
-  trap 'interrupted=1' TERM
+  trap : TERM
   say "job $SLURM_JOB_ID, start $((restart + 1)), $(date +%FT%T): $nodes nodes ($SLURM_JOB_NODELIST) of $tasks ranks;" \
     "logs in $logs/$SLURM_JOB_ID-*.log"
 }
@@ -56,15 +56,12 @@ find_container() {
   fi
 }
 
-# await PID: its exit code, though signals come in between.
+# await PID: its exit code, though signals come in between. `wait` is for what has ended: interrupted by a trap, that of
+# bash 5.2 may lose the code.
 await() {
-  local code=127 seen
-  while :; do
-    interrupted='' seen=0
-    wait "$1" || seen=$?
-    ((seen == 127)) || code=$seen # 127: it had been waited for already
-    [ -n "$interrupted" ] || return "$code"
-  done
+  [ -n "${idle:-}" ] || exec {idle}<> <(:) # nothing ever comes from there
+  while kill -0 "$1" 2>/dev/null; do read -r -t 0.2 -u "$idle" || :; done
+  wait "$1"
 }
 
 # step [OPTION ...] PROGRAM ...: a job step that hears of USR1. Steps share the job's CPUs out among their own tasks.

@@ -15,10 +15,10 @@ elif [ -z "${RANK:-}" ]; then # torchrun has said it already
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 
-child='' asked='' interrupted=''
-trap 'asked=1 interrupted=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
+child='' asked=''
+trap 'asked=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
 # Where Slurm signals only the process it has started, the program would not hear of scancel.
-trap 'interrupted=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :' TERM
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :' TERM
 
 code=138
 if [ -z "$asked" ]; then

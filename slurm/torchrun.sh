@@ -14,9 +14,9 @@ done
 shift
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$MEGAMIX_CPUS}
-child='' interrupted=''
-trap 'interrupted=1; [ -z "$child" ] || pkill -USR1 --parent "$child" || :' USR1
-trap 'interrupted=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :' TERM
+child=''
+trap '[ -z "$child" ] || pkill -USR1 --parent "$child" || :' USR1
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :' TERM
 
 # A shell cannot set a trap for a signal that it was started to ignore: env resets it for the ranks.
 (

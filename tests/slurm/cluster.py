@@ -8,6 +8,7 @@ name, so that a node can be cut off as by a loss of power. Ports and addresses a
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ class Cluster:
 
     Attributes:
         folder: its files, logs of the daemons among them.
+        programs: a folder for PATH with Slurm's commands, of this cluster.
 
     Args:
         missed: seconds after which a node that says nothing is down.
@@ -39,6 +41,7 @@ class Cluster:
         check_machine()
         # A short path: munge's socket is in it.
         self.folder = Path(tempfile.mkdtemp(prefix="mmslurm", dir="/tmp"))
+        self.programs = self.folder / "bin"
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         flags = ("--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--mount", "--uts")
         command = ["unshare", *flags, "bash", str(HERE / "cluster.sh"), str(self.folder), str(nodes), str(missed)]
@@ -46,12 +49,22 @@ class Cluster:
             self._first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
             self._wait_for("up", self._log_says_up)
+            self._write_wrappers()
             for number in range(1, nodes + 1):
                 self.start_node(number)
             self._wait_for("idle nodes", lambda: self.states() == ["idle"] * nodes)
         except BaseException:
             self.close()
             raise
+
+    def _write_wrappers(self) -> None:
+        """Slurm's commands for who is not in the namespaces."""
+        self.programs.mkdir()
+        for name in ("sbatch", "squeue", "scancel", "scontrol", "sinfo"):
+            path = self.programs / name
+            before, after = map(shlex.join, (self._inside(), self._settings()))
+            path.write_text(f'#!/bin/sh\nexec {before} env --chdir="$PWD" {after} {name} "$@"\n', encoding="utf-8")
+            path.chmod(0o755)
 
     def start_node(self, number: int) -> None:
         """Powers a node on."""
@@ -74,7 +87,7 @@ class Cluster:
     def command(self, *arguments: object, cwd: Path | None = None) -> list[str]:
         """The command line that runs a command where the controller is; it begins in ``cwd``."""
         place = [f"--chdir={cwd}"] if cwd is not None else []
-        return [*self._inside(), "env", *place, f"SLURM_CONF={self.folder}/etc/slurm.conf", *map(str, arguments)]
+        return [*self._inside(), "env", *place, *self._settings(), *map(str, arguments)]
 
     def run(
         self, *arguments: object, cwd: Path | None = None, check: bool = True, environment: Mapping[str, str] = {}
@@ -134,6 +147,11 @@ class Cluster:
         """What puts a command into the cluster's namespaces."""
         children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text(encoding="utf-8").split()
         return ("nsenter", "--target", children[0], "--mount", "--uts", "--net", "--pid", "--")
+
+    def _settings(self) -> Sequence[str]:
+        """Variables of a command in there: `programs` is for those outside."""
+        path = [folder for folder in os.environ["PATH"].split(":") if folder != str(self.programs)]
+        return (f"PATH={':'.join(path)}", f"SLURM_CONF={self.folder}/etc/slurm.conf")
 
     def _log_says_up(self) -> bool:
         if self._first.poll() is not None:

@@ -1,0 +1,113 @@
+"""The fixture of the tests on Slurm, and jobs in which a stand-in takes the place of Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, NoCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "slurm"
+STAND_IN = Path(__file__).parent / "stand_in.py"
+SECONDS = 120.0
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    """Two nodes, up once."""
+    try:
+        cluster = Cluster()
+    except NoCluster as reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def slurm(running_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The cluster, with its commands on PATH, and without jobs afterwards."""
+    monkeypatch.setenv("PATH", f"{running_cluster.programs}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MEGAMIX_"))]:
+        monkeypatch.delenv(name)
+    yield running_cluster
+    running_cluster.cancel_all()
+
+
+def wait_until(what: str, ready: Callable[[], bool], seconds: float = SECONDS) -> None:
+    """Fails when it takes longer than ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+class StandIn:
+    """A job whose programs are the stand-in.
+
+    Args:
+        folder: new; the job begins in it, and logs into ``logs``.
+    """
+
+    def __init__(self, slurm: Cluster, folder: Path, **environment: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.slurm, self.folder, self.job = slurm, folder, 0
+        self.environment = {
+            "STAND_IN": str(folder),
+            "STAND_IN_PYTHON": sys.executable,
+            "MEGAMIX_PYTHON": str(STAND_IN),
+            **environment,
+        }
+
+    def submit(self, *options: str, script: str = "train.sbatch", arguments: tuple[str, ...] = ("a.yaml",)) -> StandIn:
+        """Submits a script of ``slurm/``."""
+        command = (*options, SCRIPTS / script, *arguments)
+        self.job = self.slurm.submit(*command, cwd=self.folder, **self.environment)
+        return self
+
+    def tell(self, name: str, text: str = "yes") -> None:
+        """Puts a word for the stand-in."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def events(self, event: str, command: str = "train", restart: int | None = None) -> list[dict[str, Any]]:
+        """What the processes of one start of the job, or of all, have left."""
+        path = self.folder / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines]
+        return [
+            line
+            for line in found
+            if (line["event"], line["command"]) == (event, command)
+            and restart in (None, int(line["SLURM_RESTART_COUNT"] or 0))
+        ]
+
+    def wait_for(self, event: str, number: int, command: str = "train", restart: int | None = None) -> None:
+        """Waits for so many processes to leave an event."""
+
+        def ready() -> bool:
+            return len(self.events(event, command, restart)) >= number
+
+        wait_until(f"{number} x {event} of {command}, start {restart}: {self.said()}", ready)
+
+    def said(self) -> str:
+        """What the job's script has said."""
+        return "\n".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("*.out")))
+
+    def logs(self) -> dict[str, str]:
+        """What the ranks have said, by node."""
+        paths = sorted((self.folder / "logs").glob(f"{self.job}-*.log"))
+        return {path.stem.split("-", 1)[1]: path.read_text(encoding="utf-8") for path in paths}
+
+    def ended(self) -> tuple[str, str, int]:
+        """(state, exit code, restarts) once the job has ended."""
+        state = self.slurm.wait(self.job)
+        code = self.slurm.field(self.job, "ExitCode").split(":")[0]
+        return state, code, int(self.slurm.field(self.job, "Restarts"))
