@@ -147,7 +147,8 @@ class Trainer:
         Raises:
             Preempted: a rank was asked to stop.
         """
-        wishes = self.data.wishes()
+        with self._clock.mixing():
+            wishes = self.data.wishes()
         if (wishes.stop or wishes.save) and self._saved_step != self.step:
             self.save()
         if wishes.stop:
