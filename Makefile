@@ -15,9 +15,9 @@ demo: $(READY)
 	$(BIN)/megamix inspect runs/demo
 	$(BIN)/megamix plot runs/demo
 
-# Two at a time, file by file: much of the time goes into single processes.
+# Two at a time, file by file in the order of tests/conftest.py: the longest first.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -26,6 +26,20 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "0",
 }
 RUN_SECONDS = 300
+# Files that take tens of seconds, the longest first: begun last, one of them would keep one of two workers idle.
+LONGEST = [
+    "test_engines", "test_doremi_run", "test_checkpoint_kills", "test_train", "test_guard_run", "test_preemption",
+    "test_watchdog", "test_loss_implementation", "test_megatron_engine", "test_triton", "test_domain_change",
+    "test_bad_input", "test_hugging_face", "test_packaging", "test_prepare_resume", "test_adapters_megatron",
+    "test_documents_boundaries", "test_own_mixer", "test_shadow", "test_replay", "test_odm_evaluation",
+    "test_step_cost", "test_tensor_parallel", "test_adapters_hugging_face", "test_ddp_loop",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of `LONGEST`, then all others."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def _documents() -> Iterator[tuple[str, list[str]]]:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Never
 
 # What may differ from the process that forks: nothing that is settled when a module is imported.
-FREE = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+FREE = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASK_RANK", "ASK_STEP"}
 SPARES = 4  # so many ranks can a starter have before it starts real ones
 IMPORTED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
