@@ -154,7 +154,7 @@ def _progress(run: LiveRun) -> str:
     share = f"{100 * run.step // run.steps} %" if run.steps else "-"
     state = run.event["event"] if run.event is not None else "running"
     words = {"started": "running", "resumed": "running", "skipped": "running", "ended": "done"}
-    return f"{run.run_dir}: step {run.step:,} of {run.steps:,} ({share}), {words.get(state, state)}"
+    return f"step {run.step:,} of {run.steps:,} ({share}), {words.get(state, state)} ({run.run_dir})"
 
 
 def _losses(run: LiveRun) -> str:
