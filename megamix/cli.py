@@ -242,7 +242,7 @@ def doremi(
     done is passed over; what was interrupted goes on. The config is a run's, with what each step changes under the key
     doremi: reference, proxy, target (keys of a run), rounds, tolerance.
 
-    Example: megamix doremi configs/demo.yaml run_dir=runs/doremi train.steps=200 doremi.target.train.steps=750
+    Example: megamix doremi configs/doremi/demo.yaml run_dir=runs/doremi doremi.target.train.steps=400
     """
     from megamix.doremi import doremi as run
 

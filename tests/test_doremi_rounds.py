@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ENVIRONMENT, RUN_SECONDS
+from conftest import ENVIRONMENT
 from records import record, samples
 
 from megamix.config import read_yaml
 from megamix.data.reference import read_info
 
 STEPS, ROUNDS = 16, 3
+SECONDS = 1200
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,7 @@ def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
 
 def kill_when(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the command, whose ranks end with it, once something is seen on disk."""
-    deadline = time.monotonic() + RUN_SECONDS
+    deadline = time.monotonic() + SECONDS
     while not reached():
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
@@ -77,7 +78,7 @@ def runs(config: Path) -> tuple[Path, Path]:
         assert not (killed / "weights.json").exists()
     for run_dir in (killed, whole):
         process = start(config, run_dir)
-        assert process.wait(timeout=RUN_SECONDS) == 0
+        assert process.wait(timeout=SECONDS) == 0
     return whole, killed
 
 

@@ -24,6 +24,7 @@ from transformers import GPTNeoXForCausalLM
 
 from megamix.config import load_config
 from megamix.data.reference import ReferenceLosses, read_progress
+from megamix.doremi import swing_of
 from megamix.errors import InputError
 from megamix.models.layers import hugging_face_config
 from megamix.plan import Plan, make_plan
@@ -252,6 +253,17 @@ def test_applied_to_the_sampling(run_dir: Path, tmp_path: Path) -> None:
     asked = np.array(alphas[1:11]) * 16
     assert np.abs(given.reshape(10, 4).cumsum(axis=0) - asked.cumsum(axis=0)).max() < 3
     assert np.ptp(alphas[-1]) > 0.1
+
+
+@pytest.mark.parametrize("key", ["loss_weights", "domain_weights"])
+def test_how_much_weights_swing(tmp_path: Path, key: str) -> None:
+    """From step to step, by hand: half the sum of absolute changes is 0.1, 0.3 and 0.2; other domains do not count."""
+    assert swing_of(tmp_path) == 0.0
+    rows = [[0.5, 0.5, 0.0], [0.6, 0.4, 0.0], [0.3, 0.4, 0.3], [0.3, 0.6, 0.1]]
+    lines = [{"domain_names": ["z"], "domain_weights": [1.0]}]
+    lines += [{"domain_names": ["a", "b", "c"], "domain_weights": [1 / 3] * 3, key: row} for row in rows]
+    (tmp_path / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert swing_of(tmp_path) == pytest.approx(0.2)
 
 
 def in_process(*arguments: str) -> int:

@@ -42,7 +42,8 @@ class DoremiConfig(ScheduleConfig):
     """Which mixer this configures."""
 
     eta: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Step size of the weights; the paper's is 1, DataFlex's 0.1."""
+    """Step size of the weights; DataFlex's is 0.1. The paper's, 1, goes with its batches (24,000 tokens of each domain)
+    and 200,000 steps: with small batches weights follow their noise, and less is better (0.02 at 340 tokens)."""
 
     smoothing: float = Field(default=1e-3, ge=0, le=1, allow_inf_nan=False)
     """c: share of the uniform weights mixed into every update; the paper's is 1e-3, DataFlex's 1e-2."""
