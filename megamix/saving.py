@@ -203,7 +203,7 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             engine.save_own(folder)
         except (OSError, RuntimeError, CheckpointException) as problem:
-            raise MegamixError(_cannot_write(folder, problem)) from problem
+            raise MegamixError(_not_written(step, _cannot_write(folder, problem))) from problem
         # Each rank sees its own files; those of others may not have appeared yet.
         seen = self._gather(step, files_in(partial, engine.own_format))
         mine = [name for name, rank in _shared_out(seen).items() if rank == dist.get_rank(self._group)]
@@ -231,7 +231,7 @@ class CheckpointWriter:
         outcomes = self._gather(step, outcome)
         errors = [error for _, error in outcomes if error]
         if errors:
-            raise MegamixError(f"the checkpoint of step {step} was not written: {errors[0]}")
+            raise MegamixError(_not_written(step, errors[0]))
         return {name: entry for files, _ in outcomes for name, entry in files.items()}
 
     def _gather(self, step: int, given: Any) -> list[Any]:
@@ -249,8 +249,16 @@ class CheckpointWriter:
 _RUINED = "Resume from the checkpoint before it, with a lower train.lr."
 
 
+def _not_written(step: int, problem: str) -> str:
+    return f"the checkpoint of step {step} was not written: {problem}"
+
+
 def _cannot_write(path: Path, problem: BaseException) -> str:
-    reason = problem.strerror or problem if isinstance(problem, OSError) else problem
+    reason: object = problem
+    if isinstance(problem, OSError) and problem.strerror:
+        reason = problem.strerror
+    elif isinstance(problem, CheckpointException):  # says each rank's traceback
+        reason = "; ".join(sorted({str(error) for error, _ in problem.failures.values()}))
     return (
         f"cannot write {path}: {reason}. Free space; the same command then goes on from the checkpoint before it. Or "
         "choose another run_dir."

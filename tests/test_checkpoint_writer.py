@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from checkpoint_files import TinyEngine, engine_at, flip, job, loads, write
 from checkpoint_ranks import run
 from conftest import ENVIRONMENT
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamix import saving
 from megamix.checkpoint import complete_steps, damage, newest, read_listing
@@ -249,8 +251,12 @@ class OwnEngine(TinyEngine, OwnFormat):
             for part, tensor in parts.items():
                 yield f"{part} of {layer}", tensor
 
+    problem: Exception | None = None
+
     def save_own(self, folder: Path) -> None:
         torch.save(self.held, folder / "all.pt")
+        if self.problem is not None:
+            raise self.problem
 
     def load_own(self, folder: Path, steps: int) -> None:
         self.held, self.optimizer_steps = torch.load(folder / "all.pt", weights_only=True), steps
@@ -270,6 +276,16 @@ def test_a_format_of_its_own_is_written_at_once_and_checked_as_well(tmp_path: Pa
     with pytest.raises(MegamixError, match=r"1 of 50 values of exp_avg of 2 \(rank 0\) are not finite"):
         writer.save(5, {})
     assert [path.name for path in tmp_path.glob("step*")] == ["step_4"]
+    engine.held[2]["exp_avg"][5] = 0.0
+    full = OSError(28, "No space left on device")
+    gathered = CheckpointException("written", {0: (full, StackSummary()), 1: (full, StackSummary())})
+    for problem in (full, gathered, RuntimeError("Worker failure: No space left on device")):
+        engine.problem = problem
+        with pytest.raises(
+            MegamixError, match=r"step 5 was not written: .*step_5.partial/tiny: .*No space left on dev"
+        ):
+            writer.save(5, {})
+        assert [path.name for path in tmp_path.glob("step*")] == ["step_4"]
     flip(path / "tiny" / "all.pt")
     with pytest.raises(ResumeRefused, match=r"tiny/all.pt has SHA-256"):
         load_engine(path, other, 4)
