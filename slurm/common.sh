@@ -17,6 +17,9 @@ begin_job() {
   # shellcheck source=slurm/env.sh
   source "${MEGAMIX_ENV:-$MEGAMIX_SLURM/env.sh}"
   set -u
+  # To Slurm, the number of the last member of an array is that of the whole array.
+  job=$SLURM_JOB_ID
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   restart=${SLURM_RESTART_COUNT:-0}
   logs=${MEGAMIX_LOGS:-$PWD/logs}
   # The first rank that ends otherwise than with 0 says so here; the name is of this start of the job only.
@@ -36,7 +39,7 @@ begin_job() {
   trap 'asked=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
   # Of scancel the ranks hear from Slurm itself. This shell has to outlive them.
   trap : TERM
-  say "job $SLURM_JOB_ID, start $((restart + 1)), $(date +%FT%T): $nodes nodes ($SLURM_JOB_NODELIST) of $tasks ranks;" \
+  say "job $job, start $((restart + 1)), $(date +%FT%T): $nodes nodes ($SLURM_JOB_NODELIST) of $tasks ranks;" \
     "logs in $logs/$SLURM_JOB_ID-*.log"
 }
 
@@ -137,14 +140,14 @@ end_job() {
 # requeue REASON: ends this start of the job; the next goes on from the newest checkpoint.
 requeue() {
   local state limit=${MEGAMIX_MAX_REQUEUES:-50}
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || :)
+  state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null || :)
   if [ "$state" != RUNNING ]; then
     say "$1; Slurm ends this start of the job itself: if by scancel, submit it again to go on; else it is requeued."
   elif ((restart >= limit)); then
     say "$1; requeued $restart times, the limit (MEGAMIX_MAX_REQUEUES). Submit it again to go on."
   else
     say "$1; the job is requeued and goes on from the newest checkpoint"
-    scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue it. Submit it again to go on."
+    scontrol requeue "$job" || say "Slurm does not requeue it. Submit it again to go on."
   fi
   exit 75
 }

@@ -1,45 +1,20 @@
-"""The fixture of the tests on Slurm, and jobs in which a stand-in takes the place of Python."""
+"""Jobs in which a stand-in takes the place of Python."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from cluster import Cluster, NoCluster
+from cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"
 STAND_IN = Path(__file__).parent / "stand_in.py"
 SECONDS = 120.0
-
-
-@pytest.fixture(scope="session")
-def running_cluster() -> Iterator[Cluster]:
-    """Two nodes, up once."""
-    try:
-        cluster = Cluster()
-    except NoCluster as reason:
-        pytest.skip(f"no Slurm here: {reason}")
-    try:
-        yield cluster
-    finally:
-        cluster.close()
-
-
-@pytest.fixture
-def slurm(running_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """The cluster, with its commands on PATH, and without jobs afterwards."""
-    monkeypatch.setenv("PATH", f"{running_cluster.programs}:{os.environ['PATH']}")
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "MEGAMIX_"))]:
-        monkeypatch.delenv(name)
-    yield running_cluster
-    running_cluster.cancel_all()
 
 
 def wait_until(what: str, ready: Callable[[], bool], seconds: float = SECONDS) -> None:

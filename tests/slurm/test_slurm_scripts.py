@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster import Cluster
 from on_cluster import StandIn
 
-pytest_plugins = ["on_cluster"]
+pytest_plugins = ["cluster_fixture"]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -79,6 +79,20 @@ def test_asked_to_stop_in_many_ways_a_job_is_requeued_and_goes_on(slurm: Cluster
         assert len(job.events("start", restart=1)) == 4, name
         assert "asked to stop; the job is requeued" in job.said(), name
     assert {line["OMP_NUM_THREADS"] for line in jobs["torchrun"].events("start")} == {"1"}
+
+
+def test_of_an_array_only_the_member_that_was_asked_to_stop_is_requeued(slurm: Cluster, tmp_path: Path) -> None:
+    """The last member, which has the number of the array."""
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).touch()
+    job = StandIn(slurm, tmp_path, MEGAMIX_PREFLIGHT="0")
+    job.submit("--array=0-1", script="swarm.sbatch", arguments=(str(tmp_path),))
+    job.wait_for("start", 2)
+    slurm.run("scancel", "--signal=USR1", "--batch", f"{job.job}_1")
+    job.wait_for("start", 1, restart=1)
+    job.tell("finish")
+    assert [slurm.wait(f"{job.job}_{member}") for member in (0, 1)] == ["COMPLETED"] * 2
+    assert [line["arguments"] for line in job.events("start", restart=1)] == [[f"{tmp_path}/b.yaml"]]
 
 
 def test_a_job_that_was_requeued_too_often_ends(slurm: Cluster, tmp_path: Path) -> None:

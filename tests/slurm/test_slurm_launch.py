@@ -1,0 +1,290 @@
+"""`megamix launch`: what it submits, what it refuses, and what it does not submit again. The jobs run a stand-in."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster import Cluster
+from json_lines import jsonl
+from on_cluster import SCRIPTS, STAND_IN, wait_until
+from typer.testing import CliRunner
+
+from megamix.cli import app
+from megamix.errors import InputError
+from megamix.submit.slurm import queued
+from megamix.submit.swarm import gather
+
+pytest_plugins = ["cluster_fixture"]
+Launch = Callable[..., str]
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
+    """``megamix launch ARGUMENTS``, in a folder of its own: what it prints. Jobs run the stand-in, until told."""
+    monkeypatch.setenv("MEGAMIX_PYTHON", str(STAND_IN))
+    monkeypatch.setenv("MEGAMIX_PREFLIGHT", "0")
+    monkeypatch.setenv("STAND_IN", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(app, ["launch", *map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return run
+
+
+def commands(printed: str) -> dict[str, list[str]]:
+    """The words of each sbatch command of a dry run, by its step."""
+    lines = printed.splitlines()
+    found = {}
+    for title, line in itertools.pairwise(lines):
+        if " sbatch " in line and not line.startswith("#"):
+            words = shlex.split(line)
+            found[title.removeprefix("# ")] = words[words.index("sbatch") :]
+    return found
+
+
+def test_a_dry_run_shows_the_command_and_the_script_and_makes_nothing(
+    launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without Slurm, too."""
+    monkeypatch.setenv("PATH", "/usr/sbin-without-slurm")
+    config = tiny_config(run_dir="runs/mine", engine={"pipeline": 2})
+    options = ("--gpus-per-node", 2, "--nodes", 2, "--time", "1:00:00", "--account", "me", "--sbatch=--qos=high")
+    printed = launch(config, "train.lr=1e-3", "log.every=2", *options, "--dry-run")
+    (command,) = commands(printed).values()
+    assert command[-3:] == [str(config), "train.lr=1e-3", "log.every=2"]
+    assert command[-4] == str(SCRIPTS / "train.sbatch")
+    assert {
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--gpus-per-node=2",
+        "--time=1:00:00",
+        "--account=me",
+        "--qos=high",
+        "--dependency=singleton",
+    } <= set(command)
+    assert (SCRIPTS / "train.sbatch").read_text() in printed
+    assert f"MEGAMIX_LOGS={tmp_path}/runs/mine/slurm" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, ("--nodes", 3), r"on 3 nodes of 1 ranks: .*global_batch"),
+        ({"engine": {"pipeline": 2, "data": 2}}, ("--nodes", 3), "on 3 nodes of 1 ranks: engine: .*makes 4 ranks"),
+        ({"engine": {"pipeline": 3}}, (), "engine.pipeline is 3, but the model has 2"),
+        ({}, ("--gpus-per-node", 2, "--tasks-per-node", 4), "a rank has one GPU"),
+        ({"data": {"manifest": "nowhere"}}, (), "nowhere"),
+        ({"train": {"stepps": 3}}, (), "Did you mean 'steps'"),
+        ({}, ("--shards", 2), "--shards goes with --chain prepare only"),
+        ({}, ("--limit", 2), "--limit goes with the arrays"),
+        ({"doremi": {"rounds": 3}}, ("--chain", "doremi"), "doremi.rounds is 3"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_at_once(
+    launch: Launch,
+    tiny_config: Callable[..., Path],
+    changes: dict[str, Any],
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    """Without a cluster to ask."""
+    with pytest.raises(InputError, match=message):
+        launch(tiny_config(**changes), *options, "--dry-run")
+
+
+def test_what_the_cluster_does_not_have_is_refused(
+    slurm: Cluster, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config(engine={"data": 4}, train={"global_batch": 32})
+    with pytest.raises(InputError, match=r"Slurm refuses this job: .*partition"):
+        launch(config, "--partition", "gold")
+    with pytest.raises(InputError, match=r"Slurm refuses this job: .*(node|Node)"):
+        launch(config, "--nodes", 4)
+    assert not slurm.run("squeue", "--noheader").stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm_the_reason_is_said(
+    launch: Launch, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/sbin-without-slurm")
+    with pytest.raises(InputError, match="there is no squeue on this machine"):
+        launch(tiny_config())
+
+
+def test_a_run_is_not_submitted_twice(
+    slurm: Cluster, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(run_dir="runs/mine")
+    launch(config)
+    (name,) = slurm.run("squeue", "--noheader", "--format=%j").stdout.split()
+    assert name.startswith("megamix-mine-train-")
+    (job,) = queued(name)
+    # The same run directory, spelt differently.
+    launch(config, f"run_dir={tmp_path}/runs/mine")
+    assert [found.job for found in queued(name)] == [job.job]
+    assert f"train: not submitted again, job {job.job} is" in caplog.text
+    # Another run is another job.
+    launch(config, "run_dir=runs/other")
+    assert len(slurm.run("squeue", "--noheader").stdout.splitlines()) == 2
+    (tmp_path / "finish").touch()
+    assert slurm.wait(job.job) == "COMPLETED"
+    output = (tmp_path / "runs" / "mine" / "slurm" / f"{name}-{job.job}.out").read_text()
+    assert "megamix: done" in output
+    # It is not done, for the stand-in trains nothing: now it is submitted again.
+    launch(config)
+    assert len(slurm.run("squeue", "--noheader", f"--name={name}", "--states=all").stdout.splitlines()) == 2
+
+
+def test_two_launches_that_meet_run_one_after_the_other(
+    slurm: Cluster, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sees the other in the queue."""
+    config = tiny_config()
+    monkeypatch.setattr("megamix.submit.slurm.queued", lambda name: [])
+    launch(config)
+    launch(config)
+    jobs = sorted(map(int, slurm.run("squeue", "--noheader", "--format=%A").stdout.split()))
+    wait_until("the first to run", lambda: slurm.field(jobs[0], "JobState") == "RUNNING")
+    assert slurm.field(jobs[1], "JobState") == "PENDING"
+    assert slurm.field(jobs[1], "Reason") == "Dependency"
+
+
+def test_the_chain_of_doremi_and_what_of_it_is_submitted_again(
+    slurm: Cluster, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    mixer, target = {"name": "doremi"}, {"train": {"steps": 5}}
+    config = tiny_config(mixer=mixer, doremi={"target": target}, checkpoint={"keep": 1})
+    planned = commands(launch("--chain", "doremi", config, "--dry-run"))
+    assert list(planned) == ["reference", "cache", "proxy", "weights", "target"]
+    for before, step in itertools.pairwise(planned):
+        assert f"--dependency=afterok:<{before}>,singleton" in planned[step]
+    run = tmp_path / "run"
+    assert planned["reference"][-2:] == [str(SCRIPTS / "train.sbatch"), str(run / "reference.yaml")]
+    losses = ["reference.sbatch", str(run / "reference"), "--out", str(run / "cache"), "--for", str(run / "proxy.yaml")]
+    assert planned["cache"][-6:] == [str(SCRIPTS / losses[0]), *losses[1:]]
+    assert planned["weights"][-4:] == ["doremi", str(config), "--only", "weights"]
+    launch("--chain", "doremi", config)
+
+    def jobs() -> dict[str, int]:
+        shown = [line.split() for line in slurm.run("squeue", "--noheader", "--format=%j %A").stdout.splitlines()]
+        found = {name.split("-")[2]: int(job) for name, job in shown}
+        assert len(found) == len(shown), shown
+        return found
+
+    first = jobs()
+    assert sorted(first) == sorted(planned)
+    launch("--chain", "doremi", config)
+    assert jobs() == first
+    # The first fails: those after it can never begin, and go.
+    (tmp_path / "exit").write_text("1")
+    wait_until("an empty queue", lambda: not jobs())
+    (tmp_path / "exit").unlink()
+    launch("--chain", "doremi", config)
+    again = jobs()
+    assert sorted(again) == sorted(planned)
+    assert not set(again.values()) & set(first.values())
+
+
+def test_the_chain_of_a_preparation(
+    slurm: Cluster, launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shards that are there are not made again, and two that are made at a time hold the merge up."""
+    text, out = tmp_path / "web.jsonl", tmp_path / "data"
+    text.write_bytes(jsonl(["one", "two"]))
+    out.mkdir()
+    (out / "shard-00002-of-00004.json").write_text("{}")
+    arguments = ("--", f"web={text}", "--out", out, "--tokenizer", "train:300")
+    options = ("--chain", "prepare", "--shards", 4, "--limit", 2)
+    planned = commands(launch(*options, "--dry-run", *arguments))
+    assert list(planned) == ["tokenizer", "shards", "merge"]
+    assert "--array=1,3,4%2" in planned["shards"]
+    assert "--dependency=afterok:<tokenizer>" in planned["shards"]
+    assert "--dependency=afterok:<shards>,singleton" in planned["merge"]
+    assert planned["merge"][-2:] == ["merge", str(out)]
+    with pytest.raises(InputError, match="is neither a folder nor"):
+        launch(*options, "--", "nowhere", "--out", out)
+    with pytest.raises(InputError, match="the chain sets --shard itself"):
+        launch(*options, *arguments, "--shard", "1/2")
+    (tmp_path / "finish").touch()
+    launch(*options, *arguments)
+    wait_until("an empty queue", lambda: not slurm.run("squeue", "--noheader").stdout)
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    ran = [(line["command"], line["arguments"][-1]) for line in events if line["event"] == "start"]
+    assert ran[0] == ("prepare", "--tokenizer-only")
+    assert sorted(ran[1:-1]) == [("prepare", "1/4"), ("prepare", "3/4"), ("prepare", "4/4")]
+    assert ran[-1] == ("merge", str(out))
+
+
+def test_a_swarm_submits_members_that_are_not_done_nor_in_the_queue(
+    slurm: Cluster, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = swarm_of(tmp_path / "swarm", tiny_config, 3)
+    launch("--chain", "swarm", folder, "--limit", 2)
+    names = slurm.run("squeue", "--noheader", "--format=%j").stdout.split()
+    (name,) = {name for name in names if "-swarm-swarm-" in name}
+
+    def members() -> dict[int | None, int]:
+        return {found.member: found.job for found in queued(name)}
+
+    before = members()
+    assert sorted(before, key=str) == [0, 1, 2]
+    wait_until("two to run", lambda: [found.state for found in queued(name)].count("RUNNING") == 2)
+    launch("--chain", "swarm", folder)
+    assert members() == before
+    slurm.run("scancel", f"{before[1]}_1")
+    wait_until("the end of one", lambda: 1 not in members())
+    launch("--chain", "swarm", folder)
+    after = members()
+    assert sorted(after, key=str) == [0, 1, 2]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] != before[1]
+
+
+def swarm_of(folder: Path, tiny_config: Callable[..., Path], number: int) -> Path:
+    """A folder with configs of runs of one step."""
+    folder.mkdir()
+    for index in range(number):
+        weights = {"code": 1.0 + index, "tables": 1.0, "topics": 1.0, "packages": 1.0}
+        config = yaml.safe_load(tiny_config(run_dir=str(folder / "runs" / f"m{index}"), mixture=weights).read_text())
+        config["mixer"] = {"name": "static"}
+        (folder / f"m{index}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_a_swarm_of_runs_in_one_place_or_of_different_sizes_is_refused(
+    launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = swarm_of(tmp_path / "swarm", tiny_config, 2)
+    with pytest.raises(InputError, match="have the same run_dir"):
+        launch("--chain", "swarm", folder, "run_dir=runs/one", "--dry-run")
+    config = yaml.safe_load((folder / "m1.yaml").read_text())
+    config["engine"] = {"pipeline": 2}
+    (folder / "m1.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="the jobs of an array are of one size"):
+        launch("--chain", "swarm", folder, "--dry-run")
+    with pytest.raises(InputError, match=r"holds no \*\.yaml"):
+        launch("--chain", "swarm", tmp_path / "nothing", "--dry-run")
+
+
+def test_results_name_runs_that_have_none(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    folder = swarm_of(tmp_path / "swarm", tiny_config, 2)
+    with gather(folder, []).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["member"], row["step"], row["steps"], row["done"]) for row in rows] == [
+        ("m0", "0", "12", "0"),
+        ("m1", "0", "12", "0"),
+    ]
