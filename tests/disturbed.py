@@ -50,7 +50,7 @@ class Disturbed:
         wanted = 0 if moment != "step" else self._last_step() + self.chance.randint(1, 5)
         done: list[int] = []
         waiter = threading.Thread(target=lambda: done.append(self._start()))
-        before = self._holder()
+        before = holder_of(self.run)
         waiter.start()
         starter = self._wait_for_starter(before, waiter)
         ranks = children(starter) if starter else []
@@ -82,16 +82,11 @@ class Disturbed:
     def _last_step(self) -> int:
         return max((line["step"] for line in lines_so_far(self.run / "metrics.jsonl")), default=0)
 
-    def _holder(self) -> int | None:
-        with suppress(OSError, ValueError):
-            return json.loads((self.run / "lock").read_text())["process"]
-        return None
-
     def _wait_for_starter(self, before: int | None, waiter: threading.Thread) -> int | None:
         """The process that has taken the lock, once it has started its ranks."""
         deadline = time.monotonic() + SECONDS
         while waiter.is_alive():
-            holder = self._holder()
+            holder = holder_of(self.run)
             if holder not in (None, before) and children(holder):
                 return holder
             assert time.monotonic() < deadline, "no start"
@@ -122,6 +117,13 @@ class Disturbed:
             time.sleep(0.02)
         with (self.run / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def holder_of(run: Path) -> int | None:
+    """The process that has, or had, the lock of a run."""
+    with suppress(OSError, ValueError):
+        return json.loads((run / "lock").read_text())["process"]
+    return None
 
 
 def children(process: int) -> list[int]:

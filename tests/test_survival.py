@@ -5,15 +5,25 @@ By default a few kills, of processes forked from one that has imported everythin
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from disturbed import Disturbed, assert_no_sample_lost_or_doubled, assert_same
+from conftest import ENVIRONMENT, ROOT, RUN_SECONDS
+from disturbed import Disturbed, assert_no_sample_lost_or_doubled, assert_same, holder_of, lines_so_far
+from forked import run_processes
+
+from megamix.run_lock import RunLock
 
 Write = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -59,6 +69,115 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(
     disturbed.finish()
     assert_same(killed, whole, STEPS, disturbed.kills)
     assert_no_sample_lost_or_doubled(killed, STEPS, 8, data_dir, 64)
+
+
+# A job whose ranks nobody watches but they themselves
+
+
+def start_ranks(config: Path, ranks: int, **environment: str) -> tuple[threading.Thread, list[Any]]:
+    """Ranks as torchrun or srun starts them, in a thread that waits for them; what they return goes to the list."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment} for rank in range(ranks)]
+    done: list[Any] = []
+    arguments = ["-m", "megamix", "train", str(config)]
+    thread = threading.Thread(
+        target=lambda: done.extend(run_processes(arguments, environments, cwd=ROOT, seconds=RUN_SECONDS))
+    )
+    thread.start()
+    return thread, done
+
+
+def wait_for_step(run: Path, step: int, thread: threading.Thread) -> None:
+    while max((line["step"] for line in lines_so_far(run / "metrics.jsonl")), default=0) < step:
+        assert thread.is_alive(), f"the job ended before step {step}"
+        time.sleep(0.02)
+
+
+def test_without_a_starter_the_ranks_end_each_other(tiny_config: Write, tmp_path: Path) -> None:
+    """Rank 0 is killed: rank 1, which nobody else would end, says so, and leaves nothing that keeps the next start
+    from the run."""
+    run = tmp_path / "run"
+    thread, done = start_ranks(write(tiny_config, run, "deepspeed pp2", 5000, 5), 2)
+    wait_for_step(run, 3, thread)
+    rank_0 = holder_of(run)
+    assert rank_0 is not None
+    os.kill(rank_0, signal.SIGKILL)
+    thread.join()
+    assert [process.returncode for process in done] == [-signal.SIGKILL, 1]
+    said = (
+        f"megamix: [rank 1] rank 0 of 2 ({socket.gethostname()}, process {rank_0}) is gone: its process ended without"
+    )
+    assert done[1].stdout.count(said) == 1
+    assert "Traceback" not in done[1].stdout
+    with RunLock(run):
+        pass
+
+
+STUCK = """
+import time
+from megamix.mixers import Mixer, ScheduleConfig
+
+class StuckConfig(ScheduleConfig):
+    \"\"\"Never answers after step 3.\"\"\"
+
+class Stuck(Mixer):
+    config: StuckConfig
+
+    def _observe(self, stats, step):
+        while step >= 3:
+            time.sleep(0.1)
+
+    def _new_weights(self, step):
+        return self.weights
+"""
+
+
+def test_a_job_that_hangs_ends_itself(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """Its mixer never answers: all ranks live, and wait. One reason, from the starter, says that nothing advances."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    config = tiny_config(
+        run_dir=str(tmp_path / "run"), engine={"pipeline": 2}, watchdog={"stall_minutes": 0.1}, log={"every": 2}
+    )
+    text = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**text, "mixer": {"name": "stuck:Stuck"}}))
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(tmp_path)])
+    done = megamix("train", config, code=1, PYTHONPATH=path)
+    assert done.stderr.count("nothing has advanced for 0.1 min (watchdog.stall_minutes)") == 1
+    assert "rank 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_start_is_refused_while_the_first_goes_on(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """With exit code 2, by its starter or, where there is none, by its ranks; nothing of the first run is touched."""
+    run = tmp_path / "run"
+    config = write(tiny_config, run, "megatron dp2", 5000, 5)
+    arguments = [sys.executable, "-m", "megamix", "train", str(config)]
+    # A real process: of the forked ones no second starts before the first has ended.
+    first = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + RUN_SECONDS
+        while holder_of(run) != first.pid:
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        said = f"another job trains in {run}: process {first.pid} on {socket.gethostname()}"
+        assert said in megamix("train", config, code=2).stderr  # while the first may still be loading
+        thread, refused = start_ranks(config, 2)
+        thread.join()
+        assert [process.returncode for process in refused] == [2, 2]
+        assert all(said in process.stdout for process in refused)
+        assert holder_of(run) == first.pid
+        assert first.poll() is None
+        while not any(line["event"] == "train" for line in lines_so_far(run / "metrics.jsonl")):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        first.kill()
+        first.wait()
 
 
 @pytest.mark.slow
