@@ -204,14 +204,17 @@ def damage_of_files(
 
 def wait_for(path: Path, deadline: float) -> bool:
     """Whether there is such a file, at the latest when the clock of `time.monotonic` reads ``deadline``."""
-    while not path.is_file():
+    while True:
+        # What cannot be asked for (a stale handle, say) may be there the next time.
+        with suppress(OSError):
+            if path.is_file():
+                return True
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL_SECONDS)
         # Listing the folder asks the server; looking for one name may be answered from memory.
         with suppress(OSError):
             os.listdir(path.parent)
-    return True
 
 
 def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import pickle
@@ -137,6 +139,19 @@ def test_a_late_file_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch
     layer.unlink()
     with pytest.raises(ResumeRefused, match=r"00001.safetensors is missing"):
         loads(path, 10)
+
+
+def test_a_stale_handle_is_asked_for_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, looks = Path.is_file, itertools.count()
+
+    def stale(path: Path) -> bool:
+        if next(looks) in (0, 3):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return look(path)
+
+    monkeypatch.setattr(Path, "is_file", stale)
+    assert damage(folder / "step_10", patience=30) is None
+    assert next(looks) > 4
 
 
 class Trap:
