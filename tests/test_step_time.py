@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import subprocess
 import threading
@@ -166,6 +167,60 @@ def test_parts_add_up_to_means_per_step(timed: list[dict[str, Any]]) -> None:
         assert parts["step_seconds"] == pytest.approx(parts["total"] / 2)
         names = ("compute", "data_wait", "communication", "mixing")
         assert sum(parts[f"{name}_seconds"] for name in names) == pytest.approx(parts["step_seconds"])
+
+
+class Event:
+    """Stands in for a GPU's event: the stream's clock moves by what a test says."""
+
+    now = 0.0
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Event.made += 1
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_stream_is_timed_and_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host time of a call is compute; what its stream took, also on threads of autograd's, is communication. Events
+    are used again, and other threads of Python's are left out."""
+
+    def reduce(self: Any, seconds: float) -> float:
+        Event.now += seconds
+        return seconds
+
+    class Group:
+        allreduce = reduce
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(dist, "ProcessGroup", Group)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(2):
+        with clock.step(), clock.engine():
+            assert Group().allreduce(0.001) == 0.001
+            done = threading.Event()
+            # As autograd's threads: not known to `threading`.
+            _thread.start_new_thread(lambda done=done: (Group().allreduce(0.002), done.set()), ())
+            done.wait()
+            other = threading.Thread(target=lambda: Group().allreduce(100.0))
+            other.start()
+            other.join()
+            with clock.mixing():
+                Group().allreduce(100.0)
+            time.sleep(0.05)
+        times = clock.take()
+        assert times.communication == pytest.approx(0.003)
+        assert times.compute > 0.04
+        assert Event.made == 4
+    assert Group.allreduce is reduce
 
 
 def test_no_step_has_no_time() -> None:
