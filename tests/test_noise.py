@@ -117,10 +117,13 @@ def test_official_chases_noise_and_recommended_does_not(runs: Path) -> None:
     assert share_of_noise(official) > 0.3
     assert share_of_noise(recommended) < 0.08
     assert mean_loss(recommended) < mean_loss(official) - 0.1
-    # To the one it gives most of all, to the other hardly more than its exploration.
-    last = {run: lines(run / "weights.jsonl")[-1] for run in (official, recommended)}
-    assert last[official]["domain_names"][int(np.argmax(last[official]["domain_weights"]))] == "noise"
-    assert "noise" in last[recommended]["stalled"]
+    # The one ends by giving most of all to it, the other no more than its exploration.
+    weights = {}
+    for run in (official, recommended):
+        last = lines(run / "weights.jsonl")[-1]
+        weights[run] = dict(zip(last["domain_names"], last["domain_weights"], strict=True))
+    assert max(weights[official], key=weights[official].__getitem__) == "noise"
+    assert weights[recommended]["noise"] == pytest.approx(0.1 / len(SHARES), rel=0.5)
 
 
 def test_recommended_loses_nothing_where_there_is_no_noise(runs: Path) -> None:
