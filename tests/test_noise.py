@@ -65,15 +65,18 @@ def noise() -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of each mixer, with noise (``noisy-NAME``) and without (``clean-NAME``)."""
+    """A folder with runs with noise (``noisy-NAME``) and without (``clean-NAME``)."""
     folder = tmp_path_factory.mktemp("noise")
     (folder / "text").mkdir()
     for name, documents in {**{name: real_text(name) for name in DOMAINS}, "noise": noise()}.items():
         (folder / "text" / f"{name}.jsonl").write_text("".join(documents), encoding="utf-8")
     prepare([str(folder / "text")], folder / "data", tokenizer="train:300", workers=1, progress=False)
     jobs = []
-    for kind, domains in (("noisy", [*DOMAINS, "noise"]), ("clean", DOMAINS)):
-        for name, changes in MIXERS.items():
+    for kind, domains, names in (
+        ("noisy", list(SHARES), ["official", "recommended"]),
+        ("clean", DOMAINS, list(MIXERS)),
+    ):
+        for name in names:
             config = {
                 "run_dir": str(folder / f"{kind}-{name}"),
                 "data": {"manifest": str(folder / "data"), "seq_length": SEQ, "domains": domains},
@@ -90,7 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 },
                 "evaluate": {"every": 0, "batches": 4},
                 "checkpoint": {"every": 0, "keep": 1},
-                **changes,
+                **MIXERS[name],
             }
             path = folder / f"{kind}-{name}.yaml"
             path.write_text(yaml.safe_dump(config), encoding="utf-8")
