@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, RUN_SECONDS
+from conftest import run_megamix
 from records import record
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, build, run, shake
@@ -54,14 +52,8 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log": {"every": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    train(folder / "config.yaml")
+    run_megamix("train", folder / "config.yaml")
     return folder / "run"
-
-
-def train(*arguments: object) -> None:
-    command = [sys.executable, "-m", "megamix", "train", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 Make = Callable[[str], tuple[Path, list[PipelineLayer]]]
@@ -324,14 +316,16 @@ def test_from_engine_to_engine(trained: Path, data_dir: Path, tmp_path: Path) ->
         evaluate={"batches": 1, "every": 1},
     )
     (tmp_path / "second.yaml").write_text(yaml.safe_dump(second), encoding="utf-8")
-    train(tmp_path / "second.yaml", "train.stop_after=1")
+    run_megamix("train", tmp_path / "second.yaml", "train.stop_after=1")
     losses = recorded_losses(tmp_path / "second")
     assert losses[0] == pytest.approx(last, abs=1e-5)
     assert min(abs(losses[1][name] - losses[0][name]) for name in last) > 1e-3, "the weights moved"
     export(tmp_path / "second", tmp_path / "again")
     assert losses_in_transformers(tmp_path / "again", data_dir) == pytest.approx(losses[1], abs=1e-5)
     shutil.rmtree(tmp_path / "model")
-    train(tmp_path / "second" / "config.resolved.yaml", "train.stop_after=null", "engine={name: deepspeed}")
+    run_megamix(
+        "train", tmp_path / "second" / "config.resolved.yaml", "train.stop_after=null", "engine={name: deepspeed}"
+    )
     assert list(recorded_losses(tmp_path / "second")) == [0, 1, 2]
 
 
