@@ -170,7 +170,7 @@ def _losses(run: LiveRun) -> str:
 def _speed(run: LiveRun) -> str:
     if run.train is None:
         return ""
-    left = "" if run.is_done or run.seconds_left is None else f", {_time(run.seconds_left)} left"
+    left = "" if run.seconds_left is None else f", {_time(run.seconds_left)} left"
     return f"{run.train['tokens_per_second']:,.0f} tokens/s, {run.train['step_seconds']:.3g} s a step{left}"
 
 

@@ -149,15 +149,20 @@ class LiveRun:
         return bool(self.config) and self.evaluation is not None and self.evaluation["step"] >= self.steps
 
     @property
+    def is_going_on(self) -> bool:
+        """Whether its files say so; a process that was killed has not said that it ended."""
+        return not self.is_done and (self.event is None or self.event["event"] not in ("preempted", "failed"))
+
+    @property
     def seconds_left(self) -> float | None:
-        if self.train is None:
+        if self.train is None or not self.is_going_on:
             return None
         return (self.steps - self.step) * self.train["step_seconds"]
 
     @property
     def quiet(self) -> float:
         """For how long there has been no new line of metrics.jsonl, in seconds; 0 while that is nothing unusual."""
-        if self._heard is None or self.is_done or not self.config:
+        if self._heard is None or not self.is_going_on or not self.config:
             return 0.0
         between = self.config["log"]["every"] * self.train["step_seconds"] if self.train else 0.0
         silence = time.monotonic() - self._heard

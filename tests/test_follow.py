@@ -159,6 +159,18 @@ def test_a_run_from_before_events_were_kept_is_done_with_its_last_evaluation(wri
     assert looked(LiveRun(writer.run)).is_done
 
 
+@pytest.mark.parametrize("event", ["preempted", "failed"])
+def test_of_a_run_that_has_stopped_no_time_is_left_and_no_silence_told(writer: Writer, event: str) -> None:
+    writer.train(10)
+    os.utime(writer.run / "metrics.jsonl", (time.time() - 500, time.time() - 500))
+    writer.event(event, 10)
+    run = looked(LiveRun(writer.run))
+    assert (run.seconds_left, run.quiet, run.is_done) == (None, 0.0, False)
+    writer.event("resumed", 10)
+    assert looked(run).seconds_left == 45
+    assert run.quiet > 400
+
+
 def test_silence_is_told_once_it_is_unusual(writer: Writer) -> None:
     """Three minutes, or three times what lies between two lines; counted from the age of the file at first."""
     writer.train(10)
