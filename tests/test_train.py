@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, RUN_SECONDS
 from records import lines, record, samples
 
 from megamix.inspect import inspect_sample
@@ -73,7 +73,7 @@ def children(pid: int) -> list[int]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + RUN_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").is_file() and any(line["step"] >= step for line in lines_so_far(run)):
             return
@@ -86,11 +86,16 @@ def lines_so_far(run: Path) -> list[dict[str, int]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left, and the
-    next start finishes the very run that was never disturbed."""
+def gone(ranks: list[int]) -> bool:
+    return not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_run_that_is_killed_leaves_no_process_and_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left. SIGKILL of
+    the starter of the resumed run: no rank is left behind. The next start finishes the very run that was never
+    disturbed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sections = {"engine": layout(2, 1), "train": {"steps": 60}, "checkpoint": {"every": 10}}
+    sections = {"engine": layout(2, 1), "train": {"steps": 80}, "checkpoint": {"every": 10}}
     megamix("train", tiny_config(run_dir=str(whole), **sections))
     config = tiny_config(run_dir=str(killed), **sections)
     process = start(config)
@@ -103,24 +108,23 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(megamix: Run, tiny_co
     assert time.monotonic() - died < 60
     assert process.returncode == 1
     assert "rank 1 of 2 was ended by signal SIGKILL" in stderr
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert gone(ranks)
+
+    process = start(config)
+    wait_for_step(killed, 40, process)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not gone(ranks):
+        time.sleep(0.1)
+    assert gone(ranks)
+
     resumed = megamix("train", config)
     assert re.search(r"resuming from .*step_\d0", resumed.stderr)
     assert record(killed) == record(whole)
     assert samples(killed) == samples(whole)
-
-
-def test_killing_the_starter_leaves_no_rank_behind(tiny_config: Write, tmp_path: Path) -> None:
-    run = tmp_path / "orphans"
-    process = start(tiny_config(run_dir=str(run), engine=layout(2, 1), train={"steps": 2000}))
-    wait_for_step(run, 2, process)
-    ranks = children(process.pid)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{rank}").exists() for rank in ranks):
-        time.sleep(0.1)
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def test_joins_ranks_that_torchrun_starts(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
