@@ -71,3 +71,4 @@ munged --key-file="$D/munge/key" --socket="$D/munge/sock" --pid-file="$D/munge/p
 slurmctld
 echo up
 cat >/dev/null
+rm -rf "$D" # whoever held the other end may be gone

@@ -139,7 +139,7 @@ def test_a_run_is_not_submitted_twice(
     # Another run is another job.
     launch(config, "run_dir=runs/other")
     assert len(slurm.run("squeue", "--noheader").stdout.splitlines()) == 2
-    (tmp_path / "finish").touch()
+    (tmp_path / "finish").write_text("yes")
     assert slurm.wait(job.job) == "COMPLETED"
     output = (tmp_path / "runs" / "mine" / "slurm" / f"{name}-{job.job}.out").read_text()
     assert "megamix: done" in output
@@ -218,7 +218,7 @@ def test_the_chain_of_a_preparation(
         launch(*options, "--", "nowhere", "--out", out)
     with pytest.raises(InputError, match="the chain sets --shard itself"):
         launch(*options, *arguments, "--shard", "1/2")
-    (tmp_path / "finish").touch()
+    (tmp_path / "finish").write_text("yes")
     launch(*options, *arguments)
     wait_until("an empty queue", lambda: not slurm.run("squeue", "--noheader").stdout)
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
