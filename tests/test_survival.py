@@ -20,7 +20,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, RUN_SECONDS
-from disturbed import Disturbed, assert_no_sample_lost_or_doubled, assert_same, holder_of, lines_so_far
+from disturbed import (
+    Disturbed,
+    assert_no_sample_lost_or_doubled,
+    assert_same,
+    children,
+    holder_of,
+    is_running,
+    lines_so_far,
+)
 from forked import run_processes
 
 from megamix.run_lock import RunLock
@@ -178,6 +186,30 @@ def test_a_second_start_is_refused_while_the_first_goes_on(megamix: Run, tiny_co
     finally:
         first.kill()
         first.wait()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_its_job(tiny_config: Write, tmp_path: Path) -> None:
+    """SIGSTOP, which its starter cannot see: the other rank finds it silent, the starter says so and ends both."""
+    run = tmp_path / "run"
+    path = write(tiny_config, run, "deepspeed dp2", 5000, 5)
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**config, "watchdog": {"silence_seconds": 10}}))
+    arguments = [sys.executable, "-m", "megamix", "train", str(path)]
+    job = subprocess.Popen(
+        arguments, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not lines_so_far(run / "metrics.jsonl"):
+        assert job.poll() is None
+        time.sleep(0.05)
+    ranks = children(job.pid)
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGSTOP)
+    _, said = job.communicate(timeout=RUN_SECONDS)
+    assert job.returncode == 1
+    assert f"rank 1 of 2 ({socket.gethostname()}, process {max(ranks)}) has not been heard of for " in said
+    assert said.count("(watchdog.silence_seconds)") == 1
+    assert not any(map(is_running, ranks))
 
 
 @pytest.mark.slow

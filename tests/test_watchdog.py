@@ -304,14 +304,14 @@ def test_a_slow_job_goes_on(job: Ranks) -> None:
     """Longer than both limits as a whole, in steps that are shorter."""
 
     def work(watchdog: Watchdog) -> None:
-        for step in range(12):
+        for step in range(14):
             watchdog.progress(step, "training")
             time.sleep(0.4)
 
     def wait_for_it(watchdog: Watchdog) -> None:
-        time.sleep(4.8)
+        time.sleep(5.6)
 
-    job.start(wait_for_it, work, wait_for_it, silence=3.0, stall=3.0)
+    job.start(wait_for_it, work, wait_for_it, silence=5.0, stall=5.0)
     assert job.wait() == [0, 0, 0]
     assert [job.said(rank) for rank in range(3)] == ["", "", ""]
 
