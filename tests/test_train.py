@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_resumes(megamix: Run, tiny_c
         time.sleep(0.1)
     assert gone(ranks)
 
-    resumed = megamix("train", config)
+    resumed = megamix("train", config)  # ranks that had lived on would have finished the run
     assert re.search(r"resuming from .*step_\d0", resumed.stderr)
     assert record(killed) == record(whole)
     assert samples(killed) == samples(whole)
