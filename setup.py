@@ -43,7 +43,7 @@ EXTRAS = {
         "pytest",
         "pytest-benchmark",
         "pytest-timeout",
-        "pytest-xdist",
+        "pytest-xdist>=3.8",
         "ruff",
         "scipy",
         "setuptools>=77",
