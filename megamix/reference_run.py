@@ -31,6 +31,7 @@ from megamix.errors import EXIT_OK, InputError, Preempted
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
+from megamix.rank import run_rank, watched
 from megamix.reference_cache import cache_key, samples_read, whole_domains
 from megamix.run_config import RunConfig
 from megamix.stopping import asked_to_stop, heed_signals
@@ -38,6 +39,7 @@ from megamix.stopping import asked_to_stop, heed_signals
 if TYPE_CHECKING:
     from megamix.data.loader import Batch
     from megamix.engines.base import Engine
+    from megamix.watchdog import Watchdog
 
 Ints = NDArray[np.int64]
 SAVE_EVERY = 2**20  # tokens
@@ -79,7 +81,8 @@ def reference(
     world_size = job_world_size()
     if world_size is not None:
         heed_signals()
-        _run_rank(plan_job(source, overrides, proxy, world_size), out, save_every or SAVE_EVERY)
+        job = plan_job(source, overrides, proxy, world_size)
+        run_rank(job.plan.config.engine, lambda: fill_cache(job, out, save_every or SAVE_EVERY))
         return EXIT_OK
     job = plan_job(source, overrides, proxy, None)
     if open_progress(out, job.info) is None:
@@ -173,25 +176,6 @@ def _samples_of(proxy: Path, plan: Plan) -> Selection:
     return samples_read(other)
 
 
-def _run_rank(job: ReferenceJob, out: Path, save_every: int) -> None:
-    """One rank of the job."""
-    import torch.distributed as dist
-
-    from megamix.engines.choose import start_distributed
-
-    start_distributed(job.plan.config.engine)
-    preempted = None
-    try:
-        fill_cache(job, out, save_every)
-    except Preempted as stop:
-        preempted = stop
-    # All ranks end in the same way, so that none is missed by another on its way out.
-    dist.barrier()
-    dist.destroy_process_group()
-    if preempted is not None:
-        raise preempted
-
-
 def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> None:
     """Computes what is missing of a cache; every rank of a started process group calls it.
 
@@ -204,24 +188,25 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
     from megamix.saving import load_engine
 
     config = job.plan.config
-    # Rank 0 finds out how far the cache has come.
-    shared: list[int | None] = [open_progress(out, job.info) if dist.get_rank() == 0 else None]
-    control: Any = dist.new_group(backend="gloo")
-    dist.broadcast_object_list(shared, src=0, group=control)
-    if shared[0] is not None:
-        engine = make_engine(
-            config.engine,
-            job.plan.model,
-            config.train,
-            seq_length=config.data.seq_length,
-            num_domains=len(job.plan.domains),
-            vocab_size=job.plan.vocab_size,
-            loss_implementation=config.loss.implementation,
-            reset_position_ids=config.data.reset_position_ids,
-        )
-        load_engine(job.path, engine, 0)
-        _Filler(job, engine, out, control, save_every).run(shared[0])
-    dist.barrier(control)
+    with watched(config.watchdog, out) as watchdog:
+        # Rank 0 finds out how far the cache has come.
+        shared: list[int | None] = [open_progress(out, job.info) if dist.get_rank() == 0 else None]
+        control: Any = dist.new_group(backend="gloo")
+        dist.broadcast_object_list(shared, src=0, group=control)
+        if shared[0] is not None:
+            engine = make_engine(
+                config.engine,
+                job.plan.model,
+                config.train,
+                seq_length=config.data.seq_length,
+                num_domains=len(job.plan.domains),
+                vocab_size=job.plan.vocab_size,
+                loss_implementation=config.loss.implementation,
+                reset_position_ids=config.data.reset_position_ids,
+            )
+            load_engine(job.path, engine, 0)
+            _Filler(job, engine, out, control, save_every).run(shared[0], watchdog)
+        dist.barrier(control)
 
 
 class _Filler:
@@ -251,7 +236,7 @@ class _Filler:
             )
         self._writer = ReferenceWriter(out, job.info) if place.has_loss and place.is_first_copy else None
 
-    def run(self, done: int) -> None:
+    def run(self, done: int, watchdog: Watchdog) -> None:
         """Computes all rows from ``done`` on.
 
         Raises:
@@ -263,6 +248,7 @@ class _Filler:
             log.info("going on after %d of %d samples", done, total)
         started, first, said = time.monotonic(), done, time.monotonic()
         for number, start in enumerate(range(done, total, step), start=1):
+            watchdog.progress(number - 1, "computing losses")
             self._round(start)
             done = min(start + step, total)
             asked = done < total and self._is_any_asked_to_stop()

@@ -256,7 +256,7 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
         "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
         "mixture": {"mixture": _mixture(plan)},
-        "mixer": {"mixer": config.mixer.model_dump(mode="json")},
+        "mixer": {"mixer": plan.mixer_identity(config.mixer)},
         "constraints": data.model_dump(mode="json", include={"max_epochs", "on_exhausted", "min_weight", "max_weight"}),
         "order": {
             "seed": config.train.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import yaml
 from megamix import checkpoint
 from megamix.config import load_config
 from megamix.engines.config import MegatronConfig
-from megamix.errors import EXIT_OK, InputError, Preempted
+from megamix.errors import EXIT_OK, InputError
 from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
+from megamix.rank import run_rank, watched
 from megamix.reference_cache import open_reference
 from megamix.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.run_config import RunConfig
 from megamix.run_lock import RunLock
 from megamix.sinks import check_sinks
 from megamix.stopping import heed_signals
-from megamix.watchdog import Watchdog
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -36,7 +35,8 @@ def train(config_path: Path, overrides: list[str]) -> int:
     config = load_config(RunConfig, config_path, overrides)
     check_sinks(config)
     if world_size is not None:
-        _run_rank(config, world_size)
+        plan = make_plan(config, world_size, verify=job_rank() == 0)
+        run_rank(config.engine, lambda: train_rank(plan))
         return EXIT_OK
     plan = make_plan(config)
     log = get_logger()
@@ -57,27 +57,6 @@ def train(config_path: Path, overrides: list[str]) -> int:
         return run_local(arguments, plan.world_size, config.engine.threads, lock.files, **lock.environment)
 
 
-def _run_rank(config: RunConfig, world_size: int) -> None:
-    """One rank, from the beginning of its process to its end."""
-    import torch.distributed as dist
-
-    from megamix.engines.choose import start_distributed
-
-    is_main = job_rank() == 0
-    plan = make_plan(config, world_size, verify=is_main)
-    start_distributed(config.engine)
-    preempted = None
-    try:
-        train_rank(plan)
-    except Preempted as stop:
-        preempted = stop
-    # All ranks end in the same way, so that none is missed by another on its way out.
-    dist.barrier()
-    dist.destroy_process_group()
-    if preempted is not None:
-        raise preempted
-
-
 def train_rank(plan: Plan) -> None:
     """One rank's part of a run, in a process group that is there.
 
@@ -92,22 +71,16 @@ def train_rank(plan: Plan) -> None:
     from megamix.train import Trainer
 
     is_main = dist.get_rank() == 0
-    watchdog = Watchdog(plan.config.watchdog, dist.get_rank(), dist.get_world_size())
-    watchdog.start()
-    try:
-        with RunLock(plan.config.run_dir) if is_main else nullcontext():
-            group: Any = dist.new_group(backend="gloo")
-            resumed = agree_on_checkpoint(plan, group)
-            if is_main:
-                _open_sources(plan, resumed)
-                _prepare_run_dir(plan.config)
-            # Nobody builds a model for a run that rank 0 refuses.
-            dist.barrier(group)
-            Trainer(plan, resumed, watchdog).run()
-    except BaseException as error:
-        watchdog.fail(error)
-        raise
-    watchdog.close()
+    with watched(plan.config.watchdog, plan.config.run_dir) as watchdog:
+        watchdog.progress(0, "loading")
+        group: Any = dist.new_group(backend="gloo")
+        resumed = agree_on_checkpoint(plan, group)
+        if is_main:
+            _open_sources(plan, resumed)
+            _prepare_run_dir(plan.config)
+        # Nobody builds a model for a run that rank 0 refuses.
+        dist.barrier(group)
+        Trainer(plan, resumed, watchdog).run()
 
 
 def _open_sources(plan: Plan, resumed: Resumed | None) -> None:

@@ -9,7 +9,7 @@ import pydantic
 
 from megamix.config import Config
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig, with_default_engine
-from megamix.mixers import MixerConfig, StaticConfig
+from megamix.mixers import MixerConfig, StaticConfig, wants_evaluation
 from megamix.models.config import ModelConfig
 from megamix.train_config import BatchConfig, TrainConfig
 
@@ -222,6 +222,10 @@ class MixConfig(Config):
     def _shadows_see_what_the_mixer_sees(self) -> MixConfig:
         read = getattr(self.mixer, "reference", None)
         for shadow in self.shadow:
+            if wants_evaluation(shadow):
+                raise ValueError(
+                    "a shadow's reward_from is evaluation, and a shadow sees the losses of training only. Set it to training."
+                )
             wanted = getattr(shadow, "reference", None)
             if wanted is not None and wanted != read:
                 raise ValueError(
@@ -229,6 +233,15 @@ class MixConfig(Config):
                     "sees only what the run measures: set its reference to null, or give the same to the mixer."
                 )
         return self
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _not_a_doremi_job(cls, data: object) -> object:
+        if isinstance(data, dict) and "doremi" in data and "doremi" not in cls.model_fields:
+            raise ValueError(
+                "the key doremi is for `megamix doremi`, which makes several runs. Use that, or remove the key."
+            )
+        return data
 
     @pydantic.field_validator("mixture", mode="before")
     @classmethod

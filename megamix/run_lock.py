@@ -1,4 +1,4 @@
-"""One job at a time in a run directory: an flock on ``RUN/lock``, which the kernel takes back with the process.
+"""One job at a time in the directory of a run or a cache: an flock on its file ``lock``, which ends with the process.
 
 The file stays; what counts is the lock on it, so nothing is left behind by a process that was killed. In it stands who
 holds it, for the message of whoever comes second.
@@ -32,10 +32,10 @@ _IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class RunLock:
-    """The right to train in ``run_dir``, from entering the context to leaving it or to the end of the process.
+    """The right to write to ``run_dir``, from entering the context to leaving it or to the end of the process.
 
     Raises (on entering):
-        InputError: another job trains there, or the directory cannot be written to.
+        InputError: another job works there, or the directory cannot be written to.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -51,7 +51,7 @@ class RunLock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise InputError(
-                f"cannot write to run_dir {self._run_dir}: {error.strerror or error}. Choose another."
+                f"cannot write to {self._run_dir}: {error.strerror or error}. Choose another folder."
             ) from error
         try:
             self._take(file)
@@ -88,7 +88,7 @@ class RunLock:
             except OSError as error:
                 if error.errno not in _IN_USE:
                     get_logger().warning(
-                        "%s cannot be locked (%s): nothing keeps a second job from training in the same run_dir",
+                        "%s cannot be locked (%s): nothing keeps a second job from writing there too",
                         self._path,
                         error.strerror or error,
                     )
@@ -96,7 +96,7 @@ class RunLock:
             holder = _read(file)
             if not _is_earlier_start(holder) or time.monotonic() > deadline:
                 raise InputError(
-                    f"another job trains in {self._run_dir}{_describe(holder)}. Wait until it ends, or end it, or choose another run_dir."
+                    f"another job works in {self._run_dir}{_describe(holder)}. Wait until it ends, or end it, or choose another folder."
                 )
             if not waiting:
                 get_logger().warning("waiting for the lock of this job's earlier start%s", _describe(holder))

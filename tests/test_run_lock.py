@@ -71,7 +71,7 @@ def test_a_second_job_is_refused_with_the_first_named(holder: Holder, tmp_path: 
     first = holder(run)
     with pytest.raises(InputError) as refused, RunLock(run):
         pass
-    assert f"another job trains in {run}: process {first} on {socket.gethostname()}, since 20" in str(refused.value)
+    assert f"another job works in {run}: process {first} on {socket.gethostname()}, since 20" in str(refused.value)
     assert refused.value.exit_code == 2
     with RunLock(tmp_path / "other"):
         pass
@@ -102,7 +102,7 @@ def test_what_stands_in_the_file_does_not_matter(holder: Holder, tmp_path: Path,
         pass
     holder(path.parent)
     path.write_bytes(content)
-    with pytest.raises(InputError, match="another job trains in"), RunLock(path.parent):
+    with pytest.raises(InputError, match="another job works in"), RunLock(path.parent):
         pass
 
 
@@ -145,15 +145,15 @@ def test_a_filesystem_without_locks_is_a_warning(
     with RunLock(tmp_path / "run"):
         pass
     assert said == [
-        f"{tmp_path / 'run' / 'lock'} cannot be locked ({os.strerror(number)}): nothing keeps a second job from training in "
-        "the same run_dir"
+        f"{tmp_path / 'run' / 'lock'} cannot be locked ({os.strerror(number)}): nothing keeps a second job from writing "
+        "there too"
     ]
 
 
 def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(InputError, match=r"cannot write to run_dir .*file/run: .* Choose another"),
+        pytest.raises(InputError, match=r"cannot write to .*file/run: .* Choose another"),
         RunLock(tmp_path / "file" / "run"),
     ):
         pass
@@ -177,7 +177,7 @@ def test_ranks_keep_the_lock_of_their_starter(tmp_path: Path, monkeypatch: pytes
         )
         assert rank.stdout is not None
         assert rank.stdout.readline() == "mine\n"
-    with pytest.raises(InputError, match="another job trains in"), RunLock(run):
+    with pytest.raises(InputError, match="another job works in"), RunLock(run):
         pass
     rank.communicate()
     with RunLock(run):

@@ -171,7 +171,7 @@ def test_a_second_start_is_refused_while_the_first_goes_on(megamix: Run, tiny_co
             assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        said = f"another job trains in {run}: process {first.pid} on {socket.gethostname()}"
+        said = f"another job works in {run}: process {first.pid} on {socket.gethostname()}"
         assert said in megamix("train", config, code=2).stderr  # while the first may still be loading
         thread, refused = start_ranks(config, 2)
         thread.join()
