@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
 UP_SECONDS = 60.0
 JOB_SECONDS = 300.0
+PREFIX = "/tmp/mmslurm"
 
 
 class NoCluster(Exception):
@@ -40,7 +41,7 @@ class Cluster:
     def __init__(self, nodes: int = 2, missed: int = 300) -> None:
         check_machine()
         # A short path: munge's socket is in it.
-        self.folder = Path(tempfile.mkdtemp(prefix="mmslurm", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.programs = self.folder / "bin"
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         flags = ("--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--mount", "--uts")
@@ -149,8 +150,8 @@ class Cluster:
         return ("nsenter", "--target", children[0], "--mount", "--uts", "--net", "--pid", "--")
 
     def _settings(self) -> Sequence[str]:
-        """Variables of a command in there: `programs` is for those outside."""
-        path = [folder for folder in os.environ["PATH"].split(":") if folder != str(self.programs)]
+        """Variables of a command in there: `programs`, of this cluster or another, is for those outside."""
+        path = [folder for folder in os.environ["PATH"].split(":") if not folder.startswith(PREFIX)]
         return (f"PATH={':'.join(path)}", f"SLURM_CONF={self.folder}/etc/slurm.conf")
 
     def _log_says_up(self) -> bool:
