@@ -20,12 +20,11 @@ from typing import Any, Never
 
 import pytest
 
-from megamix import heartbeat
 from megamix.errors import InputError, MegamixError, Preempted
-from megamix.heartbeat import Invitation, invite, join
 from megamix.launch import REPORTS
 from megamix.run_config import WatchdogConfig
-from megamix.watchdog import Watchdog
+from megamix.watchdog import Watchdog, heartbeat
+from megamix.watchdog.heartbeat import Invitation, invite, join
 
 Program = Callable[[Watchdog], None]
 SECONDS = 60

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamix.errors import EXIT_FAILED
-from megamix.heartbeat import Connection, Invitation, drain, wait_for
 from megamix.run_config import WatchdogConfig
+from megamix.watchdog.heartbeat import Connection, Invitation, drain, wait_for
 
 # Whoever loses its connection to a failing rank fails too; the cause gets this long to be heard.
 UNSURE_SECONDS = 2.0
