@@ -9,8 +9,7 @@ import time
 
 from jobs import run_rank
 
-start, looks = time.time(), itertools.count()
-time.time = lambda: start - 3600 * next(looks)
-
 if __name__ == "__main__":
+    start, looks = time.time(), itertools.count()
+    time.time = lambda: start - 3600 * next(looks)
     run_rank(json.loads(sys.argv[1]))

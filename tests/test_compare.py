@@ -206,7 +206,7 @@ def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], message
 
 
 def test_other_mistakes(runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="1 runs are given"):
+    with pytest.raises(InputError, match="1 run is given"):
         compare(runs[:1])
     with pytest.raises(InputError, match=r"no such variant\. Did you mean 'odm-official'"):
         compare(runs, baseline="odm-oficial")

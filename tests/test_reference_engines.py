@@ -68,7 +68,7 @@ def test_every_engine_computes_the_same_losses(caches: Path, name: str) -> None:
     """To the rounding of float16; `test_doremi_run` compares DeepSpeed's with those of transformers' model."""
     expected, found = (rows(caches / which, caches / "config.yaml") for which in ("deepspeed", name))
     assert expected.shape[0] > STEPS * 16
-    assert np.ptp(expected) > 2, "a model that has learnt something"
+    assert np.ptp(expected) > 1, "a model that has learnt something"
     # Row losses of different layouts differ by float32's rounding, so some fall to the neighbouring float16.
     assert (np.abs(found - expected) <= np.spacing(expected.astype(np.float16)).astype(np.float32)).all()
     assert (found == expected).mean() > 0.99
