@@ -250,9 +250,9 @@ def view(
     """
     process, terminal = pty.fork()
     if not process:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         arguments = [sys.executable, "-m", "megamix", "inspect", str(run), "--follow"]
         os.execve(sys.executable, arguments, {**ENVIRONMENT, "PYTHONUTF8": "1", "TERM": "xterm"})
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     said, seen, deadline = b"", 0, time.monotonic() + SECONDS
     steps = steps[:]
     while True:
