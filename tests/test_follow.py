@@ -250,6 +250,7 @@ def view(
     """
     process, terminal = pty.fork()
     if not process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # of a job in the background it is ignored
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         arguments = [sys.executable, "-m", "megamix", "inspect", str(run), "--follow"]
         os.execve(sys.executable, arguments, {**ENVIRONMENT, "PYTHONUTF8": "1", "TERM": "xterm"})
