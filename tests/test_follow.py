@@ -264,7 +264,8 @@ def view(
                 said += os.read(terminal, 65536)
             except OSError:  # the other side is closed
                 break
-        if steps and steps[0][0] in said[seen:].decode(errors="ignore"):
+        text = said[seen:].decode(errors="ignore")
+        if steps and steps[0][0] in text and text.endswith("\x1b[J"):  # the whole view is there
             seen = len(said)
             if steps.pop(0)[1]() == CONTROL_C:
                 os.write(terminal, CONTROL_C)
