@@ -253,7 +253,9 @@ def view(
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # of a job in the background it is ignored
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         arguments = [sys.executable, "-m", "megamix", "inspect", str(run), "--follow"]
-        os.execve(sys.executable, arguments, {**ENVIRONMENT, "PYTHONUTF8": "1", "TERM": "xterm"})
+        # These would take the place of the terminal's size; xdist sets them for its workers.
+        told = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "LINES")}
+        os.execve(sys.executable, arguments, {**told, "PYTHONUTF8": "1", "TERM": "xterm"})
     said, seen, deadline = b"", 0, time.monotonic() + SECONDS
     steps = steps[:]
     while True:
