@@ -12,6 +12,7 @@ import typer
 
 from megamix.errors import EXIT_FAILED, MegamixError
 from megamix.interop.cli import app as blend
+from megamix.swarm.cli import app as swarm
 
 app = typer.Typer(
     help="Online data mixing for language-model pretraining.",
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(blend, name="blend")
+app.add_typer(swarm, name="swarm")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
 Overrides = Annotated[
