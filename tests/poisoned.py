@@ -5,15 +5,18 @@ The token's embedding is large but finite; the norm after it overflows, in its s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 VOCAB = 512
+SEQ_LENGTH = 64
 Tokens = frozenset[int]
 
 
@@ -42,7 +45,6 @@ def read_by(config: Path, *overrides: str) -> list[list[Read]]:
 
     plan = make_plan(load_config(RunConfig, config, list(overrides)))
     blend, batch = plan.blend(), plan.config.train.global_batch
-    length = plan.config.data.seq_length
     steps = []
     for step in range(plan.config.train.steps):
         taken = zip(*(numbers.tolist() for numbers in blend.take(batch)), strict=True)
@@ -52,7 +54,7 @@ def read_by(config: Path, *overrides: str) -> list[list[Read]]:
                     step * batch + row,
                     plan.domain_names[domain],
                     sample,
-                    frozenset(plan.domains[domain].window(sample, length)[:-1].tolist()),
+                    frozenset(plan.domains[domain].window(sample, SEQ_LENGTH)[:-1].tolist()),
                 )
                 for row, (domain, sample) in enumerate(taken)
             ]
@@ -60,13 +62,31 @@ def read_by(config: Path, *overrides: str) -> list[list[Read]]:
     return steps
 
 
-def token_of(steps: list[list[Read]], wanted: Callable[[list[Read]], bool]) -> int:
-    """A token whose samples in the whole run, by rising position, are such as ``wanted`` says."""
-    for token in range(VOCAB):
-        found = [read for step in steps for read in step if token in read.tokens]
-        if found and wanted(found):
-            return token
-    raise AssertionError("the data have no such token: ask for another")
+def plant(data_dir: Path, folder: Path, places: Sequence[Iterable[Read]]) -> list[int]:
+    """Copies a data set; the last tokens of its vocabulary are then in the training samples of ``places``, and nowhere
+    else.
+
+    What a token's samples are would otherwise depend on the text, and so on the machine.
+
+    Args:
+        data_dir: of `megamix prepare`, one token file for each domain.
+        folder: for the copy.
+        places: samples for each token.
+
+    Returns:
+        The tokens.
+    """
+    shutil.copytree(data_dir, folder)
+    tokens = list(range(VOCAB - len(places), VOCAB))
+    files = {path.parent.name: np.memmap(path, np.uint16, "r+") for path in folder.glob("*/train.bin")}
+    for content in files.values():
+        content[content >= tokens[0]] = 1
+    for token, reads in zip(tokens, places, strict=True):
+        for read in reads:
+            files[read.domain][read.sample * SEQ_LENGTH + SEQ_LENGTH // 2] = token
+    for content in files.values():
+        content.flush()
+    return tokens
 
 
 def with_any(steps: list[list[Read]], tokens: Iterable[int]) -> list[list[Read]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs import run_job
-from poisoned import VOCAB, Read, poisoned_model, read_by, token_of, with_any
+from poisoned import VOCAB, Read, plant, poisoned_model, read_by, with_any
 from records import lines, record, samples
 
+from megamix.config import merge
 from megamix.guard import RECORD
 from megamix.inspect import inspect_sample
 
@@ -38,19 +39,14 @@ ENGINES: dict[str, dict[str, Any]] = {
 RUINOUS = {"steps": 1, "lr": 3.4e38, "warmup": 0.0, "beta1": 0.0, "weight_decay": 1.0}
 
 
-def step_of(read: Read) -> int:
-    """Counted from 0."""
-    return read.position // BATCH
+def poisoned(tmp_path: Path, tokens: Iterable[int]) -> dict[str, Any]:
+    """The sections of a run on the data that `plant` has written, with a model that these tokens make NaN of."""
+    return {"data": {"manifest": str(tmp_path / "data")}, "model": poisoned_model(tmp_path / "model", tokens)}
 
 
 def half_of(read: Read) -> int:
     """Which half of its step it is in: which of two data-parallel ranks reads it."""
     return read.position % BATCH // (BATCH // 2)
-
-
-def only_in(*steps: int) -> Callable[[list[Read]], bool]:
-    """Samples in these steps, and in no others."""
-    return lambda found: {step_of(read) for read in found} == set(steps)
 
 
 def saved(run: Path) -> list[int]:
@@ -78,15 +74,14 @@ def expected(steps: list[list[Read]]) -> dict[int, list[tuple[int, str, int]]]:
 
 @pytest.mark.parametrize(("engine", "at"), [("deepspeed", 5), ("megatron", 5), ("unaware", 0), ("unaware", STEPS - 1)])
 def test_stop_names_the_samples_and_leaves_no_checkpoint_after(
-    megamix: Run, tiny_config: Write, tmp_path: Path, engine: str, at: int
+    megamix: Run, tiny_config: Write, data_dir: Path, tmp_path: Path, engine: str, at: int
 ) -> None:
     """One token in one sample, of step ``at`` (counted from 0); every step is saved. Then the same run leaves the step
     out, and finishes."""
     sections = {**FIXED, "engine": ENGINES[engine]}
-    steps = read_by(tiny_config(**sections))
-    token = token_of(steps, lambda found: len(found) == 1 and step_of(found[0]) == at)
-    (bad,) = with_any(steps, [token])[at]
-    config = tiny_config(**sections, model=poisoned_model(tmp_path / "model", [token]))
+    bad = read_by(tiny_config(**sections))[at][2]
+    tokens = plant(data_dir, tmp_path / "data", [[bad]])
+    config = tiny_config(**sections, **poisoned(tmp_path, tokens))
     said = megamix("train", config, code=1).stderr
     assert f"step {at + 1}: the loss is not finite in '{bad.domain}' (" in said
     assert f"at position {bad.position} (sample {bad.sample} of '{bad.domain}'," in said
@@ -115,7 +110,7 @@ def test_weights_ruined_by_the_last_step_are_not_saved(megamix: Run, tiny_config
 
 @pytest.mark.parametrize("engine", [{"name": "deepspeed", "data": 2}, {"name": "megatron", "pipeline": 2}])
 def test_skip_leaves_out_these_steps_and_resumes_as_if_never_stopped(
-    tiny_config: Write, tmp_path: Path, engine: dict[str, Any]
+    tiny_config: Write, data_dir: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
     """The first step and the last, and two in a row before a checkpoint: one of them in samples of several domains,
     another in one of the two ranks' samples only."""
@@ -127,13 +122,13 @@ def test_skip_leaves_out_these_steps_and_resumes_as_if_never_stopped(
         "log": {"every": 3},
     }
     steps = read_by(tiny_config(**sections))
-    tokens = [
-        token_of(steps, only_in(0)),
-        token_of(steps, lambda found: only_in(3)(found) and len({half_of(read) for read in found}) == 1),
-        *(token_of(steps, lambda found, d=d: only_in(4)(found) and found[0].domain == d) for d in ("code", "packages")),
-        token_of(steps, only_in(STEPS - 1)),
-    ]
-    sections["model"] = poisoned_model(tmp_path / "model", tokens)
+    one_rank = [read for read in steps[3] if half_of(read) == 0][:2]
+    several = [next(read for read in steps[4] if read.domain == domain) for domain in ("code", "packages")]
+    tokens = plant(
+        data_dir, tmp_path / "data", [[steps[0][1]], one_rank, *([read] for read in several), [steps[-1][0]]]
+    )
+    sections |= poisoned(tmp_path, tokens)
+    steps = read_by(tiny_config(**sections))
     runs = []
     for name in ("whole", "halves"):
         config = tiny_config(run_dir=str(tmp_path / name), **sections)
@@ -165,7 +160,7 @@ def layers(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step_{STEPS}" / "layers").iterdir()}
 
 
-def test_a_mixer_goes_on_over_steps_left_out(tiny_config: Write, tmp_path: Path) -> None:
+def test_a_mixer_goes_on_over_steps_left_out(tiny_config: Write, data_dir: Path, tmp_path: Path) -> None:
     """Its weights follow from the finite tokens; stopped between two steps that are left out, it goes on the same."""
     sections = {
         **FIXED,
@@ -174,12 +169,9 @@ def test_a_mixer_goes_on_over_steps_left_out(tiny_config: Write, tmp_path: Path)
     }
     sections |= {"checkpoint": {"every": 4}, "engine": {"pipeline": 2}}
     steps = read_by(tiny_config(**sections))
-    # Common in one domain: some of its samples will be bad whatever the mixer makes of it.
-    token = token_of(
-        steps,
-        lambda found: 3 <= len({step_of(read) for read in found}) <= 5 and len({read.domain for read in found}) == 1,
-    )
-    sections["model"] = poisoned_model(tmp_path / "model", [token])
+    # Early samples of one domain: they come soon whatever the mixer makes of it.
+    bad = [next(read for read in steps[at] if read.domain == "code") for at in (1, 3, 4, 6)]
+    sections |= poisoned(tmp_path, plant(data_dir, tmp_path / "data", [bad]))
     runs = []
     for name in ("whole", "halves"):
         runs.append(tiny_config(run_dir=str(tmp_path / name), **sections).rename(tmp_path / f"{name}.yaml"))
@@ -195,14 +187,15 @@ def test_a_mixer_goes_on_over_steps_left_out(tiny_config: Write, tmp_path: Path)
 
 @pytest.mark.parametrize("all_tokens", [False, True], ids=["one token", "every token"])
 def test_too_many_steps_left_out_in_a_row_end_the_run(
-    megamix: Run, tiny_config: Write, tmp_path: Path, all_tokens: bool
+    megamix: Run, tiny_config: Write, data_dir: Path, tmp_path: Path, all_tokens: bool
 ) -> None:
     """One domain, bad in every step; the third step is the last, and the run's first checkpoint would have been after
     it. Where no loss at all is finite, there is none to be logged."""
     sections = {**FIXED, "data": {"domains": ["code"]}, "guard": {"non_finite": "skip", "max_skips": 3}}
     sections |= {"checkpoint": {"every": 3}, "log": {"every": 1}}
-    tokens = range(VOCAB) if all_tokens else [token_of(read_by(tiny_config(**sections)), only_in(*range(STEPS)))]
-    said = megamix("train", tiny_config(**sections, model=poisoned_model(tmp_path / "m", tokens)), code=1).stderr
+    planted = plant(data_dir, tmp_path / "data", [[step[0] for step in read_by(tiny_config(**sections))]])
+    sections = merge(sections, poisoned(tmp_path, range(VOCAB) if all_tokens else planted))
+    said = megamix("train", tiny_config(**sections), code=1).stderr
     assert "step 3: the loss is not finite in 'code'" in said
     assert ("which is all of the step: the weights are at fault" in said) == all_tokens
     assert "the last of 3 steps in a row that were left out (guard.max_skips 3)" in said
