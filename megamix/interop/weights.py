@@ -5,6 +5,7 @@
 {"domain_names": ["web", ...], "domain_weights": [0.7, ...]}, or a list of them    a record; of a list the last counts
 0.7 /data/web_text_document 0.3 /data/code_text_document                           Megatron's --data-args-path
 {"train": ["0.7", "/data/web", ...], "valid": ..., "test": ...}                    Megatron's --per-split-data-args-path
+{"weights": {"web": 0.7, ...}, "predicted": ...}                                   mixture.json of `megamix swarm`
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from megamix.mixers import normalise_weights
 
 _DOREMI_KEYS = frozenset(("train_domain_weights", "eval_domain_weights"))
 _RECORD_KEYS = frozenset(("domain_names", "domain_weights"))
+_SWARM_KEYS = frozenset(("weights", "predicted"))
+SWARM_MIXTURE = "mixture.json"
+"""What `megamix swarm propose DIR` writes in DIR."""
 _FORMATS = (
+    ("a swarm's mixture", _SWARM_KEYS),
     ("DoReMi's domain config", _DOREMI_KEYS),
     ("a record of weights", _RECORD_KEYS),
     ("Megatron's per-split blend", PER_SPLIT_KEYS),
@@ -62,6 +67,26 @@ def read_weights(path: Path, domains: Sequence[str]) -> dict[str, float]:
     return dict(zip(domains, values.tolist(), strict=True))
 
 
+def read_swarm_weights(directory: Path) -> dict[str, float]:
+    """The weights that `megamix swarm propose` has written in ``directory``, of all its domains.
+
+    Raises:
+        InputError: there are none, or they cannot be read.
+    """
+    path = Path(directory) / SWARM_MIXTURE
+    if not path.is_file():
+        what = "there is no such directory" if not Path(directory).is_dir() else f"it has no {SWARM_MIXTURE}"
+        raise InputError(
+            f"the swarm {directory} has no proposed mixture: {what}. Make one: megamix swarm propose {directory}."
+        )
+    data = read_json(path)
+    weights = data.get("weights") if isinstance(data, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{path}: weights is {weights!r}, expected an object of weights by domain.")
+    values = normalise_weights(weights, list(weights), str(path))
+    return dict(zip(weights, values.tolist(), strict=True))
+
+
 def doremi_config(train: Mapping[str, float], evaluation: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """DoReMi's domain config (github.com/sangmichaelxie/doremi, ``configs/*.json``)."""
     return {"train_domain_weights": dict(train), "eval_domain_weights": dict(evaluation)}
@@ -81,20 +106,22 @@ def _of_json(data: Any, path: Path, domains: Sequence[str]) -> Mapping[str, Any]
         raise InputError(f"{path} holds {seen} (keys {_listed(data)}). Give one format in a file.")
     name, keys = found[0]
     stray = sorted(key for key, value in data.items() if key not in keys and isinstance(value, int | float))
-    if stray and keys != _RECORD_KEYS:
+    if stray and keys not in (_RECORD_KEYS, _SWARM_KEYS):
         raise InputError(f"{path} holds {name} and also a weight for '{stray[0]}'. Give one format in a file.")
     if keys == PER_SPLIT_KEYS:
         train = parse_per_split(data, str(path))["train"]
         if train is None:
             raise InputError(f"{path}: train is null, so it holds no weights. Give its train list.")
         return _of_blend(train, path, domains)
-    return _of_doremi(data, path) if keys == _DOREMI_KEYS else _of_record(data, str(path))
+    if keys == _RECORD_KEYS:
+        return _of_record(data, str(path))
+    return _of_object(data, path, "train_domain_weights" if keys == _DOREMI_KEYS else "weights")
 
 
-def _of_doremi(data: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    weights = data.get("train_domain_weights")
+def _of_object(data: Mapping[str, Any], path: Path, key: str) -> Mapping[str, Any]:
+    weights = data.get(key)
     if not isinstance(weights, dict):
-        raise InputError(f"{path}: train_domain_weights is {weights!r}, expected an object of weights by domain.")
+        raise InputError(f"{path}: {key} is {weights!r}, expected an object of weights by domain.")
     return weights
 
 

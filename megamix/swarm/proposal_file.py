@@ -1,0 +1,95 @@
+"""DIR/mixture.json: a proposed mixture, how it was found, how sure it is, and the chain of updates behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamix.errors import InputError
+from megamix.files import replace_file
+from megamix.interop.megatron import read_json
+from megamix.interop.weights import SWARM_MIXTURE, read_swarm_weights
+
+FORMAT = "megamix swarm mixture"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A mixture and what is known of it.
+
+    Attributes:
+        weights: {domain: weight}, which sum to 1.
+        predicted: {metric: value} at these weights.
+        details: what else mixture.json holds, JSON-serialisable: prior, bounds, objective, optimality, confidence.
+        history: how the weights came about, oldest first; see `history_entry`. The last entry is of this mixture.
+    """
+
+    weights: dict[str, float]
+    predicted: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
+
+
+def history_entry(
+    directory: Path, found: Mapping[str, float], weights: Mapping[str, float], runs: int, update: Any = None
+) -> dict[str, Any]:
+    """One link of the chain of updates.
+
+    Args:
+        found: the weights that were worked out, of virtual domains where some were frozen.
+        weights: those of the real domains that follow.
+        runs: proxy runs that it took.
+        update: `UpdatePlan.record` where the mixture is an update of another.
+    """
+    return {
+        "directory": str(directory),
+        "runs": runs,
+        "update": update,
+        "found": dict(found),
+        "weights": dict(weights),
+    }
+
+
+def write_proposal(directory: Path, proposal: Proposal) -> Path:
+    """Writes DIR/mixture.json and returns its path.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": proposal.weights,
+        "predicted": proposal.predicted,
+        **proposal.details,
+        "history": list(proposal.history),
+    }
+    path = directory / SWARM_MIXTURE
+    try:
+        replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another directory.") from error
+    return path
+
+
+def read_proposal(directory: Path) -> Proposal:
+    """Reads DIR/mixture.json.
+
+    Raises:
+        InputError: there is none, or it is not one that `write_proposal` has written.
+    """
+    weights = read_swarm_weights(directory)
+    path = directory / SWARM_MIXTURE
+    content = read_json(path)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise InputError(
+            f"{path} has format {content.get('format')!r}, version {content.get('version')!r}, expected {FORMAT!r}, version "
+            f"{VERSION}. Make it anew: megamix swarm propose {directory}."
+        )
+    known = ("format", "version", "weights", "predicted", "history")
+    details = {key: value for key, value in content.items() if key not in known}
+    return Proposal(weights, content["predicted"], details, tuple(content["history"]))

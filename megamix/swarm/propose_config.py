@@ -1,0 +1,39 @@
+"""The config of ``megamix swarm propose``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+
+from megamix.config import Config
+
+
+class ProposeConfig(Config):
+    """What the proposed mixture is to be best at, and within which bounds. DIR/propose.json has the same keys."""
+
+    kl: float = pydantic.Field(default=0.05, ge=0, allow_inf_nan=False)
+    """How strongly the mixture is held near the prior: lambda of lambda * KL(mixture || prior), in the unit of the
+    objective. 0: not at all."""
+    use_natural_kl: bool = False
+    """The KL is to the natural shares (of the token counts), whatever prior the swarm was drawn around."""
+    priors: Path | None = None
+    """JSON or YAML: what `swarm priors` writes, or {domain: share}. Default: DIR/priors.json, else the shares of the
+    token counts, else the mean of the mixtures tried."""
+    target_tokens: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """Tokens of the run that the mixture is for. With it no domain is read more often than `repetition` times."""
+    repetition: float = pydantic.Field(default=4.0, gt=0, allow_inf_nan=False)
+    """How often a domain may be read: weight * target_tokens <= repetition * tokens of the domain."""
+    token_counts: Path | dict[str, float] | None = None
+    """{domain: tokens}, or a file like that of `priors`. Default: those of the priors."""
+    objective: Path | dict[str, float] | None = None
+    """{metric or family: weight}, or a JSON or YAML file of it: the mean to be made small. Default: all metrics
+    alike."""
+    fixed_weight: dict[str, float] = pydantic.Field(default={})
+    """{domain: weight} that is settled beforehand."""
+    worst: bool = False
+    """Look for the mixture with the largest objective within the same bounds, for comparison."""
+    seed: int = pydantic.Field(default=0, ge=0)
+    """Of everything drawn at random."""
+    resamples: int = pydantic.Field(default=20, ge=0)
+    """Resamples of the runs for which the mixture is worked out again, to see how far its weights vary."""
