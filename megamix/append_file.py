@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megamix.errors import MegamixError
 
@@ -43,6 +46,15 @@ class AppendFile:
                 os.ftruncate(self._file.fileno(), self._size)
             raise write_failed(self.path, error) from error
         self._size += len(data)
+
+    def write_line(self, line: Mapping[str, Any]) -> None:
+        """Adds ``line`` as JSON.
+
+        Raises:
+            ValueError: a number that is not finite: JSON has none.
+            MegamixError: as `write`.
+        """
+        self.write((json.dumps(line, allow_nan=False) + "\n").encode("utf-8"))
 
     def sync(self) -> None:
         """Makes everything so far safe on disk.

@@ -85,6 +85,16 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
     return None
 
 
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """What `read_state` says of the `newest` checkpoint in ``folder``; None where there is none.
+
+    Raises:
+        ResumeRefused: there are checkpoints, and all are damaged.
+    """
+    path = newest(folder)
+    return None if path is None else read_state(path)
+
+
 def candidates(folder: Path) -> list[Path]:
     """The directories that may be checkpoints, newest first.
 

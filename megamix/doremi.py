@@ -31,6 +31,7 @@ from megamix.files import read_json_lines, replace_file
 from megamix.launch import job_world_size
 from megamix.log import get_logger
 from megamix.plan import make_plan
+from megamix.recorded_run import WEIGHTS as LEDGER
 from megamix.reference_run import check_same_data, reference
 from megamix.run import train
 from megamix.run_config import RunConfig
@@ -215,7 +216,7 @@ def _result(job: Job, number: int) -> tuple[Weights, float]:
 def swing_of(proxy: Path) -> float:
     """By how much the weights that DoReMi moves changed from one update to the next: total variation distance, mean
     over the run."""
-    lines = read_json_lines(proxy / "weights.jsonl", ("domain_names", "domain_weights"))
+    lines = read_json_lines(proxy / LEDGER, ("domain_names", "domain_weights"))
     names = lines[-1]["domain_names"] if lines else []
     rows = [line.get("loss_weights", line["domain_weights"]) for line in lines if line["domain_names"] == names]
     return 0.0 if len(rows) < 2 else float(np.abs(np.diff(rows, axis=0)).sum(axis=1).mean() / 2)
@@ -227,8 +228,7 @@ def _finished(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: it is not.
     """
-    path = checkpoint.newest(config.run_dir / "checkpoints")
-    state = None if path is None else checkpoint.read_state(path)
+    state = checkpoint.newest_state(config.run_dir / "checkpoints")
     if state is None or state["step"] < config.train.steps:
         raise InputError(
             f"the run {config.run_dir} has taken {0 if state is None else state['step']} of its {config.train.steps} "

@@ -7,7 +7,6 @@ Unlike the run's record it is never cut back on resume: it also tells what was d
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ class EventLog:
         """Adds one; where it cannot be written there is a warning: what it tells of matters more."""
         line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text}
         try:
-            self._file.write((json.dumps(line) + "\n").encode("utf-8"))
+            self._file.write_line(line)
         except MegamixError as error:
             get_logger().warning("%s", error)
 

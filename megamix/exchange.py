@@ -31,11 +31,10 @@ from megamix.errors import InputError
 from megamix.guard import Guard
 from megamix.mixers import DomainStats, Mixer
 from megamix.mixture import WeightSchedule
-from megamix.stopping import Wishes
+from megamix.stopping import NO_WISHES, Wishes
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
-NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _find(path: Path) -> tuple[Path, RecordedRun]:
         if source is None:
             raise InputError(f"the run {path} has no complete checkpoint. Train it until one is written.")
         return source, RecordedRun.open(path)
-    if not (path / "checkpoint.json").is_file():
+    if not (path / checkpoint.LISTING).is_file():
         raise InputError(f"{path} is neither a run (no {CONFIG}) nor a checkpoint (no checkpoint.json). Give one.")
     return path, RecordedRun.open(path.absolute().parent.parent)
 

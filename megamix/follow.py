@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from megamix.errors import InputError
 from megamix.live_run import LiveRun
 from megamix.recorded_run import CONFIG
+from megamix.tables import number
 
 _PARTS = {"data": "data_wait_seconds", "compute": "compute_seconds", "communication": "communication_seconds"}
 _PARTS["mixing"] = "mixing_seconds"
@@ -128,7 +129,7 @@ class _Screen:
             arrow = " " if abs(change) < 5e-5 else self._signs[2 if change > 0 else 3]
             moved = f"{arrow}{abs(change):.4f}" if arrow != " " else " " * 7
             drawn = self._bar(weights[name] / most, bar)
-            losses = f"{_number(run.loss.get(name)):>6}  {_number(validation.get(name)):>10}"
+            losses = f"{number(run.loss.get(name), 3):>6}  {number(validation.get(name), 3):>10}"
             lines.append(f"{name[:name_width]:{name_width}} {weights[name]:.4f} {drawn} {moved:>7}  {losses}")
         return lines + ([f"and {len(weights) - len(shown)} with smaller weights"] if left > 0 else [])
 
@@ -162,7 +163,7 @@ def _losses(run: LiveRun) -> str:
     if run.train is not None:
         parts.append(f"loss {run.train['loss']:.4f}")
     if run.evaluation is not None:
-        step, macro = run.evaluation["step"], _number(run.evaluation.get("macro_loss"), 4)
+        step, macro = run.evaluation["step"], number(run.evaluation.get("macro_loss"))
         parts.append(f"validation {macro} at step {step:,} (worst {run.evaluation.get('worst_domain')})")
     return ", ".join(parts)
 
@@ -213,10 +214,6 @@ def _notes(run: LiveRun, *, ages: bool) -> list[str]:
 
 def _named(line: dict[str, Any]) -> dict[str, float]:
     return dict(zip(line["domain_names"], line["domain_weights"], strict=True))
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _time(seconds: float) -> str:

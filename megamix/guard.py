@@ -17,7 +17,6 @@ Legend: K domains, C statistics, M micro-batches, B samples.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -122,14 +121,15 @@ class Guard:
         """What to keep with a checkpoint."""
         return {"skips": self.skips, "in_a_row": self._in_a_row}
 
-    def keep(self, step: int, samples: StepSamples, counts_MB: torch.Tensor) -> None:
+    def keep(self, step: int, samples: StepSamples | None, counts_MB: torch.Tensor | None) -> None:
         """Keeps what `judge` will name the samples of ``step`` by; before the step's sums are on their way.
 
         Args:
-            samples: what this rank reads in the step.
-            counts_MB: int32, on the device: tokens of each that are not finite.
+            samples: what this rank reads in the step; None where it reads nothing.
+            counts_MB: int32, on the device: tokens of each that are not finite; None where it has no loss.
         """
-        self._kept[step] = _Kept(samples, self._first, counts_MB)
+        if samples is not None and counts_MB is not None:
+            self._kept[step] = _Kept(samples, self._first, counts_MB)
 
     def judge(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor, group: Any) -> None:
         """Looks at the sums of ``step`` over all ranks, in the order of steps; every rank calls it with the same.
@@ -250,7 +250,7 @@ class Guard:
         }
         try:
             file = AppendFile(Path(self._run.run_dir) / RECORD)
-            file.write((json.dumps(line) + "\n").encode())
+            file.write_line(line)
             file.close()
         except MegamixError as error:  # it must not take the place of what went wrong
             get_logger().warning("%s", error)

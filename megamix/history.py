@@ -125,7 +125,7 @@ def _straying(values: Floats, tolerance: float, most: int) -> Ints | None:
 def weight_series(run: RecordedRun, most: int | None = None) -> Series:
     """The sampling weights where each begins to act, and the last ones once more where the record ends."""
     lines = _acting(run)
-    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights()[: len(lines)]).at_changes(most)
+    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights[: len(lines)]).at_changes(most)
     return _closed(series, recorded_tokens(run))
 
 
@@ -173,7 +173,7 @@ def asked_shares(run: RecordedRun) -> dict[str, float]:
         return {}
     starts = np.array([min(line["position"], end) for line in run.ledger.lines])
     lengths = np.diff(np.append(starts, end))
-    shares = lengths @ run.ledger.weights() / end
+    shares = lengths @ run.ledger.weights / end
     return dict(zip(run.domain_names, shares.tolist(), strict=True))
 
 

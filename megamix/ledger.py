@@ -70,12 +70,9 @@ class Ledger:
             names |= dict.fromkeys(line["domain_names"])
         return tuple(names)
 
+    @cached_property
     def weights(self) -> Floats:
         """float64 [lines, N]; 0 where a domain was not there. Not to be written to."""
-        return self._weights
-
-    @cached_property
-    def _weights(self) -> Floats:
         place = {name: index for index, name in enumerate(self.names)}
         rows = np.zeros((len(self.lines), len(place)))
         for row, line in zip(rows, self.lines, strict=True):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamix.checkpoint import complete_steps
+from megamix.checkpoint import LISTING, complete_steps
 from megamix.config import read_yaml
 from megamix.errors import InputError
 from megamix.events import EVENTS
@@ -172,6 +172,6 @@ class LiveRun:
 def _last_checkpoint(folder: Path) -> tuple[int, float] | None:
     try:
         step = max(complete_steps(folder))
-        return step, (folder / f"step_{step}" / "checkpoint.json").stat().st_mtime
+        return step, (folder / f"step_{step}" / LISTING).stat().st_mtime
     except (OSError, ValueError):
         return None

@@ -17,14 +17,14 @@ from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
 from megamix.errors import InputError
-from megamix.exchange import NO_WISHES, MixExchange, MixReport, checked_loss_weights
+from megamix.exchange import MixExchange, MixReport, checked_loss_weights
 from megamix.guard import Guard
 from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.plan import DataPlan
 from megamix.reference_cache import open_reference, reference_folder
 from megamix.resume import Resumed, data_fingerprints
 from megamix.shadow import Shadow, open_shadows
-from megamix.stopping import Wishes
+from megamix.stopping import NO_WISHES, Wishes
 
 
 class MixedData:

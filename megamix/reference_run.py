@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix import checkpoint
-from megamix.checkpoint import describe
+from megamix.checkpoint import LISTING, describe
 from megamix.config import load_config
 from megamix.data.reference import (
     CacheInfo,
@@ -118,14 +118,14 @@ def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size:
         tokenizer=key.tokenizer,
         domains=selection.describe(key),
         checkpoint=str(path.absolute()),
-        checkpoint_sha256=describe(path / "checkpoint.json", sync=False)["sha256"],
+        checkpoint_sha256=describe(path / LISTING, sync=False)["sha256"],
     )
     return ReferenceJob(plan, path, info, selection)
 
 
 def _find_checkpoint(source: Path) -> tuple[Path, Path]:
     """(run directory, checkpoint) of a run or a checkpoint of one."""
-    if (source / "checkpoint.json").is_file():
+    if (source / LISTING).is_file():
         source = source.absolute()
         return source.parent.parent, source
     path = checkpoint.newest(source / "checkpoints")

@@ -197,7 +197,7 @@ def _blend(run: RecordedRun, names: tuple[str, ...]) -> Blend:
 
 def _weights_by_step(ledger: Ledger, num_steps: int, batch: int) -> Floats:
     """float64 [T, K]: the weights that the tokens of each step were drawn with."""
-    return ledger.weights()[np.searchsorted(ledger.starts, np.arange(num_steps) * batch, "right") - 1]
+    return ledger.weights[np.searchsorted(ledger.starts, np.arange(num_steps) * batch, "right") - 1]
 
 
 def _lines(shadow: Shadow, statistics: RecordedStatistics, drawn_with: Floats) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ class Wishes:
     save: bool = False
 
 
+NO_WISHES = Wishes()
+
+
 def heed_signals() -> None:
     """From here on `SIGNALS` are remembered instead of ending this process; in a main thread only."""
     for number in SIGNALS:

@@ -156,7 +156,7 @@ def table_of(run: RecordedRun) -> RunTable:
     total = sum(counts.values())
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
     last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}
-    natural, epochs, weights = run.natural_shares(), run.epochs(), run.ledger.weights()
+    natural, epochs, weights = run.natural_shares(), run.epochs(), run.ledger.weights
     rows = [
         DomainRow(
             domain=name,

@@ -98,7 +98,7 @@ class RunRecord:
         for change in report.shadows:
             if change.name not in self._shadows:
                 self._shadows[change.name] = _open(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
-            _append(self._shadows[change.name], shadow_line(self._domains, change))
+            self._shadows[change.name].write_line(shadow_line(self._domains, change))
 
     def weights(self, report: MixReport, position: int) -> None:
         """The weights that follow from a step."""
@@ -106,11 +106,11 @@ class RunRecord:
         self._write_weights(report.step + 1, report.effective_step, position, report.segment, record)
 
     def train(self, line: dict[str, Any]) -> None:
-        _append(self._metrics, {"event": "train", **line})
+        self._metrics.write_line({"event": "train", **line})
         self._plot("train", line)
 
     def evaluate(self, line: dict[str, Any]) -> None:
-        _append(self._metrics, {"event": "evaluate", **line})
+        self._metrics.write_line({"event": "evaluate", **line})
         self._plot("evaluate", line)
 
     def flush(self) -> None:
@@ -128,7 +128,7 @@ class RunRecord:
     def _write_weights(
         self, step: int, effective_step: int, position: int, segment: Segment, extra: Mapping[str, object]
     ) -> None:
-        _append(self._weights, _weights_line(self._domains, step, effective_step, position, segment, extra))
+        self._weights.write_line(_weights_line(self._domains, step, effective_step, position, segment, extra))
         weights = segment.weights.tolist()
         by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights, strict=True)}
         for sink in self._sinks:
@@ -193,7 +193,7 @@ class SampleLog:
             "domain": samples.domain.ravel().tolist(),
             "sample": samples.sample.ravel().tolist(),
         }
-        _append(self._file, line)
+        self._file.write_line(line)
 
     def close(self) -> None:
         self._file.close()
@@ -270,7 +270,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
     except OSError as error:
         raise write_failed(path, error) from error
-
-
-def _append(file: AppendFile, line: Mapping[str, Any]) -> None:
-    file.write((json.dumps(line, allow_nan=False) + "\n").encode("utf-8"))

@@ -74,7 +74,7 @@ class Trainer:
             evaluates=self._rewards is not None,
         )
         self.guard = self.data.guard
-        self._first_step = self._saved_step = self.step
+        self._first_step = self.step
         self._saved_at = time.monotonic()
         self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
             self.engine
@@ -149,7 +149,7 @@ class Trainer:
         """
         with self._clock.mixing():
             wishes = self.data.wishes()
-        if (wishes.stop or wishes.save) and self._saved_step != self.step:
+        if (wishes.stop or wishes.save) and self.step not in (self._first_step, self._writer.last_step):
             self.save()
         if wishes.stop:
             raise Preempted(
@@ -187,9 +187,7 @@ class Trainer:
         kept: list[torch.Tensor] = []
 
         def on_statistics(sums: torch.Tensor) -> None:
-            counts = self.engine.non_finite_counts()
-            if counts is not None and batch is not None and batch.samples is not None:
-                self.guard.keep(self.step, batch.samples, counts)
+            self.guard.keep(self.step, None if batch is None else batch.samples, self.engine.non_finite_counts())
             if evaluates:
                 kept.append(sums.clone())
             else:
@@ -228,7 +226,7 @@ class Trainer:
         """A checkpoint of the run as it stands before step ``self.step``; with checkpoint.asynchronous it is on disk
         some time later."""
         self._watchdog.progress(self.step, "saving")
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._saved_at = time.monotonic()
         state: dict[str, Any] = {
             **self.data.state_dict(),
             "fingerprints": fingerprints(self.plan),

@@ -146,9 +146,7 @@ class HostRun:
 
     def _submit(self, samples: StepSamples | None, sums_KC: torch.Tensor) -> None:
         """Hands the step's sums on, and what names the samples of a loss that is not finite."""
-        counts_MB = self.loss.non_finite_counts
-        if counts_MB is not None and samples is not None:
-            self.data.guard.keep(self.data.step, samples, counts_MB)
+        self.data.guard.keep(self.data.step, samples, self.loss.non_finite_counts)
         self.data.submit(sums_KC)
 
     def state(self) -> dict[str, Any]:

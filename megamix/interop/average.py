@@ -75,6 +75,6 @@ def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:
     ends = np.append(starts[1:], max(end, int(starts[-1])))
     lengths = np.clip(np.minimum(ends, end) - np.maximum(starts, start), 0, None)
     rows = lengths > 0
-    terms = ledger.weights()[rows] * lengths[rows, None]
+    terms = ledger.weights[rows] * lengths[rows, None]
     sums = [math.fsum(column) for column in terms.T.tolist()]
     return {name: total / (end - start) for name, total in zip(ledger.names, sums, strict=True)}

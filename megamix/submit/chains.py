@@ -13,6 +13,7 @@ from megamix.data.manifest import FILE_NAME, TOKENIZER_FILE
 from megamix.data.prepare.documents import find_inputs
 from megamix.data.prepare.merge import shard_record_path
 from megamix.data.prepare.shards import Shard
+from megamix.data.reference import FILE_NAME as CACHE
 from megamix.doremi import WEIGHTS, read_job
 from megamix.errors import InputError
 from megamix.plan import check_layout, make_data_plan
@@ -65,7 +66,7 @@ def doremi_chain(config_path: Path, overrides: Sequence[str], resources: Resourc
     if job.needs_reference:
         options = add_run("reference")
         losses = (str(folder / "reference"), "--out", str(folder / "cache"), "--for", str(folder / "proxy.yaml"))
-        add("cache", "reference.sbatch", losses, options, (folder / "cache" / "reference.json").is_file())
+        add("cache", "reference.sbatch", losses, options, (folder / "cache" / CACHE).is_file())
     add_run("proxy")
     one = tuple(resources.options(1, None))
     add("weights", "command.sbatch", (*command, "--only", "weights"), one, (folder / WEIGHTS).is_file())
@@ -145,8 +146,8 @@ def prepare_chain(job: PrepareJob, resources: Resources, shards: int, limit: int
 
 def is_done(config: RunConfig) -> bool:
     """Whether a run's last checkpoint is that of its last step."""
-    path = checkpoint.newest(config.run_dir / "checkpoints")
-    return path is not None and checkpoint.read_state(path)["step"] >= config.train.steps
+    state = checkpoint.newest_state(config.run_dir / "checkpoints")
+    return state is not None and state["step"] >= config.train.steps
 
 
 def _options(config: RunConfig, source: str, resources: Resources, *, check_data: bool = True) -> tuple[str, ...]:
