@@ -200,10 +200,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _another_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """A mixer and an engine have a ``name`` (an engine without one is DeepSpeed); a mixture is a mapping of domains, or
-    a ``file``, or ``stages``."""
+    """A mixer and an engine have a ``name`` (an engine without one is DeepSpeed); a mixture, or bounds of
+    weights, are a mapping of domains, or come from a ``file``, a run or a swarm, or are ``stages``."""
     if "name" in new:
         return new["name"] != old.get("name", "deepspeed" if key == "engine" else new["name"])
+    if key in ("mixture", "weights", "min_weight", "max_weight"):
+        for word, beside in (("from_run", "which"), ("from_swarm", "factor")):
+            if (word in old) != (word in new) and (word in new or beside not in new):
+                return True
     return any((word in old) != (word in new) for word in ("file", "stages"))
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamix.errors import InputError, did_you_mean
-from megamix.mixers import project_to_capped_simplex
-from megamix.run_config import DataConfig
+from megamix.interop.weights import read_swarm_weights
+from megamix.mixers import normalise_weights, project_to_capped_simplex
+from megamix.run_config import DataConfig, SwarmBound
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -150,10 +151,16 @@ class Constraints:
             )
 
 
-def _per_domain(key: str, value: float | Mapping[str, float] | None, names: tuple[str, ...], default: float) -> Floats:
+def _per_domain(
+    key: str, value: float | Mapping[str, float] | SwarmBound | None, names: tuple[str, ...], default: float
+) -> Floats:
     """``value`` as float64 [K]; domains that a mapping leaves out have ``default``."""
     if value is None:
         return np.full(len(names), default)
+    if isinstance(value, SwarmBound):
+        source = f"data.{key}, proposed by the swarm {value.from_swarm}"
+        proposed = normalise_weights(read_swarm_weights(value.from_swarm), names, source)
+        return np.minimum(value.factor * proposed, 1.0)
     given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
     for name, number in given.items():
         if name not in names:

@@ -27,7 +27,7 @@ from megamix.mix_plan import MixPlan, planned_mix
 from megamix.mixers import make_mixer, normalise_weights
 from megamix.models.config import ModelConfig
 from megamix.plan import Plan, check_layout, make_plan
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
 from megamix.tables import ABSENT, Report, Table, gib, number, plural
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -215,12 +215,18 @@ def _mixture_line(shape: _Shape) -> str:
         said = [f"from {mixture.file}"]
     elif isinstance(mixture, RunMixture):
         said = [f"{mixture.which} weights of the run {mixture.from_run}"]
+    elif isinstance(mixture, SwarmMixture):
+        said = [f"proposed by the swarm {mixture.from_swarm}"]
     elif isinstance(mixture, StagedMixture):
         said = [f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in mixture.stages)} tokens on"]
     if data.sampling == "iid":
         said.append("drawn independently")
     bounds = {"at least": (data.min_weight, 0.0), "at most": (data.max_weight, 1.0)}
-    said += [f"{words} {value}" for words, (value, default) in bounds.items() if value != default]
+    for words, (value, default) in bounds.items():
+        if isinstance(value, SwarmBound):
+            said.append(f"{words} {value.factor:g} times what the swarm {value.from_swarm} proposes")
+        elif value != default:
+            said.append(f"{words} {value}")
     if data.max_epochs is not None:
         said.append(f"max_epochs {data.max_epochs}, then {data.on_exhausted}")
     return "; ".join(said)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from megamix.errors import InputError
 from megamix.interop.average import run_weights
-from megamix.interop.weights import read_weights
+from megamix.interop.weights import read_swarm_weights, read_weights
 from megamix.mixers import normalise_weights
 from megamix.recorded_run import RecordedRun
-from megamix.run_config import FileMixture, MixConfig, OneMixture, RunMixture, StagedMixture
+from megamix.run_config import FileMixture, MixConfig, OneMixture, RunMixture, StagedMixture, SwarmMixture
 
 Floats = NDArray[np.float64]
 
@@ -87,5 +87,8 @@ def _weights(mixture: OneMixture, names: tuple[str, ...], natural: Floats, sourc
     if isinstance(mixture, RunMixture):
         found = run_weights(RecordedRun.open(mixture.from_run), mixture.which)
         return normalise_weights(found, names, f"{source}, {mixture.which} weights of the run {mixture.from_run}")
+    if isinstance(mixture, SwarmMixture):
+        found = read_swarm_weights(mixture.from_swarm)
+        return normalise_weights(found, names, f"{source}, proposed by the swarm {mixture.from_swarm}")
     assert isinstance(mixture, dict)
     return normalise_weights(mixture, names, source)

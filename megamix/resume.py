@@ -20,7 +20,7 @@ from megamix.keeping import mend
 from megamix.log import get_logger
 from megamix.mixers import Mixer
 from megamix.plan import DataPlan, Plan
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -257,7 +257,7 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
         "mixture": {"mixture": _mixture(plan)},
         "mixer": {"mixer": plan.mixer_identity(config.mixer)},
-        "constraints": data.model_dump(mode="json", include={"max_epochs", "on_exhausted", "min_weight", "max_weight"}),
+        "constraints": _constraints(plan),
         "order": {
             "seed": config.train.seed,
             "global_batch": config.train.global_batch,
@@ -270,12 +270,22 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
 
 
 def _mixture(plan: DataPlan) -> object:
-    """A file's or run's weights rather than its path: it may move or change."""
+    """The weights of a file, run or swarm rather than its path: it may move or change."""
     mixture = plan.config.mixture
-    if isinstance(mixture, FileMixture | RunMixture | StagedMixture):
+    if isinstance(mixture, FileMixture | RunMixture | SwarmMixture | StagedMixture):
         rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.schedule.weights.tolist()]
         return {"steps": list(plan.schedule.steps), "weights": rows}
     return mixture
+
+
+def _constraints(plan: DataPlan) -> dict[str, Any]:
+    """Of bounds from a swarm the numbers that follow, like those of a mixture."""
+    data, bounds = plan.config.data, {"min_weight": plan.constraints.floor, "max_weight": plan.constraints.cap}
+    found = data.model_dump(mode="json", include={"max_epochs", "on_exhausted", *bounds})
+    for key, values in bounds.items():
+        if isinstance(getattr(data, key), SwarmBound):
+            found[key] = dict(zip(plan.domain_names, values.tolist(), strict=True))
+    return found
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -14,6 +14,30 @@ from megamix.models.config import ModelConfig
 from megamix.train_config import BatchConfig, TrainConfig
 
 
+class SwarmBound(Config):
+    """Bounds around a mixture that `megamix swarm propose` has found."""
+
+    from_swarm: Path
+    """The swarm's directory; its domains must be those of this run."""
+    factor: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    """The bound of a domain is this many times its weight there, 1 at most; so 2 for max_weight, or 0.5 for
+    min_weight, keeps weights within a factor of 2 of the mixture."""
+
+
+def _kind_of_bound(value: object) -> str:
+    if isinstance(value, SwarmBound) or (isinstance(value, dict) and isinstance(value.get("from_swarm"), str | Path)):
+        return "from_swarm"
+    return "domains" if isinstance(value, dict) else "number"
+
+
+Bound = Annotated[
+    Annotated[float, pydantic.Tag("number")]
+    | Annotated[dict[str, float], pydantic.Tag("domains")]
+    | Annotated[SwarmBound, pydantic.Tag("from_swarm")],
+    pydantic.Discriminator(_kind_of_bound),
+]
+
+
 class DataConfig(Config):
     """What is read, and in which pieces."""
 
@@ -36,10 +60,12 @@ class DataConfig(Config):
     """What max_epochs does. cap: bounds each weight by what is left of its domain, so that none is used up before the
     run ends; repeat: the domain is read again, and doctor warns; stop: the run ends, with a checkpoint, before the step
     that would read a domain once more."""
-    min_weight: float | dict[str, float] = 0.0
-    """No weight falls below this, one number for all or {domain: number} (the others: 0)."""
-    max_weight: float | dict[str, float] = 1.0
-    """No weight rises above this, one number for all or {domain: number} (the others: 1)."""
+    min_weight: Bound = 0.0
+    """No weight falls below this: one number for all, {domain: number} (the others: 0), or {from_swarm: DIR, factor:
+    NUMBER}, the weights that a swarm proposes times the factor."""
+    max_weight: Bound = 1.0
+    """No weight rises above this: one number for all, {domain: number} (the others: 1), or {from_swarm: DIR, factor:
+    NUMBER}."""
     eod_mask_loss: bool = False
     """Leave the first token of every document out of the loss: it follows the end of another document, which says
     nothing about it."""
@@ -67,7 +93,14 @@ class RunMixture(Config):
     alpha."""
 
 
-OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture | RunMixture
+class SwarmMixture(Config):
+    """Weights that a swarm of proxy runs has led to."""
+
+    from_swarm: Path
+    """Its directory, with the mixture.json of `megamix swarm propose`; its domains must be those of this run."""
+
+
+OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture | RunMixture | SwarmMixture
 
 
 class StageConfig(Config):
@@ -76,7 +109,7 @@ class StageConfig(Config):
     from_tokens: float = pydantic.Field(ge=0)
     """Tokens of the run before it."""
     weights: OneMixture
-    """uniform, natural, {domain: weight}, {file: PATH} or {from_run: RUN}."""
+    """uniform, natural, {domain: weight}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
 
 
 class StagedMixture(Config):
@@ -93,6 +126,8 @@ def _kind_of_mixture(value: object) -> str:
         return "file"
     if isinstance(value, RunMixture) or (isinstance(value, dict) and isinstance(value.get("from_run"), str | Path)):
         return "from_run"
+    if isinstance(value, SwarmMixture) or (isinstance(value, dict) and isinstance(value.get("from_swarm"), str | Path)):
+        return "from_swarm"
     return "weights" if isinstance(value, dict) else "word"
 
 
@@ -204,12 +239,13 @@ class MixConfig(Config):
         | Annotated[dict[str, float], pydantic.Tag("weights")]
         | Annotated[FileMixture, pydantic.Tag("file")]
         | Annotated[RunMixture, pydantic.Tag("from_run")]
+        | Annotated[SwarmMixture, pydantic.Tag("from_swarm")]
         | Annotated[StagedMixture, pydantic.Tag("stages")],
         pydantic.Discriminator(_kind_of_mixture),
     ] = "natural"
     """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
-    sum 1; {file: PATH}; {from_run: RUN, which: mean or final}; or {stages: [...]}, in force until the mixer first
-    changes the weights."""
+    sum 1; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until
+    the mixer first changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
     shadow: tuple[MixerConfig, ...] = ()
@@ -249,8 +285,8 @@ class MixConfig(Config):
         known = isinstance(value, dict | Config) or value in ("uniform", "natural")
         if not known:
             raise ValueError(
-                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}}, {{from_run: RUN}} or "
-                "{stages: [...]}."
+                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}}, {{from_run: RUN}}, "
+                "{from_swarm: DIR} or {stages: [...]}."
             )
         return value
 

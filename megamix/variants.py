@@ -7,7 +7,7 @@ from typing import Any
 
 from megamix.errors import InputError
 from megamix.recorded_run import RecordedRun
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture
+from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmMixture
 from megamix.shadow import shadow_names
 
 _WITHOUT_EFFECT = (
@@ -82,6 +82,8 @@ def _plain_name(config: RunConfig) -> str:
         start = mixture.file.stem
     elif isinstance(mixture, RunMixture):
         start = f"{mixture.which} of {mixture.from_run.name}"
+    elif isinstance(mixture, SwarmMixture):
+        start = f"swarm {mixture.from_swarm.name}"
     elif isinstance(mixture, StagedMixture):
         start = "stages"
     else:
