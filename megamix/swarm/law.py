@@ -1,10 +1,10 @@
 """The log-linear law of a swarm, f_j(x) = exp(c_j) + exp(A_j . x), and its fit.
 
 x is a mixture of K domains, j a metric of which lower is better. exp(c_j) >= 0 is a floor that no mixture goes below; a
-negative A_jk says that more of domain k lowers metric j. With the floor f = f(e) = log(y - e) = A . x is linear, so that
-a guess of the floor gives a guess of A; all of them are then refined at once (`megamix.swarm.huber`).
+negative A_jk says that more of domain k lowers metric j. Given the floor e, log(y - e) = A . x is linear, so
+that a guess of the floor gives a guess of A; the guesses are then refined together (`megamix.swarm.huber`).
 
-Source: Olmix, Chen et al., arXiv 2602.12237, section 3; the Huber loss with delta 0.02 is theirs.
+Source: Olmix, Chen et al., arXiv 2602.12237; the Huber loss with delta 0.02 is theirs.
 """
 
 from __future__ import annotations
