@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix import checkpoint
 from megamix.config import load_config
 from megamix.data.manifest import FILE_NAME, TOKENIZER_FILE
 from megamix.data.prepare.documents import find_inputs
@@ -20,7 +19,8 @@ from megamix.plan import check_layout, make_data_plan
 from megamix.run_config import RunConfig
 from megamix.submit.placement import Resources
 from megamix.submit.steps import Chain, Step
-from megamix.submit.swarm import is_gathered, members_of
+from megamix.swarm.collect import is_collected
+from megamix.swarm.members import is_done, members_of
 
 
 def train_chain(config_path: Path, overrides: Sequence[str], resources: Resources) -> Chain:
@@ -89,11 +89,11 @@ def swarm_chain(folder: Path, overrides: Sequence[str], resources: Resources, li
             f"{members[odd].path} is for {' '.join(options[odd][:2])}, and {members[0].path} for {' '.join(options[0][:2])}: "
             "the jobs of an array are of one size. Put them into two folders."
         )
-    left = tuple(index for index, member in enumerate(members) if not is_done(member.config))
+    left = tuple(index for index, member in enumerate(members) if not member.is_done)
     folder = folder.absolute()
     arguments = (str(folder), *_absolute(overrides))
     gather = ("launch", *arguments, "--chain", "swarm", "--gather")
-    gathered = not left and is_gathered(folder, members)
+    gathered = not left and is_collected(folder, members)
     return Chain(
         folder,
         [
@@ -142,12 +142,6 @@ def prepare_chain(job: PrepareJob, resources: Resources, shards: int, limit: int
             Step("merge", "command.sbatch", ("merge", str(out)), one, done),
         ],
     )
-
-
-def is_done(config: RunConfig) -> bool:
-    """Whether a run's last checkpoint is that of its last step."""
-    state = checkpoint.newest_state(config.run_dir / "checkpoints")
-    return state is not None and state["step"] >= config.train.steps
 
 
 def _options(config: RunConfig, source: str, resources: Resources, *, check_data: bool = True) -> tuple[str, ...]:

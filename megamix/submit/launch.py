@@ -10,7 +10,7 @@ from megamix.errors import InputError
 from megamix.submit.chains import PrepareJob, doremi_chain, prepare_chain, swarm_chain, train_chain
 from megamix.submit.placement import Resources
 from megamix.submit.steps import Chain, show, submit
-from megamix.submit.swarm import gather
+from megamix.swarm.collect import collect
 
 ChainName = Literal["train", "doremi", "swarm", "prepare"]
 
@@ -34,7 +34,7 @@ def launch(
         arguments: changes to the config, as of ``megamix train``.
         limit: members of an array that run at a time; 0: no limit.
         shards, prepare: of the chain prepare.
-        only_gather: of a swarm, only write its table of results.
+        only_gather: of a swarm, only write its tables, of the runs that are done.
         dry_run: submit nothing.
 
     Returns:
@@ -49,7 +49,7 @@ def launch(
     if limit and chain not in ("swarm", "prepare"):
         raise InputError("--limit goes with the arrays of --chain swarm and --chain prepare only.")
     if only_gather:
-        return str(gather(Path(source), arguments))
+        return f"{collect(Path(source), arguments, partial=True)}\n"
     made = _chain(source, arguments, resources, chain, limit, shards, prepare)
     if dry_run:
         return show(made)

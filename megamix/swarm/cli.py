@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Literal
+
 import typer
+
+from megamix.errors import EXIT_OK
 
 app = typer.Typer(
     help="Mixtures from a swarm of proxy runs: sample, train, fit, propose; and keep them as the domains change.",
@@ -15,3 +20,161 @@ app = typer.Typer(
 @app.callback()
 def swarm() -> None:
     """Without a command of its own: help."""
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/swarm/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE | FILE.yaml]...", help="Keys of the config to change, or files of them."),
+]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="Members at a time; default: swarm.run.at_once.")]
+
+
+@app.command()
+def priors(
+    data: Annotated[Path, typer.Argument(metavar="MANIFEST | DATA_DIR", help="What `megamix prepare` wrote.")],
+    domains: Annotated[str | None, typer.Option(help="Some of its domains, with commas between; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write them to this file, as JSON.")] = None,
+) -> None:
+    """Count tokens: how many each domain of a data set has, and its share.
+
+    Example: megamix swarm priors data/mini-pile --out priors.json
+    """
+    from megamix.swarm.priors import priors_of
+    from megamix.tables import Report
+
+    found = priors_of(data, domains.split(",") if domains else None)
+    Report([found.table()]).show()
+    if out is not None:
+        found.write(out)
+
+
+@app.command()
+def generate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Draw the mixtures of a swarm and write a run's config for each, to RUN_DIR/members.
+
+    Example: megamix swarm generate configs/swarm/demo.yaml swarm.generate.members=32
+    """
+    from megamix.swarm.job import swarm as take
+
+    raise typer.Exit(take(config, overrides or [], "generate"))
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    at_once: AtOnce = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit those that are not done, as one array.")] = False,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Of a Slurm job, and ranks on each node.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, without GPUs.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time limit of each start of a Slurm job.")] = None,
+    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="The account.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Members of the array that run at a time; 0: all.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+) -> None:
+    """Run the members of a swarm that are not done: on this machine, or as a Slurm array (the same as `megamix launch
+    --chain swarm RUN_DIR/members`).
+
+    Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
+    """
+    from megamix.swarm.job import read_job
+    from megamix.swarm.job import swarm as take
+
+    if not slurm:
+        raise typer.Exit(take(config, overrides or [], "run", at_once=at_once))
+    from megamix.submit import Resources, launch
+    from megamix.swarm.members import FOLDER
+
+    folder = read_job(config, overrides or []).run_dir / FOLDER
+    resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
+    typer.echo(launch(str(folder), [], resources, chain="swarm", limit=limit, dry_run=dry_run), nl=False)
+
+
+@app.command()
+def collect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Of the members that are done, if others are not.")
+    ] = False,
+) -> None:
+    """Write what the members were trained on and what came of it: RUN_DIR/ratios.csv and metrics.csv.
+
+    Example: megamix swarm collect configs/swarm/demo.yaml
+    """
+    from megamix.swarm.collect import collect as take
+    from megamix.swarm.job import read_job
+    from megamix.swarm.members import FOLDER
+
+    job = read_job(config, overrides or [])
+    typer.echo(take(job.run_dir / FOLDER, [], job.steps.metrics, partial=partial))
+
+
+@app.command("all")
+def all_steps(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        Literal["priors", "generate", "run", "collect", "fit", "propose", "target"] | None,
+        typer.Option(help="Take this step alone."),
+    ] = None,
+    at_once: AtOnce = None,
+    help_config: Annotated[bool, typer.Option("--help-config", help="Print every key of the config's swarm.")] = False,
+) -> None:
+    """A proposed mixture in one command: priors, generate, run, collect, fit, propose and, if asked for, a target run.
+    What is done is passed over; what was interrupted goes on. The config is a run's, with the rest under the key swarm.
+
+    Example: megamix swarm all configs/swarm/demo.yaml run_dir=runs/swarm
+    """
+    if help_config:
+        from megamix.config_help import config_help
+        from megamix.swarm.job_config import SwarmSteps
+
+        typer.echo(config_help(SwarmSteps))
+        raise typer.Exit(EXIT_OK)
+    from megamix.swarm.job import swarm as take
+
+    raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
+
+
+def _fit_options(asked: bool) -> None:
+    if asked:
+        from megamix.config_help import config_help
+        from megamix.swarm.fit_config import FitConfig
+
+        typer.echo(config_help(FitConfig))
+        raise typer.Exit
+
+
+@app.command()
+def fit(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="For fit.json, fit.npz and plots.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options, for example regression=gp; --help-options lists them."),
+    ] = None,
+    ratios: Annotated[Path | None, typer.Option(help="ratios.csv: a run's name and its weight of each domain.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="metrics.csv: a run's name and its metrics.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A fit config of Olmix, which also names the files; or a YAML file of options.")
+    ] = None,
+    help_options: Annotated[
+        bool,
+        typer.Option(
+            "--help-options", is_eager=True, callback=_fit_options, help="Print every option and its meaning."
+        ),
+    ] = False,
+) -> None:
+    """Fit a law to a swarm: how each metric follows from the mixture. Lower metrics are better.
+
+    Example: megamix swarm fit --ratios ratios.csv --metrics metrics.csv --out runs/swarm per=family
+    """
+    from megamix.swarm.fit import report
+    from megamix.swarm.fit_command import fit_from
+
+    report(fit_from(out, ratios, metrics, config, options or []), out).show()

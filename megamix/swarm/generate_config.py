@@ -71,8 +71,8 @@ class GenerateConfig(Config):
     repetition_tokens: Literal["member", "target"] | Annotated[float, pydantic.Field(gt=0)] = "member"
     """Of which run: member, of a proxy; target, of the run that the swarm is for; or a number of tokens."""
     support: Literal["threshold", "dense", "sparse"] = "threshold"
-    """Which domains have a weight. threshold: those drawn above the minimum weight; dense: all; sparse: a random part of
-    the topics (of the sources, where there are no topics), of those drawn above the minimum weight."""
+    """Which domains have a weight. threshold: those drawn above the minimum weight; dense: all; sparse: of those a
+    random part of the topics (of the sources, where there are no topics)."""
     left_out: Share = 0.5
     """Of sparse: the probability that a domain has no weight in a member."""
     min_distance: float = pydantic.Field(default=0.01, ge=0, lt=1)

@@ -1,0 +1,55 @@
+"""The config of ``megamix swarm``: a run's, of which the proxies differ in some keys, with the rest under ``swarm``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from megamix.config import Config
+from megamix.run_config import RunConfig
+from megamix.swarm.collect import MetricsConfig
+from megamix.swarm.fit_config import FitConfig
+from megamix.swarm.generate_config import GenerateConfig
+from megamix.swarm.propose_config import ProposeConfig
+from megamix.swarm.update_config import UpdateConfig
+
+
+class LocalConfig(Config):
+    """How members are run on this machine."""
+
+    at_once: int | None = pydantic.Field(default=None, gt=0)
+    """Members at a time. Default: as many as its GPUs, or its cores, are enough for."""
+
+
+class SwarmSteps(Config):
+    """What makes a swarm of a run; no other command knows this key."""
+
+    proxy: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Keys of a run that differ in the proxies, for example {model: ..., train: {steps: 500}}. Their mixer is static;
+    mixture and run_dir (RUN_DIR/runs/NNNN) are settled."""
+    priors: Literal["natural"] | dict[str, float] | Path = "natural"
+    """What members are drawn around: natural, each domain's share of the training tokens; {domain: share}; or a file of
+    such shares, or with the keys token_counts and relative_sizes."""
+    generate: GenerateConfig = GenerateConfig()
+    """The mixtures of the members."""
+    run: LocalConfig = LocalConfig()
+    """How they are run."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is collected of them."""
+    fit: FitConfig = FitConfig()
+    """The law."""
+    propose: ProposeConfig = ProposeConfig()
+    """The mixture that follows. Its target_tokens are those of the target run, where there is one and they are not
+    given."""
+    update: UpdateConfig | None = None
+    """How the domains differ from those of a mixture found before. With it only what the change touches is swarmed."""
+    target: dict[str, Any] | None = None
+    """Keys of a run with the proposed mixture that differ, {} for none; null: no target run."""
+
+
+class SwarmJobConfig(RunConfig):
+    """Every key that the config of a swarm may have."""
+
+    swarm: SwarmSteps = SwarmSteps()

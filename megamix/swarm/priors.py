@@ -1,0 +1,76 @@
+"""Token counts and shares of a data set: what a swarm is drawn around, and what bounds repetition.
+
+{"token_counts": {"web": 70, "code": 30}, "relative_sizes": {"web": 0.7, "code": 0.3}}     Olmix's keys
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.data.manifest import Manifest
+from megamix.errors import InputError, did_you_mean
+from megamix.files import replace_file
+from megamix.tables import Table, plural
+
+FILE = "priors.json"
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What is known of the domains before any run.
+
+    Attributes:
+        token_counts: {domain: training tokens}.
+        relative_sizes: {domain: share}, which sum to 1.
+    """
+
+    token_counts: dict[str, int]
+    relative_sizes: dict[str, float]
+
+    @classmethod
+    def natural(cls, token_counts: Mapping[str, int]) -> Priors:
+        """Shares in proportion to the tokens."""
+        total = sum(token_counts.values())
+        return cls(dict(token_counts), {name: count / total for name, count in token_counts.items()})
+
+    def write(self, path: Path) -> None:
+        """Writes them as JSON.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        content = {"token_counts": self.token_counts, "relative_sizes": self.relative_sizes}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another place.") from error
+
+    def table(self) -> Table:
+        """A row for each domain, and the sums."""
+        rows = [(name, f"{count:,}", f"{self.relative_sizes[name]:.4f}") for name, count in self.token_counts.items()]
+        total = sum(self.token_counts.values())
+        return Table(
+            ("domain", "training tokens", "share"), [*rows, (plural(len(rows), "domain"), f"{total:,}", "1.0000")], 1
+        )
+
+
+def priors_of(data: Path, domains: Sequence[str] | None = None) -> Priors:
+    """Those of a prepared data set.
+
+    Args:
+        data: its manifest, or its folder.
+        domains: some of its domains, in this order; None: all.
+
+    Raises:
+        InputError: no data set, or a domain that it does not have.
+    """
+    manifest = Manifest.load(data)
+    for name in domains or ():
+        if name not in manifest.domain_names:
+            raise InputError(f"{data} has no domain '{name}'." + did_you_mean(name, manifest.domain_names))
+    names = domains or manifest.domain_names
+    return Priors.natural({name: manifest.domain(name).train.tokens for name in names})
