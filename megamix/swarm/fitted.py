@@ -17,14 +17,14 @@ from megamix.errors import InputError
 from megamix.files import replace_file
 from megamix.swarm.fit_config import Regression
 from megamix.swarm.law import LogLinearLaw, predict
+from megamix.swarm.quality import Quality
 from megamix.swarm.regressors import Model, load_model
 from megamix.swarm.tables import SwarmTable
 
 Array = NDArray[np.float64]
-Quality = dict[str, dict[str, float | None]]
-"""By metric or family: r2, spearman and rmse of predictions of runs that were not fitted; None where undefined."""
 FORMAT = "megamix swarm fit"
 VERSION = 1
+DETAILS = ("inputs", "options", "folds", "coefficients", "test")
 JSON, NPZ = "fit.json", "fit.npz"
 
 
@@ -38,9 +38,10 @@ class Fitted:
         table: the runs that were fitted.
         cross_validation: how runs that were left out of a fit were predicted.
         family_cross_validation: the same for the means of the families' metrics.
+        held_out_RJ: float64 [R, J], what was predicted of each run by a fit without it.
         boot_c_BJ: float64 [B, J], c of the fits to resampled runs; B is 0 where there are none.
         boot_A_BJK: float64 [B, J, K].
-        details: what else fit.json says: options, inputs, how well.
+        details: what else fit.json says, by the names of `DETAILS`.
     """
 
     families: dict[str, tuple[str, ...]]
@@ -49,6 +50,7 @@ class Fitted:
     table: SwarmTable
     cross_validation: Quality
     family_cross_validation: Quality
+    held_out_RJ: Array
     boot_c_BJ: Array
     boot_A_BJK: Array
     details: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Fitted:
         arrays = {
             "ratios_RK": self.table.ratios_RK,
             "values_RJ": self.table.values_RJ,
+            "held_out_RJ": self.held_out_RJ,
             "boot_c_BJ": self.boot_c_BJ,
             "boot_A_BJK": self.boot_A_BJK,
             **self.model.arrays(),
@@ -130,9 +133,10 @@ class Fitted:
                 table=table,
                 cross_validation=content["cross_validation"],
                 family_cross_validation=content["family_cross_validation"],
+                held_out_RJ=arrays["held_out_RJ"],
                 boot_c_BJ=arrays["boot_c_BJ"],
                 boot_A_BJK=arrays["boot_A_BJK"],
-                details={key: value for key, value in content.items() if key in ("options", "inputs", "fit", "test")},
+                details={key: value for key, value in content.items() if key in DETAILS},
             )
         except KeyError as error:
             raise InputError(f"the fit in {folder} has no {error}. Fit the swarm again.") from error

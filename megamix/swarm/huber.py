@@ -98,7 +98,7 @@ def _descend(
 ) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
     """Levenberg-Marquardt on one batch; problems leave it as they converge."""
     middle_P = (problems.weight_PR * problems.y_PR).sum(axis=1) / problems.weight_PR.sum(axis=1)
-    bend_P = 1 / (middle_P - floor_P)
+    bend_P = 1 / np.maximum(middle_P - floor_P, 1e-9 * middle_P)
     plain_PK = (a_PK + np.log(bend_P)[:, None]) / bend_P[:, None] + middle_P[:, None]
     theta_PM = np.concatenate([bend_P[:, None], plain_PK], axis=1)
     loss_P = problems.loss(problems.y_PR - _Curve(problems.x_RK, middle_P, theta_PM).value_PR)

@@ -79,7 +79,7 @@ def read_table(
     lacking = _lacking(mixtures, results, chosen, values)
     if lacking and missing == "refuse":
         raise InputError(
-            f"{plural(len(lacking), 'run')} cannot be used: {_listed([f'{run} ({why})' for run, why in lacking.items()])}."
+            f"{plural(len(lacking), 'run')} cannot be used: {listed([f'{run} ({why})' for run, why in lacking.items()])}."
             " Collect what is missing, leave the metrics out (drop_metrics), or leave such runs out (missing: drop)."
         )
     kept = [run for run in mixtures.rows if run in results.rows and run not in lacking]
@@ -91,7 +91,7 @@ def read_table(
         )
     if lacking:
         get_logger().warning(
-            "%s left out: %s", plural(len(lacking), "run"), _listed([f"{run} ({why})" for run, why in lacking.items()])
+            "%s left out: %s", plural(len(lacking), "run"), listed([f"{run} ({why})" for run, why in lacking.items()])
         )
     places = list(results.rows)
     return SwarmTable(
@@ -208,12 +208,10 @@ def _chosen_metrics(results: _Csv, only: Sequence[str] | None, drop: Sequence[st
             raise InputError(f"{results.path} has no metric '{name}'." + did_you_mean(name, results.columns))
     absent = [name for name in drop if name not in results.columns]
     if absent:
-        get_logger().warning("%s has none of the metrics to drop: %s", results.path, _listed(absent))
+        get_logger().warning("%s has none of the metrics to drop: %s", results.path, listed(absent))
     chosen = tuple(name for name in results.columns if (only is None or name in only) and name not in drop)
     if not chosen:
-        raise InputError(
-            f"no metric of {results.path} is left: it has {_listed(results.columns)}, and all are dropped."
-        )
+        raise InputError(f"no metric of {results.path} is left: it has {listed(results.columns)}, and all are dropped.")
     return chosen
 
 
@@ -224,7 +222,7 @@ def _lacking(mixtures: _Csv, results: _Csv, chosen: tuple[str, ...], values: Arr
     for run, row in zip(results.rows, values, strict=True):
         absent = [name for name, value in zip(chosen, row, strict=True) if not math.isfinite(value)]
         if absent and run not in lacking:
-            lacking[run] = f"no {_listed(absent, 2)}"
+            lacking[run] = f"no {listed(absent, 2)}"
     return lacking
 
 
@@ -244,7 +242,7 @@ def _mixtures(mixtures: _Csv, runs: Sequence[str]) -> Array:
     if off:
         raise InputError(
             f"{mixtures.path}: the ratios of {plural(len(off), 'run')} do not sum to 1 (within {SUM_TOLERANCE}):"
-            f" {_listed(off)}. Is a domain's column missing?"
+            f" {listed(off)}. Is a domain's column missing?"
         )
     return ratios / sums[:, None]
 
@@ -261,5 +259,6 @@ def _write_csv(path: Path, runs: Sequence[str], columns: Sequence[str], values: 
     replace_file(path, text.getvalue().encode("utf-8"))
 
 
-def _listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,183 @@
+"""``megamix swarm fit``: from ratios.csv and metrics.csv to a law, how well it predicts, and its uncertainty."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.log import get_logger
+from megamix.swarm.fit_config import FitConfig
+from megamix.swarm.fitted import Fitted
+from megamix.swarm.huber import Problems, solve
+from megamix.swarm.law import LogLinearLaw, fit_log_linear, fit_weighted, log_floor, predict
+from megamix.swarm.quality import GOOD_RANKS, Quality, family_quality, fold_of_runs, quality
+from megamix.swarm.regressors import Model, fit_processes, fit_trees
+from megamix.swarm.selection import check_enough, read_selected, split
+from megamix.swarm.tables import SwarmTable, listed
+from megamix.tables import Report, Table, number, plural
+
+Array = NDArray[np.float64]
+
+
+def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
+    """Fits a swarm and writes fit.json, fit.npz and plots to ``out``; the same input gives the same files.
+
+    Raises:
+        InputError: see `read_table` and `check_enough`.
+    """
+    from megamix.swarm.fit_plots import plot_fit
+
+    chosen, families = read_selected(ratios, metrics, config)
+    table, test = split(chosen, config)
+    check_enough(table, config)
+    fold_R = fold_of_runs(len(table.runs), config.folds, config.seed)
+    model = fit_model(table, config)
+    held_out_RJ = cross_validate(table, fold_R, config)
+    boot_c_BJ, boot_A_BJK = bootstrap(table, model, config)
+    fitted = Fitted(
+        families=families,
+        regression=config.regression,
+        model=model,
+        table=table,
+        cross_validation=quality(table.values_RJ, held_out_RJ, table.metrics),
+        family_cross_validation=family_quality(table.values_RJ, held_out_RJ, table.metrics, families),
+        held_out_RJ=held_out_RJ,
+        boot_c_BJ=boot_c_BJ,
+        boot_A_BJK=boot_A_BJK,
+        details={
+            "inputs": {name: _file(path) for name, path in (("ratios", ratios), ("metrics", metrics))},
+            "options": config.model_dump(mode="json"),
+            "folds": int(fold_R.max()) + 1,
+            "coefficients": _coefficients(model),
+            "test": None if test is None else _tested(model, test),
+        },
+    )
+    fitted.save(out)
+    plot_fit(fitted, out)
+    return fitted
+
+
+def fit_model(table: SwarmTable, config: FitConfig) -> Model:
+    """The regression that ``config`` asks for, on all runs of a table."""
+    if config.regression == "log_linear":
+        return fit_log_linear(table, starts=config.starts, seed=config.seed, delta=config.delta)
+    return _fit_other(table.ratios_RK, table.values_RJ, config)
+
+
+def _fit_other(x_RK: Array, y_RJ: Array, config: FitConfig) -> Model:
+    return (fit_trees if config.regression == "lightgbm" else fit_processes)(x_RK, y_RJ, config.seed)
+
+
+def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig) -> Array:
+    """What a fit without its fold says of each run, float64 [R, J]. No fit starts from one that has seen the fold."""
+    x_RK, y_RJ = table.ratios_RK, table.values_RJ
+    held_out_RJ = np.empty_like(y_RJ)
+    num_folds, num_metrics = int(fold_R.max()) + 1, len(table.metrics)
+    if config.regression != "log_linear":
+        for fold in range(num_folds):
+            model = _fit_other(x_RK[fold_R != fold], y_RJ[fold_R != fold], config)
+            held_out_RJ[fold_R == fold] = model.predict(x_RK[fold_R == fold])
+        return held_out_RJ
+    # All folds of all metrics at once: a run that is left out has weight 0.
+    kept_FR = (fold_R[None, :] != np.arange(num_folds)[:, None]).astype(np.float64)
+    floor_P, A_PK = fit_weighted(
+        x_RK, np.tile(y_RJ.T, (num_folds, 1)), np.repeat(kept_FR, num_metrics, axis=0),
+        starts=config.starts, seed=config.seed, delta=config.delta,
+    )  # fmt: skip
+    c_FJ, A_FJK = log_floor(floor_P).reshape(num_folds, -1), A_PK.reshape(num_folds, num_metrics, -1)
+    for fold in range(num_folds):
+        held_out_RJ[fold_R == fold] = predict(x_RK[fold_R == fold], c_FJ[fold], A_FJK[fold])
+    return held_out_RJ
+
+
+def bootstrap(table: SwarmTable, model: Model, config: FitConfig) -> tuple[Array, Array]:
+    """Log-linear fits to runs drawn with replacement, each from the fit to all.
+
+    Returns:
+        c, float64 [B, J], and A, float64 [B, J, K]; B is 0 for the other regressions.
+    """
+    (num_runs, num_domains), num_metrics = table.ratios_RK.shape, len(table.metrics)
+    if not config.resamples or not isinstance(model, LogLinearLaw):
+        return np.empty((0, num_metrics)), np.empty((0, num_metrics, num_domains))
+    generator = np.random.default_rng([config.seed, 4])
+    times_BR = generator.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=config.resamples).astype(float)
+    problems = Problems(
+        table.ratios_RK,
+        np.tile(table.values_RJ.T, (config.resamples, 1)),
+        np.repeat(times_BR, num_metrics, axis=0),
+        config.delta,
+    )
+    floor_P, A_PK = np.tile(np.exp(model.c_J), config.resamples), np.tile(model.A_JK, (config.resamples, 1))
+    found = solve(problems, floor_P, A_PK)
+    c_BJ = log_floor(found.floor_P).reshape(config.resamples, num_metrics)
+    return c_BJ, found.a_PK.reshape(config.resamples, num_metrics, num_domains)
+
+
+def report(fitted: Fitted, out: Path) -> Report:
+    """How well the fit predicts runs that it has not seen, and where everything is; warns where that is badly."""
+    spread = dict(zip(fitted.metrics, fitted.table.values_RJ.std(axis=0).tolist(), strict=True))
+    rows = [_row(name, fitted.cross_validation[name], spread[name]) for name in fitted.metrics]
+    rows += [_row(f"family {name}", one, None) for name, one in fitted.family_cross_validation.items()]
+    rows.append(_row("mean", {key: _mean(fitted.cross_validation, key) for key in ("r2", "spearman", "rmse")}, None))
+    num_runs, folds = len(fitted.table.runs), fitted.details["folds"]
+    parts: list[str | Table] = [
+        f"{fitted.regression}: {plural(num_runs, 'run')}, {plural(len(fitted.domains), 'domain')},"
+        f" {plural(len(fitted.metrics), 'metric')}; each run predicted by a fit without it"
+        f" ({'leaving one out' if folds == num_runs else f'{folds} folds'}):",
+        Table(["metric", "R2", "rank correlation", "RMSE", "spread (sd)"], rows, footer=1),
+    ]
+    if fitted.details["test"]:
+        tested = [_row(name, one, None) for name, one in fitted.details["test"].items()]
+        parts += [
+            f"{plural(fitted.details['options']['test_runs'], 'run')} kept out of everything:",
+            Table(["metric", "R2", "rank correlation", "RMSE", "spread (sd)"], tested),
+        ]
+    _warn_of_poor_ranks(fitted.cross_validation)
+    parts.append(f"Written to {out}: fit.json, fit.npz, and plots. Next: megamix swarm propose {out}")
+    return Report(parts)
+
+
+def _row(name: str, one: dict[str, float | None], spread: float | None) -> list[str]:
+    return [name, number(one["r2"], 3), number(one["spearman"], 3), number(one["rmse"]), number(spread)]
+
+
+def _mean(found: Quality, key: str) -> float | None:
+    """Over the metrics; None where one of them has none."""
+    values = [one[key] for one in found.values()]
+    return sum(value for value in values if value is not None) / len(values) if None not in values else None
+
+
+def _warn_of_poor_ranks(found: Quality) -> None:
+    poor = [f"{name} ({number(one['spearman'], 2)})" for name, one in found.items() if not _good(one["spearman"])]
+    if poor:
+        get_logger().warning(
+            "the rank correlation of runs that were not fitted is below %g for %d of %d metrics: %s. There the fit hardly"
+            " tells a good mixture from a bad one; more runs, longer ones, or ones that differ more would help.",
+            GOOD_RANKS, len(poor), len(found), listed(poor),
+        )  # fmt: skip
+
+
+def _good(spearman: float | None) -> bool:
+    return spearman is not None and spearman >= GOOD_RANKS
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def _coefficients(model: Model) -> dict[str, Any] | None:
+    """The law in words: each metric's floor, exp(c), and A by domain."""
+    if not isinstance(model, LogLinearLaw):
+        return None
+    return {
+        metric: {"floor": float(np.exp(c)), "A": dict(zip(model.domains, a_K.tolist(), strict=True))}
+        for metric, c, a_K in zip(model.metrics, model.c_J, model.A_JK, strict=True)
+    }
+
+
+def _tested(model: Model, test: SwarmTable) -> Quality:
+    return quality(test.values_RJ, model.predict(test.ratios_RK), test.metrics)
