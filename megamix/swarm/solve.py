@@ -236,7 +236,7 @@ class _InteriorPoint:
         # Rows and columns scaled to 1 on the diagonal: the entries span many powers of ten near the end.
         scale = np.append(1 / np.sqrt(np.diag(matrix)[:size]), 1.0)
         try:
-            change: Floats = scale * np.linalg.solve(matrix * scale[:, None] * scale, right * scale)
+            change = (scale * np.linalg.solve(matrix * scale[:, None] * scale, right * scale)).astype(np.float64)
         except np.linalg.LinAlgError:
             return None
         d_y, d_level = change[:size], float(change[size])

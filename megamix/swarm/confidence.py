@@ -1,0 +1,89 @@
+"""How sure a proposal is: what is predicted, how far that varies over resampled runs, and how far it is from any run.
+
+Legend: K domains, J metrics, R runs, B resamples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.errors import MegamixError
+
+if TYPE_CHECKING:
+    from megamix.swarm.propose import Question
+
+Floats = NDArray[np.float64]
+LEVEL = (5.0, 95.0)
+"""Percentiles that an interval reaches from and to."""
+_BEYOND = 1e-6
+"""A weight above the largest tried by more than this lies outside of what was tried."""
+
+
+def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any]:
+    """What mixture.json says of how sure the mixture ``x_K`` is.
+
+    Args:
+        resamples: for so many of the B resampled fits the mixture is worked out again.
+    """
+    fitted = question.fitted
+    tried_R = fitted.table.values_RJ @ question.v_J
+    best = int(np.argmin(tried_R))
+    mixtures = np.stack([x_K, question.prior_K, fitted.table.ratios_RK[best]])
+    values, boot = fitted.predict(mixtures), fitted.bootstrap_predict(mixtures)
+    floor_K, cap_K = question.bounds
+    rows = dict(zip(("proposal", "prior", "best_tried"), values, strict=True))
+    predictions = {where: dict(zip(fitted.metrics, row.tolist(), strict=True)) for where, row in rows.items()}
+    found: dict[str, Any] = {
+        "predictions": predictions,
+        "objective_value": {where: float(row @ question.v_J) for where, row in rows.items()},
+        "best_tried": {
+            "run": fitted.table.runs[best],
+            "measured": float(tried_R[best]),
+            "within_bounds": bool(np.all((mixtures[2] >= floor_K - _BEYOND) & (mixtures[2] <= cap_K + _BEYOND))),
+        },
+        "gain_over_prior": {"value": float((values[1] - values[0]) @ question.v_J), "interval": None},
+        "intervals": None,
+        "weight_intervals": None,
+        "distance": _distance(question, x_K),
+    }
+    if len(boot):
+        spread = np.percentile(boot[:, 0], LEVEL, axis=0).T
+        found["intervals"] = dict(zip(fitted.metrics, spread.tolist(), strict=True))
+        gains = (boot[:, 1] - boot[:, 0]) @ question.v_J
+        found["gain_over_prior"]["interval"] = np.percentile(gains, LEVEL).tolist()
+        found["gain_over_prior"]["resamples"] = len(boot)
+    if resamples:
+        answers = []
+        for A_JK in fitted.boot_A_BJK[:resamples]:
+            with contextlib.suppress(MegamixError):  # a wild resample is no reason to propose nothing
+                answers.append(question.answer(A_JK))
+        found["weight_resamples"] = len(answers)
+        if answers:
+            spread = np.percentile(answers, LEVEL, axis=0).T
+            found["weight_intervals"] = dict(zip(fitted.domains, spread.tolist(), strict=True))
+    return found
+
+
+def _distance(question: Question, x_K: Floats) -> dict[str, Any]:
+    """How far the mixture is from those tried: total variation, half the sum of the absolute differences."""
+    table = question.fitted.table
+    apart_R = np.abs(table.ratios_RK - x_K).sum(axis=1) / 2
+    nearest = int(np.argmin(apart_R))
+    among = np.abs(table.ratios_RK[:, None] - table.ratios_RK[None]).sum(axis=2) / 2
+    np.fill_diagonal(among, np.inf)
+    largest = table.ratios_RK.max(axis=0)
+    beyond = {
+        name: [float(x), float(most)]
+        for name, x, most in zip(table.domains, x_K, largest, strict=True)
+        if x > most + _BEYOND
+    }
+    return {
+        "nearest_run": table.runs[nearest],
+        "total_variation": float(apart_R[nearest]),
+        "median_among_runs": float(np.median(among.min(axis=1))) if len(table.runs) > 1 else None,
+        "beyond_tried": beyond,
+    }

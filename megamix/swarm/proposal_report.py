@@ -1,0 +1,228 @@
+"""A proposed mixture in words, tables and a picture, and where each of its weights came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megamix.errors import InputError, did_you_mean
+from megamix.swarm.proposal_file import Proposal
+from megamix.swarm.reuse import EXISTING
+from megamix.tables import ABSENT, Report, Table, number, plural
+
+PLOT = "mixture.png"
+POOR_RANKING = 0.5
+"""A rank correlation on held-out runs below which the fit is not to be relied on."""
+
+
+def report(proposal: Proposal, path: Path) -> Report:
+    """What `propose` says; ``path`` is the file that was written."""
+    details = proposal.details
+    parts: list[str | Table] = [_headline(details), _weights_table(proposal), _metrics_table(proposal)]
+    parts.append("\n".join([*_sureness(details), f"The mixture is in {path}."]))
+    return Report(parts)
+
+
+def _headline(details: Mapping[str, Any]) -> str:
+    fit, kl = details["fit"], details["kl"]
+    said = (
+        f"{'the worst' if details['worst'] else 'the best'} mixture by a {fit['regression']} fit to {fit['runs']} runs"
+    )
+    said += f"; KL weight {kl['weight']:g}, prior: {details['prior'].get('source', 'as given')}"
+    if details["caps"] is not None:
+        said += f"; caps: {details['caps'].get('of', 'as given')}"
+    return said
+
+
+def _weights_table(proposal: Proposal) -> Table:
+    details = proposal.details
+    found = details.get("virtual", proposal.weights)
+    shares, caps = details["prior"]["shares"], details["caps"]
+    intervals, beyond = details["weight_intervals"] or {}, details["distance"]["beyond_tried"]
+    rows = []
+    for name, weight in found.items():
+        cap = ABSENT if caps is None else number(caps[name])
+        notes = [f"above any tried ({beyond[name][1]:.4f})"] if name in beyond else []
+        notes += ["at its cap"] if caps is not None and weight > caps[name] - 1e-6 else []
+        rows.append((name, number(shares[name]), number(weight), _interval(intervals.get(name)), cap, ", ".join(notes)))
+    return Table(("domain", "prior", "proposal", "5 to 95 %", "cap", "note"), rows, left=frozenset(["note"]))
+
+
+def _metrics_table(proposal: Proposal) -> Table:
+    details = proposal.details
+    predictions, intervals = details["predictions"], details["intervals"] or {}
+    quality, objective = details["fit"]["cross_validation"], details["objective"]
+    columns = (
+        "metric",
+        "in the objective",
+        "prior",
+        "best tried",
+        "proposal",
+        "5 to 95 %",
+        "held-out rank correlation",
+    )
+    rows = [
+        (
+            name,
+            number(objective.get(name)),
+            *(number(predictions[where][name]) for where in ("prior", "best_tried", "proposal")),
+            _interval(intervals.get(name)),
+            number(quality.get(name, {}).get("spearman"), 2),
+        )
+        for name in proposal.predicted
+    ]
+    values = details["objective_value"]
+    whole = (number(values[where]) for where in ("prior", "best_tried", "proposal"))
+    return Table(columns, [*rows, ("objective", "1", *whole, "", "")], footer=1)
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return ABSENT if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+
+
+def _sureness(details: Mapping[str, Any]) -> list[str]:
+    """How sure the answer is, a sentence a line."""
+    gain, best, distance = details["gain_over_prior"], details["best_tried"], details["distance"]
+    said = f"Predicted gain over the prior: {gain['value']:.4f}"
+    if gain["interval"] is not None:
+        low, high = gain["interval"]
+        said += f" ({low:.4f} to {high:.4f} in 90 % of {gain['resamples']} resamples of the runs)"
+    bounds = "" if best["within_bounds"] else ", whose mixture is beyond the bounds"
+    lines = [f"{said}; the best run tried is {best['run']}, measured {best['measured']:.4f}{bounds}."]
+    apart = f"The nearest mixture tried is that of run {distance['nearest_run']}, {distance['total_variation']:.3f} away (half the sum"
+    among = distance["median_among_runs"]
+    apart += (
+        " of the differences"
+        + ("" if among is None else f"; runs are {among:.3f} from their nearest, on the median")
+        + ")."
+    )
+    beyond = distance["beyond_tried"]
+    if beyond:
+        shown = ", ".join(f"{name} {weight:.4f} (tried up to {most:.4f})" for name, (weight, most) in beyond.items())
+        apart += f" It lies outside of what was tried: {shown}; what is predicted there is extrapolated."
+    else:
+        apart += " No weight is above the largest tried."
+    exact = details["optimality"]
+    lines += [apart, _exactness(exact)]
+    ranks = [row["spearman"] for row in details["fit"]["cross_validation"].values() if row.get("spearman") is not None]
+    if ranks and np.mean(ranks) < POOR_RANKING:
+        lines.append(
+            f"The fit ranks runs that it has not seen poorly (mean rank correlation {np.mean(ranks):.2f}): take the mixture for a guess."
+        )
+    return lines
+
+
+def _exactness(exact: Mapping[str, Any]) -> str:
+    if "duality_gap" not in exact:
+        return f"It was found by a {exact['method']}; better ones may exist."
+    said = f"No mixture within the bounds has an objective lower by more than {exact['duality_gap']:.1e}"
+    if exact["weights_within"] is None:
+        return f"{said}; without KL others may be as good."
+    return f"{said}; the weights are those of the best to {exact['weights_within']:.1e} in all."
+
+
+def explain(proposal: Proposal, domain: str | None = None) -> Report:
+    """Where the weights came from: a column for each step of the chain of updates, and for one domain each step in
+    words.
+
+    Raises:
+        InputError: a domain that no step has had.
+    """
+    history = proposal.history
+    names = list(dict.fromkeys(name for entry in reversed(history) for name in entry["weights"]))
+    if domain is not None and domain not in names:
+        raise InputError(f"no mixture in the chain has a domain '{domain}'." + did_you_mean(domain, names))
+    rows = [(name, *(_cell(entry, name) for entry in history)) for name in names if domain is None or name == domain]
+    columns = (
+        "domain",
+        *(f"{number}. {Path(entry['directory']).name}" for number, entry in enumerate(history, start=1)),
+    )
+    runs = sum(entry["runs"] for entry in history)
+    words = [f"{step}. {entry['directory']}: {_step(entry)}" for step, entry in enumerate(history, start=1)]
+    if domain is not None:
+        words = [
+            f"{step}. {entry['directory']}: {_path_of(entry, domain)}" for step, entry in enumerate(history, start=1)
+        ]
+    note = "* frozen: its ratio to the other frozen ones is that of the step before"
+    return Report([Table(columns, rows), note, "\n".join(words), f"{plural(runs, 'proxy run')} in all"])
+
+
+def _frozen(entry: Mapping[str, Any]) -> dict[str, float]:
+    return entry["update"]["frozen"] if entry["update"] else {}
+
+
+def _cell(entry: Mapping[str, Any], name: str) -> str:
+    weight = entry["weights"].get(name)
+    return number(weight) + ("*" if weight is not None and name in _frozen(entry) else "")
+
+
+def _step(entry: Mapping[str, Any]) -> str:
+    update = entry["update"]
+    if update is None:
+        return f"found by a swarm of {plural(entry['runs'], 'run')} over {plural(len(entry['weights']), 'domain')}"
+    changes = [f"{what} {', '.join(update[what])}" for what in ("add", "remove", "revise", "unfreeze") if update[what]]
+    changes += [f"partition {whole} into {', '.join(parts)}" for whole, parts in update["partition"].items()]
+    found = (
+        f"{plural(entry['runs'], 'run')} over {plural(len(entry['found']), 'domain')}" if entry["runs"] else "no runs"
+    )
+    return f"update of {update['previous']}: {'; '.join(changes)}; reuse: {update['reuse']}; {found}"
+
+
+def _path_of(entry: Mapping[str, Any], name: str) -> str:
+    """How one step came to a domain's weight."""
+    weight, update = entry["weights"].get(name), entry["update"]
+    if weight is None:
+        return f"has no domain '{name}'"
+    if name in _frozen(entry):
+        ratio, whole = _frozen(entry)[name], entry["found"][EXISTING]
+        before = update["weights_before"].get(name)
+        origin = "a stated share of the domain it is a part of" if before is None else f"{before:.4f} before"
+        return f"{weight:.4f} = {whole:.4f} of '{EXISTING}' x {ratio:.4f}, its ratio among the frozen ones ({origin})"
+    return f"{weight:.4f}, found by {plural(entry['runs'], 'run')} over {plural(len(entry['found']), 'domain')}"
+
+
+def draw(proposal: Proposal, folder: Path) -> Path:
+    """Writes mixture.png: prior, proposal with its interval, and caps, by domain."""
+    import matplotlib
+
+    from megamix.plots.drawing import STYLE, save_figure
+
+    with matplotlib.rc_context(STYLE):
+        return save_figure(_figure(proposal), folder / PLOT)
+
+
+def _figure(proposal: Proposal) -> Any:
+    from matplotlib.figure import Figure
+
+    from megamix.plots.drawing import look, note, plain
+
+    details = proposal.details
+    found, shares = details.get("virtual", proposal.weights), details["prior"]["shares"]
+    caps, intervals = details["caps"], details["weight_intervals"]
+    names = sorted(found, key=lambda name: -found[name])
+    y = np.arange(len(names))
+    figure = Figure(figsize=(8.0, max(2.6, 1.2 + 0.32 * len(names))), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title("proposed mixture", pad=22)
+    note(axes, _headline(details))
+    axes.barh(y - 0.19, [found[name] for name in names], 0.36, color=look(0)[0], label="proposal")
+    axes.barh(y + 0.19, [shares[name] for name in names], 0.36, color="#BBBBBB", label="prior")
+    if intervals is not None:
+        axes.hlines(y - 0.19, *np.array([intervals[name] for name in names]).T, color="#222222", linewidth=1.2,
+                    label="5 to 95 % over resampled runs")  # fmt: skip
+    highest = max([*found.values(), *shares.values(), *(high for _, high in (intervals or {}).values())])
+    if caps is not None:
+        shown = [place for place, name in enumerate(names) if caps[name] <= 1.3 * highest]
+        axes.plot([caps[names[place]] for place in shown], y[shown], "|", color=look(1)[0], markersize=15,
+                  markeredgewidth=2, label="cap")  # fmt: skip
+    axes.set_yticks(y, [plain(name) for name in names])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.set_xlabel("weight")
+    axes.set_xlim(0, 1.05 * highest)
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

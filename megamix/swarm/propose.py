@@ -1,0 +1,282 @@
+"""From a fit to a mixture: the best by the fit, near the prior and within bounds, and how sure that is.
+
+    minimise  sum_j v_j f_j(x) + kl * KL(x || prior)     over  sum x = 1, 0 <= x_k <= cap_k
+
+For the log-linear law this is convex and solved exactly (`megamix.swarm.solve`); for trees and Gaussian processes, and
+for the worst mixture, the answer is the best that a search found (`megamix.swarm.search`), and says so.
+
+Source: Olmix, Chen et al., arXiv 2602.12237, section 3.
+
+Legend: K domains of the fit, J metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.config import read_yaml, validate
+from megamix.errors import InputError
+from megamix.swarm.confidence import confidence
+from megamix.swarm.fitted import Fitted
+from megamix.swarm.proposal_file import Proposal, history_entry, write_proposal
+from megamix.swarm.proposal_report import draw
+from megamix.swarm.propose_config import ProposeConfig
+from megamix.swarm.question import (
+    Caps,
+    Prior,
+    check_feasible,
+    find_caps,
+    find_prior,
+    objective_weights,
+    read_objective,
+)
+from megamix.swarm.reuse import UpdatePlan
+from megamix.swarm.search import search, search_worst
+from megamix.swarm.solve import Problem, divergence, solve
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a fit, as arrays.
+
+    Attributes:
+        v_J: float64 [J], weights of the metrics; sum 1.
+        prior_K: float64 [K], sum 1.
+        kl_prior_K: float64 [K], q of the KL term.
+        floor_K, cap_K: float64 [K].
+    """
+
+    fitted: Fitted
+    v_J: Floats
+    prior_K: Floats
+    kl_prior_K: Floats
+    kl: float
+    floor_K: Floats
+    cap_K: Floats
+    worst: bool
+    seed: int
+
+    def problem(self, A_JK: Floats) -> Problem:
+        """The convex problem for a law's coefficients."""
+        used = self.v_J > 0
+        return Problem(self.v_J[used], A_JK[used], self.kl, self.kl_prior_K, self.floor_K, self.cap_K)
+
+    @property
+    def bounds(self) -> tuple[Floats, Floats]:
+        """float64 [K] each: see `Problem.bounds`."""
+        return self.problem(np.zeros((self.v_J.size, self.prior_K.size))).bounds
+
+    def answer(self, A_JK: Floats) -> Floats:
+        """float64 [K]: the best mixture for a law's coefficients."""
+        return solve(self.problem(A_JK)).x_K
+
+
+def propose(
+    fitted: Fitted,
+    prior: Mapping[str, float],
+    *,
+    kl: float = 0.05,
+    caps: Mapping[str, float] | None = None,
+    objective: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    kl_prior: Mapping[str, float] | None = None,
+    worst: bool = False,
+    seed: int = 0,
+    resamples: int = 20,
+) -> Proposal:
+    """The best mixture by a fit.
+
+    Args:
+        prior: {domain: share} of all K domains, sum 1.
+        caps: {domain: largest weight}; feasible (`check_feasible`).
+        objective: {metric or family: weight}; default: all metrics alike.
+        fixed: {domain: weight} that is settled.
+        kl_prior: q of the KL term, if not the prior.
+        worst: the largest objective (minus the KL) instead of the smallest.
+        resamples: fits to resampled runs for which the mixture is worked out again; not for the worst.
+
+    Raises:
+        InputError: an unknown metric.
+        MegamixError: no solution was found.
+    """
+    question = _question(fitted, prior, kl_prior or prior, kl, caps or {}, fixed or {}, objective, worst, seed)
+    x_K, optimality = _best(question)
+    used = {metric: v for metric, v in zip(fitted.metrics, question.v_J.tolist(), strict=True) if v > 0}
+    details: dict[str, Any] = {
+        "worst": worst,
+        "objective": used,
+        "kl": {"weight": kl, "divergence": divergence(x_K, question.kl_prior_K) if kl > 0 else None},
+        "prior": {"shares": _by_name(fitted.domains, question.prior_K)},
+        "caps": None if caps is None else _by_name(fitted.domains, np.minimum(question.cap_K, 1.0)),
+        "fixed": dict(fixed or {}),
+        "optimality": optimality,
+        "fit": {
+            "regression": fitted.regression,
+            "runs": len(fitted.table.runs),
+            "cross_validation": fitted.cross_validation,
+        },
+        **confidence(question, x_K, 0 if worst else min(resamples, len(fitted.boot_c_BJ))),
+    }
+    return Proposal(_by_name(fitted.domains, x_K), _by_name(fitted.metrics, fitted.predict(x_K[None])[0]), details)
+
+
+def _question(
+    fitted: Fitted,
+    prior: Mapping[str, float],
+    kl_prior: Mapping[str, float],
+    kl: float,
+    caps: Mapping[str, float],
+    fixed: Mapping[str, float],
+    objective: Mapping[str, float] | None,
+    worst: bool,
+    seed: int,
+) -> Question:
+    floor_K = np.array([fixed.get(name, 0.0) for name in fitted.domains])
+    cap_K = np.array([fixed.get(name, min(caps.get(name, 1.0), 1.0)) for name in fitted.domains])
+    return Question(
+        fitted,
+        objective_weights(objective, fitted),
+        np.array([prior[name] for name in fitted.domains], np.float64),
+        np.array([kl_prior[name] for name in fitted.domains], np.float64),
+        kl,
+        floor_K,
+        cap_K,
+        worst,
+        seed,
+    )
+
+
+def _best(question: Question) -> tuple[Floats, dict[str, Any]]:
+    """The mixture, and how exact it is."""
+    law, tried = question.fitted.law, question.fitted.table.ratios_RK
+    if law is not None and not question.worst:
+        found = solve(question.problem(law.A_JK))
+        return found.x_K, {
+            "method": "convex, interior point",
+            "duality_gap": found.gap,
+            "stationarity": found.residual,
+            "weights_within": found.within if np.isfinite(found.within) else None,
+            "steps": found.steps,
+        }
+    if law is not None:
+        x_K, starts = search_worst(question.problem(law.A_JK), tried, question.seed)
+        return x_K, {"method": f"search: the best of local maxima from {starts} starts, seed {question.seed}"}
+    sign = -1.0 if question.worst else 1.0
+    floor_K, cap_K = question.bounds
+
+    def value(x_NK: Floats) -> Floats:
+        distance = np.array([divergence(x, question.kl_prior_K) for x in x_NK]) if question.kl > 0 else 0.0
+        return sign * (question.fitted.predict(x_NK) @ question.v_J) + question.kl * distance
+
+    x_K, looked = search(value, question.prior_K, floor_K, cap_K, tried, question.seed)
+    return x_K, {"method": f"search: the best of {looked} mixtures, seed {question.seed}"}
+
+
+def _by_name(names: tuple[str, ...], values: Floats) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+OPTIONS_FILE = "propose.json"
+
+
+def read_options(directory: Path, given: Mapping[str, Any]) -> ProposeConfig:
+    """The options in DIR/propose.json, where there is one, with those ``given`` over them.
+
+    Raises:
+        InputError: an option that there is not, or a value that it cannot have.
+    """
+    path = Path(directory) / OPTIONS_FILE
+    stored = read_yaml(path) if path.is_file() else {}
+    return validate(ProposeConfig, {**stored, **given}, f"{path} and options" if stored else "options")
+
+
+def folder_of(directory: Path, options: ProposeConfig) -> Path:
+    """Where mixture.json is written: DIR, or DIR/worst, so that nobody trains on the worst mixture by mistake."""
+    return Path(directory) / "worst" if options.worst else Path(directory)
+
+
+def propose_in(directory: Path, options: ProposeConfig) -> tuple[Proposal, Path]:
+    """Proposes a mixture by the fit in ``directory``, and writes mixture.json and mixture.png there.
+
+    Where the directory has an update.json (`UpdatePlan`), the fit's domains are virtual and the mixture is of the real
+    ones.
+
+    Returns:
+        The proposal, and the path of mixture.json.
+
+    Raises:
+        InputError: no fit, or options that cannot be met.
+    """
+    directory = Path(directory)
+    fitted, plan = Fitted.open(directory), UpdatePlan.open(directory)
+    if plan is not None and set(plan.virtual) != set(fitted.domains):
+        raise InputError(
+            f"{directory}: update.json is of the domains {', '.join(plan.virtual)}, the fit of {', '.join(fitted.domains)}. Draw the "
+            "swarm again after a change of the update."
+        )
+    prior, amount = find_prior(directory, fitted, options, plan)
+    caps = find_caps(options, amount, fitted, plan)
+    check_feasible(options, caps, prior)
+    objective = read_objective(options.objective) if isinstance(options.objective, Path) else options.objective
+    found = propose(
+        fitted,
+        prior.shares,
+        kl=options.kl,
+        caps=None if caps is None else caps.largest,
+        objective=objective,
+        fixed=options.fixed_weight,
+        kl_prior=prior.kl,
+        worst=options.worst,
+        seed=options.seed,
+        resamples=options.resamples,
+    )
+    proposal = _of_real_domains(directory, found, plan, prior, caps, options, len(fitted.table.runs))
+    folder = folder_of(directory, options)
+    folder.mkdir(exist_ok=True)
+    path = write_proposal(folder, proposal)
+    draw(proposal, folder)
+    return proposal, path
+
+
+def _of_real_domains(
+    directory: Path,
+    found: Proposal,
+    plan: UpdatePlan | None,
+    prior: Prior,
+    caps: Caps | None,
+    options: ProposeConfig,
+    runs: int,
+) -> Proposal:
+    """The proposal as it is written: with the chain of updates, and in an update over the real domains."""
+    details = dict(found.details)
+    details["prior"] = {"source": prior.source, **details["prior"]}
+    if caps is not None:
+        details["caps"] = {
+            **details["caps"],
+            "of": f"repetition {options.repetition:g} in {options.target_tokens:g} tokens",
+        }
+    weights = found.weights
+    if plan is not None:
+        x = np.array([found.weights[name] for name in plan.virtual])
+        weights = _by_name(plan.domains, plan.expand(x))
+        details["virtual"] = found.weights
+    entry = history_entry(directory, found.weights, weights, runs, None if plan is None else plan.record)
+    return Proposal(weights, found.predicted, details, (*(() if plan is None else plan.history), entry))
+
+
+def propose_settled(directory: Path, plan: UpdatePlan) -> tuple[Proposal, Path]:
+    """Writes the mixture of an update in which nothing is to be found (`UpdatePlan.settled`): the old weights,
+    renormalised."""
+    weights = _by_name(plan.domains, plan.expand(np.ones(1)))
+    entry = history_entry(directory, {plan.virtual[0]: 1.0}, weights, 0, plan.record)
+    details = {"optimality": {"method": "the old weights, renormalised: no proxy runs"}}
+    proposal = Proposal(weights, {}, details, (*plan.history, entry))
+    return proposal, write_proposal(directory, proposal)
