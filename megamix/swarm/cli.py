@@ -178,3 +178,81 @@ def fit(
     from megamix.swarm.fit_command import fit_from
 
     report(fit_from(out, ratios, metrics, config, options or []), out).show()
+
+
+@app.command()
+def propose(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="With the fit of `megamix swarm fit --out DIR`.")],
+    kl: Annotated[float | None, typer.Option(help="How strongly the mixture is held near the prior [0.05].")] = None,
+    priors: Annotated[
+        Path | None, typer.Option(help="The prior: a file of `swarm priors`, or {domain: share}.")
+    ] = None,
+    use_natural_kl: Annotated[
+        bool | None, typer.Option("--use-natural-kl", help="Hold it near the shares of the token counts instead.")
+    ] = None,
+    target_tokens: Annotated[float | None, typer.Option(help="Tokens of the run that the mixture is for.")] = None,
+    repetition: Annotated[float | None, typer.Option(help="How often that run may read a domain [4].")] = None,
+    token_counts: Annotated[Path | None, typer.Option(help="{domain: tokens}; default: those of the priors.")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="METRIC=WEIGHT, of a metric or family, repeated; or a file of them.")
+    ] = None,
+    fixed_weight: Annotated[list[str] | None, typer.Option(help="DOMAIN=WEIGHT that is settled, repeated.")] = None,
+    worst: Annotated[
+        bool | None, typer.Option("--worst", help="The worst mixture within the bounds, in DIR/worst.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random [0].")] = None,
+    resamples: Annotated[int | None, typer.Option(help="Resampled fits to find the mixture for again [20].")] = None,
+) -> None:
+    """Find the best mixture by a fit, near the prior and within bounds, and say how sure that is. What is not given
+    comes from DIR/propose.json, where there is one. Writes DIR/mixture.json: `mixture: {from_swarm: DIR}`.
+
+    Example: megamix swarm propose runs/swarm --target-tokens 1e9 --repetition 4
+    """
+    from megamix.swarm.proposal_report import report
+    from megamix.swarm.propose import propose_in, read_options
+    from megamix.swarm.question import read_pairs
+
+    given = {
+        "kl": kl, "priors": priors, "use_natural_kl": use_natural_kl, "target_tokens": target_tokens,
+        "repetition": repetition, "token_counts": token_counts, "worst": worst, "seed": seed, "resamples": resamples,
+        "objective": read_pairs("--objective", objective), "fixed_weight": read_pairs("--fixed-weight", fixed_weight),
+    }  # fmt: skip
+    options = read_options(directory, {key: value for key, value in given.items() if value is not None})
+    report(*propose_in(directory, options)).show()
+
+
+@app.command()
+def update(
+    config: Annotated[Path, typer.Argument(metavar="UPDATE.yaml", help="For example {previous: DIR, add: [law]}.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="The data set with the new domains, or its priors.json.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write DIR/update.json.")] = None,
+    tokens_per_run: Annotated[float | None, typer.Option(help="Tokens of a proxy run, for the cost.")] = None,
+) -> None:
+    """Show what an update of the domains comes to and costs: what is frozen, what is free, and the proxy runs against
+    finding all weights anew. Where nothing is free (a removal), DIR/mixture.json is written, too.
+
+    Example: megamix swarm update add_law.yaml data/new --out runs/swarm2
+    """
+    from megamix.swarm.update import read_update, report, start_update
+
+    plan = read_update(config, data)
+    report(plan, tokens_per_run).show()
+    if out is not None and (path := start_update(plan, out)) is not None:
+        typer.echo(f"\nNothing is to be found: the mixture is in {path}.")
+
+
+@app.command()
+def explain(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="With a mixture.json.")],
+    domain: Annotated[str | None, typer.Argument(help="Each step of one domain, in words.")] = None,
+) -> None:
+    """Show where the weights of a mixture came from, through the updates before it.
+
+    Example: megamix swarm explain runs/swarm2 law
+    """
+    from megamix.swarm.proposal_file import read_proposal
+    from megamix.swarm.proposal_report import explain as explained
+
+    explained(read_proposal(directory), domain).show()
