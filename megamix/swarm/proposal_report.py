@@ -10,12 +10,11 @@ import numpy as np
 
 from megamix.errors import InputError, did_you_mean
 from megamix.swarm.proposal_file import Proposal
+from megamix.swarm.quality import GOOD_RANKS
 from megamix.swarm.reuse import EXISTING
 from megamix.tables import ABSENT, Report, Table, number, plural
 
 PLOT = "mixture.png"
-POOR_RANKING = 0.5
-"""A rank correlation on held-out runs below which the fit is not to be relied on."""
 
 
 def report(proposal: Proposal, path: Path) -> Report:
@@ -108,7 +107,7 @@ def _sureness(details: Mapping[str, Any]) -> list[str]:
     exact = details["optimality"]
     lines += [apart, _exactness(exact)]
     ranks = [row["spearman"] for row in details["fit"]["cross_validation"].values() if row.get("spearman") is not None]
-    if ranks and np.mean(ranks) < POOR_RANKING:
+    if ranks and np.mean(ranks) < GOOD_RANKS:
         lines.append(
             f"The fit ranks runs that it has not seen poorly (mean rank correlation {np.mean(ranks):.2f}): take the mixture for a guess."
         )
