@@ -55,7 +55,7 @@ def generate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: megamix swarm generate configs/swarm/demo.yaml swarm.generate.members=32
     """
-    from megamix.swarm.job import swarm as take
+    from megamix.swarm.steps import swarm as take
 
     raise typer.Exit(take(config, overrides or [], "generate"))
 
@@ -83,7 +83,7 @@ def run(
     Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
     """
     from megamix.swarm.job import read_job
-    from megamix.swarm.job import swarm as take
+    from megamix.swarm.steps import swarm as take
 
     if not slurm:
         raise typer.Exit(take(config, overrides or [], "run", at_once=at_once))
@@ -137,7 +137,7 @@ def all_steps(
 
         typer.echo(config_help(SwarmSteps))
         raise typer.Exit(EXIT_OK)
-    from megamix.swarm.job import swarm as take
+    from megamix.swarm.steps import swarm as take
 
     raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
 

@@ -304,7 +304,7 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
     """
     sampler.check()
     config = sampler.config
-    others: list[Floats] = [] if existing is None else list(existing)
+    others = np.empty((0, len(sampler.domains))) if existing is None else existing
     found: list[Floats] = []
     if config.include_prior:
         prior = sampler.nearest_to_prior
@@ -320,7 +320,8 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
             weights = sampler.draw(number, random)
             if weights is None:
                 continue
-            near = distance(weights, [*others, *found])
+            if config.min_distance:
+                near = distance(weights, np.array([*others, *found]).reshape(-1, len(weights)))
             if near >= config.min_distance:
                 found.append(weights)
                 break

@@ -1,59 +1,32 @@
-"""``megamix swarm all``: from one config to a mixture that was proposed by a swarm, and to a model trained with it.
+"""The config of a swarm, resolved: its domains, its runs, and what draws its mixtures.
 
-    DIR/swarm.yaml          the config, resolved
-    DIR/priors.json         tokens and shares of the domains
-    DIR/update.json         of an update: what of the old mixture is frozen
-    DIR/swarm.csv           the mixtures of the members
-    DIR/members/NNNN.yaml   a run's config for each
-    DIR/runs/NNNN, logs     these runs, and what they said
-    DIR/ratios.csv, metrics.csv    what they were trained on, and what came of it
-    DIR/fit.json, mixture.json     the law, and the mixture that follows
-    DIR/target              a run with that mixture, where one is asked for
-
-DIR is the config's run_dir. A step is taken where its result is not there, or what that follows from has changed.
+Legend: K domains.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import yaml
 
-from megamix.config import Config, apply_overrides, merge, read_yaml, validate
-from megamix.errors import EXIT_OK, InputError
+from megamix.config import apply_overrides, merge, read_yaml, validate
+from megamix.errors import InputError
 from megamix.files import replace_file
-from megamix.launch import job_world_size
-from megamix.log import get_logger
 from megamix.mixers import normalise_weights
 from megamix.plan import Plan, make_plan
-from megamix.run import train
 from megamix.run_config import RunConfig
-from megamix.run_lock import RunLock
-from megamix.swarm.collect import CONFIG, METRICS, RATIOS, collect
-from megamix.swarm.generate import Sampler, sample
+from megamix.swarm.collect import CONFIG
+from megamix.swarm.generate import Sampler
 from megamix.swarm.job_config import SwarmSteps
-from megamix.swarm.members import FOLDER, members_of, write_members
-from megamix.swarm.priors import FILE as PRIORS
-from megamix.swarm.priors import Priors
 from megamix.swarm.proposal_file import read_proposal
 from megamix.swarm.question import read_amounts
-from megamix.swarm.reuse import UPDATE_FILE, UpdatePlan, default_members, plan_update
-from megamix.swarm.run import LOGS, default_at_once, run_members
+from megamix.swarm.reuse import EXISTING, UpdatePlan, default_members, plan_update
 from megamix.swarm.sampler import Floats
-from megamix.swarm.tables import write_ratios
 
-Step = Literal["priors", "generate", "run", "collect", "fit", "propose", "target"]
-MIXTURES = "swarm.csv"
-STAMPS = "steps.json"
-"""What fit and mixture were made from, as hashes."""
 SETTLED = {"proxy": ("run_dir", "mixer", "mixture"), "target": ("run_dir", "mixture")}
 """Keys of the runs that are not for a config to say."""
 
@@ -139,19 +112,42 @@ class Job:
     @cached_property
     def num_members(self) -> int:
         """How many mixtures are to be tried."""
+        if self.update is not None and self.update.settled:
+            return 0
         return self.steps.generate.members or default_members(len(self.domains))
+
+    @cached_property
+    def centre(self) -> dict[str, float]:
+        """{domain: share} of all real domains: what members are drawn around, and a proposal is held near to. The
+        frozen domains of an update share that of `existing` as they do in the prior, not as in the old mixture."""
+        found = dict(zip(self.domains, self.sampler.centre.tolist(), strict=True))
+        if self.update is None:
+            return found
+        frozen = {name: self._real_shares[name] for name in self.update.inner}
+        total, share = sum(frozen.values()), found.pop(EXISTING, 0.0)
+        found |= {name: share * part / total for name, part in frozen.items()}
+        return {name: found[name] for name in self.token_counts}
+
+    @cached_property
+    def _given_shares(self) -> Mapping[str, float] | None:
+        """The prior as the config gives it; None: natural."""
+        given = self.steps.priors
+        return None if given == "natural" else read_amounts(given).shares if isinstance(given, Path) else given
+
+    @property
+    def _real_shares(self) -> Mapping[str, float]:
+        """A prior of the real domains; the natural one where the config gives none of those."""
+        given = self._given_shares
+        return given if given is not None and given.keys() == self.token_counts.keys() else self.token_counts
 
     def _prior(self) -> Floats:
         """float64 [K]."""
-        given = self.steps.priors
-        if given == "natural":
-            shares = self.token_counts if self.update is None else self.update.prior
-            return normalise_weights(shares, self.domains, "the natural shares")
-        shares = read_amounts(given).shares if isinstance(given, Path) else given
-        source = f"{self.source}: swarm.priors{f', file {given}' if isinstance(given, Path) else ''}"
-        if self.update is not None and shares.keys() == set(self.update.domains):
-            shares = self.update.contract_prior(shares)
-        return normalise_weights(shares, self.domains, source)
+        given, update = self._given_shares, self.update
+        if given is None:
+            given = self.token_counts if update is None else update.prior
+        elif update is not None and given.keys() == set(update.domains):
+            given = update.contract_prior(given)
+        return normalise_weights(given, self.domains, f"{self.source}: swarm.priors ({self.steps.priors})")
 
 
 def tokens_of(config: RunConfig) -> int:
@@ -180,170 +176,18 @@ def read_job(config_path: Path, overrides: list[str]) -> Job:
     job = Job(data, steps, run_dir, source)
     job.sampler.check()
     content = {**job.base, "swarm": steps.model_dump(mode="json")}
-    _write(run_dir / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
+    write_config(run_dir / CONFIG, content)
     return job
 
 
-def swarm(config_path: Path, overrides: list[str], only: Step | None = None, *, at_once: int | None = None) -> int:
-    """Takes all steps that are not done, or one; returns the exit code.
-
-    Args:
-        only: this step alone.
-        at_once: members that run at a time, in the place of ``swarm.run.at_once``.
+def write_config(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a config.
 
     Raises:
-        MegamixError: anything a user can mend.
+        InputError: it cannot be written.
     """
-    if job_world_size() is not None:
-        raise InputError(
-            "megamix swarm starts its own ranks. Outside of torchrun and srun, take `megamix swarm generate CONFIG`; then run "
-            "the members (`megamix swarm run CONFIG --slurm`); then `megamix swarm all CONFIG` for what follows."
-        )
-    job = read_job(config_path, overrides)
-    with RunLock(job.run_dir):
-        if only is None:
-            _tell_cost(job)
-        steps: dict[Step, Callable[[], int]] = {
-            "priors": lambda: _priors(job),
-            "generate": lambda: _generate(job),
-            "run": lambda: _run(job, at_once),
-            "collect": lambda: _collect(job),
-            "fit": lambda: _fit(job, again=only == "fit"),
-            "propose": lambda: _propose(job, again=only == "propose"),
-            "target": lambda: _target(job),
-        }
-        if only is not None:
-            return steps[only]()
-        needless: set[Step] = {"generate", "run", "collect", "fit"} if _is_settled(job) else set()
-        needless |= {"target"} if job.target is None else set()
-        for step, take in steps.items():
-            code = EXIT_OK if step in needless else take()
-            if code != EXIT_OK:
-                return code
-    return EXIT_OK
-
-
-def _is_settled(job: Job) -> bool:
-    return job.update is not None and job.update.settled
-
-
-def _priors(job: Job) -> int:
-    """Writes the shares that a proposal is compared with, of all real domains."""
-    centre = dict(zip(job.domains, job.sampler.centre.tolist(), strict=True))
-    if job.update is not None:
-        shares = job.update.expand(job.sampler.centre)
-        centre = dict(zip(job.update.domains, shares.tolist(), strict=True))
-    priors = Priors(job.token_counts, centre)
-    priors.write(job.run_dir / PRIORS)
-    for line in priors.table().text().splitlines():
-        get_logger().info("%s", line)
-    return EXIT_OK
-
-
-def _generate(job: Job) -> int:
-    if job.update is None:
-        (job.run_dir / UPDATE_FILE).unlink(missing_ok=True)
-    else:
-        job.update.save(job.run_dir)
-    path = job.steps.generate.existing_mix_file
-    existing = None if path is None else _read_mixtures(path, job.domains)
-    weights = sample(job.sampler, job.num_members, existing)
-    real = weights if job.update is None else job.update.expand(weights)
-    write_members(job.run_dir, job.proxy, tuple(job.token_counts), real, f"{job.source}, proxy run")
-    names = [f"{number:04}" for number in range(len(weights))]
-    write_ratios(job.run_dir / MIXTURES, names, job.domains, weights)
-    get_logger().info("the configs of %d members are in %s", len(weights), job.run_dir / FOLDER)
-    return EXIT_OK
-
-
-def _run(job: Job, at_once: int | None) -> int:
-    members = members_of(job.run_dir / FOLDER, [])
-    number = at_once or job.steps.run.at_once or default_at_once(members[0])
-    return run_members(members, [], number, job.run_dir / LOGS)
-
-
-def _collect(job: Job) -> int:
-    collect(job.run_dir / FOLDER, [], job.steps.metrics)
-    return EXIT_OK
-
-
-def _fit(job: Job, *, again: bool) -> int:
-    from megamix.swarm.fit import fit
-
-    made_from = _hash(job.steps.fit, job.run_dir / RATIOS, job.run_dir / METRICS)
-    if again or not _is_made(job, "fit", made_from):
-        fit(job.run_dir / RATIOS, job.run_dir / METRICS, job.run_dir, job.steps.fit)
-        _stamp(job, "fit", made_from)
-    return EXIT_OK
-
-
-def _propose(job: Job, *, again: bool) -> int:
-    raise NotImplementedError
-
-
-def _hash(config: Config, *paths: Path) -> str:
-    """Of what a result follows from."""
-    found = hashlib.sha256(config.model_dump_json().encode())
-    for path in paths:
-        found.update(path.read_bytes() if path.is_file() else b"")
-    return found.hexdigest()
-
-
-def _is_made(job: Job, step: str, made_from: str) -> bool:
-    path = job.run_dir / STAMPS
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get(step) == made_from
-
-
-def _stamp(job: Job, step: str, made_from: str) -> None:
-    path = job.run_dir / STAMPS
-    stamps = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    replace_file(path, (json.dumps({**stamps, step: made_from}, indent=1) + "\n").encode())
-
-
-def _target(job: Job) -> int:
-    if job.target is None:
-        raise InputError(f"{job.source}: swarm.target is null, so there is no target run. Set it to {{}} or to keys.")
-    config = validate(RunConfig, job.target, f"{job.source}, target run")
-    path = job.run_dir / "target.yaml"
-    _write(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-    return train(path, [])
-
-
-def _tell_cost(job: Job) -> None:
-    """Says what will be run before anything is."""
-    log, tokens, number = get_logger(), tokens_of(job.plan.config), job.num_members
-    if _is_settled(job):
-        number = 0
-    log.info("%d proxy runs of %s tokens, %s together", number, f"{tokens:,}", f"{number * tokens:,}")
-    if job.update is not None:
-        full = job.steps.generate.members or default_members(len(job.token_counts))
-        log.info(
-            "%d domains are free; to find the weights of all %d anew would take %d runs",
-            len(job.domains),
-            len(job.token_counts),
-            full,
-        )
-    if job.target_tokens is not None:
-        log.info("and a target run of %s tokens", f"{job.target_tokens:,}")
-
-
-def _read_mixtures(path: Path, domains: tuple[str, ...]) -> Floats:
-    """float64 [rows, K]: the rows of a ratios.csv that have all their weight on these domains.
-
-    Raises:
-        InputError: it cannot be read, or has no such domains.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[float(row.get(name) or 0.0) for name in domains] for row in csv.DictReader(file)]
-    except (OSError, ValueError) as error:
-        raise InputError(f"swarm.generate.existing_mix_file: cannot read {path}: {error}. Check the path.") from error
-    return np.array([row for row in rows if abs(sum(row) - 1) < 1e-3], np.float64).reshape(-1, len(domains))
-
-
-def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content)
+        replace_file(path, yaml.safe_dump(dict(content), sort_keys=False).encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another run_dir.") from error

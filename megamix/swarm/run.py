@@ -1,13 +1,14 @@
 """``megamix swarm run``: the members of a swarm on this machine, several at a time, each a run of its own.
 
 A member is ``megamix train MEMBER.yaml`` in its own process, which writes what it says to SWARM/logs. Without a GPU
-these are forked from one process that has imported everything (multiprocessing's forkserver), and a member of one rank
-is that rank: ten seconds of imports are spent once instead of twice a member. With GPUs, which do not survive a fork,
-they are started one by one, each with GPUs of its own.
+this process imports everything once and forks them, and a member of one rank is that rank: ten seconds of imports are
+spent once instead of twice a member. With GPUs, which do not survive a fork, each is started anew, with GPUs of its
+own.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -31,7 +32,8 @@ from megamix.swarm.members import Member
 from megamix.tables import plural
 
 LOGS = "logs"
-PRELOAD = ["megamix.cli", "megamix.run", "megamix.train"]
+IMPORTED = ("megamix.cli", "megamix.run", "megamix.train")
+"""And the engine's module, before members are forked."""
 
 
 @dataclass
@@ -174,14 +176,17 @@ class _Pool:
 
 
 def _context(member: Member) -> BaseContext:
-    """How processes are started: see the module's docstring."""
+    """How processes are started: see the module's docstring.
+
+    This process must not have used torch or any thread of its own before it forks: importing starts none.
+    """
     if _gpus():
         return multiprocessing.get_context("spawn")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for another and found none
-    context = multiprocessing.get_context("forkserver")
-    megatron = isinstance(member.config.engine, MegatronConfig)
-    context.set_forkserver_preload([*PRELOAD, f"megamix.engines.{'megatron' if megatron else 'deepspeed_module'}"])
-    return context
+    engine = "megatron" if isinstance(member.config.engine, MegatronConfig) else "deepspeed_module"
+    for name in (*IMPORTED, f"megamix.engines.{engine}"):
+        importlib.import_module(name)
+    return multiprocessing.get_context("fork")
 
 
 def _environment(member: Member, slot: int, at_once: int) -> dict[str, str]:
@@ -210,6 +215,8 @@ def _be_member(arguments: list[str], environment: dict[str, str], log: str) -> N
     """Is ``python -m megamix ARGUMENTS`` from here to its end."""
     os.setpgrp()  # a terminal's Ctrl-C is passed on by the process that waits, once
     die_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for number in (1, 2):
         os.dup2(file, number)

@@ -13,7 +13,6 @@ Legend: M entries of a level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,6 +165,7 @@ def strength_of(number: int, low: float, high: float) -> float:
     return float(low * (high / low) ** place)
 
 
-def distance(weights: Floats, others: Sequence[Floats] | Floats) -> float:
-    """The total variation distance to the nearest of ``others``; infinite where there are none."""
-    return min((float(np.abs(weights - other).sum() / 2) for other in others), default=float("inf"))
+def distance(weights: Floats, others: Floats) -> float:
+    """The total variation distance of weights, float64 [K], to the nearest of others, [rows, K]; infinite where there
+    are none."""
+    return float((np.abs(others - weights).sum(axis=1) / 2).min(initial=np.inf))

@@ -1,0 +1,223 @@
+"""``megamix swarm all``: from one config to a mixture that was proposed by a swarm, and to a model trained with it.
+
+    DIR/swarm.yaml          the config, resolved
+    DIR/priors.json         tokens and shares of the domains
+    DIR/update.json         of an update: what of the old mixture is frozen
+    DIR/swarm.csv           the mixtures of the members
+    DIR/members/NNNN.yaml   a run's config for each
+    DIR/runs/NNNN, logs     these runs, and what they said
+    DIR/ratios.csv, metrics.csv    what they were trained on, and what came of it
+    DIR/fit.json, mixture.json     the law, and the mixture that follows
+    DIR/target              a run with that mixture, where one is asked for
+
+DIR is the config's run_dir. A step is taken where its result is not there, or what that follows from has changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megamix.config import Config, validate
+from megamix.errors import EXIT_OK, InputError
+from megamix.files import replace_file
+from megamix.interop.weights import SWARM_MIXTURE
+from megamix.launch import job_world_size
+from megamix.log import get_logger
+from megamix.run import train
+from megamix.run_config import RunConfig
+from megamix.run_lock import RunLock
+from megamix.swarm.collect import METRICS, RATIOS, collect
+from megamix.swarm.fitted import JSON as FIT
+from megamix.swarm.generate import sample
+from megamix.swarm.job import Job, read_job, tokens_of, write_config
+from megamix.swarm.members import FOLDER, members_of, write_members
+from megamix.swarm.priors import FILE as PRIORS
+from megamix.swarm.priors import Priors
+from megamix.swarm.reuse import UPDATE_FILE, default_members
+from megamix.swarm.run import LOGS, default_at_once, run_members
+from megamix.swarm.sampler import Floats
+from megamix.swarm.tables import write_ratios
+
+Step = Literal["priors", "generate", "run", "collect", "fit", "propose", "target"]
+MIXTURES = "swarm.csv"
+STAMPS = "steps.json"
+"""What fit.json and mixture.json were made from, as hashes."""
+
+
+def swarm(config_path: Path, overrides: list[str], only: Step | None = None, *, at_once: int | None = None) -> int:
+    """Takes all steps that are not done, or one; returns the exit code.
+
+    Args:
+        only: this step alone.
+        at_once: members that run at a time, in the place of ``swarm.run.at_once``.
+
+    Raises:
+        MegamixError: anything a user can mend.
+    """
+    if job_world_size() is not None:
+        raise InputError(
+            "megamix swarm starts its own ranks. Outside of torchrun and srun, take `megamix swarm generate CONFIG`; then run "
+            "the members (`megamix swarm run CONFIG --slurm`); then `megamix swarm all CONFIG` for what follows."
+        )
+    job = read_job(config_path, overrides)
+    with RunLock(job.run_dir):
+        if only is None:
+            _tell_cost(job)
+        steps: dict[Step, Callable[[], int]] = {
+            "priors": lambda: _priors(job),
+            "generate": lambda: _generate(job),
+            "run": lambda: _run(job, at_once),
+            "collect": lambda: _collect(job),
+            "fit": lambda: _fit(job, again=only == "fit"),
+            "propose": lambda: _propose(job, again=only == "propose"),
+            "target": lambda: _target(job),
+        }
+        for step in _wanted(job) if only is None else ("priors", "generate") if only == "generate" else (only,):
+            code = steps[step]()
+            if code != EXIT_OK:
+                return code
+    return EXIT_OK
+
+
+def _wanted(job: Job) -> list[Step]:
+    """The steps of a job, in their order."""
+    settled = job.update is not None and job.update.settled
+    found: list[Step] = ["priors", "propose"] if settled else ["priors", "generate", "run", "collect", "fit", "propose"]
+    return found if job.target is None else [*found, "target"]
+
+
+def _priors(job: Job) -> int:
+    """Writes the shares that a proposal is compared with, of all real domains, and what an update freezes."""
+    priors = Priors(job.token_counts, job.centre)
+    priors.write(job.run_dir / PRIORS)
+    if job.update is None:
+        (job.run_dir / UPDATE_FILE).unlink(missing_ok=True)
+    else:
+        job.update.save(job.run_dir)
+    for line in priors.table().text().splitlines():
+        get_logger().info("%s", line)
+    return EXIT_OK
+
+
+def _generate(job: Job) -> int:
+    path = job.steps.generate.existing_mix_file
+    existing = None if path is None else _read_mixtures(path, job.domains)
+    weights = sample(job.sampler, job.num_members, existing)
+    real = weights if job.update is None else job.update.expand(weights)
+    write_members(job.run_dir, job.proxy, tuple(job.token_counts), real, f"{job.source}, proxy run")
+    names = [f"{number:04}" for number in range(len(weights))]
+    write_ratios(job.run_dir / MIXTURES, names, job.domains, weights)
+    get_logger().info("the configs of %d members are in %s", len(weights), job.run_dir / FOLDER)
+    return EXIT_OK
+
+
+def _run(job: Job, at_once: int | None) -> int:
+    members = members_of(job.run_dir / FOLDER, [])
+    number = at_once or job.steps.run.at_once or default_at_once(members[0])
+    return run_members(members, [], number, job.run_dir / LOGS)
+
+
+def _collect(job: Job) -> int:
+    collect(job.run_dir / FOLDER, [], job.steps.metrics)
+    return EXIT_OK
+
+
+def _fit(job: Job, *, again: bool) -> int:
+    """Fits the law, unless tables and options are those of the fit that is there."""
+    from megamix.swarm.fit import fit, report
+
+    tables = job.run_dir / RATIOS, job.run_dir / METRICS
+    made_from = _hash(job.steps.fit, *tables)
+    if not again and _is_made(job, FIT, made_from):
+        get_logger().info("the fit in %s is that of these runs", job.run_dir)
+        return EXIT_OK
+    report(fit(*tables, job.run_dir, job.steps.fit), job.run_dir).show()
+    _stamp(job, FIT, made_from)
+    return EXIT_OK
+
+
+def _propose(job: Job, *, again: bool) -> int:
+    """Proposes a mixture, unless all that it follows from is as it was."""
+    from megamix.swarm.propose import propose_in, propose_settled
+
+    options = job.steps.propose
+    if options.target_tokens is None and job.target_tokens is not None:
+        options = options.model_copy(update={"target_tokens": float(job.target_tokens)})
+    made_from = _hash(options, *(job.run_dir / name for name in (FIT, PRIORS, UPDATE_FILE)))
+    if not again and _is_made(job, SWARM_MIXTURE, made_from):
+        get_logger().info("the mixture in %s is that of this fit", job.run_dir)
+        return EXIT_OK
+    if job.update is not None and job.update.settled:
+        propose_settled(job.run_dir, job.update)
+    else:
+        propose_in(job.run_dir, options)
+    _stamp(job, SWARM_MIXTURE, made_from)
+    return EXIT_OK
+
+
+def _hash(config: Config, *paths: Path) -> str:
+    """Of what a result follows from."""
+    found = hashlib.sha256(config.model_dump_json().encode())
+    for path in paths:
+        found.update(path.read_bytes() if path.is_file() else b"")
+    return found.hexdigest()
+
+
+def _is_made(job: Job, result: str, made_from: str) -> bool:
+    return (job.run_dir / result).is_file() and _stamps(job).get(result) == made_from
+
+
+def _stamp(job: Job, result: str, made_from: str) -> None:
+    content = {**_stamps(job), result: made_from}
+    replace_file(job.run_dir / STAMPS, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _stamps(job: Job) -> dict[str, str]:
+    path = job.run_dir / STAMPS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _target(job: Job) -> int:
+    if job.target is None:
+        raise InputError(f"{job.source}: swarm.target is null, so there is no target run. Set it to {{}} or to keys.")
+    config = validate(RunConfig, job.target, f"{job.source}, target run")
+    path = job.run_dir / "target.yaml"
+    write_config(path, config.model_dump(mode="json"))
+    return train(path, [])
+
+
+def _tell_cost(job: Job) -> None:
+    """Says what will be run before anything is."""
+    log, tokens, number = get_logger(), tokens_of(job.plan.config), job.num_members
+    log.info("%d proxy runs of %s tokens, %s together", number, f"{tokens:,}", f"{number * tokens:,}")
+    if job.update is not None:
+        full = job.steps.generate.members or default_members(len(job.token_counts))
+        log.info(
+            "%d domains are free; to find the weights of all %d anew would take %d runs",
+            len(job.domains),
+            len(job.token_counts),
+            full,
+        )
+    if job.target_tokens is not None:
+        log.info("and a target run of %s tokens", f"{job.target_tokens:,}")
+
+
+def _read_mixtures(path: Path, domains: tuple[str, ...]) -> Floats:
+    """float64 [rows, K]: the rows of a ratios.csv that have all their weight on these domains.
+
+    Raises:
+        InputError: it cannot be read, or has no such domains.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [[float(row.get(name) or 0.0) for name in domains] for row in csv.DictReader(file)]
+    except (OSError, ValueError) as error:
+        raise InputError(f"swarm.generate.existing_mix_file: cannot read {path}: {error}. Check the path.") from error
+    return np.array([row for row in rows if abs(sum(row) - 1) < 1e-3], np.float64).reshape(-1, len(domains))
