@@ -40,7 +40,7 @@ from megamix.swarm.job import Job, read_job, tokens_of, write_config
 from megamix.swarm.members import FOLDER, members_of, write_members
 from megamix.swarm.priors import FILE as PRIORS
 from megamix.swarm.priors import Priors
-from megamix.swarm.reuse import UPDATE_FILE, default_members
+from megamix.swarm.reuse import UPDATE_FILE
 from megamix.swarm.run import LOGS, default_at_once, run_members
 from megamix.swarm.sampler import Floats
 from megamix.swarm.tables import write_ratios
@@ -145,7 +145,8 @@ def _fit(job: Job, *, again: bool) -> int:
 
 def _propose(job: Job, *, again: bool) -> int:
     """Proposes a mixture, unless all that it follows from is as it was."""
-    from megamix.swarm.propose import propose_in, propose_settled
+    from megamix.swarm.proposal_report import report
+    from megamix.swarm.propose import OPTIONS_FILE, propose_in, propose_settled
 
     options = job.steps.propose
     if options.target_tokens is None and job.target_tokens is not None:
@@ -155,9 +156,13 @@ def _propose(job: Job, *, again: bool) -> int:
         get_logger().info("the mixture in %s is that of this fit", job.run_dir)
         return EXIT_OK
     if job.update is not None and job.update.settled:
-        propose_settled(job.run_dir, job.update)
+        _, path = propose_settled(job.run_dir, job.update)
+        get_logger().info("nothing is to be found: the old weights, scaled to sum 1, are in %s", path)
     else:
-        propose_in(job.run_dir, options)
+        # What `megamix swarm propose DIR` goes by, too.
+        content = json.dumps(options.model_dump(mode="json", exclude_defaults=True), indent=1)
+        replace_file(job.run_dir / OPTIONS_FILE, (content + "\n").encode())
+        report(*propose_in(job.run_dir, options)).show()
     _stamp(job, SWARM_MIXTURE, made_from)
     return EXIT_OK
 
@@ -195,16 +200,13 @@ def _target(job: Job) -> int:
 
 def _tell_cost(job: Job) -> None:
     """Says what will be run before anything is."""
+    from megamix.swarm.update import cost
+
     log, tokens, number = get_logger(), tokens_of(job.plan.config), job.num_members
     log.info("%d proxy runs of %s tokens, %s together", number, f"{tokens:,}", f"{number * tokens:,}")
     if job.update is not None:
-        full = job.steps.generate.members or default_members(len(job.token_counts))
-        log.info(
-            "%d domains are free; to find the weights of all %d anew would take %d runs",
-            len(job.domains),
-            len(job.token_counts),
-            full,
-        )
+        for line in cost(job.update, tokens, number).text().splitlines():
+            log.info("%s", line)
     if job.target_tokens is not None:
         log.info("and a target run of %s tokens", f"{job.target_tokens:,}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tiny_swarm import swarm_config
 
 from megamix.config import read_yaml, validate
 from megamix.errors import InputError
@@ -231,20 +232,8 @@ def tree_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.fixture
-def swarm_config(tiny_config: Callable[..., Path]) -> Callable[..., Path]:
-    """A swarm of four tiny proxies over three domains."""
-
-    def write(**sections: Any) -> Path:
-        generate = {"members": 4, "seed": 7, "min_strength": 2.0, "max_strength": 20.0}
-        section = {"generate": generate, **sections.pop("swarm", {})}
-        return tiny_config(swarm=section, data={"domains": ["code", "tables", "topics"]}, **sections)
-
-    return write
-
-
-def test_members_are_configs_of_runs_and_the_same_again(swarm_config: Callable[..., Path], tmp_path: Path) -> None:
-    config, run = swarm_config(swarm={"proxy": {"train": {"steps": 3}}}), tmp_path / "run"
+def test_members_are_configs_of_runs_and_the_same_again(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config, run = swarm_config(tiny_config, swarm={"proxy": {"train": {"steps": 3}}}), tmp_path / "run"
     assert swarm(config, [], "generate") == 0
     first = tree_of(run)
     assert {name for name in first if name.startswith("members/")} == {f"members/{n:04}.yaml" for n in range(4)}
@@ -269,8 +258,8 @@ def test_members_are_configs_of_runs_and_the_same_again(swarm_config: Callable[.
     assert tree_of(run) == first
 
 
-def test_a_member_that_was_run_is_not_replaced_by_another(swarm_config: Callable[..., Path], tmp_path: Path) -> None:
-    config, run = swarm_config(), tmp_path / "run"
+def test_a_member_that_was_run_is_not_replaced_by_another(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config, run = swarm_config(tiny_config), tmp_path / "run"
     assert swarm(config, [], "generate") == 0
     (run / "runs" / "0003").mkdir(parents=True)
     before = tree_of(run / "members")
@@ -281,11 +270,16 @@ def test_a_member_that_was_run_is_not_replaced_by_another(swarm_config: Callable
     assert tree_of(run / "members") == before
 
 
-def test_members_stay_away_from_another_swarm(swarm_config: Callable[..., Path], tmp_path: Path) -> None:
-    assert swarm(swarm_config(), [f"run_dir={tmp_path}/other", "swarm.generate.seed=3"], "generate") == 0
+def test_members_stay_away_from_another_swarm(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert swarm(swarm_config(tiny_config), [f"run_dir={tmp_path}/other", "swarm.generate.seed=3"], "generate") == 0
     options = [f"swarm.generate.existing_mix_file={tmp_path}/other/swarm.csv", "swarm.generate.include_prior=false"]
     assert (
-        swarm(swarm_config(), [*options, "swarm.generate.seed=3", "swarm.generate.min_distance=0.05"], "generate") == 0
+        swarm(
+            swarm_config(tiny_config),
+            [*options, "swarm.generate.seed=3", "swarm.generate.min_distance=0.05"],
+            "generate",
+        )
+        == 0
     )
     rows = {}
     for name in ("run", "other"):
@@ -296,9 +290,11 @@ def test_members_stay_away_from_another_swarm(swarm_config: Callable[..., Path],
 
 
 def test_repetition_counts_the_tokens_of_members_or_of_the_target(
-    swarm_config: Callable[..., Path], tmp_path: Path
+    tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = swarm_config(swarm={"target": {"train": {"steps": 5000}}, "generate": {"members": 3, "repetition": 1.0}})
+    config = swarm_config(
+        tiny_config, swarm={"target": {"train": {"steps": 5000}}, "generate": {"members": 3, "repetition": 1.0}}
+    )
     job = read_job(config, [])
     tokens = job.token_counts
     assert job.sampler.repetition_tokens == 12 * 8 * 64
@@ -319,26 +315,26 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
         ("swarm.metrics={validation: false}", r"no metric is collected"),
     ],
 )
-def test_a_key_that_is_wrong_is_named(swarm_config: Callable[..., Path], change: str, said: str) -> None:
+def test_a_key_that_is_wrong_is_named(tiny_config: Callable[..., Path], change: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        swarm(swarm_config(), [change], "generate")
+        swarm(swarm_config(tiny_config), [change], "generate")
 
 
 def test_shares_from_a_file_or_the_config_are_those_of_the_first_member(
-    swarm_config: Callable[..., Path], tmp_path: Path
+    tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     wanted = {"code": 0.5, "tables": 0.3, "topics": 0.2}
     path = tmp_path / "priors.yaml"
     path.write_text(yaml.safe_dump({"relative_sizes": {name: 2 * share for name, share in wanted.items()}}))
     for number, given in enumerate((str(path), "{code: 5, tables: 3, topics: 2}")):
         run = tmp_path / f"run{number}"
-        assert swarm(swarm_config(), [f"swarm.priors={given}", f"run_dir={run}"], "generate") == 0
+        assert swarm(swarm_config(tiny_config), [f"swarm.priors={given}", f"run_dir={run}"], "generate") == 0
         assert read_yaml(run / "members" / "0000.yaml")["mixture"] == pytest.approx(wanted)
         assert read_yaml(run / "priors.json")["relative_sizes"] == pytest.approx(wanted)
 
 
-def test_a_weight_that_is_none_is_not_written(swarm_config: Callable[..., Path], tmp_path: Path) -> None:
-    job = read_job(swarm_config(), [])
+def test_a_weight_that_is_none_is_not_written(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    job = read_job(swarm_config(tiny_config), [])
     with pytest.raises(InputError, match=r"proxy run: unknown key 'no'"):
         write_members(tmp_path / "x", {**job.proxy, "no": 1}, FLAT[:1], np.ones((1, 1)), "test, proxy run")
     assert not (tmp_path / "x").exists()
