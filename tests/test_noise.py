@@ -124,6 +124,6 @@ def test_official_chases_noise_and_recommended_does_not(runs: Path) -> None:
     assert weights[recommended]["noise"] == pytest.approx(0.1 / len(SHARES), rel=0.5)
 
 
-def test_recommended_loses_little_where_there_is_no_noise(runs: Path) -> None:
-    """Against `official`, to within 0.06 nats: one seed, which had 2.704 and 2.676."""
-    assert mean_loss(runs / "clean-recommended") < mean_loss(runs / "clean-official") + 0.06
+def test_recommended_does_not_lose_where_there_is_no_noise(runs: Path) -> None:
+    """Against `official`: 2.553 and 2.676 when this was written, with other seeds 2.644 and 2.680, 2.578 and 2.608."""
+    assert mean_loss(runs / "clean-recommended") < mean_loss(runs / "clean-official")

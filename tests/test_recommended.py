@@ -21,10 +21,11 @@ class Reference:
     """Keeps every observation and fits each line anew, with numpy's least squares; nothing shared with megamix."""
 
     def __init__(
-        self, initial: list[float], memory: float = 1.0, difficulty: float = 1.0, exploration: float = 0.1
+        self, initial: list[float], memory: float = 1.0, difficulty: float = 0.5, exploration: float = 0.1
     ) -> None:
         self.k, self.memory, self.difficulty, self.exploration = len(initial), memory, difficulty, exploration
-        self.pi = [weight / sum(initial) for weight in initial]
+        self.prior = [weight / sum(initial) for weight in initial]
+        self.pi = self.prior
         self.seen: list[list[tuple[float, float]]] = [[] for _ in initial]  # (tokens, mean loss)
         self.fits: list[tuple[float, float, float] | None] = [None] * self.k
         self.slopes: list[float] | None = None
@@ -73,8 +74,9 @@ class Reference:
                 s * (1.0 if fit is None else min(2.0, math.exp(self.difficulty * (fit[2] - middle))))
                 for s, fit in zip(learning, self.fits, strict=True)
             ]
-            total, e = sum(self.rewards), self.exploration
-            self.pi = [(1 - e) * reward / total + e / self.k for reward in self.rewards]
+            shares = [p * reward for p, reward in zip(self.prior, self.rewards, strict=True)]
+            total, e = sum(shares), self.exploration
+            self.pi = [(1 - e) * share / total + e / self.k for share in shares]
         return self.pi
 
 
@@ -144,12 +146,19 @@ def test_exact_lines_are_found() -> None:
 
 
 def test_harder_domains_come_more_often_up_to_a_ceiling() -> None:
-    """Equal slopes, so all learn: losses that are ln 1.5 and 3 below and above the mean."""
-    mixer = recommended([1.0] * 4, exploration=0.0)
+    """Equal slopes, so all learn: losses that are ln 1.5 and 3 below and above the mean, in an uneven mixture."""
+    mixer = recommended([1.0, 2.0, 30.0, 4.0], exploration=0.0, difficulty=1.0)
     apart = math.log(1.5)
     on_lines(mixer, (9 - apart, 0.5), (9 + apart, 0.5), (9 - 3, 0.5), (9 + 3, 0.5))
-    expected = np.array([1 / 1.5, 1.5, math.exp(-3), 2])
+    expected = np.array([1 / 1.5, 2 * 1.5, 30 * math.exp(-3), 4 * 2])
     np.testing.assert_allclose(mixer.weights, expected / expected.sum(), rtol=1e-7)
+
+
+def test_a_mixture_without_what_learns_stays() -> None:
+    """Only the second domain learns, and the mixture gives it nothing: there is no share to go by."""
+    mixer = recommended([1.0, 0.0], exploration=0.5)
+    on_lines(mixer, (9, -0.5), (9, 0.5))
+    assert mixer.weights.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("noise", [0, 1])
@@ -266,20 +275,22 @@ def test_a_state_continues_bit_for_bit(stop: int) -> None:
 def test_a_state_that_is_not_whole_is_refused() -> None:
     mixer = recommended([1.0, 1.0])
     state = mixer.state_dict()
-    for key, value in (("tokens", [1.0]), ("tokens", [1.0, math.inf]), ("sums", {"w": [0.0, 0.0]})):
+    for key, value in (("prior", [1.0]), ("tokens", [1.0]), ("tokens", [1.0, math.inf]), ("sums", {"w": [0.0, 0.0]})):
         with pytest.raises(InputError, match="not whole"):
             mixer.load_state_dict({**state, key: value})
 
 
 def test_other_domains_keep_what_is_known() -> None:
-    """A domain in two parts, one gone, one new: parts have the slope of the whole, the new one their mean."""
-    before, world = recommended([1.0] * 3), World(6, 3)
+    """A domain in two parts, one gone, one new: parts have the slope of the whole and share its place in the mixture,
+    the new one has the means."""
+    before, world = recommended([6.0, 2.0, 1.0]), World(6, 3)
     world.train(before, 200)
     slopes = before.record()["loss_slope"]
     after = recommended([1.0] * 4)
     after.adopt_state(before.state_dict(), [2, 0, 0, None], np.array([0.4, 0.2, 0.2, 0.2]))
     assert after.record()["loss_slope"] == [slopes[2], slopes[0], slopes[0], None]
     assert after.weights.tolist() == [0.4, 0.2, 0.2, 0.2]
+    assert after.state_dict()["prior"] == pytest.approx([1 / 9, 3 / 9, 3 / 9, 3 / 9])
     assert after.record()["learning_slope"][3] == pytest.approx(np.mean([slopes[2], slopes[0], slopes[0]]))
 
 
