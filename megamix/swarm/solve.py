@@ -32,6 +32,7 @@ _EXACT = 1e-14
 """A gap, relative to the objective, at which to end: rounding."""
 WANTED_GAP = 1e-8
 """A gap above this, relative to the objective, is no solution."""
+_NEXT_TO_NOTHING = 1e-6
 _SNAP = 1e-9
 """Without KL a weight this near to a bound is put on it."""
 
@@ -186,9 +187,11 @@ class _InteriorPoint:
         level, best, best_gap, since, steps = 0.0, y, np.inf, 0, 0
         while steps < _STEPS and since < _PATIENCE:
             slope, curvature, value = self._derivatives(y)
-            gap = _gap(slope, y, self.room_F)
-            best, best_gap, since = (y, gap, 0) if gap < best_gap else (best, best_gap, since + 1)
-            if gap <= _EXACT * max(abs(value), self.kl):
+            for candidate in (y, self._settled(y, slope)):
+                gap = _gap(self._derivatives(candidate)[0], candidate, self.room_F)
+                best, best_gap, since = (candidate, gap, -1) if gap < best_gap else (best, best_gap, since)
+            since += 1
+            if best_gap <= _EXACT * max(abs(value), self.kl):
                 break
             aim = float(y @ low + self._space(y)[self.capped] @ high[self.capped]) / (y.size + self.capped.sum())
             moved = self._step(y, level, low, high, _CENTRING * aim, slope, curvature)
@@ -211,6 +214,19 @@ class _InteriorPoint:
         x = self.floor_F + y
         logs = np.log(x / self.prior_F)
         return slope + self.kl * (logs + 1), curvature + np.diag(self.kl / x), value + self.kl * float(x @ logs)
+
+    def _settled(self, y: Floats, slope: Floats) -> Floats:
+        """``y`` with the weights that are next to nothing where the KL wants them; steps get there only slowly, as the
+        logarithm is steep. A large one makes up for the difference."""
+        small = (y < _NEXT_TO_NOTHING) & (self.kl > 0)
+        main = int(np.argmax(np.where(self.capped, np.minimum(y, self.room_F - y), y)))
+        if not small.any() or small[main]:
+            return y
+        level = slope[main] - slope
+        settled = np.where(small, y * np.exp(np.clip(level / max(self.kl, 1e-300), -600.0, 0.0)), y)
+        settled = np.maximum(settled, 1e-300)
+        settled[main] += y.sum() - settled.sum()
+        return settled
 
     def _space(self, y: Floats) -> Floats:
         """float64 [F]: up to the cap; 1 where there is none."""
@@ -244,10 +260,12 @@ class _InteriorPoint:
         d_high = np.where(self.capped, upper - high + high / space * d_y, 0.0)
         length = min(1.0, 0.99 * _longest(y, d_y), 0.99 * _longest(low, d_low))
         length = min(length, 0.99 * _longest(space, -d_y * self.capped), 0.99 * _longest(high, d_high))
-        before = float(np.linalg.norm(self._residuals(y, level, low, high, aim, slope)))
+        # By the weight that each stands for: the logarithm's slope at next to nothing must not shorten all steps.
+        share = np.concatenate([y / y.max(), np.ones(2 * size + 1)])
+        before = float(np.linalg.norm(share * self._residuals(y, level, low, high, aim, slope)))
         while length > 1e-12:
             new = (y + length * d_y, level + length * d_level, low + length * d_low, high + length * d_high)
-            after = float(np.linalg.norm(self._residuals(*new, aim, self._derivatives(new[0])[0])))
+            after = float(np.linalg.norm(share * self._residuals(*new, aim, self._derivatives(new[0])[0])))
             if after <= (1 - 0.01 * length) * before:
                 return new
             length /= 2
@@ -257,9 +275,8 @@ class _InteriorPoint:
         """``y`` with the sum that it is to have; without KL, weights next to a bound are put on it."""
         if self.kl == 0:
             y = np.where(y < _SNAP, 0.0, np.where(self.capped & (self.room_F - y < _SNAP), self.room_F, y))
-        middle = int(np.argmax(np.minimum(y, self.room_F - y)))
         y = y.copy()
-        y[middle] += self.total - y.sum()
+        y[np.argmax(y)] += self.total - y.sum()
         return y
 
 
