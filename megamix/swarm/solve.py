@@ -219,7 +219,7 @@ class _InteriorPoint:
         """``y`` with the weights that are next to nothing where the KL wants them; steps get there only slowly, as the
         logarithm is steep. A large one makes up for the difference."""
         small = (y < _NEXT_TO_NOTHING) & (self.kl > 0)
-        main = int(np.argmax(np.where(self.capped, np.minimum(y, self.room_F - y), y)))
+        main = self._main(y)
         if not small.any() or small[main]:
             return y
         level = slope[main] - slope
@@ -271,12 +271,18 @@ class _InteriorPoint:
             length /= 2
         return None
 
+    def _main(self, y: Floats) -> int:
+        """The domain that is furthest from its bounds, the upper one only where that is not implied."""
+        return int(np.argmax(np.where(self.capped, np.minimum(y, self.room_F - y), y)))
+
     def _on_bounds(self, y: Floats) -> Floats:
         """``y`` with the sum that it is to have; without KL, weights next to a bound are put on it."""
         if self.kl == 0:
-            y = np.where(y < _SNAP, 0.0, np.where(self.capped & (self.room_F - y < _SNAP), self.room_F, y))
+            snapped = np.where(y < _SNAP, 0.0, np.where(self.capped & (self.room_F - y < _SNAP), self.room_F, y))
+            # What that leaves over needs a weight between its bounds to go to.
+            y = snapped if abs(snapped.sum() - self.total) < snapped[self._main(snapped)] else y
         y = y.copy()
-        y[np.argmax(y)] += self.total - y.sum()
+        y[self._main(y)] += self.total - y.sum()
         return y
 
 

@@ -1,0 +1,445 @@
+"""Proposals: the optimum against other solvers and by hand, its certificate, bounds, searches, and how sure it is."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from synthetic import known_law, swarm_of
+
+from megamix.errors import InputError
+from megamix.interop.weights import read_weights
+from megamix.swarm.fit import fit
+from megamix.swarm.fit_config import FitConfig
+from megamix.swarm.fitted import Fitted
+from megamix.swarm.law import LogLinearLaw, fit_log_linear
+from megamix.swarm.proposal_file import read_proposal
+from megamix.swarm.proposal_report import report
+from megamix.swarm.propose import propose, propose_in, read_options
+from megamix.swarm.propose_config import ProposeConfig
+from megamix.swarm.search import search_worst
+from megamix.swarm.solve import Problem, frank_wolfe_gap, solve
+from megamix.swarm.tables import SwarmTable, write_metrics, write_ratios
+
+Floats = Any
+
+
+def problem(size: int, metrics: int, kl: float, caps: float | None, scale: float = 2.0, seed: int = 0) -> Problem:
+    """A random one; ``caps``: their sum, None for no caps."""
+    random = np.random.default_rng([size, metrics, seed])
+    cap_K = np.ones(size) if caps is None else np.minimum(random.dirichlet(np.full(size, 3.0)) * caps, 1.0)
+    A_JK = random.normal(size=(metrics, size)) * scale
+    v_J, prior_K = random.dirichlet(np.ones(metrics)), random.dirichlet(np.ones(size))
+    return Problem(v_J, A_JK, kl, prior_K, np.zeros(size), cap_K / min(1.0, cap_K.sum()))
+
+
+def objective(p: Problem, x: Floats) -> float:
+    """Written out, not the code's."""
+    total = sum(
+        v * np.exp(sum(a * b for a, b in zip(row, x, strict=True))) for v, row in zip(p.v_J, p.A_JK, strict=True)
+    )
+    return float(total + p.kl * sum(b * np.log(b / q) for b, q in zip(x, p.prior_K, strict=True) if b > 0))
+
+
+def by_slsqp(p: Problem) -> Floats:
+    found = minimize(
+        lambda x: objective(p, np.maximum(x, 1e-300)),
+        p.cap_K / p.cap_K.sum(),
+        bounds=[(1e-12, cap) for cap in p.cap_K],
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    return found.x
+
+
+def by_cvxpy(p: Problem) -> Floats:
+    cvxpy = pytest.importorskip("cvxpy")
+    x = cvxpy.Variable(p.prior_K.size)
+    smooth = p.v_J @ cvxpy.exp(p.A_JK @ x)
+    whole = smooth + p.kl * cvxpy.sum(cvxpy.rel_entr(x, p.prior_K)) if p.kl else smooth
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it came less near than it was asked to
+        cvxpy.Problem(cvxpy.Minimize(whole), [cvxpy.sum(x) == 1, x >= 0, x <= p.cap_K]).solve(
+            solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
+        )
+    return np.clip(x.value, 0, p.cap_K) / np.clip(x.value, 0, p.cap_K).sum()
+
+
+@pytest.mark.parametrize("caps", [None, 1.3, 4.0])
+@pytest.mark.parametrize("kl", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize(("size", "metrics"), [(2, 1), (3, 4), (8, 3), (24, 6), (64, 10)])
+def test_the_optimum_is_that_of_another_solver(size: int, metrics: int, kl: float, caps: float | None) -> None:
+    p = problem(size, metrics, kl, caps)
+    ours, theirs = solve(p), by_slsqp(p) if size <= 8 else by_cvxpy(p)
+    assert ours.x_K.sum() == pytest.approx(1, abs=1e-12)
+    assert (ours.x_K >= 0).all()
+    assert (ours.x_K <= p.cap_K + 1e-15).all()
+    assert objective(p, ours.x_K) <= objective(p, theirs) + 1e-9
+    if kl > 0:
+        assert np.abs(ours.x_K - theirs).sum() <= 1e-3
+        assert ours.within < 1e-5
+    if caps == 1.3:
+        assert (ours.x_K > p.cap_K - 1e-7).any()  # some are active
+
+
+def test_two_domains_by_hand() -> None:
+    """The derivative along (1, -1) is 0 where bisection finds it, or the cap is reached."""
+    a, b, kl, q = 1.0, -0.5, 0.3, 0.7
+
+    def slope(x: float) -> float:
+        return (a - b) * np.exp(a * x + b * (1 - x)) + kl * (np.log(x / q) - np.log((1 - x) / (1 - q)))
+
+    low, high = 1e-12, 1 - 1e-12
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    p = Problem(np.ones(1), np.array([[a, b]]), kl, np.array([q, 1 - q]), np.zeros(2), np.ones(2))
+    assert solve(p).x_K == pytest.approx([low, 1 - low], abs=1e-8)
+    capped = Problem(p.v_J, p.A_JK, kl, p.prior_K, np.zeros(2), np.array([1.0, 0.6]))
+    assert low < 0.4  # else the cap would not be felt
+    assert solve(capped).x_K == pytest.approx([0.4, 0.6], abs=1e-9)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+def test_the_certificate_holds_for_any_mixture(kl: float) -> None:
+    """No gap is smaller than the true distance from the minimum, in value and, by Pinsker, in weights."""
+    p = problem(6, 4, kl, 2.0)
+    best = by_slsqp(p)
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        x = random.dirichlet(np.ones(6))
+        x = 0.5 * x + 0.5 * best
+        if (x > p.cap_K).any():
+            continue
+        gap = frank_wolfe_gap(p, x)
+        assert gap >= objective(p, x) - objective(p, best) - 1e-9
+        if kl > 0:
+            assert np.sqrt(2 * gap / kl) >= np.abs(x - best).sum() - 1e-6
+    assert frank_wolfe_gap(p, solve(p).x_K) < 1e-12
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e-4, 0.05])
+@pytest.mark.parametrize("caps", [None, 1.2])
+def test_coefficients_of_any_size(kl: float, caps: float | None) -> None:
+    """Exponents to about +-100: the gap stays tiny beside the objective."""
+    for size, metrics in ((3, 2), (24, 50), (64, 50)):
+        for scale in (0.01, 30.0):
+            p = problem(size, metrics, kl, caps, scale)
+            found = solve(p)
+            assert found.gap <= 1e-9 * (objective(p, found.x_K) + kl)
+
+
+def test_special_cases() -> None:
+    one = solve(problem(1, 3, 0.05, None))
+    assert one.x_K.tolist() == [1.0]
+    p = problem(4, 2, 0.05, None)
+    zero = Problem(p.v_J, p.A_JK, 0.05, np.array([0.5, 0.0, 0.3, 0.2]), p.floor_K, p.cap_K)
+    assert solve(zero).x_K[1] == 0
+    assert solve(Problem(p.v_J, p.A_JK, 0.0, zero.prior_K, p.floor_K, p.cap_K)).x_K[1] >= 0
+    fixed = Problem(p.v_J, p.A_JK, 0.05, p.prior_K, np.array([0, 0.3, 0, 0]), np.array([1, 0.3, 1, 1]))
+    found = solve(fixed)
+    assert found.x_K[1] == 0.3
+    reduced = minimize(
+        lambda x: objective(p, np.insert(np.maximum(x, 1e-12), 1, 0.3)), [0.2, 0.2, 0.3], bounds=[(1e-9, 1)] * 3,
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 0.7}, method="SLSQP", options={"ftol": 1e-14},
+    )  # fmt: skip
+    assert np.delete(found.x_K, 1) == pytest.approx(reduced.x, abs=1e-5)
+    tight = Problem(p.v_J, p.A_JK, 0.05, p.prior_K, np.zeros(4), np.array([0.4, 0.3, 0.2, 0.1]))
+    assert solve(tight).x_K == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def fitted_of(
+    law: LogLinearLaw, table: SwarmTable, resampled: list[LogLinearLaw] | None = None, **other: Any
+) -> Fitted:
+    laws = resampled or []
+    shape = (0, len(law.metrics), len(law.domains))
+    return Fitted(
+        families=other.get("families", {}),
+        regression="log_linear",
+        model=law,
+        table=table,
+        cross_validation={},
+        family_cross_validation={},
+        held_out_RJ=table.values_RJ,
+        boot_c_BJ=np.stack([one.c_J for one in laws]) if laws else np.zeros(shape[:2]),
+        boot_A_BJK=np.stack([one.A_JK for one in laws]) if laws else np.zeros(shape),
+    )
+
+
+def uniform(law: LogLinearLaw) -> dict[str, float]:
+    return dict.fromkeys(law.domains, 1 / len(law.domains))
+
+
+def true_problem(law: LogLinearLaw, caps: dict[str, float] | None, kl: float) -> Problem:
+    size, metrics = len(law.domains), len(law.metrics)
+    cap_K = np.array([1.0 if caps is None else min(caps[name], 1.0) for name in law.domains])
+    return Problem(np.full(metrics, 1 / metrics), law.A_JK, kl, np.full(size, 1 / size), np.zeros(size), cap_K)
+
+
+@pytest.mark.parametrize("size", [2, 8, 24, 64])
+@pytest.mark.parametrize("capped", [False, True])
+def test_without_noise_the_optimum_of_the_true_law_is_found(size: int, capped: bool) -> None:
+    law = known_law(size, 2)
+    caps = dict.fromkeys(law.domains, 1.5 / size) if capped else None
+    table = swarm_of(law, 2 * size + 8)
+    found = propose(fitted_of(fit_log_linear(table, starts=2), table), uniform(law), kl=0.05, caps=caps)
+    p = true_problem(law, caps, 0.05)
+    best = by_slsqp(p) if size <= 8 else by_cvxpy(p)
+    assert np.array(list(found.weights.values())) == pytest.approx(best, abs=1e-3)
+    assert list(found.predicted.values()) == pytest.approx(law.predict(best[None])[0], abs=1e-3)
+    at_cap = [weight > caps[name] - 1e-6 for name, weight in found.weights.items()] if caps else [False]
+    assert any(at_cap) == capped
+
+
+def test_with_noise_more_runs_lose_less() -> None:
+    """By how much the true objective at the proposal is above the true minimum: small, and smaller with more runs."""
+    law = known_law(6, 3)
+    p = true_problem(law, None, 0.05)
+    best = objective(p, by_slsqp(p))
+    lost = {}
+    for runs in (14, 28, 112):
+        regrets = []
+        for seed in range(4):
+            table = swarm_of(law, runs, noise=0.03, seed=seed)
+            found = propose(fitted_of(fit_log_linear(table, starts=2), table), uniform(law), kl=0.05)
+            regrets.append(objective(p, np.array(list(found.weights.values()))) - best)
+        lost[runs] = float(np.mean(regrets))
+    assert 0 <= lost[112] < lost[28] < lost[14]
+    assert lost[112] < 0.01
+
+
+def test_objective_weights_by_metric_and_family() -> None:
+    law = known_law(3, 4)
+    table = swarm_of(law, 12)
+    fitted = fitted_of(law, table, families={"ab": ("m0", "m1"), "c": ("m2",)})
+    for given, wanted in (
+        (None, [0.25] * 4),
+        ({"m3": 2.0}, [0, 0, 0, 1]),
+        ({"ab": 1.0, "m3": 1.0}, [0.25, 0.25, 0, 0.5]),
+        ({"ab": 1.0, "m0": 1.0, "c": 0.0}, [0.75, 0.25, 0, 0]),
+    ):
+        found = propose(fitted, uniform(law), objective=given)
+        metrics = np.array([found.details["objective"].get(name, 0.0) for name in law.metrics])
+        assert metrics == pytest.approx(wanted)
+        x = np.array(list(found.weights.values()))
+        p = Problem(np.maximum(metrics, 1e-300), law.A_JK, 0.05, np.full(3, 1 / 3), np.zeros(3), np.ones(3))
+        assert x == pytest.approx(by_slsqp(p), abs=1e-4)
+    with pytest.raises(InputError, match=r"no metric or family 'mm3'\. Did you mean 'm3'"):
+        propose(fitted, uniform(law), objective={"mm3": 1.0})
+    with pytest.raises(InputError, match="all weights are 0"):
+        propose(fitted, uniform(law), objective={"m1": 0.0})
+    with pytest.raises(InputError, match="weight of 'm1' is -1"):
+        propose(fitted, uniform(law), objective={"m1": -1.0})
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+def test_the_worst_is_no_better_than_any_of_a_grid(kl: float) -> None:
+    p = problem(3, 3, kl, 1.8, seed=5)
+    x, starts = search_worst(p, np.zeros((0, 3)), 0)
+    assert starts > 60
+    assert x.sum() == pytest.approx(1)
+    assert (x <= p.cap_K + 1e-12).all()
+
+    def height(y: Floats) -> float:
+        return 2 * objective(Problem(p.v_J, p.A_JK, 0.0, p.prior_K, p.floor_K, p.cap_K), y) - objective(p, y)
+
+    steps = np.arange(0, 101) / 100
+    grid = [np.array([a, b, 1 - a - b]) for a in steps for b in steps if a + b <= 1]
+    highest = max(height(np.maximum(y, 0)) for y in grid if (y <= p.cap_K).all())
+    assert height(x) >= highest - 1e-9
+
+
+def test_how_sure_by_hand() -> None:
+    """Distances, percentiles over the resampled laws, and what lies beyond any mixture tried."""
+    law = known_law(3, 2)
+    ratios = np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
+    table = SwarmTable(("a", "b", "c"), law.domains, law.metrics, ratios, law.predict(ratios))
+    random = np.random.default_rng(0)
+    laws = [
+        LogLinearLaw(law.domains, law.metrics, law.c_J, law.A_JK + 0.1 * random.normal(size=(2, 3))) for _ in range(9)
+    ]
+    found = propose(fitted_of(law, table, laws), uniform(law), kl=0.02, resamples=5)
+    x, details = np.array(list(found.weights.values())), found.details
+    apart = [sum(abs(a - b) for a, b in zip(x, row, strict=True)) / 2 for row in ratios]
+    assert details["distance"]["nearest_run"] == "abc"[int(np.argmin(apart))]
+    assert details["distance"]["total_variation"] == pytest.approx(min(apart))
+    assert details["distance"]["median_among_runs"] == pytest.approx(np.median([0.3, 0.3, 0.5]))
+    beyond = {name: [w, m] for name, w, m in zip(law.domains, x, [0.5, 0.8, 0.5], strict=True) if w > m}
+    assert beyond
+    assert details["distance"]["beyond_tried"] == beyond
+    prior = np.full(3, 1 / 3)
+    gains = [(one.predict(prior[None]) - one.predict(x[None])).mean() for one in laws]
+    assert details["gain_over_prior"]["interval"] == pytest.approx(np.percentile(gains, [5, 95]))
+    at = np.stack([one.predict(x[None])[0] for one in laws])
+    assert details["intervals"]["m1"] == pytest.approx(np.percentile(at[:, 1], [5, 95]))
+    again = np.stack(
+        [by_slsqp(Problem(np.full(2, 0.5), one.A_JK, 0.02, prior, np.zeros(3), np.ones(3))) for one in laws[:5]]
+    )
+    assert np.array(list(details["weight_intervals"].values())) == pytest.approx(
+        np.percentile(again, [5, 95], axis=0).T, abs=2e-4
+    )
+    measured = table.values_RJ.mean(axis=1)
+    assert details["best_tried"]["run"] == "abc"[int(np.argmin(measured))]
+    text = report(found, Path("mixture.json")).text()
+    assert "It lies outside of what was tried: " in text
+    assert "in 90 % of 9 resamples" in text
+
+
+# In a directory. -----------------------------------------------------------------------------------------------------
+
+COUNTS = {"d0": 100.0, "d1": 300.0, "d2": 600.0}
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a fit by each regression."""
+    law = known_law(3, 2, seed=1)
+    table = swarm_of(law, 24, noise=0.01)
+    found = {}
+    for regression in ("log_linear", "gp", "lightgbm"):
+        folder = found[regression] = tmp_path_factory.mktemp(regression)
+        write_ratios(folder / "ratios.csv", table.runs, table.domains, table.ratios_RK)
+        write_metrics(folder / "metrics.csv", table.runs, table.metrics, table.values_RJ)
+        config = FitConfig(regression=regression, starts=2, folds=2, bootstrap=8 if regression == "log_linear" else 0)
+        fit(folder / "ratios.csv", folder / "metrics.csv", folder, config)
+    return found
+
+
+def options(**given: Any) -> ProposeConfig:
+    return ProposeConfig.model_validate(given)
+
+
+def test_where_the_prior_comes_from(fits: dict[str, Path], tmp_path: Path) -> None:
+    folder = fits["log_linear"]
+    mean = Fitted.open(folder).table.ratios_RK.mean(axis=0)
+
+    def prior(**given: Any) -> tuple[str, list[float]]:
+        found = propose_in(folder, options(**given))[0].details["prior"]
+        return found["source"], list(found["shares"].values())
+
+    assert prior() == ("the mean of the mixtures tried", pytest.approx(mean))
+    assert prior(token_counts=COUNTS) == ("the shares of the token counts", pytest.approx([0.1, 0.3, 0.6]))
+    path = folder / "priors.json"
+    path.write_text(json.dumps({"token_counts": COUNTS, "relative_sizes": {"d0": 0.5, "d1": 0.3, "d2": 0.2}}))
+    assert prior(token_counts=COUNTS) == (str(path), pytest.approx([0.5, 0.3, 0.2]))
+    given = tmp_path / "mine.yaml"
+    given.write_text("d2: 4\nd0: 4\nd1: 2\n")
+    assert prior(priors=given) == (str(given), pytest.approx([0.4, 0.2, 0.4]))
+    given.write_text("priors:\n  token_counts: {d0: 1, d1: 1, d2: 2}\n")
+    assert prior(priors=given) == (str(given), pytest.approx([0.25, 0.25, 0.5]))
+    # The KL is to the natural shares when asked for: strongly held, the mixture is those.
+    natural = propose_in(folder, options(kl=1e4, use_natural_kl=True))[0]
+    assert list(natural.weights.values()) == pytest.approx([0.1, 0.3, 0.6], abs=1e-3)
+    held = propose_in(folder, options(kl=1e4))[0]
+    assert list(held.weights.values()) == pytest.approx([0.5, 0.3, 0.2], abs=1e-3)
+    path.unlink()
+
+
+def test_the_file_is_whole_and_can_be_trained_with(fits: dict[str, Path]) -> None:
+    folder = fits["log_linear"]
+    proposal, path = propose_in(folder, options(token_counts=COUNTS, target_tokens=1200, repetition=2))
+    json.loads(path.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    assert read_proposal(folder) == proposal
+    assert read_weights(path, ("d2", "d0", "d1")) == pytest.approx(proposal.weights)
+    assert (folder / "mixture.png").read_bytes()[:4] == b"\x89PNG"
+    assert proposal.details["caps"]["d0"] == pytest.approx(2 * 100 / 1200)
+    assert all(proposal.weights[name] <= 2 * COUNTS[name] / 1200 + 1e-12 for name in COUNTS)
+    (entry,) = proposal.history
+    assert entry["weights"] == proposal.weights
+    assert (entry["runs"], entry["update"]) == (24, None)
+    before = path.read_bytes()
+    assert propose_in(folder, options(worst=True, priors=None))[1] == folder / "worst" / "mixture.json"
+    assert path.read_bytes() == before
+    assert propose_in(folder, options(token_counts=COUNTS, target_tokens=1200, repetition=2))[1].read_bytes() == before
+
+
+def test_caps_that_cannot_be_met_name_what_would_do(fits: dict[str, Path]) -> None:
+    folder = fits["log_linear"]
+    asked = {"token_counts": COUNTS, "target_tokens": 5000, "repetition": 4}
+    with pytest.raises(InputError) as caught:
+        propose_in(folder, options(**asked))
+    text = str(caught.value)
+    assert "gives 0.8 of 5000 tokens" in text
+    assert "1000 tokens are missing" in text
+    assert "d0 0.08, d1 0.24, d2 0.48" in text
+    assert "target_tokens to 4000 at most, or raise repetition to 5 at least" in text
+    for change in ({"target_tokens": 4000}, {"repetition": 5}):
+        weights = propose_in(folder, options(**{**asked, **change}))[0].weights
+        assert list(weights.values()) == pytest.approx([0.1, 0.3, 0.6])
+    fixed = {**asked, "target_tokens": 2000, "fixed_weight": {"d0": 0.5}}
+    with pytest.raises(InputError, match=r"'d0' has 0\.5, but read 4 times it is 0\.2 of 2000 tokens"):
+        propose_in(folder, options(**fixed))
+    found = propose_in(folder, options(**{**fixed, "fixed_weight": {"d0": 0.15}}))[0]
+    assert found.weights["d0"] == 0.15
+    with pytest.raises(InputError, match="needs the tokens of each"):
+        propose_in(folder, options(target_tokens=10))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"d0": 1, "d1": 1, "d2": 1, "d22": 1}, r"the swarm has no domain 'd22'\. Did you mean 'd2'"),
+        ({"d0": 1, "d2": 1}, r"mine\.json lacks the domain d1"),
+        ({"d0": 1, "d1": -1, "d2": 1}, r"'d1' is -1, expected a number that is not negative"),
+        ({"d0": 0, "d1": 0, "d2": 0}, r"all shares are 0"),
+        ({"d0": "1", "d1": 1, "d2": 1}, r"'d0' is '1', expected a number"),
+        ([1, 2], r"holds list, expected a mapping"),
+    ],
+)
+def test_a_prior_of_other_domains(fits: dict[str, Path], tmp_path: Path, given: Any, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(InputError, match=message):
+        propose_in(fits["log_linear"], options(priors=path))
+
+
+def test_fixed_weights_that_leave_nothing(fits: dict[str, Path], tmp_path: Path) -> None:
+    folder = fits["log_linear"]
+    with pytest.raises(InputError, match=r"fixed_weight: the swarm has no domain 'd9'"):
+        propose_in(folder, options(fixed_weight={"d9": 0.1}))
+    with pytest.raises(InputError, match="sum to 1 at most"):
+        propose_in(folder, options(fixed_weight={"d0": 0.7, "d1": 0.7}))
+    (tmp_path / "p.json").write_text(json.dumps({"d0": 1, "d1": 0, "d2": 0}))
+    with pytest.raises(InputError, match=r"leaves 0\.5 of the mixture to no domain"):
+        propose_in(folder, options(fixed_weight={"d0": 0.5}, priors=tmp_path / "p.json"))
+
+
+@pytest.mark.parametrize(("regression", "worst"), [("gp", True), ("lightgbm", False)])
+def test_a_search_finds_what_a_grid_does(fits: dict[str, Path], regression: str, worst: bool) -> None:
+    folder = fits[regression]
+    fitted = Fitted.open(folder)
+    asked = options(kl=0.02, token_counts=COUNTS, target_tokens=1000, repetition=2, worst=worst, seed=3)
+    found = propose_in(folder, asked)[0]
+    cap, q = np.array([0.2, 0.6, 1.0]), np.array([0.1, 0.3, 0.6])
+    steps = np.arange(0, 51) / 50
+    grid = np.array([[a, b, 1 - a - b] for a in steps for b in steps if a <= 0.2 and b <= 0.6 and a + b <= 1])
+
+    def height(x: Floats) -> Floats:
+        x = np.atleast_2d(x)
+        kl = np.where(x > 0, x * np.log(np.maximum(x, 1e-300) / q), 0).sum(axis=1)
+        return (-1 if worst else 1) * fitted.predict(x).mean(axis=1) + 0.02 * kl
+
+    x = np.array(list(found.weights.values()))
+    assert (x <= cap + 1e-12).all()
+    assert height(x)[0] <= height(grid).min() + 2e-3
+    assert "search: the best of" in found.details["optimality"]["method"]
+    assert "better ones may exist" in report(found, folder).text()
+    assert propose_in(folder, asked)[0] == found
+
+
+def test_options_of_the_directory_under_those_given(fits: dict[str, Path]) -> None:
+    folder = fits["log_linear"]
+    assert read_options(folder, {}) == ProposeConfig()
+    (folder / "propose.json").write_text(json.dumps({"kl": 0.5, "seed": 3}))
+    found = read_options(folder, {"seed": 4, "objective": {"m0": 1.0}})
+    assert found == ProposeConfig(kl=0.5, seed=4, objective={"m0": 1.0})
+    (folder / "propose.json").write_text(json.dumps({"kll": 0.5}))
+    with pytest.raises(InputError, match=r"unknown key 'kll'\. Did you mean 'kl'"):
+        read_options(folder, {})
+    (folder / "propose.json").unlink()
