@@ -27,10 +27,22 @@ def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
     """Fits a swarm and writes fit.json, fit.npz and plots to ``out``; the same input gives the same files.
 
     Raises:
-        InputError: see `read_table` and `check_enough`.
+        InputError: see `learn`.
     """
     from megamix.swarm.fit_plots import plot_fit
 
+    fitted = learn(ratios, metrics, config)
+    fitted.save(out)
+    plot_fit(fitted, out)
+    return fitted
+
+
+def learn(ratios: Path, metrics: Path, config: FitConfig) -> Fitted:
+    """Fits a swarm and writes nothing.
+
+    Raises:
+        InputError: see `read_table` and `check_enough`.
+    """
     chosen, families = read_selected(ratios, metrics, config)
     table, test = split(chosen, config)
     check_enough(table, config)
@@ -38,7 +50,7 @@ def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
     model = fit_model(table, config)
     held_out_RJ = cross_validate(table, fold_R, config)
     boot_c_BJ, boot_A_BJK = bootstrap(table, model, config)
-    fitted = Fitted(
+    return Fitted(
         families=families,
         regression=config.regression,
         model=model,
@@ -56,9 +68,6 @@ def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
             "test": None if test is None else _tested(model, test),
         },
     )
-    fitted.save(out)
-    plot_fit(fitted, out)
-    return fitted
 
 
 def fit_model(table: SwarmTable, config: FitConfig) -> Model:

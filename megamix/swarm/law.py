@@ -127,7 +127,7 @@ def _guess(problems: Problems, share: float) -> tuple[Array, Array]:
     above_PR = np.maximum(problems.y_PR - floor_P[:, None], nearest_P[:, None])
     target_PR = np.log(above_PR)
     # An error of y is one of log(y - e) times 1 / (y - e).
-    precision_PR = problems.weight_PR * (above_PR / above_PR.max(axis=1, keepdims=True)) ** 2
+    precision_PR = problems.weight_PR * (above_PR / (highest_P - floor_P)[:, None]) ** 2
     mean_P = (precision_PR * target_PR).sum(axis=1) / precision_PR.sum(axis=1)
     x_RK, num_domains = problems.x_RK, problems.x_RK.shape[1]
     outer_RQ = (x_RK[:, :, None] * x_RK[:, None, :]).reshape(-1, num_domains**2)

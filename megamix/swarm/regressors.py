@@ -6,6 +6,7 @@ same for the same input: one thread, and a seed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -124,7 +125,10 @@ def fit_processes(x_RK: Array, y_RJ: Array, seed: int, kernel_JH: Array | None =
             normalize_y=True,
             random_state=seed,
         )
-        models.append(model.fit(x_RK, y_R))
+        with warnings.catch_warnings():
+            # A search for a kernel that ends at a bound, or without progress; the best of the starts is kept.
+            warnings.simplefilter("ignore")
+            models.append(model.fit(x_RK, y_R))
     return Processes(np.stack([model.kernel_.theta for model in models]), tuple(models))
 
 
