@@ -272,11 +272,12 @@ class MixConfig(Config):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _not_a_doremi_job(cls, data: object) -> object:
-        if isinstance(data, dict) and "doremi" in data and "doremi" not in cls.model_fields:
-            raise ValueError(
-                "the key doremi is for `megamix doremi`, which makes several runs. Use that, or remove the key."
-            )
+    def _one_run(cls, data: object) -> object:
+        for key, command in (("doremi", "doremi"), ("swarm", "swarm all")):
+            if isinstance(data, dict) and key in data and key not in cls.model_fields:
+                raise ValueError(
+                    f"the key {key} is for `megamix {command}`, which makes several runs. Use that, or remove the key."
+                )
         return data
 
     @pydantic.field_validator("mixture", mode="before")

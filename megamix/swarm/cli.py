@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamix.errors import EXIT_OK
-
 app = typer.Typer(
     help="Mixtures from a swarm of proxy runs: sample, train, fit, propose; and keep them as the domains change.",
     no_args_is_help=True,
@@ -115,6 +113,15 @@ def collect(
     typer.echo(take(job.run_dir / FOLDER, [], job.steps.metrics, partial=partial))
 
 
+def _swarm_keys(asked: bool) -> None:
+    if asked:
+        from megamix.config_help import config_help
+        from megamix.swarm.job_config import SwarmSteps
+
+        typer.echo(config_help(SwarmSteps))
+        raise typer.Exit
+
+
 @app.command("all")
 def all_steps(
     config: ConfigFile,
@@ -124,19 +131,18 @@ def all_steps(
         typer.Option(help="Take this step alone."),
     ] = None,
     at_once: AtOnce = None,
-    help_config: Annotated[bool, typer.Option("--help-config", help="Print every key of the config's swarm.")] = False,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config", is_eager=True, callback=_swarm_keys, help="Print every key of swarm, and its meaning."
+        ),
+    ] = False,
 ) -> None:
     """A proposed mixture in one command: priors, generate, run, collect, fit, propose and, if asked for, a target run.
     What is done is passed over; what was interrupted goes on. The config is a run's, with the rest under the key swarm.
 
     Example: megamix swarm all configs/swarm/demo.yaml run_dir=runs/swarm
     """
-    if help_config:
-        from megamix.config_help import config_help
-        from megamix.swarm.job_config import SwarmSteps
-
-        typer.echo(config_help(SwarmSteps))
-        raise typer.Exit(EXIT_OK)
     from megamix.swarm.steps import swarm as take
 
     raise typer.Exit(take(config, overrides or [], only, at_once=at_once))

@@ -175,15 +175,17 @@ class Sampler:
         total = float(sum(fixed.values()))
         if total > 1 + SLACK or (not free.any() and abs(total - 1) > 1e-6):
             wanted = "at most 1" if free.any() else "1, as no other source is left"
-            raise InputError(f"generate.fixed_source_weights sum to {total:.6g}, expected {wanted}. Change them.")
+            raise InputError(f"swarm.generate.fixed_source_weights sum to {total:.6g}, expected {wanted}. Change them.")
         for name, weight in fixed.items():
             if weight > self._largest(name) + SLACK:
                 raise InputError(
-                    f"generate.fixed_source_weights: '{name}' is to have {weight:.6g}, but can have {self._largest(name):.6g} "
+                    f"swarm.generate.fixed_source_weights: '{name}' is to have {weight:.6g}, but can have {self._largest(name):.6g} "
                     "at most. Allow more repetition, or lower it."
                 )
             if weight == 0 and self._is_required(name):
-                raise InputError(f"'{name}' is fixed at 0, and named in generate.nonzero_weight. Change one of them.")
+                raise InputError(
+                    f"'{name}' is fixed at 0, and named in swarm.generate.nonzero_weight. Change one of them."
+                )
         rest = 1 - total
         return (free, rest) if rest > SLACK else (np.zeros_like(free), 0.0)
 
@@ -238,7 +240,7 @@ class Sampler:
             shares[place] = self.config.manual_topic_prior.get(self.domains[index], shares[place])
         if shares.sum() <= 0:
             raise InputError(
-                f"generate.manual_topic_prior of '{source_of(self.domains[indices[0]])}' is 0 for all topics. "
+                f"swarm.generate.manual_topic_prior of '{source_of(self.domains[indices[0]])}' is 0 for all topics. "
                 "Give at least one a share above 0."
             )
         return shares / shares.sum()
@@ -260,11 +262,13 @@ class Sampler:
             missing = [name for name in names if name not in fixed]
             if missing and len(missing) < len(names):
                 raise InputError(
-                    f"generate.fixed_topic_weights names some topics of '{source}', but not {', '.join(missing)}. "
+                    f"swarm.generate.fixed_topic_weights names some topics of '{source}', but not {', '.join(missing)}. "
                     "Give each a share; 0 leaves one out."
                 )
             if not missing and not any(fixed[name] for name in names):
-                raise InputError(f"generate.fixed_topic_weights of '{source}' are all 0. Give one a share above 0.")
+                raise InputError(
+                    f"swarm.generate.fixed_topic_weights of '{source}' are all 0. Give one a share above 0."
+                )
 
     def _check_repetition(self) -> None:
         if self.config.repetition is None:
@@ -272,7 +276,7 @@ class Sampler:
         missing = [name for name in self.domains if name not in self.token_counts]
         if missing:
             raise InputError(
-                f"generate.repetition needs the tokens of every domain, and those of {', '.join(missing)} are not known. "
+                f"swarm.generate.repetition needs the tokens of every domain, and those of {', '.join(missing)} are not known. "
                 "Add them to token_counts of the priors."
             )
         room = float(np.minimum(self.caps, 1.0)[self.centre > 0].sum())
@@ -281,7 +285,7 @@ class Sampler:
         total = float(sum(self.token_counts[name] for name in self.domains))
         factor, tokens = self.config.repetition, self.repetition_tokens
         raise InputError(
-            f"generate.repetition {factor:g} allows {factor * total:,.0f} tokens of all {len(self.domains)} domains together "
+            f"swarm.generate.repetition {factor:g} allows {factor * total:,.0f} tokens of all {len(self.domains)} domains together "
             f"({total:,.0f} tokens read {factor:g} times), and with max_weight a total weight of {room:.6g}, but a run has "
             f"{tokens:,.0f} tokens. Repetition of at least {tokens / total:.3g}, or runs of at most {factor * total:,.0f} "
             "tokens would do, were there no max_weight."
@@ -309,7 +313,9 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
     if config.include_prior:
         prior = sampler.nearest_to_prior
         if prior is None:
-            raise InputError("the prior cannot be brought within the bounds. Set generate.include_prior to false.")
+            raise InputError(
+                "the prior cannot be brought within the bounds. Set swarm.generate.include_prior to false."
+            )
         found.append(prior)
     first = len(found)
     while len(found) < members:
@@ -329,7 +335,7 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
             raise InputError(
                 f"member {len(found)} of {members}: each of {ATTEMPTS} draws "
                 + ("is out of the bounds. Loosen them." if np.isinf(near) else
-                   f"is nearer than generate.min_distance {config.min_distance:g} to one drawn before (the last one "
+                   f"is nearer than swarm.generate.min_distance {config.min_distance:g} to one drawn before (the last one "
                    f"{near:.3g}). Ask for fewer members, lower min_distance, or widen min_strength and max_strength.")
             )  # fmt: skip
     return np.stack(found[:members])
@@ -349,4 +355,4 @@ def _check_names(
 ) -> None:
     for name in given:
         if name not in known:
-            raise InputError(f"generate.{key}: there is no '{name}'." + did_you_mean(name, known))
+            raise InputError(f"swarm.generate.{key}: there is no '{name}'." + did_you_mean(name, known))

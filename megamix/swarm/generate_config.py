@@ -21,8 +21,8 @@ class GenerateConfig(Config):
     """
 
     members: int | None = pydantic.Field(default=None, gt=0)
-    """Mixtures, the prior included. Default: by the number of domains that are free, see `megamix swarm all --dry-run`.
-    With more of them, and all else the same, the first ones stay as they are."""
+    """Mixtures, the prior included. Default: 5 a domain whose weight is to be found, 16 at least. With more of
+    them, and all else the same, the first ones stay as they are."""
     seed: int = pydantic.Field(default=42, ge=0)
     """Of the draws."""
     include_prior: bool = True

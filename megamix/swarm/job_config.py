@@ -1,4 +1,4 @@
-"""The config of ``megamix swarm``: a run's, of which the proxies differ in some keys, with the rest under ``swarm``."""
+"""The config of ``megamix swarm``: a run's, with all that concerns the swarm under the key ``swarm``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 import pydantic
 
 from megamix.config import Config
-from megamix.run_config import RunConfig
 from megamix.swarm.collect import MetricsConfig
 from megamix.swarm.fit_config import FitConfig
 from megamix.swarm.generate_config import GenerateConfig
@@ -47,9 +46,3 @@ class SwarmSteps(Config):
     """How the domains differ from those of a mixture found before. With it only what the change touches is swarmed."""
     target: dict[str, Any] | None = None
     """Keys of a run with the proposed mixture that differ, {} for none; null: no target run."""
-
-
-class SwarmJobConfig(RunConfig):
-    """Every key that the config of a swarm may have."""
-
-    swarm: SwarmSteps = SwarmSteps()

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from tiny_swarm import swarm_config
 
-from megamix.config import read_yaml, validate
+from megamix.config import load_config, read_yaml, validate
 from megamix.errors import InputError
+from megamix.run_config import RunConfig
 from megamix.swarm.generate import Sampler, sample
 from megamix.swarm.generate_config import GenerateConfig
 from megamix.swarm.job import read_job
@@ -318,6 +319,11 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
 def test_a_key_that_is_wrong_is_named(tiny_config: Callable[..., Path], change: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         swarm(swarm_config(tiny_config), [change], "generate")
+
+
+def test_the_config_of_a_swarm_is_not_that_of_a_run(tiny_config: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"the key swarm is for `megamix swarm all`"):
+        load_config(RunConfig, swarm_config(tiny_config))
 
 
 def test_shares_from_a_file_or_the_config_are_those_of_the_first_member(

@@ -141,6 +141,6 @@ def test_an_update_swarms_what_it_touches(megamix: Megamix, tiny_config: Write, 
 
 
 def test_the_help_of_the_config_names_every_step(megamix: Megamix) -> None:
-    said = megamix("swarm", "all", "x.yaml", "--help-config").stdout
+    said = megamix("swarm", "all", "--help-config").stdout
     for key in ("generate", "min_strength", "repetition", "at_once", "regression", "kl", "previous", "target"):
         assert f"{key}" in said
