@@ -19,7 +19,7 @@ from megamix.plan import check_layout, make_data_plan
 from megamix.run_config import RunConfig
 from megamix.submit.placement import Resources
 from megamix.submit.steps import Chain, Step
-from megamix.swarm.collect import is_collected
+from megamix.swarm.collect import is_collected, place_of_tables
 from megamix.swarm.members import is_done, members_of
 
 
@@ -95,7 +95,7 @@ def swarm_chain(folder: Path, overrides: Sequence[str], resources: Resources, li
     gather = ("launch", *arguments, "--chain", "swarm", "--gather")
     gathered = not left and is_collected(folder, members)
     return Chain(
-        folder,
+        place_of_tables(folder),
         [
             Step("swarm", "swarm.sbatch", arguments, options[0], done=not left, members=left, limit=limit),
             # Of those that have ended well, too, where others have not.

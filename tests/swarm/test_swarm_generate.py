@@ -308,7 +308,7 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("swarm.generate.varaints=3", r"unknown key 'generate.varaints'"),
+        ("swarm.generate.variants=3", r"unknown key 'generate.variants'"),
         ("swarm.proxy.run_dir=x", r"swarm.proxy.run_dir cannot be set"),
         ("swarm.target={mixture: natural}", r"swarm.target.mixture cannot be set"),
         ("swarm.proxy.train.stpes=3", r"proxy run: unknown key 'train.stpes'. Did you mean 'steps'"),
