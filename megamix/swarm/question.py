@@ -203,7 +203,7 @@ class Caps:
 
     def label(self, name: str) -> str:
         """A domain and its cap, for messages."""
-        bound = f" (by {self.by[name]})" if self.by.get(name, name) != name else ""
+        bound = f" (bounded by {self.by[name]})" if self.by.get(name, name) != name else ""
         return f"{name} {self.largest[name]:.4g}{bound}"
 
 
