@@ -21,6 +21,8 @@ def report(proposal: Proposal, path: Path) -> Report:
     """What `propose` says; ``path`` is the file that was written."""
     details = proposal.details
     parts: list[str | Table] = [_headline(details), _weights_table(proposal), _metrics_table(proposal)]
+    if "virtual" in details:
+        parts.insert(2, _updated_table(proposal))
     parts.append("\n".join([*_sureness(details), f"The mixture is in {path}."]))
     return Report(parts)
 
@@ -48,6 +50,17 @@ def _weights_table(proposal: Proposal) -> Table:
         notes += ["at its cap"] if caps is not None and weight > caps[name] - 1e-6 else []
         rows.append((name, number(shares[name]), number(weight), _interval(intervals.get(name)), cap, ", ".join(notes)))
     return Table(("domain", "prior", "proposal", "5 to 95 %", "cap", "note"), rows, left=frozenset(["note"]))
+
+
+def _updated_table(proposal: Proposal) -> Table:
+    """The real domains of an update, which stand for virtual ones in the other table."""
+    entry = proposal.history[-1]
+    before, frozen = entry["update"]["weights_before"], _frozen(entry)
+    rows = [
+        (name, number(before.get(name)), number(weight), "frozen ratio" if name in frozen else "found")
+        for name, weight in proposal.weights.items()
+    ]
+    return Table(("domain", "before", "after the update", "how"), rows, left=frozenset(["how"]))
 
 
 def _metrics_table(proposal: Proposal) -> Table:

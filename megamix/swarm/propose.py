@@ -26,7 +26,7 @@ from megamix.swarm.confidence import confidence
 from megamix.swarm.fitted import Fitted
 from megamix.swarm.proposal_file import Proposal, history_entry, write_proposal
 from megamix.swarm.proposal_report import draw
-from megamix.swarm.propose_config import ProposeConfig
+from megamix.swarm.propose_config import OPTIONS_FILE, ProposeConfig
 from megamix.swarm.question import (
     Caps,
     Prior,
@@ -182,9 +182,6 @@ def _best(question: Question) -> tuple[Floats, dict[str, Any]]:
 
 def _by_name(names: tuple[str, ...], values: Floats) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
-
-
-OPTIONS_FILE = "propose.json"
 
 
 def read_options(directory: Path, given: Mapping[str, Any]) -> ProposeConfig:

@@ -8,6 +8,9 @@ import pydantic
 
 from megamix.config import Config
 
+OPTIONS_FILE = "propose.json"
+"""Options that stay with a fit: keys of `ProposeConfig`, which those of the command line go over."""
+
 
 class ProposeConfig(Config):
     """What the proposed mixture is to be best at, and within which bounds. DIR/propose.json has the same keys."""

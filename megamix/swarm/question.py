@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from megamix.config import parse_yaml
 from megamix.errors import InputError, did_you_mean
 from megamix.swarm.fitted import Fitted
+from megamix.swarm.priors import FILE as PRIORS_FILE
 from megamix.swarm.propose_config import ProposeConfig
 from megamix.swarm.reuse import EXISTING, UpdatePlan
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]
-PRIORS_FILE = "priors.json"
 _KEYS = ("relative_sizes", "token_counts")
 
 
@@ -163,6 +163,12 @@ def _as_prior(
     kl = dict(result)
     if real and plan is not None and plan.inner:
         natural = tokens if tokens is not None and tokens.keys() == shares.keys() else shares
+        empty = [name for name, x in plan.inner.items() if x > 0 and not natural[name] > 0]
+        if empty:
+            raise InputError(
+                f"{source}: the share of '{empty[0]}' is 0, but it has a weight in the old mixture, which is frozen. Give it a "
+                "share above 0, or unfreeze it."
+            )
         kl[EXISTING] *= float(np.exp(-_divergence(plan.inner, natural)))
     return Prior(result, source, kl)
 
@@ -170,8 +176,7 @@ def _as_prior(
 def _divergence(inner: Amounts, shares: Amounts) -> float:
     """KL of the ratios inside `existing` to the shares of the same domains."""
     total = sum(shares[name] for name in inner)
-    with np.errstate(divide="ignore"):
-        return float(sum(x * np.log(x * total / np.float64(shares[name])) for name, x in inner.items() if x > 0))
+    return float(sum(x * np.log(x * total / shares[name]) for name, x in inner.items() if x > 0))
 
 
 def check_names(found: Mapping[str, object], wanted: tuple[str, ...], source: str) -> None:
@@ -239,6 +244,12 @@ def check_feasible(options: ProposeConfig, caps: Caps | None, prior: Prior) -> N
             raise InputError(f"fixed_weight: the swarm has no domain '{name}'." + did_you_mean(name, prior.shares))
     if any(not 0 <= weight <= 1 for weight in fixed.values()) or sum(fixed.values()) > 1 + 1e-12:
         raise InputError(f"fixed_weight is {fixed}, expected weights from 0 to 1 that sum to 1 at most.")
+    unwanted = [name for name, weight in fixed.items() if weight > 0 and options.kl > 0 and not prior.kl[name] > 0]
+    if unwanted:
+        raise InputError(
+            f"fixed_weight: '{unwanted[0]}' has {fixed[unwanted[0]]:.6g}, but share 0 in the prior ({prior.source}), which the KL "
+            "keeps at 0. Give it a share above 0, or use kl 0."
+        )
     left = 1 - sum(fixed.values())
     free = [name for name in prior.shares if name not in fixed and (options.kl == 0 or prior.kl[name] > 0)]
     if left > 1e-9 and not free:

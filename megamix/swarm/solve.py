@@ -58,7 +58,8 @@ class Problem:
 
     def value(self, x_K: Floats) -> float:
         """F(x), without the constant floors of the law."""
-        return float(np.exp(self.A_JK @ x_K) @ self.v_J) + self.kl * divergence(x_K, self.prior_K)
+        smooth = float(np.exp(self.A_JK @ x_K) @ self.v_J)
+        return smooth + self.kl * divergence(x_K, self.prior_K) if self.kl > 0 else smooth
 
     def gradient(self, x_K: Floats) -> Floats:
         """float64 [K]: grad F(x); -inf where x is 0 and the KL wants it above."""

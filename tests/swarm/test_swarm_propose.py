@@ -443,3 +443,14 @@ def test_options_of_the_directory_under_those_given(fits: dict[str, Path]) -> No
     with pytest.raises(InputError, match=r"unknown key 'kll'\. Did you mean 'kl'"):
         read_options(folder, {})
     (folder / "propose.json").unlink()
+
+
+def test_a_domain_that_the_prior_leaves_out(fits: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"d0": 1, "d1": 0, "d2": 3}))
+    asked = {"priors": tmp_path / "p.json"}
+    assert propose_in(fits["log_linear"], options(**asked))[0].weights["d1"] == 0
+    with pytest.raises(InputError, match=r"'d1' has 0\.2, but share 0 in the prior"):
+        propose_in(fits["log_linear"], options(**asked, fixed_weight={"d1": 0.2}))
+    found = propose_in(fits["log_linear"], options(**asked, fixed_weight={"d1": 0.2}, kl=0))[0]
+    assert found.weights["d1"] == 0.2
+    assert "without KL others may be as good" in report(found, tmp_path).text()

@@ -19,6 +19,7 @@ from megamix.swarm.fit_config import FitConfig
 from megamix.swarm.law import LogLinearLaw
 from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
 from megamix.swarm.proposal_report import explain
+from megamix.swarm.proposal_report import report as told
 from megamix.swarm.propose import propose_in, propose_settled
 from megamix.swarm.propose_config import ProposeConfig
 from megamix.swarm.reuse import EXISTING, UpdatePlan, default_members, plan_update
@@ -212,7 +213,7 @@ def test_a_chain_of_updates(tmp_path: Path) -> None:
     assert UpdatePlan.open(second) == added
     virtual = mixtures(16, 2)
     swarm(second, law, added.virtual, added.expand(virtual), virtual)
-    found, _ = propose_in(second, ProposeConfig(token_counts=tokens, target_tokens=1400))
+    found, path = propose_in(second, ProposeConfig(token_counts=tokens, target_tokens=1400))
     assert set(found.weights) == set(tokens)
     whole = sum(found.weights[name] for name in names)
     assert {name: found.weights[name] / whole for name in names} == pytest.approx(old.weights)
@@ -224,6 +225,12 @@ def test_a_chain_of_updates(tmp_path: Path) -> None:
     grid = [x for x in np.linspace(0, 1, 20001) if x <= most["new"] and 1 - x <= most[EXISTING]]
     best = min(grid, key=lambda x: truth.value(added.expand(np.array([x, 1 - x]))))
     assert found.weights["new"] == pytest.approx(best, abs=1e-3)
+    shown = told(found, path).text()
+    assert f"{old.weights['code']:.4f}" in shown.split("after the update")[1]
+    assert "frozen ratio" in shown
+    zero = {**tokens, "web": 0.0}
+    with pytest.raises(InputError, match=r"the share of 'web' is 0, but it has a weight in the old mixture"):
+        propose_in(second, ProposeConfig(token_counts=zero))
     # A removal needs no runs.
     gone = plan_update(
         UpdateConfig(previous=second, remove=("mail",)),
