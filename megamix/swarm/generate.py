@@ -93,7 +93,7 @@ class Sampler:
         for name, indices in self.sources.items():
             if len(indices) > 1 and name not in self._fixed_topics and self.centre[indices].sum() > 0:
                 least = self._least(name)
-                self._topics(name, least).check(f"topic of '{name}'")
+                self._topics(name, least).check("topic", f" of '{name}'")
         free, rest = self._free_sources()
         if free.any():
             self._source_level(free, rest).check("source" if len(self.sources) < len(self.domains) else "domain")

@@ -52,8 +52,13 @@ class Level:
         """bool [M]: what can have a weight: the prior is above 0, and the cap reaches the minimum."""
         return (self.prior > 0) & (self.cap > 0) & (self.cap >= self.minimum - SLACK)
 
-    def check(self, what: str) -> None:
-        """
+    def check(self, what: str, where: str = "") -> None:
+        """Looks whether there are such weights.
+
+        Args:
+            what: an entry, in a word.
+            where: of what they are entries.
+
         Raises:
             InputError: no weights keep all of it; with the numbers.
         """
@@ -66,20 +71,20 @@ class Level:
                 )
             if cap <= 0 or cap < self.minimum - SLACK:
                 raise InputError(
-                    f"'{name}' is to have a weight of at least {self.minimum:.6g} ({what}) in every member, but can have "
+                    f"'{name}' is to have a weight of at least {self.minimum:.6g} ({what}{where}) in every member, but can have "
                     f"{cap:.6g} at most. Lower the minimum weight, allow more repetition, or do not require it."
                 )
         needed = int(self.required.sum())
         if needed * self.minimum > 1 + SLACK:
             raise InputError(
-                f"{needed} {what}s are to have a weight of at least {self.minimum:.6g} each in every member, together "
+                f"{needed} {what}s{where} are to have a weight of at least {self.minimum:.6g} each in every member, together "
                 f"{needed * self.minimum:.6g}, more than 1. Lower the minimum weight to at most {1 / needed:.6g}."
             )
         room = float(np.where(self.usable, self.cap, 0.0).sum())
         if room < 1 - SLACK:
             listed = [f"'{name}' {cap:.4g}" for name, cap in zip(self.names, self.cap, strict=True)]
             raise InputError(
-                f"the {what}s can have {room:.6g} of the weight together, less than 1: at most {', '.join(listed[:12])}"
+                f"the {what}s{where} can have {room:.6g} of the weight together, less than 1: at most {', '.join(listed[:12])}"
                 f"{f' and {len(listed) - 12} more' if len(listed) > 12 else ''}, and none below the minimum weight "
                 f"{self.minimum:.6g}. Allow more repetition or higher weights, or lower the minimum weight."
             )
