@@ -221,7 +221,8 @@ def propose(
     given = {
         "kl": kl, "priors": priors, "use_natural_kl": use_natural_kl, "target_tokens": target_tokens,
         "repetition": repetition, "token_counts": token_counts, "worst": worst, "seed": seed, "resamples": resamples,
-        "objective": read_pairs("--objective", objective), "fixed_weight": read_pairs("--fixed-weight", fixed_weight),
+        "objective": read_pairs("--objective", objective, or_file=True),
+        "fixed_weight": read_pairs("--fixed-weight", fixed_weight),
     }  # fmt: skip
     options = read_options(directory, {key: value for key, value in given.items() if value is not None})
     report(*propose_in(directory, options)).show()

@@ -69,15 +69,18 @@ def read_objective(path: Path) -> Amounts:
     return _numbers(_mapping(path), str(path))
 
 
-def read_pairs(option: str, given: Sequence[str] | None) -> Amounts | Path | None:
+def read_pairs(option: str, given: Sequence[str] | None, *, or_file: bool = False) -> Amounts | Path | None:
     """NAME=NUMBER items of the command line, or the path of a file of them.
+
+    Args:
+        or_file: whether a file may stand in their place.
 
     Raises:
         InputError: an item that is neither.
     """
     if not given:
         return None
-    if len(given) == 1 and "=" not in given[0]:
+    if or_file and len(given) == 1 and "=" not in given[0]:
         return Path(given[0])
     found: Amounts = {}
     for item in given:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from synthetic import known_law, swarm_of
+from typer.testing import CliRunner
 
 from megamix.errors import InputError
 from megamix.interop.weights import read_weights
+from megamix.swarm.cli import app
 from megamix.swarm.fit import fit
 from megamix.swarm.fit_config import FitConfig
 from megamix.swarm.fitted import Fitted
@@ -454,3 +456,30 @@ def test_a_domain_that_the_prior_leaves_out(fits: dict[str, Path], tmp_path: Pat
     found = propose_in(fits["log_linear"], options(**asked, fixed_weight={"d1": 0.2}, kl=0))[0]
     assert found.weights["d1"] == 0.2
     assert "without KL others may be as good" in report(found, tmp_path).text()
+
+
+def test_the_command(fits: dict[str, Path], tmp_path: Path) -> None:
+    folder = fits["log_linear"]
+    (tmp_path / "counts.json").write_text(json.dumps(COUNTS))
+    (folder / "propose.json").write_text(json.dumps({"kl": 0.2, "objective": {"m0": 1.0}}))
+    counts = ["--token-counts", str(tmp_path / "counts.json"), "--target-tokens", "1e3", "--repetition", "2"]
+    given = ["--objective", "m0=1", "--objective", "m1=3", "--fixed-weight", "d0=0.1", "--resamples", "0"]
+    shown = CliRunner().invoke(app, ["propose", str(folder), *counts, *given])
+    assert shown.exit_code == 0, shown.output
+    assert "KL weight 0.2, prior: the shares of the token counts; caps: repetition 2 in 1000 tokens" in shown.output
+    found = read_proposal(folder)
+    assert found.details["objective"] == {"m0": 0.25, "m1": 0.75}
+    assert found.weights["d0"] == 0.1
+    assert found.details["weight_intervals"] is None
+    assert found == propose_in(
+        folder,
+        options(
+            kl=0.2, token_counts=COUNTS, target_tokens=1000, repetition=2, objective={"m0": 1, "m1": 3},
+            fixed_weight={"d0": 0.1}, resamples=0,
+        ),
+    )[0]  # fmt: skip
+    with pytest.raises(InputError, match=r"--fixed-weight d0: expected NAME=NUMBER"):
+        CliRunner().invoke(app, ["propose", str(folder), "--fixed-weight", "d0"], catch_exceptions=False)
+    with pytest.raises(InputError, match=r"--objective m1=x: expected NAME=NUMBER"):
+        CliRunner().invoke(app, ["propose", str(folder), "--objective", "m1=x"], catch_exceptions=False)
+    (folder / "propose.json").unlink()
