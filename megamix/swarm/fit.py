@@ -21,6 +21,7 @@ from megamix.swarm.tables import SwarmTable, listed
 from megamix.tables import Report, Table, number, plural
 
 Array = NDArray[np.float64]
+RIDGES = (0.0, 0.01, 0.1, 1.0, 10.0)
 
 
 def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
@@ -47,9 +48,9 @@ def learn(ratios: Path, metrics: Path, config: FitConfig) -> Fitted:
     table, test = split(chosen, config)
     check_enough(table, config)
     fold_R = fold_of_runs(len(table.runs), config.folds, config.seed)
-    model = fit_model(table, config)
-    held_out_RJ = cross_validate(table, fold_R, config)
-    boot_c_BJ, boot_A_BJK = bootstrap(table, model, config)
+    ridge, held_out_RJ = choose_ridge(table, fold_R, config)
+    model = fit_model(table, config, ridge)
+    boot_c_BJ, boot_A_BJK = bootstrap(table, model, config, ridge)
     return Fitted(
         families=families,
         regression=config.regression,
@@ -64,16 +65,35 @@ def learn(ratios: Path, metrics: Path, config: FitConfig) -> Fitted:
             "inputs": {name: _file(path) for name, path in (("ratios", ratios), ("metrics", metrics))},
             "options": config.model_dump(mode="json"),
             "folds": int(fold_R.max()) + 1,
+            "ridge": ridge,
             "coefficients": _coefficients(model),
             "test": None if test is None else _tested(model, test),
         },
     )
 
 
-def fit_model(table: SwarmTable, config: FitConfig) -> Model:
+def choose_ridge(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig) -> tuple[float, Array]:
+    """The ridge asked for, or that of `RIDGES` which predicts runs that were not fitted best: the smallest mean
+    absolute error, in each metric's standard deviation, over all metrics. As it is one number for all metrics, the
+    quality of these predictions is hardly flattered by the choice.
+
+    Returns:
+        The ridge, and what `cross_validate` says with it.
+    """
+    if config.regression != "log_linear" or config.ridge != "auto":
+        ridge = 0.0 if config.ridge == "auto" else config.ridge
+        return ridge, cross_validate(table, fold_R, config, ridge)
+    spread_J = table.values_RJ.std(axis=0)
+    held_out = [cross_validate(table, fold_R, config, ridge) for ridge in RIDGES]
+    errors = [float((np.abs(one - table.values_RJ) / spread_J).mean()) for one in held_out]
+    best = int(np.argmin(errors))
+    return RIDGES[best], held_out[best]
+
+
+def fit_model(table: SwarmTable, config: FitConfig, ridge: float) -> Model:
     """The regression that ``config`` asks for, on all runs of a table."""
     if config.regression == "log_linear":
-        return fit_log_linear(table, starts=config.starts, seed=config.seed, delta=config.delta)
+        return fit_log_linear(table, starts=config.starts, seed=config.seed, delta=config.delta, ridge=ridge)
     return _fit_other(table.ratios_RK, table.values_RJ, config)
 
 
@@ -81,7 +101,7 @@ def _fit_other(x_RK: Array, y_RJ: Array, config: FitConfig) -> Model:
     return (fit_trees if config.regression == "lightgbm" else fit_processes)(x_RK, y_RJ, config.seed)
 
 
-def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig) -> Array:
+def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig, ridge: float = 0.0) -> Array:
     """What a fit without its fold says of each run, float64 [R, J]. No fit starts from one that has seen the fold."""
     x_RK, y_RJ = table.ratios_RK, table.values_RJ
     held_out_RJ = np.empty_like(y_RJ)
@@ -95,7 +115,7 @@ def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfi
     kept_FR = (fold_R[None, :] != np.arange(num_folds)[:, None]).astype(np.float64)
     floor_P, A_PK = fit_weighted(
         x_RK, np.tile(y_RJ.T, (num_folds, 1)), np.repeat(kept_FR, num_metrics, axis=0),
-        starts=config.starts, seed=config.seed, delta=config.delta,
+        starts=config.starts, seed=config.seed, delta=config.delta, ridge=ridge,
     )  # fmt: skip
     c_FJ, A_FJK = log_floor(floor_P).reshape(num_folds, -1), A_PK.reshape(num_folds, num_metrics, -1)
     for fold in range(num_folds):
@@ -103,7 +123,7 @@ def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfi
     return held_out_RJ
 
 
-def bootstrap(table: SwarmTable, model: Model, config: FitConfig) -> tuple[Array, Array]:
+def bootstrap(table: SwarmTable, model: Model, config: FitConfig, ridge: float) -> tuple[Array, Array]:
     """Log-linear fits to runs drawn with replacement, each from the fit to all.
 
     Returns:
@@ -119,6 +139,7 @@ def bootstrap(table: SwarmTable, model: Model, config: FitConfig) -> tuple[Array
         np.tile(table.values_RJ.T, (config.resamples, 1)),
         np.repeat(times_BR, num_metrics, axis=0),
         config.delta,
+        ridge,
     )
     floor_P, A_PK = np.tile(np.exp(model.c_J), config.resamples), np.tile(model.A_JK, (config.resamples, 1))
     found = solve(problems, floor_P, A_PK)
@@ -133,8 +154,9 @@ def report(fitted: Fitted, out: Path) -> Report:
     rows += [_row(f"family {name}", one, None) for name, one in fitted.family_cross_validation.items()]
     rows.append(_row("mean", {key: _mean(fitted.cross_validation, key) for key in ("r2", "spearman", "rmse")}, None))
     num_runs, folds = len(fitted.table.runs), fitted.details["folds"]
+    ridge = f" (ridge {fitted.details['ridge']:g})" if fitted.regression == "log_linear" else ""
     parts: list[str | Table] = [
-        f"{fitted.regression}: {plural(num_runs, 'run')}, {plural(len(fitted.domains), 'domain')},"
+        f"{fitted.regression}{ridge}: {plural(num_runs, 'run')}, {plural(len(fitted.domains), 'domain')},"
         f" {plural(len(fitted.metrics), 'metric')}; each run predicted by a fit without it"
         f" ({'leaving one out' if folds == num_runs else f'{folds} folds'}):",
         Table(["metric", "R2", "rank correlation", "RMSE", "spread (sd)"], rows, footer=1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -38,6 +38,10 @@ class FitConfig(Config):
     """Starting points of a log-linear fit; the best end is kept."""
     delta: float = pydantic.Field(default=0.02, gt=0)
     """Where the Huber loss of a log-linear fit turns from squares to absolute values, in the metric's unit."""
+    ridge: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
+    """How strongly a log-linear fit pulls the coefficients together, against wild ones where runs are few or the law is
+    not quite true: adds ridge * delta^2 / 2 times the sum of their squares, as differences from a law that is the same
+    for all mixtures. auto: the one of 0, 0.01, 0.1, 1, 10 that predicts runs that were not fitted best."""
     folds: int | None = pydantic.Field(default=None, ge=2)
     """Of the cross-validation; null: 5, or one for each run where there are at most 40."""
     bootstrap: int | None = pydantic.Field(default=None, ge=0)

@@ -24,7 +24,7 @@ from megamix.swarm.tables import SwarmTable
 Array = NDArray[np.float64]
 FORMAT = "megamix swarm fit"
 VERSION = 1
-DETAILS = ("inputs", "options", "folds", "coefficients", "test")
+DETAILS = ("inputs", "options", "folds", "ridge", "coefficients", "test")
 JSON, NPZ = "fit.json", "fit.npz"
 
 

@@ -14,7 +14,7 @@ of a whole batch are one product of matrices, which is what makes tens of thousa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,22 +42,30 @@ class Problems:
         y_PR: float64 [P, R], values.
         weight_PR: float64 [P, R], >= 0.
         delta: where the loss turns from squares to absolute values.
+        ridge: pulls the coefficients to those of the law that says the mean of the values whatever the mixture, in
+            units of delta^2: the loss gains ridge delta^2 / 2 times the sum of (a_k - log(u - e))^2.
     """
 
     x_RK: Array
     y_PR: Array
     weight_PR: Array
     delta: float
+    ridge: float = 0.0
 
     def rows(self, index: NDArray[np.intp]) -> Problems:
         """Some of the problems."""
-        return Problems(self.x_RK, self.y_PR[index], self.weight_PR[index], self.delta)
+        return replace(self, y_PR=self.y_PR[index], weight_PR=self.weight_PR[index])
 
-    def loss(self, residual_PR: Array) -> Array:
-        """float64 [P]: sum over runs of r^2 / 2 up to delta, delta (|r| - delta / 2) above."""
-        size = np.abs(residual_PR)
+    @property
+    def pull(self) -> float:
+        """The factor of half the squared coefficients in the loss."""
+        return self.ridge * self.delta**2
+
+    def loss(self, curve: _Curve) -> Array:
+        """float64 [P]: sum over runs of r^2 / 2 up to delta and delta (|r| - delta / 2) above, and the ridge."""
+        size = np.abs(self.y_PR - curve.value_PR)
         each = np.where(size <= self.delta, 0.5 * size**2, self.delta * (size - 0.5 * self.delta))
-        return (self.weight_PR * each).sum(axis=1)
+        return (self.weight_PR * each).sum(axis=1) + 0.5 * self.pull * (curve.coefficient_PK**2).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def _descend(
     bend_P = 1 / np.maximum(middle_P - floor_P, 1e-9 * middle_P)
     plain_PK = (a_PK + np.log(bend_P)[:, None]) / bend_P[:, None] + middle_P[:, None]
     theta_PM = np.concatenate([bend_P[:, None], plain_PK], axis=1)
-    loss_P = problems.loss(problems.y_PR - _Curve(problems.x_RK, middle_P, theta_PM).value_PR)
+    loss_P = problems.loss(_Curve(problems.x_RK, middle_P, theta_PM))
     damping_P = np.full(len(theta_PM), 1e-3)
     converged_P = np.zeros(len(theta_PM), dtype=bool)
     tiny_P = 1e-31 * (problems.weight_PR * problems.y_PR**2).sum(axis=1)
@@ -112,7 +120,7 @@ def _descend(
         part, middle = problems.rows(active), middle_P[active]
         step_PM, expected_P = _step(part, outer_RQ, middle, theta_PM[active], damping_P[active])
         trial_PM = theta_PM[active] + step_PM
-        trial_P = part.loss(part.y_PR - _Curve(part.x_RK, middle, trial_PM).value_PR)
+        trial_P = part.loss(_Curve(part.x_RK, middle, trial_PM))
         better_P = trial_P <= loss_P[active]
         small_P = (expected_P <= 1e-14 * loss_P[active] + tiny_P[active]) & (damping_P[active] <= 1)
         stuck_P = ~better_P & (damping_P[active] > _LARGEST_DAMPING)
@@ -133,10 +141,12 @@ class _Curve:
         value_PR: float64 [P, R], f.
         slope_PR: df/dp_k = slope x_k.
         z_PR: p . x - u.
+        coefficient_PK: float64 [P, K], b (p - u) = a - log(u - e), which are 0 where all mixtures are alike.
     """
 
     def __init__(self, x_RK: Array, middle_P: Array, theta_PM: Array) -> None:
         self.z_PR = theta_PM[:, 1:] @ x_RK.T - middle_P[:, None]
+        self.coefficient_PK = theta_PM[:, :1] * (theta_PM[:, 1:] - middle_P[:, None])
         self._t_PR = np.clip(theta_PM[:, :1] * self.z_PR, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
         self._rise_PR = np.expm1(self._t_PR)
         self.slope_PR = self._rise_PR + 1
@@ -174,6 +184,8 @@ def _step(
     normal_PMM[:, 0, 0] = (curvature_PR * by_bend_PR**2).sum(axis=1)
     normal_PMM[:, 0, 1:] = normal_PMM[:, 1:, 0] = (curvature_PR * by_bend_PR * slope_PR) @ problems.x_RK
     normal_PMM[:, 1:, 1:] = ((curvature_PR * slope_PR**2) @ outer_RQ).reshape(-1, num_domains, num_domains)
+    if problems.pull:
+        _add_ridge(problems.pull, theta_PM[:, 0], curve.coefficient_PK, gradient_PM, normal_PMM)
     diagonal_PM = np.einsum("pmm->pm", normal_PMM)
     # A domain that no run of the problem has leaves its row empty; its coefficient stays where it is.
     scale_PM = np.maximum(diagonal_PM, 1e-14 * diagonal_PM.max(axis=1, keepdims=True) + 1e-300)
@@ -186,6 +198,20 @@ def _step(
         step_PM[below] = _with_bend(damped_PMM[below], gradient_PM[below], lowest_P[below])
     model_PM = np.einsum("pmn,pn->pm", normal_PMM, step_PM)
     return step_PM, np.einsum("pm,pm->p", step_PM, gradient_PM - 0.5 * model_PM)
+
+
+def _add_ridge(pull: float, bend_P: Array, coefficient_PK: Array, gradient_PM: Array, normal_PMM: Array) -> None:
+    """Adds the ridge's part to the (downhill) gradient and the normal matrix, in place.
+
+    A coefficient g_k = b (p_k - u) has the derivatives g_k / b by b and b by p_k.
+    """
+    by_bend_PK = coefficient_PK / bend_P[:, None]
+    gradient_PM[:, 0] -= pull * (coefficient_PK * by_bend_PK).sum(axis=1)
+    gradient_PM[:, 1:] -= pull * coefficient_PK * bend_P[:, None]
+    normal_PMM[:, 0, 0] += pull * (by_bend_PK**2).sum(axis=1)
+    normal_PMM[:, 0, 1:] += pull * coefficient_PK
+    normal_PMM[:, 1:, 0] += pull * coefficient_PK
+    np.einsum("pmm->pm", normal_PMM)[:, 1:] += pull * bend_P[:, None] ** 2
 
 
 def _with_bend(damped_PMM: Array, gradient_PM: Array, bend_P: Array) -> Array:

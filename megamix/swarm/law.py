@@ -58,15 +58,20 @@ def predict(x_NK: Array, c_J: Array, A_JK: Array) -> Array:
     return np.exp(c_J)[..., None, :] + np.exp(np.minimum(exponent, _LARGEST_EXPONENT))
 
 
-def fit_log_linear(table: SwarmTable, *, starts: int = 8, seed: int = 0, delta: float = 0.02) -> LogLinearLaw:
+def fit_log_linear(
+    table: SwarmTable, *, starts: int = 8, seed: int = 0, delta: float = 0.02, ridge: float = 0.0
+) -> LogLinearLaw:
     """Fits every metric of a table by Huber loss; the same input gives the same law.
 
     Args:
         starts: starting points; the best end is kept.
         delta: where the loss turns from squares to absolute values, in the metric's unit.
+        ridge: see `Problems`.
     """
     weights_JR = np.ones((len(table.metrics), len(table.runs)))
-    floor_J, A_JK = fit_weighted(table.ratios_RK, table.values_RJ.T, weights_JR, starts=starts, seed=seed, delta=delta)
+    floor_J, A_JK = fit_weighted(
+        table.ratios_RK, table.values_RJ.T, weights_JR, starts=starts, seed=seed, delta=delta, ridge=ridge
+    )
     return LogLinearLaw(table.domains, table.metrics, log_floor(floor_J), A_JK)
 
 
@@ -77,7 +82,7 @@ def log_floor(floor: Array) -> Array:
 
 
 def fit_weighted(
-    x_RK: Array, y_PR: Array, weight_PR: Array, *, starts: int, seed: int, delta: float
+    x_RK: Array, y_PR: Array, weight_PR: Array, *, starts: int, seed: int, delta: float, ridge: float = 0.0
 ) -> tuple[Array, Array]:
     """Fits P problems on the same R mixtures from several starts each.
 
@@ -89,7 +94,7 @@ def fit_weighted(
     Returns:
         The floors, float64 [P], and A, float64 [P, K].
     """
-    problems = Problems(x_RK, y_PR, weight_PR, delta)
+    problems = Problems(x_RK, y_PR, weight_PR, delta, ridge)
     generator = np.random.default_rng([seed, 1])
     num_problems = len(y_PR)
     best_loss, best_floor, best_a = (

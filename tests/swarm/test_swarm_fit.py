@@ -91,6 +91,22 @@ def test_a_run_does_not_take_part_in_its_own_prediction() -> None:
     assert not np.allclose(before[fold_R != 2], after[fold_R != 2], atol=1e-3)
 
 
+def test_a_ridge_is_chosen_where_it_predicts_better(tmp_path: Path) -> None:
+    """None without noise, so that a true law is found to the last digits; one for few runs with much noise."""
+    law = known_law(4, 6)
+    exact = fit_of(tmp_path, swarm_of(law, 30))
+    assert exact.details["ridge"] == 0
+    x = mixtures(100, 4, seed=8)
+    assert exact.predict(x) == pytest.approx(law.predict(x), abs=1e-6)
+    noisy = swarm_of(law, 14, noise=0.3, seed=1)
+    chosen, without = fit_of(tmp_path, noisy), fit_of(tmp_path, noisy, ridge=0)
+    assert chosen.details["ridge"] > 0
+    assert fit_of(tmp_path, noisy, ridge=0.25).details["ridge"] == 0.25
+    # At mixtures that neither fit has seen, not only where it was chosen.
+    errors = [float(np.abs(fitted.predict(x) - law.predict(x)).mean()) for fitted in (chosen, without)]
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_folds() -> None:
     """As even as can be, the same for the same seed; one for each of at most 40 runs, else 5."""
     for num_runs, folds, expected in ((40, None, 40), (41, None, 5), (23, 4, 4), (3, 7, 3)):
@@ -112,13 +128,14 @@ def test_ranks_share_places() -> None:
 
 def test_a_resampled_fit_is_the_fit_to_the_runs_drawn(tmp_path: Path) -> None:
     """Here the runs drawn stand in a table as often as they were drawn."""
-    fitted = fit_of(tmp_path, bootstrap=3, seed=5)
+    fitted = fit_of(tmp_path, bootstrap=3, seed=5, ridge=0.1)
     draws = np.random.default_rng([5, 4]).multinomial(45, np.full(45, 1 / 45), size=3)
     x = mixtures(20, 4, seed=8)
     found = fitted.bootstrap_predict(x)
     assert found.shape == (3, 20, 5)
     for one, times in zip(found, draws, strict=True):
-        assert one == pytest.approx(fit_log_linear(pick(TABLE, np.repeat(np.arange(45), times))).predict(x), abs=1e-4)
+        drawn = pick(TABLE, np.repeat(np.arange(45), times))
+        assert one == pytest.approx(fit_log_linear(drawn, ridge=0.1).predict(x), abs=1e-4)
 
 
 def test_intervals_hold_the_truth(tmp_path: Path) -> None:

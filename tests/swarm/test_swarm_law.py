@@ -79,6 +79,25 @@ def test_no_other_optimiser_finds_a_better_fit(noise: float, num_domains: int, n
         assert reached < loss_at(starts[1], x, y)
 
 
+@pytest.mark.parametrize("ridge", [0.1, 10.0])
+def test_a_ridge_is_part_of_what_is_made_small(ridge: float) -> None:
+    """As `Problems` defines it: coefficients beyond log(mean - floor), squared. A huge one leaves only the mean."""
+    table = swarm_of(known_law(4, 1, seed=1), 20, noise=0.1)
+    x, y = table.ratios_RK, table.values_RJ[:, 0]
+
+    def loss(parameters: np.ndarray) -> float:
+        level = np.log(y.mean() - np.exp(parameters[0])) if np.exp(parameters[0]) < y.mean() else np.inf
+        return loss_at(parameters, x, y) + 0.5 * ridge * DELTA**2 * float(((parameters[1:] - level) ** 2).sum())
+
+    fitted = fit_log_linear(table, ridge=ridge)
+    own = np.array([max(fitted.c_J[0], -20.0), *fitted.A_JK[0]])
+    others = [own, np.array([-20.0, *np.full(4, np.log(y.mean()))]), np.array([np.log(y.min() / 2), 0, 0, 0, 0.0])]
+    assert loss(own) <= min(minimize(loss, start, options={"gtol": 1e-9}).fun for start in others) * (1 + 1e-6)
+    plain = fit_log_linear(table)
+    assert loss(own) < loss(np.array([max(plain.c_J[0], -20.0), *plain.A_JK[0]])) * (1 - 1e-5)
+    assert fit_log_linear(table, ridge=1e9).predict(x) == pytest.approx(y.mean(), abs=1e-3)
+
+
 def test_more_runs_make_up_for_noise() -> None:
     """Error falls about as one over the square root of the number of runs, and is far below the noise."""
     law = known_law(8, 6)

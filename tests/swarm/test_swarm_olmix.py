@@ -142,8 +142,8 @@ def test_runs_without_a_value_are_dropped(tmp_path: Path) -> None:
 
 def test_files_and_options_of_the_command_line_come_first(tmp_path: Path) -> None:
     path = config_of(tmp_path, swarm={"ratios": "elsewhere.csv"})
-    fitted = fit_from(tmp_path / "out", tmp_path / "ratios.csv", None, path, ["per=metric", "metrics=[m3, m0]"])
-    assert fitted.metrics == ("m0", "m3")
+    fitted = fit_from(tmp_path / "out", tmp_path / "ratios.csv", None, path, ["seed=7", "bootstrap=3", "starts=2"])
+    assert (fitted.metrics, fitted.details["options"]["seed"], len(fitted.boot_c_BJ)) == (("math", "code"), 7, 3)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_files_and_options_of_the_command_line_come_first(tmp_path: Path) -> Non
         ({"priors": {"relative_sizes": {"d3": 0.1}}}, "priors.relative_sizes: d3 is no domain of the swarm"),
         ({"priors": {"token_counts": {"d3": 1}}}, "priors.token_counts: d3 is no domain of the swarm"),
         ({"eval": None}, "aggregate_task_families is true, but eval does not name the families"),
-        ({"eval": {"type": "inloop"}}, r"tasks.code: expected \{task: metric\}"),
+        ({"eval": {"type": "inloop"}}, r"tasks.math: expected \{task: metric\}"),
         ({"eval": {"tasks": {"math": ["m9"]}}}, "has no metric 'm9'"),
         ({"filtering": {"obj_weights": {"m0": 1}}}, "filtering.obj_weights: m0 is no fitted metric"),
         ({"filtering": {"obj_weights": {"math": "7/x"}}}, "'7/x', expected a number or a fraction"),
