@@ -34,7 +34,7 @@ def _headline(details: Mapping[str, Any]) -> str:
     )
     said += f"; KL weight {kl['weight']:g}, prior: {details['prior'].get('source', 'as given')}"
     if details["caps"] is not None:
-        said += f"; caps: {details['caps'].get('of', 'as given')}"
+        said += f"; caps: {details.get('caps_from', 'as given')}"
     return said
 
 
@@ -47,7 +47,10 @@ def _weights_table(proposal: Proposal) -> Table:
     for name, weight in found.items():
         cap = ABSENT if caps is None else number(caps[name])
         notes = [f"above any tried ({beyond[name][1]:.4f})"] if name in beyond else []
-        notes += ["at its cap"] if caps is not None and weight > caps[name] - 1e-6 else []
+        if name in details["fixed"]:
+            notes.append("fixed")
+        elif caps is not None and weight > caps[name] - 1e-6:
+            notes.append("at its cap")
         rows.append((name, number(shares[name]), number(weight), _interval(intervals.get(name)), cap, ", ".join(notes)))
     return Table(("domain", "prior", "proposal", "5 to 95 %", "cap", "note"), rows, left=frozenset(["note"]))
 

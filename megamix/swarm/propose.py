@@ -256,10 +256,7 @@ def _of_real_domains(
     details = dict(found.details)
     details["prior"] = {"source": prior.source, **details["prior"]}
     if caps is not None:
-        details["caps"] = {
-            **details["caps"],
-            "of": f"repetition {options.repetition:g} in {options.target_tokens:g} tokens",
-        }
+        details["caps_from"] = f"repetition {options.repetition:g} in {options.target_tokens:g} tokens"
     weights = found.weights
     if plan is not None:
         x = np.array([found.weights[name] for name in plan.virtual])
