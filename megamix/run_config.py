@@ -62,10 +62,10 @@ class DataConfig(Config):
     that would read a domain once more."""
     min_weight: Bound = 0.0
     """No weight falls below this: one number for all, {domain: number} (the others: 0), or {from_swarm: DIR, factor:
-    NUMBER}, the weights that a swarm proposes times the factor."""
+    NUMBER}, the weights that a swarm proposes times the factor. Default: 0."""
     max_weight: Bound = 1.0
     """No weight rises above this: one number for all, {domain: number} (the others: 1), or {from_swarm: DIR, factor:
-    NUMBER}."""
+    NUMBER}. Default: 1."""
     eod_mask_loss: bool = False
     """Leave the first token of every document out of the loss: it follows the end of another document, which says
     nothing about it."""
