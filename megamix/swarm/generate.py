@@ -152,7 +152,7 @@ class Sampler:
         caps = np.array([self._largest(name) for name in self.sources])
         required = np.array([self._is_required(name) for name in self.sources])
         if self.config.support == "dense":
-            required = sizes > 0
+            required |= sizes > 0
         sparse = self.config.support == "sparse" and len(self.sources) == len(self.domains)
         return Level(
             tuple(names[free]),
@@ -220,16 +220,15 @@ class Sampler:
             tuple(self.domains[index] for index in indices),
             flattened(self._topic_shares(indices), self.config.temperature("topic")),
             self.config.minimum("topic"),
-            np.minimum(self.caps[indices] / weight, 1.0),
+            np.minimum(self.caps[indices] / max(weight, 1e-300), 1.0),
             self._required_topics(source),
             self.config.left_out if sparse else 0.0,
         )
 
     def _required_topics(self, source: str) -> Bools:
         indices = self.sources[source]
-        if self.config.support == "dense":
-            return self._topic_shares(indices) > 0
-        return np.array([self.domains[index] in self.config.nonzero_weight for index in indices])
+        named = np.array([self.domains[index] in self.config.nonzero_weight for index in indices])
+        return named | (self._topic_shares(indices) > 0) if self.config.support == "dense" else named
 
     def _topic_shares(self, indices: NDArray[np.int64]) -> Floats:
         """float64 [topics]: the prior within a source; equal shares where it has none."""

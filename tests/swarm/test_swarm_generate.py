@@ -188,6 +188,62 @@ def test_bounds_of_topics_and_of_sources_hold_together() -> None:
         assert ((share == 0) | (share >= 0.2 - 1e-9)).all()
 
 
+def random_sampler(random: np.random.Generator) -> Sampler:
+    """Any hierarchy, prior, tokens and options: about a quarter of them cannot be met."""
+    topics = [int(random.integers(1, 6)) for _ in range(random.integers(1, 7))]
+    domains = [f"s{s}:t{t}" if number > 1 else f"s{s}" for s, number in enumerate(topics) for t in range(number)]
+    options: dict[str, Any] = {
+        "min_strength": random.choice([0.01, 0.1, 1.0]), "max_strength": random.choice([1.0, 10.0, 100.0]),
+        "minimum_weight": random.choice([0.0, 0.002, 0.05, 0.15]), "min_distance": 0.0,
+        "support": str(random.choice(["threshold", "dense", "sparse"])),
+    }  # fmt: skip
+    if random.random() < 0.5:
+        options["repetition"] = random.choice([1.0, 2.0, 4.0])
+    if random.random() < 0.3:
+        options["nonzero_weight"] = [str(name) for name in random.choice(domains, min(2, len(domains)), replace=False)]
+    if random.random() < 0.3:
+        options["max_weight"] = {str(random.choice(domains)): random.choice([0.05, 0.3])}
+    if random.random() < 0.2:
+        options["fixed_source_weights"] = {f"s{random.integers(len(topics))}": random.choice([0.1, 0.4])}
+    prior = random.dirichlet(np.full(len(domains), random.choice([0.3, 1.0, 5.0])))
+    tokens = dict(zip(domains, random.dirichlet(np.ones(len(domains))) * 1e6, strict=True))
+    run = random.choice([3e5, 9e5, 2e6])
+    return Sampler(tuple(domains), prior, validate(GenerateConfig, options, "test"), tokens, run)
+
+
+def test_whatever_is_asked_is_refused_or_kept() -> None:
+    """No config passes the check and cannot be drawn, and every draw keeps all bounds of both levels."""
+    random = np.random.default_rng(11)
+    met = 0
+    for _ in range(80):
+        asked = random_sampler(random)
+        config = asked.config
+        try:
+            asked.check()
+        except InputError:
+            continue
+        met += 1
+        drawn = (asked.draw(number, np.random.default_rng(number)) for number in range(60))
+        found = list(itertools.islice((weights for weights in drawn if weights is not None), 3))
+        assert found, config
+        for weights in found:
+            assert weights.sum() == pytest.approx(1)
+            assert (weights <= asked.caps + 1e-8).all()
+            for source, indices in asked.sources.items():
+                total = weights[indices].sum()
+                if source in config.fixed_source_weights:
+                    assert total == pytest.approx(config.fixed_source_weights[source])
+                else:
+                    assert total == 0 or total >= config.minimum_weight - 1e-8
+                if len(indices) > 1 and total > 0:
+                    shares = weights[indices] / total
+                    assert ((shares == 0) | (shares >= config.minimum_weight - 1e-7)).all()
+            if config.minimum_weight:
+                assert all(weights[asked.domains.index(name)] > 0 for name in config.nonzero_weight)
+                assert config.support != "dense" or ((weights > 0) | (asked.centre == 0)).all()
+    assert 45 < met < 75
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
