@@ -19,7 +19,6 @@ from megamix.run_config import RunConfig
 from megamix.swarm.generate import Sampler, sample
 from megamix.swarm.generate_config import GenerateConfig
 from megamix.swarm.job import read_job
-from megamix.swarm.members import write_members
 from megamix.swarm.priors import priors_of
 from megamix.swarm.sampler import Floats, strength_of
 from megamix.swarm.steps import swarm
@@ -393,10 +392,3 @@ def test_shares_from_a_file_or_the_config_are_those_of_the_first_member(
         assert swarm(swarm_config(tiny_config), [f"swarm.priors={given}", f"run_dir={run}"], "generate") == 0
         assert read_yaml(run / "members" / "0000.yaml")["mixture"] == pytest.approx(wanted)
         assert read_yaml(run / "priors.json")["relative_sizes"] == pytest.approx(wanted)
-
-
-def test_a_weight_that_is_none_is_not_written(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    job = read_job(swarm_config(tiny_config), [])
-    with pytest.raises(InputError, match=r"proxy run: unknown key 'no'"):
-        write_members(tmp_path / "x", {**job.proxy, "no": 1}, FLAT[:1], np.ones((1, 1)), "test, proxy run")
-    assert not (tmp_path / "x").exists()
