@@ -178,7 +178,7 @@ def fit(
 ) -> None:
     """Fit a law to a swarm: how each metric follows from the mixture. Lower metrics are better.
 
-    Example: megamix swarm fit --ratios ratios.csv --metrics metrics.csv --out runs/swarm per=family
+    Example: megamix swarm fit --ratios ratios.csv --metrics metrics.csv --out runs/swarm regression=gp
     """
     from megamix.swarm.fit import report
     from megamix.swarm.fit_command import fit_from
