@@ -6,6 +6,7 @@ Legend: K domains, J metrics, R runs, B resamples.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 LEVEL = (5.0, 95.0)
 """Percentiles that an interval reaches from and to."""
+KL_FACTORS = (1, 2, 5, 10, 20)
 _BEYOND = 1e-6
 """A weight above the largest tried by more than this lies outside of what was tried."""
 
@@ -49,6 +51,7 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
         "intervals": None,
         "weight_intervals": None,
         "distance": _distance(question, x_K),
+        "with_larger_kl": alternatives(question),
     }
     if len(boot):
         spread = np.percentile(boot[:, 0], LEVEL, axis=0).T
@@ -68,6 +71,32 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
     return found
 
 
+def alternatives(question: Question) -> list[dict[str, Any]]:
+    """What the mixtures with a larger weight of the KL would gain: nearer to the prior and to what was tried, they are
+    predicted to gain less and are surer to. A row for each weight, the question's own first."""
+    fitted = question.fitted
+    law = fitted.law
+    if law is None or question.worst or question.kl == 0:
+        return []
+    rows = []
+    for factor in KL_FACTORS:
+        x_K = dataclasses.replace(question, kl=factor * question.kl).answer(law.A_JK)
+        mixtures = np.stack([x_K, question.prior_K])
+        values, boot = fitted.predict(mixtures) @ question.v_J, fitted.bootstrap_predict(mixtures) @ question.v_J
+        interval = np.percentile(boot[:, 1] - boot[:, 0], LEVEL).tolist() if len(boot) else None
+        apart = np.abs(fitted.table.ratios_RK - x_K).sum(axis=1).min() / 2
+        rows.append(
+            {
+                "kl": factor * question.kl,
+                "gain_over_prior": float(values[1] - values[0]),
+                "interval": interval,
+                "nearest_run": float(apart),
+                "from_prior": float(np.abs(x_K - question.prior_K).sum() / 2),
+            }
+        )
+    return rows
+
+
 def _distance(question: Question, x_K: Floats) -> dict[str, Any]:
     """How far the mixture is from those tried: total variation, half the sum of the absolute differences."""
     table = question.fitted.table
@@ -75,6 +104,7 @@ def _distance(question: Question, x_K: Floats) -> dict[str, Any]:
     nearest = int(np.argmin(apart_R))
     among = np.abs(table.ratios_RK[:, None] - table.ratios_RK[None]).sum(axis=2) / 2
     np.fill_diagonal(among, np.inf)
+    several = len(table.runs) > 1
     largest = table.ratios_RK.max(axis=0)
     beyond = {
         name: [float(x), float(most)]
@@ -84,6 +114,7 @@ def _distance(question: Question, x_K: Floats) -> dict[str, Any]:
     return {
         "nearest_run": table.runs[nearest],
         "total_variation": float(apart_R[nearest]),
-        "median_among_runs": float(np.median(among.min(axis=1))) if len(table.runs) > 1 else None,
+        "median_among_runs": float(np.median(among.min(axis=1))) if several else None,
+        "share_as_far": float((among.min(axis=1) >= apart_R[nearest]).mean()) if several else None,
         "beyond_tried": beyond,
     }

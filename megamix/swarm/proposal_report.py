@@ -15,6 +15,8 @@ from megamix.swarm.reuse import EXISTING
 from megamix.tables import ABSENT, Report, Table, number, plural
 
 PLOT = "mixture.png"
+REMOTE = 0.1
+"""A mixture is remote where fewer runs than this are as far from the nearest other run."""
 
 
 def report(proposal: Proposal, path: Path) -> Report:
@@ -23,6 +25,8 @@ def report(proposal: Proposal, path: Path) -> Report:
     parts: list[str | Table] = [_headline(details), _weights_table(proposal), _metrics_table(proposal)]
     if "virtual" in details:
         parts.insert(2, _updated_table(proposal))
+    if details["with_larger_kl"]:
+        parts.append(_kl_table(details["with_larger_kl"]))
     parts.append("\n".join([*_sureness(details), f"The mixture is in {path}."]))
     return Report(parts)
 
@@ -94,40 +98,62 @@ def _metrics_table(proposal: Proposal) -> Table:
     return Table(columns, [*rows, ("objective", "1", *whole, "", "")], footer=1)
 
 
+def _kl_table(alternatives: list[dict[str, Any]]) -> Table:
+    """What a larger KL would give."""
+    rows = [
+        (
+            f"{row['kl']:g}" + (" (this)" if place == 0 else ""),
+            number(row["gain_over_prior"]),
+            _interval(row["interval"]),
+            number(row["from_prior"], 3),
+            number(row["nearest_run"], 3),
+        )
+        for place, row in enumerate(alternatives)
+    ]
+    return Table(("KL weight", "gain over the prior", "5 to 95 %", "from the prior", "from the nearest run"), rows)
+
+
 def _interval(bounds: list[float] | None) -> str:
     return ABSENT if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
 
 
 def _sureness(details: Mapping[str, Any]) -> list[str]:
     """How sure the answer is, a sentence a line."""
-    gain, best, distance = details["gain_over_prior"], details["best_tried"], details["distance"]
-    said = f"Predicted gain over the prior: {gain['value']:.4f}"
-    if gain["interval"] is not None:
-        low, high = gain["interval"]
-        said += f" ({low:.4f} to {high:.4f} in 90 % of {gain['resamples']} resamples of the runs)"
-    bounds = "" if best["within_bounds"] else ", whose mixture is beyond the bounds"
-    lines = [f"{said}; the best run tried is {best['run']}, measured {best['measured']:.4f}{bounds}."]
-    apart = f"The nearest mixture tried is that of run {distance['nearest_run']}, {distance['total_variation']:.3f} away (half the sum"
-    among = distance["median_among_runs"]
-    apart += (
-        " of the differences"
-        + ("" if among is None else f"; runs are {among:.3f} from their nearest, on the median")
-        + ")."
-    )
-    beyond = distance["beyond_tried"]
-    if beyond:
-        shown = ", ".join(f"{name} {weight:.4f} (tried up to {most:.4f})" for name, (weight, most) in beyond.items())
-        apart += f" It lies outside of what was tried: {shown}; what is predicted there is extrapolated."
-    else:
-        apart += " No weight is above the largest tried."
-    exact = details["optimality"]
-    lines += [apart, _exactness(exact)]
+    lines = [_gain(details), _distance(details["distance"]), _exactness(details["optimality"])]
     ranks = [row["spearman"] for row in details["fit"]["cross_validation"].values() if row.get("spearman") is not None]
     if ranks and np.mean(ranks) < GOOD_RANKS:
         lines.append(
             f"The fit ranks runs that it has not seen poorly (mean rank correlation {np.mean(ranks):.2f}): take the mixture for a guess."
         )
     return lines
+
+
+def _gain(details: Mapping[str, Any]) -> str:
+    gain, best = details["gain_over_prior"], details["best_tried"]
+    said, unsure = f"Predicted gain over the prior: {gain['value']:.4f}", ""
+    if gain["interval"] is not None:
+        low, high = gain["interval"]
+        said += f" ({low:.4f} to {high:.4f} in 90 % of {gain['resamples']} resamples of the runs)"
+        if low < 0 < gain["value"]:
+            unsure = " By some resamples it is worse than the prior: more runs, or a larger KL, would make it surer."
+    bounds = "" if best["within_bounds"] else ", whose mixture is beyond the bounds"
+    return f"{said}; the best run tried is {best['run']}, measured {best['measured']:.4f}{bounds}.{unsure}"
+
+
+def _distance(distance: Mapping[str, Any]) -> str:
+    apart, median = distance["total_variation"], distance["median_among_runs"]
+    said = f"The nearest mixture tried is that of run {distance['nearest_run']}, {apart:.3f} away (half the sum of the differences"
+    said += ")." if median is None else f"; runs are {median:.3f} from their nearest, on the median)."
+    beyond, outside = distance["beyond_tried"], []
+    if beyond:
+        shown = ", ".join(f"{name} {weight:.4f} (tried up to {most:.4f})" for name, (weight, most) in beyond.items())
+        outside.append(f"it lies outside of what was tried: {shown}")
+    if median is not None and distance["share_as_far"] < REMOTE:
+        outside.append(f"{distance['share_as_far']:.0%} of the runs are as far from their nearest")
+    if not outside:
+        return f"{said} No weight is above the largest tried."
+    words = "; ".join(outside)
+    return f"{said} {words[0].upper()}{words[1:]}. What is predicted there is extrapolated; a larger KL stays nearer."
 
 
 def _exactness(exact: Mapping[str, Any]) -> str:

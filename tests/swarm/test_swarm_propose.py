@@ -1,15 +1,16 @@
-"""Proposals: the optimum against other solvers and by hand, its certificate, bounds, searches, and how sure it is."""
+"""Proposals: recovery of a known optimum, priors and bounds from files, searches, and how sure a proposal is."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from reference_solvers import by_cvxpy, by_slsqp, objective
 from synthetic import known_law, swarm_of
 from typer.testing import CliRunner
 
@@ -24,136 +25,10 @@ from megamix.swarm.proposal_file import read_proposal
 from megamix.swarm.proposal_report import report
 from megamix.swarm.propose import propose, propose_in, read_options
 from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.search import search_worst
-from megamix.swarm.solve import Problem, frank_wolfe_gap, solve
+from megamix.swarm.solve import Problem
 from megamix.swarm.tables import SwarmTable, write_metrics, write_ratios
 
 Floats = Any
-
-
-def problem(size: int, metrics: int, kl: float, caps: float | None, scale: float = 2.0, seed: int = 0) -> Problem:
-    """A random one; ``caps``: their sum, None for no caps."""
-    random = np.random.default_rng([size, metrics, seed])
-    cap_K = np.ones(size) if caps is None else np.minimum(random.dirichlet(np.full(size, 3.0)) * caps, 1.0)
-    A_JK = random.normal(size=(metrics, size)) * scale
-    v_J, prior_K = random.dirichlet(np.ones(metrics)), random.dirichlet(np.ones(size))
-    return Problem(v_J, A_JK, kl, prior_K, np.zeros(size), cap_K / min(1.0, cap_K.sum()))
-
-
-def objective(p: Problem, x: Floats) -> float:
-    """Written out, not the code's."""
-    total = sum(
-        v * np.exp(sum(a * b for a, b in zip(row, x, strict=True))) for v, row in zip(p.v_J, p.A_JK, strict=True)
-    )
-    return float(total + p.kl * sum(b * np.log(b / q) for b, q in zip(x, p.prior_K, strict=True) if b > 0))
-
-
-def by_slsqp(p: Problem) -> Floats:
-    found = minimize(
-        lambda x: objective(p, np.maximum(x, 1e-300)),
-        p.cap_K / p.cap_K.sum(),
-        bounds=[(1e-12, cap) for cap in p.cap_K],
-        constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
-        method="SLSQP",
-        options={"ftol": 1e-15, "maxiter": 1000},
-    )
-    return found.x
-
-
-def by_cvxpy(p: Problem) -> Floats:
-    cvxpy = pytest.importorskip("cvxpy")
-    x = cvxpy.Variable(p.prior_K.size)
-    smooth = p.v_J @ cvxpy.exp(p.A_JK @ x)
-    whole = smooth + p.kl * cvxpy.sum(cvxpy.rel_entr(x, p.prior_K)) if p.kl else smooth
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it came less near than it was asked to
-        cvxpy.Problem(cvxpy.Minimize(whole), [cvxpy.sum(x) == 1, x >= 0, x <= p.cap_K]).solve(
-            solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
-        )
-    return np.clip(x.value, 0, p.cap_K) / np.clip(x.value, 0, p.cap_K).sum()
-
-
-@pytest.mark.parametrize("caps", [None, 1.3, 4.0])
-@pytest.mark.parametrize("kl", [0.0, 0.05, 1.0])
-@pytest.mark.parametrize(("size", "metrics"), [(2, 1), (3, 4), (8, 3), (24, 6), (64, 10)])
-def test_the_optimum_is_that_of_another_solver(size: int, metrics: int, kl: float, caps: float | None) -> None:
-    p = problem(size, metrics, kl, caps)
-    ours, theirs = solve(p), by_slsqp(p) if size <= 8 else by_cvxpy(p)
-    assert ours.x_K.sum() == pytest.approx(1, abs=1e-12)
-    assert (ours.x_K >= 0).all()
-    assert (ours.x_K <= p.cap_K + 1e-15).all()
-    assert objective(p, ours.x_K) <= objective(p, theirs) + 1e-9
-    if kl > 0:
-        assert np.abs(ours.x_K - theirs).sum() <= 1e-3
-        assert ours.within < 1e-5
-    if caps == 1.3:
-        assert (ours.x_K > p.cap_K - 1e-7).any()  # some are active
-
-
-def test_two_domains_by_hand() -> None:
-    """The derivative along (1, -1) is 0 where bisection finds it, or the cap is reached."""
-    a, b, kl, q = 1.0, -0.5, 0.3, 0.7
-
-    def slope(x: float) -> float:
-        return (a - b) * np.exp(a * x + b * (1 - x)) + kl * (np.log(x / q) - np.log((1 - x) / (1 - q)))
-
-    low, high = 1e-12, 1 - 1e-12
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    p = Problem(np.ones(1), np.array([[a, b]]), kl, np.array([q, 1 - q]), np.zeros(2), np.ones(2))
-    assert solve(p).x_K == pytest.approx([low, 1 - low], abs=1e-8)
-    capped = Problem(p.v_J, p.A_JK, kl, p.prior_K, np.zeros(2), np.array([1.0, 0.6]))
-    assert low < 0.4  # else the cap would not be felt
-    assert solve(capped).x_K == pytest.approx([0.4, 0.6], abs=1e-9)
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.05])
-def test_the_certificate_holds_for_any_mixture(kl: float) -> None:
-    """No gap is smaller than the true distance from the minimum, in value and, by Pinsker, in weights."""
-    p = problem(6, 4, kl, 2.0)
-    best = by_slsqp(p)
-    random = np.random.default_rng(3)
-    for _ in range(200):
-        x = random.dirichlet(np.ones(6))
-        x = 0.5 * x + 0.5 * best
-        if (x > p.cap_K).any():
-            continue
-        gap = frank_wolfe_gap(p, x)
-        assert gap >= objective(p, x) - objective(p, best) - 1e-9
-        if kl > 0:
-            assert np.sqrt(2 * gap / kl) >= np.abs(x - best).sum() - 1e-6
-    assert frank_wolfe_gap(p, solve(p).x_K) < 1e-12
-
-
-@pytest.mark.parametrize("kl", [0.0, 1e-4, 0.05])
-@pytest.mark.parametrize("caps", [None, 1.2])
-def test_coefficients_of_any_size(kl: float, caps: float | None) -> None:
-    """Exponents to about +-100: the gap stays tiny beside the objective."""
-    for size, metrics in ((3, 2), (24, 50), (64, 50)):
-        for scale in (0.01, 30.0):
-            p = problem(size, metrics, kl, caps, scale)
-            found = solve(p)
-            assert found.gap <= 1e-9 * (objective(p, found.x_K) + kl)
-
-
-def test_special_cases() -> None:
-    one = solve(problem(1, 3, 0.05, None))
-    assert one.x_K.tolist() == [1.0]
-    p = problem(4, 2, 0.05, None)
-    zero = Problem(p.v_J, p.A_JK, 0.05, np.array([0.5, 0.0, 0.3, 0.2]), p.floor_K, p.cap_K)
-    assert solve(zero).x_K[1] == 0
-    assert solve(Problem(p.v_J, p.A_JK, 0.0, zero.prior_K, p.floor_K, p.cap_K)).x_K[1] >= 0
-    fixed = Problem(p.v_J, p.A_JK, 0.05, p.prior_K, np.array([0, 0.3, 0, 0]), np.array([1, 0.3, 1, 1]))
-    found = solve(fixed)
-    assert found.x_K[1] == 0.3
-    reduced = minimize(
-        lambda x: objective(p, np.insert(np.maximum(x, 1e-12), 1, 0.3)), [0.2, 0.2, 0.3], bounds=[(1e-9, 1)] * 3,
-        constraints={"type": "eq", "fun": lambda x: x.sum() - 0.7}, method="SLSQP", options={"ftol": 1e-14},
-    )  # fmt: skip
-    assert np.delete(found.x_K, 1) == pytest.approx(reduced.x, abs=1e-5)
-    tight = Problem(p.v_J, p.A_JK, 0.05, p.prior_K, np.zeros(4), np.array([0.4, 0.3, 0.2, 0.1]))
-    assert solve(tight).x_K == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
 def fitted_of(
@@ -240,23 +115,6 @@ def test_objective_weights_by_metric_and_family() -> None:
         propose(fitted, uniform(law), objective={"m1": -1.0})
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.05])
-def test_the_worst_is_no_better_than_any_of_a_grid(kl: float) -> None:
-    p = problem(3, 3, kl, 1.8, seed=5)
-    x, starts = search_worst(p, np.zeros((0, 3)), 0)
-    assert starts > 60
-    assert x.sum() == pytest.approx(1)
-    assert (x <= p.cap_K + 1e-12).all()
-
-    def height(y: Floats) -> float:
-        return 2 * objective(Problem(p.v_J, p.A_JK, 0.0, p.prior_K, p.floor_K, p.cap_K), y) - objective(p, y)
-
-    steps = np.arange(0, 101) / 100
-    grid = [np.array([a, b, 1 - a - b]) for a in steps for b in steps if a + b <= 1]
-    highest = max(height(np.maximum(y, 0)) for y in grid if (y <= p.cap_K).all())
-    assert height(x) >= highest - 1e-9
-
-
 def test_how_sure_by_hand() -> None:
     """Distances, percentiles over the resampled laws, and what lies beyond any mixture tried."""
     law = known_law(3, 2)
@@ -272,6 +130,16 @@ def test_how_sure_by_hand() -> None:
     assert details["distance"]["nearest_run"] == "abc"[int(np.argmin(apart))]
     assert details["distance"]["total_variation"] == pytest.approx(min(apart))
     assert details["distance"]["median_among_runs"] == pytest.approx(np.median([0.3, 0.3, 0.5]))
+    assert details["distance"]["share_as_far"] == np.mean(np.array([0.3, 0.3, 0.5]) >= min(apart))
+    nearer = details["with_larger_kl"]
+    assert [row["kl"] for row in nearer] == pytest.approx([0.02, 0.04, 0.1, 0.2, 0.4])
+    assert nearer[0]["gain_over_prior"] == pytest.approx(details["gain_over_prior"]["value"])
+    assert nearer[0]["interval"] == pytest.approx(details["gain_over_prior"]["interval"])
+    for less, more in itertools.pairwise(nearer):
+        assert more["from_prior"] < less["from_prior"]
+        assert more["gain_over_prior"] < less["gain_over_prior"]
+    again = propose(fitted_of(law, table, laws), uniform(law), kl=0.2, resamples=0)
+    assert nearer[3]["nearest_run"] == pytest.approx(again.details["distance"]["total_variation"])
     beyond = {name: [w, m] for name, w, m in zip(law.domains, x, [0.5, 0.8, 0.5], strict=True) if w > m}
     assert beyond
     assert details["distance"]["beyond_tried"] == beyond
@@ -291,6 +159,12 @@ def test_how_sure_by_hand() -> None:
     text = report(found, Path("mixture.json")).text()
     assert "It lies outside of what was tried: " in text
     assert "in 90 % of 9 resamples" in text
+    assert ("0% of the runs are as far from their nearest" in text) == (min(apart) > 0.5)
+    unsure = dataclasses.replace(
+        found, details={**details, "gain_over_prior": {"value": 0.1, "interval": [-0.1, 0.3], "resamples": 9}}
+    )
+    assert "By some resamples it is worse than the prior" in report(unsure, Path("mixture.json")).text()
+    assert "By some resamples" not in text or details["gain_over_prior"]["interval"][0] < 0
 
 
 # In a directory. -----------------------------------------------------------------------------------------------------
