@@ -255,8 +255,8 @@ def _figure(proposal: Proposal) -> Any:
         axes.hlines(y - 0.19, *np.array([intervals[name] for name in names]).T, color="#222222", linewidth=1.2,
                     label="5 to 95 % over resampled runs")  # fmt: skip
     highest = max([*found.values(), *shares.values(), *(high for _, high in (intervals or {}).values())])
-    if caps is not None:
-        shown = [place for place, name in enumerate(names) if caps[name] <= 1.3 * highest]
+    shown = [place for place, name in enumerate(names) if caps is not None and caps[name] <= 1.05 * highest]
+    if caps is not None and shown:
         axes.plot([caps[names[place]] for place in shown], y[shown], "|", color=look(1)[0], markersize=15,
                   markeredgewidth=2, label="cap")  # fmt: skip
     axes.set_yticks(y, [plain(name) for name in names])
