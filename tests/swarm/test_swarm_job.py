@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_swarm import DOMAINS, swarm_config
+from typer.testing import CliRunner
 
+from megamix.cli import app
 from megamix.config import read_yaml
+from megamix.data.manifest import Manifest
 from megamix.errors import InputError
 from megamix.recorded_run import RecordedRun
+from megamix.swarm.fitted import Fitted
 from megamix.swarm.job import read_job
 from megamix.swarm.proposal_file import read_proposal
 from megamix.swarm.steps import swarm
@@ -91,12 +95,46 @@ def test_a_step_alone(tiny_config: Write, first: Path, tmp_path: Path) -> None:
         swarm(config, [], "fit")
     with pytest.raises(InputError, match=r"swarm\.target is null"):
         swarm(config, ["swarm.target=null"], "target")
-    fit = (run / "fit.json").read_bytes()
+    before = Fitted.open(run)
     (run / "fit.json").unlink()
     assert swarm(config, [f"run_dir={run}"], "fit") == 0
-    assert (run / "fit.json").read_bytes() == fit
+    after = Fitted.open(run)
+    assert after.details["inputs"] == before.details["inputs"]
+    mixtures = before.table.ratios_RK  # the two were fitted with different numbers of threads
+    np.testing.assert_allclose(after.predict(mixtures), before.predict(mixtures), rtol=1e-6)
     assert swarm(config, [f"run_dir={run}"], "propose") == 0
     assert times(run)[f"mixture.json{run.name}"]
+
+
+def test_the_commands_of_the_steps(tiny_config: Write, data_dir: Path, first: Path, tmp_path: Path) -> None:
+    def megamix(*arguments: object) -> str:
+        done = CliRunner().invoke(app, ["swarm", *map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    said = megamix("priors", data_dir, "--domains", "topics,code", "--out", tmp_path / "priors.json")
+    found = json.loads((tmp_path / "priors.json").read_text())
+    tokens = {entry.name: entry.train.tokens for entry in Manifest.load(data_dir).domains}
+    assert found["token_counts"] == {name: tokens[name] for name in ("topics", "code")}
+    share = tokens["topics"] / (tokens["topics"] + tokens["code"])
+    assert found["relative_sizes"] == pytest.approx({"topics": share, "code": 1 - share})
+    assert f"{tokens['topics'] + tokens['code']:,}" in said
+    with pytest.raises(InputError, match=r"has no domain 'topic'. Did you mean 'topics'"):
+        megamix("priors", data_dir, "--domains", "topic")
+
+    config, run = first_config(tiny_config), first / "run"
+    if not run.is_dir():
+        pytest.skip("the swarm was not run")
+    tables = [(run / name).read_bytes() for name in ("ratios.csv", "metrics.csv")]
+    assert megamix("collect", config, f"run_dir={run}") == f"{run}\n"
+    assert [(run / name).read_bytes() for name in ("ratios.csv", "metrics.csv")] == tables
+    megamix("collect", config, f"run_dir={run}", "swarm.metrics.mean=true")
+    assert read_table(run / "ratios.csv", run / "metrics.csv").metrics[-1] == "loss"
+    for name, content in zip(("ratios.csv", "metrics.csv"), tables, strict=True):
+        (run / name).write_bytes(content)
+    megamix("generate", config, f"run_dir={tmp_path}/other")
+    with pytest.raises(InputError, match=r"5 of the 5 runs .* not done: 0000 \(not begun\)"):
+        megamix("collect", config, f"run_dir={tmp_path}/other", "--partial")
 
 
 def test_an_update_swarms_what_it_touches(megamix: Megamix, tiny_config: Write, first: Path, tmp_path: Path) -> None:
