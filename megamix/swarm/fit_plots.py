@@ -56,7 +56,7 @@ def _predictions(fitted: Fitted, j: int, figure: Figure, where: tuple[int, int, 
     margin = 0.08 * np.ptp(actual_R)
     low, high = actual_R.min() - margin, actual_R.max() + margin
     # A prediction far off would press the others into a corner: it is drawn at the edge.
-    shown_R = np.clip(predicted_R, low - margin, high + margin)
+    shown_R = np.clip(predicted_R, low - margin / 2, high + margin / 2)
     outside = shown_R != predicted_R
     axes.plot([low, high], [low, high], color="#999999", linewidth=0.8, zorder=1)
     axes.plot(actual_R[~outside], shown_R[~outside], "o", ms=3.6, alpha=0.75, color=look(0)[0], mew=0)

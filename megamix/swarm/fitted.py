@@ -79,8 +79,11 @@ class Fitted:
         return predict(x_NK, self.boot_c_BJ, self.boot_A_BJK)
 
     def save(self, folder: Path) -> None:
-        """Writes fit.npz, then fit.json; each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes fit.npz, then fit.json; each whole or not at all.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
         arrays = {
             "ratios_RK": self.table.ratios_RK,
             "values_RJ": self.table.values_RJ,
@@ -91,7 +94,6 @@ class Fitted:
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
-        replace_file(folder / NPZ, buffer.getvalue())
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -106,7 +108,14 @@ class Fitted:
             "family_cross_validation": self.family_cross_validation,
             **self.details,
         }
-        replace_file(folder / JSON, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / NPZ, buffer.getvalue())
+            replace_file(folder / JSON, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise InputError(
+                f"cannot write the fit to {folder}: {error.strerror or error}. Choose another folder with --out."
+            ) from error
 
     @classmethod
     def open(cls, folder: Path) -> Fitted:

@@ -20,6 +20,9 @@ from megamix.swarm.tables import SwarmTable
 Array = NDArray[np.float64]
 _LARGEST_EXPONENT = 700.0
 """exp of it is still a float64."""
+_SCATTER = 2.0
+"""Standard deviation of what half of the starts add to the guessed coefficients. On 144 laws that are not quite true, 8
+starts found the best known fit of 96 %, and were 0.07 % above it on the mean; with 0.5, of 94 % and 0.3 %."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def fit_weighted(
     for start in range(starts):
         floor_P, a_PK = _guess(problems, (start + generator.uniform(0, 1)) / starts if start else 1.0)
         if start >= starts // 2:
-            a_PK = a_PK + generator.normal(0, 0.5, x_RK.shape[1])
+            a_PK = a_PK + generator.normal(0, _SCATTER, x_RK.shape[1])
         found = solve(problems, floor_P, a_PK)
         better = found.loss_P < best_loss
         best_loss[better], best_floor[better], best_a[better] = (

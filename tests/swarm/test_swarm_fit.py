@@ -315,6 +315,12 @@ def test_a_package_that_is_missing(
         fit_of(tmp_path, regression=regression)
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot write the fit to .*Choose another folder"):
+        fit_of(tmp_path, folds=2).save(tmp_path / "out")
+
+
 def test_effects_are_changes_of_the_prediction(tmp_path: Path) -> None:
     fitted = fit_of(tmp_path)
     mean = TABLE.ratios_RK.mean(axis=0)

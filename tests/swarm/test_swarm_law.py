@@ -131,6 +131,23 @@ def test_the_same_input_gives_the_same_law_and_any_start_the_same_fit() -> None:
     assert fit_log_linear(alone).A_JK[0] == pytest.approx(first.A_JK[3], rel=1e-5, abs=1e-5)
 
 
+def test_more_starts_find_better_fits() -> None:
+    """Where the law is not quite true (a loss falls with the logarithm of a domain's share), there are local minima."""
+    x = mixtures(16, 6, seed=1, strength=0.2)
+    noise = np.random.default_rng(0).normal(0, 0.3, (16, 6))
+    y = 4 - 0.5 * np.log(0.003 + x) + noise
+    names = tuple("abcdef")
+    table = SwarmTable(tuple(str(run) for run in range(16)), names, names, x, y)
+
+    def losses(starts: int) -> np.ndarray:
+        law = fit_log_linear(table, starts=starts)
+        return np.array([huber(y[:, j] - law.predict(x)[:, j]) for j in range(6)])
+
+    one, many = losses(1), losses(24)
+    assert (many <= one * (1 + 1e-9)).all()
+    assert (many < 0.95 * one).any()
+
+
 def test_weights_of_runs_count_them() -> None:
     """0 is a run that is not there, 2 a run twice."""
     table = swarm_of(known_law(4, 2), 30, noise=0.05)
