@@ -82,7 +82,7 @@ def read_proposal(directory: Path) -> Proposal:
     Raises:
         InputError: there is none, or it is not one that `write_proposal` has written.
     """
-    weights = read_swarm_weights(directory)
+    read_swarm_weights(directory)  # which refuses what are no weights
     path = directory / SWARM_MIXTURE
     content = read_json(path)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -92,4 +92,4 @@ def read_proposal(directory: Path) -> Proposal:
         )
     known = ("format", "version", "weights", "predicted", "history")
     details = {key: value for key, value in content.items() if key not in known}
-    return Proposal(weights, content["predicted"], details, tuple(content["history"]))
+    return Proposal(content["weights"], content["predicted"], details, tuple(content["history"]))

@@ -18,7 +18,7 @@ from megamix.errors import InputError, did_you_mean
 from megamix.swarm.fitted import Fitted
 from megamix.swarm.priors import FILE as PRIORS_FILE
 from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.reuse import EXISTING, UpdatePlan
+from megamix.swarm.reuse import EXISTING, UPDATE_FILE, UpdatePlan
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]
@@ -58,9 +58,12 @@ def read_amounts(path: Path) -> Amount:
     """
     content = _mapping(path)
     content = content["priors"] if isinstance(content.get("priors"), Mapping) else content
-    if not any(isinstance(content.get(key), Mapping) for key in _KEYS):
-        return Amount(shares=_numbers(content, str(path)))
-    shares, tokens = (_numbers(content.get(key) or {}, f"{path}, {key}") for key in _KEYS)
+    if any(isinstance(content.get(key), Mapping) for key in _KEYS):
+        shares, tokens = (_numbers(content.get(key) or {}, f"{path}, {key}") for key in _KEYS)
+    else:
+        shares, tokens = _numbers(content, str(path)), {}
+    if not shares and not tokens:
+        raise InputError(f"{path} names no domain. Write it with `megamix swarm priors`, or give {{domain: number}}.")
     return Amount(shares or tokens, tokens)
 
 
@@ -117,8 +120,8 @@ def find_prior(
 ) -> tuple[Prior, Amount]:
     """The prior, and what is known of token counts.
 
-    The first of these that there is: the file in the options, DIR/priors.json, the shares of the given token counts,
-    the mean of the mixtures tried.
+    The first of these that there is: the file in the options, DIR/priors.json, that of an update (DIR/update.json), the
+    shares of the given token counts, the mean of the mixtures tried.
 
     Raises:
         InputError: a file that cannot be used, or domains that are not those of the fit.
@@ -133,6 +136,8 @@ def find_prior(
         found, source = read_amounts(options.priors), str(options.priors)
     elif path.is_file():
         found, source = read_amounts(path), str(path)
+    elif plan is not None:
+        found, source = Amount(plan.prior), str(directory / UPDATE_FILE)
     elif given.tokens:
         found, source = Amount(given.tokens), "the shares of the token counts"
     else:
@@ -153,8 +158,11 @@ def find_prior(
 def _as_prior(
     shares: Amounts, fitted: Fitted, plan: UpdatePlan | None, source: str, tokens: Amounts | None = None
 ) -> Prior:
-    """Args:
-    tokens: token counts, by which the shares inside `existing` are its natural ones; ``shares`` may have its ratios.
+    """Shares of the fit's domains, or in an update of the real ones, as a prior.
+
+    Args:
+        tokens: token counts. Inside `existing` the prior is by these, if they are known: ``shares`` may have the ratios
+            of the old mixture there.
     """
     real = plan is not None and shares.keys() == set(plan.domains)
     check_names(shares, plan.domains if real and plan is not None else fitted.domains, source)
@@ -164,8 +172,8 @@ def _as_prior(
     total = sum(contracted.values())
     result = {name: contracted[name] / total for name in fitted.domains}
     kl = dict(result)
-    if real and plan is not None and plan.inner:
-        natural = tokens if tokens is not None and tokens.keys() == shares.keys() else shares
+    natural = next((x for x in (tokens, shares) if x and plan is not None and x.keys() == set(plan.domains)), None)
+    if natural is not None and plan is not None and plan.inner:
         empty = [name for name, x in plan.inner.items() if x > 0 and not natural[name] > 0]
         if empty:
             raise InputError(

@@ -42,8 +42,8 @@ SPAN_TOLERANCE = 1e-6
 def default_members(num_domains: int) -> int:
     """Proxy runs for a swarm over that many (virtual) domains: 5 a domain, 16 at least; 0 where there is only one.
 
-    The number grows in proportion to the domains, as the paper's does (128 for 24 domains, 16 for a few). A law has a
-    coefficient a domain and a constant for each metric, so this is about 4 or more runs a coefficient.
+    The number grows in proportion to the domains, as the paper's does (128 runs at first, then 64, 16, 16, 0 and 64 for
+    its updates). A law has a coefficient a domain and a constant for each metric, so this is 4 or more runs for each.
     """
     return 0 if num_domains <= 1 else max(FEWEST_MEMBERS, MEMBERS_PER_DOMAIN * num_domains)
 

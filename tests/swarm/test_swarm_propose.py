@@ -266,6 +266,8 @@ def test_caps_that_cannot_be_met_name_what_would_do(fits: dict[str, Path]) -> No
         ({"d0": 0, "d1": 0, "d2": 0}, r"all shares are 0"),
         ({"d0": "1", "d1": 1, "d2": 1}, r"'d0' is '1', expected a number"),
         ([1, 2], r"holds list, expected a mapping"),
+        ({}, r"mine\.json names no domain"),
+        ({"relative_sizes": {}}, r"mine\.json names no domain"),
     ],
 )
 def test_a_prior_of_other_domains(fits: dict[str, Path], tmp_path: Path, given: Any, message: str) -> None:

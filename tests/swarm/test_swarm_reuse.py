@@ -225,6 +225,7 @@ def test_a_chain_of_updates(tmp_path: Path) -> None:
     grid = [x for x in np.linspace(0, 1, 20001) if x <= most["new"] and 1 - x <= most[EXISTING]]
     best = min(grid, key=lambda x: truth.value(added.expand(np.array([x, 1 - x]))))
     assert found.weights["new"] == pytest.approx(best, abs=1e-3)
+    assert found.details["prior"]["source"] == str(second / "update.json")
     shown = told(found, path).text()
     assert f"{old.weights['code']:.4f}" in shown.split("after the update")[1]
     assert "frozen ratio" in shown
