@@ -84,6 +84,16 @@ class Solution:
     loss_P: Array
     converged_P: NDArray[np.bool_]
 
+    def or_better(self, other: Solution) -> Solution:
+        """Of each problem the end with the lower loss."""
+        other_P = other.loss_P < self.loss_P
+        return Solution(
+            np.where(other_P, other.floor_P, self.floor_P),
+            np.where(other_P[:, None], other.a_PK, self.a_PK),
+            np.where(other_P, other.loss_P, self.loss_P),
+            np.where(other_P, other.converged_P, self.converged_P),
+        )
+
 
 def solve(problems: Problems, floor_P: Array, a_PK: Array, *, max_steps: int = 200) -> Solution:
     """Refines guesses to local minima: no step makes a loss larger.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.swarm.huber import Problems, solve
+from megamix.swarm.huber import Problems, Solution, solve
 from megamix.swarm.tables import SwarmTable
 
 Array = NDArray[np.float64]
@@ -99,24 +99,15 @@ def fit_weighted(
     """
     problems = Problems(x_RK, y_PR, weight_PR, delta, ridge)
     generator = np.random.default_rng([seed, 1])
-    num_problems = len(y_PR)
-    best_loss, best_floor, best_a = (
-        np.full(num_problems, np.inf),
-        np.zeros(num_problems),
-        np.zeros((num_problems, x_RK.shape[1])),
-    )
+    best: Solution | None = None
     for start in range(starts):
         floor_P, a_PK = _guess(problems, (start + generator.uniform(0, 1)) / starts if start else 1.0)
-        if start >= starts // 2:
+        if start >= (starts + 1) // 2:
             a_PK = a_PK + generator.normal(0, _SCATTER, x_RK.shape[1])
         found = solve(problems, floor_P, a_PK)
-        better = found.loss_P < best_loss
-        best_loss[better], best_floor[better], best_a[better] = (
-            found.loss_P[better],
-            found.floor_P[better],
-            found.a_PK[better],
-        )
-    return best_floor, best_a
+        best = found if best is None else best.or_better(found)
+    assert best is not None
+    return best.floor_P, best.a_PK
 
 
 def _guess(problems: Problems, share: float) -> tuple[Array, Array]:
