@@ -28,7 +28,7 @@ from megamix.swarm.tables import read_table
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
-LONG = {"train": {"steps": 100}, "checkpoint": {"every": 25}, "evaluate": {"every": 50}}
+LONG = {"train": {"steps": 60}, "checkpoint": {"every": 20}, "evaluate": {"every": 30}}
 """Long enough to be stopped in the middle."""
 
 
@@ -73,11 +73,11 @@ def test_nothing_is_lost_when_members_are_stopped_killed_and_fail(
     assert process.returncode == 75, said
     assert "of 4 members are done. The same command goes on." in said
     stopped = max(line["step"] for line in lines(run / "runs" / "0000" / "metrics.jsonl"))
-    assert stopped < 100
+    assert stopped < 60
     assert (run / "runs" / "0000" / "checkpoints" / f"step_{stopped}").is_dir()
 
     process = start(config)
-    wait_for_step(run / "runs" / "0000", min(stopped + 10, 95), process)
+    wait_for_step(run / "runs" / "0000", min(stopped + 10, 55), process)
     members = children(process.pid)
     assert len(members) == 2
     process.kill()
@@ -125,7 +125,7 @@ def test_tables_of_what_is_there(undisturbed: Path, tmp_path: Path) -> None:
         if path.stem == "0003":
             settings["train"]["steps"] = 300
         (configs / path.name).write_text(yaml.safe_dump(settings))
-    with pytest.raises(InputError, match=r"1 of the 4 runs .* not done: 0003 \(100 of 300 steps\).*--partial"):
+    with pytest.raises(InputError, match=r"1 of the 4 runs .* not done: 0003 \(60 of 300 steps\).*--partial"):
         collect(configs, [])
     assert collect(configs, [], partial=True) == configs
     assert read_table(configs / "ratios.csv", configs / "metrics.csv").runs == ("0000", "0001", "0002")
