@@ -25,7 +25,7 @@ from megamix.swarm.fitted import Fitted
 from megamix.swarm.huber import Problems, solve
 from megamix.swarm.law import fit_log_linear, log_floor, predict
 from megamix.swarm.quality import fold_of_runs, quality, ranks
-from megamix.swarm.selection import pick
+from megamix.swarm.selection import pick, split
 from megamix.swarm.tables import SwarmTable, write_metrics, write_ratios
 
 TABLE = swarm_of(known_law(4, 5), 45, noise=0.02)
@@ -201,9 +201,11 @@ def test_runs_that_are_chosen(tmp_path: Path) -> None:
     assert len(fitted.table.runs) == 20
     assert fitted.details["test"]["m0"]["spearman"] > 0.9
     assert len(fit_of(tmp_path, train_split=0.5).table.runs) == 22
-    test = fit_of(tmp_path, test_runs=10, train_split=35)
-    assert len(test.table.runs) == 35
-    assert len(set(fit_of(tmp_path, test_runs=10, seed=1).table.runs) ^ set(test.table.runs)) > 0
+    kept, tested = split(TABLE, FitConfig(test_runs=10, train_split=35))
+    assert tested is not None
+    assert sorted(kept.runs + tested.runs) == sorted(TABLE.runs)
+    assert len(tested.runs) == 10
+    assert split(TABLE, FitConfig(test_runs=10, seed=1))[0].runs != kept.runs
 
 
 def test_runs_on_some_domains_only(tmp_path: Path) -> None:
@@ -301,6 +303,16 @@ def test_fits_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | No
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
+        Fitted.open(tmp_path / "out")
+
+
+def test_a_fit_with_pickled_objects_is_refused(tmp_path: Path) -> None:
+    """Reading one runs whatever its author wrote into it."""
+    fit_of(tmp_path, folds=2).save(tmp_path / "out")
+    with np.load(tmp_path / "out" / "fit.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    np.savez(tmp_path / "out" / "fit.npz", **{**arrays, "extra": np.array([{}], dtype=object)})
+    with pytest.raises(InputError, match=r"cannot read .*fit\.npz"):
         Fitted.open(tmp_path / "out")
 
 
