@@ -172,6 +172,11 @@ def read_job(config_path: Path, overrides: list[str]) -> Job:
                     f"{source}: swarm.{step}.{key} cannot be set: a swarm settles the mixtures of its runs, where they are, and "
                     "that the proxies' mixer is static. Remove the key."
                 )
+    if steps.propose.worst:
+        raise InputError(
+            f"{source}: swarm.propose.worst cannot be set: the target would be trained on it. Remove it, and take `megamix swarm "
+            "propose DIR --worst` after the swarm."
+        )
     run_dir = validate(RunConfig, {**data, "mixture": "natural"}, source).run_dir
     job = Job(data, steps, run_dir, source)
     job.sampler.check()

@@ -48,7 +48,7 @@ from megamix.swarm.tables import write_ratios
 Step = Literal["priors", "generate", "run", "collect", "fit", "propose", "target"]
 MIXTURES = "swarm.csv"
 STAMPS = "steps.json"
-"""What fit.json and mixture.json were made from, as hashes."""
+"""Hashes of fit.json and mixture.json, and of what they were made from."""
 
 
 def swarm(config_path: Path, overrides: list[str], only: Step | None = None, *, at_once: int | None = None) -> int:
@@ -107,6 +107,10 @@ def _priors(job: Job) -> int:
 
 
 def _generate(job: Job) -> int:
+    if not job.num_members:
+        raise InputError(
+            f"{job.source}: this update leaves no weight to be found, so there is no swarm. `megamix swarm all` writes its mixture."
+        )
     path = job.steps.generate.existing_mix_file
     existing = None if path is None else _read_mixtures(path, job.domains)
     weights = sample(job.sampler, job.num_members, existing)
@@ -176,15 +180,21 @@ def _hash(config: Config, *paths: Path) -> str:
 
 
 def _is_made(job: Job, result: str, made_from: str) -> bool:
-    return (job.run_dir / result).is_file() and _stamps(job).get(result) == made_from
+    """Whether a result is there, of this, and as it was written."""
+    path = job.run_dir / result
+    return path.is_file() and _stamps(job).get(result) == [made_from, _digest(path)]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stamp(job: Job, result: str, made_from: str) -> None:
-    content = {**_stamps(job), result: made_from}
+    content = {**_stamps(job), result: [made_from, _digest(job.run_dir / result)]}
     replace_file(job.run_dir / STAMPS, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _stamps(job: Job) -> dict[str, str]:
+def _stamps(job: Job) -> dict[str, list[str]]:
     path = job.run_dir / STAMPS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

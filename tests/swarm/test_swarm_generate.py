@@ -367,6 +367,7 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
         ("swarm.proxy.run_dir=x", r"swarm.proxy.run_dir cannot be set"),
         ("swarm.target={mixture: natural}", r"swarm.target.mixture cannot be set"),
         ("swarm.proxy.train.stpes=3", r"proxy run: unknown key 'train.stpes'. Did you mean 'steps'"),
+        ("swarm.propose.worst=true", r"swarm.propose.worst cannot be set"),
         ("swarm.priors={code: 1}", r"no weight for tables, topics"),
         ("swarm.metrics={validation: false}", r"no metric is collected"),
     ],

@@ -176,6 +176,8 @@ def test_an_update_swarms_what_it_touches(megamix: Megamix, tiny_config: Write, 
     total = sum(found.weights[name] for name in smaller)
     assert left == pytest.approx({name: found.weights[name] / total for name in smaller})
     assert not (tmp_path / "smaller" / "members").exists()
+    with pytest.raises(InputError, match=r"leaves no weight to be found"):
+        swarm(config, [*overrides, f"run_dir={tmp_path}/smaller", f"data.domains={json.dumps(smaller)}"], "generate")
 
 
 def test_the_help_of_the_config_names_every_step(megamix: Megamix) -> None:
