@@ -23,6 +23,7 @@ def test_the_optimum_is_that_of_another_solver(size: int, metrics: int, kl: floa
     assert objective(p, ours.x_K) <= objective(p, theirs) + 1e-9
     if kl > 0:
         assert np.abs(ours.x_K - theirs).sum() <= 1e-3
+        assert ours.within == pytest.approx(np.sqrt(2 * ours.gap / kl))
         assert ours.within < 1e-5
     if caps == 1.3:
         assert (ours.x_K > p.cap_K - 1e-7).any()  # some are active
