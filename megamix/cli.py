@@ -161,7 +161,9 @@ def launch(
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Members of an array that run at a time; 0: all.")] = 0,
     shards: Annotated[int | None, typer.Option(min=2, help="Of the chain prepare.")] = None,
-    gather: Annotated[bool, typer.Option("--gather", help="Of a swarm: only write FOLDER/results.csv.")] = False,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Of a swarm: only write its ratios.csv and metrics.csv.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts, submit nothing.")] = False,
 ) -> None:
     """Submit a run, or a chain of runs, to Slurm. What is done or in the queue is not submitted again.
