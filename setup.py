@@ -29,7 +29,7 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16.1"],
     "hf": ["accelerate"],
     "parquet": ["pyarrow"],
-    "swarm": ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7", "scipy>=1.14"],
+    "swarm": ["lightgbm>=4.6", "scikit-learn>=1.7"],
     "cuda": ["triton>=3.6"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
