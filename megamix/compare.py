@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 
 from megamix.errors import InputError, did_you_mean
 from megamix.files import replace_file
-from megamix.history import worst
-from megamix.labels import run_names
-from megamix.paired import Interval, t_interval
 from megamix.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
-from megamix.recorded_run import RecordedRun
+from megamix.records.history import worst
+from megamix.records.labels import run_names
+from megamix.records.paired import Interval, t_interval
+from megamix.records.recorded_run import RecordedRun
+from megamix.records.variants import check_comparable, variant_names
 from megamix.tables import ABSENT, Report, Table, number, plural
-from megamix.variants import check_comparable, variant_names
 
 METRICS = {
     "macro": "macro loss",

@@ -292,8 +292,8 @@ def _start(config: RunConfig, plan: Plan | None) -> str:
 
     Looks at what it reads beside its data, too.
     """
+    from megamix.checkpoints.resume import open_checkpoint
     from megamix.reference_cache import open_reference
-    from megamix.resume import open_checkpoint
 
     if plan is None:
         return f"start        anew in {config.run_dir}"

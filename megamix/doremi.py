@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from megamix import checkpoint
+from megamix.checkpoints import store
 from megamix.config import apply_overrides, merge, read_yaml, validate
 from megamix.doremi_config import DoremiSteps
 from megamix.errors import EXIT_OK, InputError
@@ -31,7 +31,7 @@ from megamix.files import read_json_lines, replace_file
 from megamix.launch import job_world_size
 from megamix.log import get_logger
 from megamix.plan import make_plan
-from megamix.recorded_run import WEIGHTS as LEDGER
+from megamix.records.recorded_run import WEIGHTS as LEDGER
 from megamix.reference_run import check_same_data, reference
 from megamix.run import train
 from megamix.run_config import RunConfig
@@ -228,7 +228,7 @@ def _finished(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: it is not.
     """
-    state = checkpoint.newest_state(config.run_dir / "checkpoints")
+    state = store.newest_state(config.run_dir / "checkpoints")
     if state is None or state["step"] < config.train.steps:
         raise InputError(
             f"the run {config.run_dir} has taken {0 if state is None else state['step']} of its {config.train.steps} "

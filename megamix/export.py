@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 import megamix
-from megamix import checkpoint
+from megamix.checkpoints import store
+from megamix.checkpoints.tensor_files import TensorSpec, write_tensors
 from megamix.config import validate
 from megamix.data.manifest import TOKENIZER_FILE, Manifest
 from megamix.errors import InputError, MegamixError, ResumeRefused, did_you_mean
@@ -34,8 +35,7 @@ from megamix.files import sync_folder
 from megamix.models import ModelConfig
 from megamix.models.layers import hugging_face_config, layer_shapes
 from megamix.models.pretrained_config import CLASSES, OUTPUT_NAMES
-from megamix.recorded_run import CONFIG, RecordedRun
-from megamix.tensor_files import TensorSpec, write_tensors
+from megamix.records.recorded_run import CONFIG, RecordedRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9
@@ -79,8 +79,8 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     out = out.absolute()
     _check_out(out)
     source, run = _find(path)
-    state = checkpoint.read_state(source)
-    if (holds := checkpoint.kind(source)) != checkpoint.LAYERS:
+    state = store.read_state(source)
+    if (holds := store.kind(source)) != store.LAYERS:
         raise InputError(
             f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which export does not "
             "read. Resume the run, also one that is done, with engine.checkpoint_format=layers, and export what it writes."
@@ -111,7 +111,7 @@ def _check_out(out: Path) -> None:
 
 def _start(out: Path) -> Path:
     """Makes the folder that is filled, then renamed to ``out``."""
-    partial = out.with_name(out.name + checkpoint.PARTIAL)
+    partial = out.with_name(out.name + store.PARTIAL)
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
@@ -126,12 +126,12 @@ def _start(out: Path) -> Path:
 def _find(path: Path) -> tuple[Path, RecordedRun]:
     """The checkpoint to export, and the run it is of."""
     if (path / CONFIG).is_file():
-        source = checkpoint.newest(path / "checkpoints")
+        source = store.newest(path / "checkpoints")
         if source is None:
             raise InputError(f"the run {path} has no complete checkpoint. Train it until one is written.")
         return source, RecordedRun.open(path)
-    if not (path / checkpoint.LISTING).is_file():
-        raise InputError(f"{path} is neither a run (no {CONFIG}) nor a checkpoint (no checkpoint.json). Give one.")
+    if not (path / store.LISTING).is_file():
+        raise InputError(f"{path} is neither a run (no {CONFIG}) nor a checkpoint (no store.json). Give one.")
     return path, RecordedRun.open(path.absolute().parent.parent)
 
 
@@ -178,8 +178,8 @@ def _layer(source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: 
     Raises:
         ResumeRefused: the file is damaged, or of another model.
     """
-    name = f"{checkpoint.LAYERS}/{index:05d}.safetensors"
-    checkpoint.verify(source, name)
+    name = f"{store.LAYERS}/{index:05d}.safetensors"
+    store.verify(source, name)
     try:
         with safe_open(source / name, "pt") as file:
             for parameter, shape in shapes.items():

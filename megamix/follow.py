@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megamix.errors import InputError
-from megamix.live_run import LiveRun
-from megamix.recorded_run import CONFIG
+from megamix.records.live_run import LiveRun
+from megamix.records.recorded_run import CONFIG
 from megamix.tables import number
 
 _PARTS = {"data": "data_wait_seconds", "compute": "compute_seconds", "communication": "communication_seconds"}

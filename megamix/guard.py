@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.append_file import AppendFile
-from megamix.checkpoint import complete_steps
+from megamix.checkpoints.store import complete_steps
 from megamix.data.sampler import StepSamples
 from megamix.errors import MegamixError
 from megamix.log import get_logger
 from megamix.plan import DataPlan
+from megamix.records.append_file import AppendFile
 from megamix.run_config import GuardConfig, RunConfig
 from megamix_kernels import DomainSums
 

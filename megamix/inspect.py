@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix import checkpoint
+from megamix.checkpoints import store
 from megamix.data.blend import Blend
 from megamix.data.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.manifest import FILE_NAME, Manifest
@@ -23,9 +23,9 @@ from megamix.data.reference import is_cache
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
 from megamix.plan import domain_key
-from megamix.recorded_run import CONFIG, WEIGHTS, RecordedRun
+from megamix.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
+from megamix.records.summary import table_of
 from megamix.reference_cache import describe_cache
-from megamix.summary import table_of
 from megamix.tables import Report, Table, gib, number, plural
 
 EXCERPT = 240
@@ -54,7 +54,7 @@ def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = Non
     if path.is_dir():
         if (path / CONFIG).is_file():
             return _run(path)
-        if (path / checkpoint.LISTING).is_file() or path.name.startswith("step_"):
+        if (path / store.LISTING).is_file() or path.name.startswith("step_"):
             return _checkpoint(path)
         if (path / FILE_NAME).is_file():
             return _data(path, text, seq_length)
@@ -240,8 +240,8 @@ def _run(path: Path) -> Report:
 def _checkpoints(path: Path) -> str:
     folder = path / "checkpoints"
     found = []
-    for step in sorted(checkpoint.complete_steps(folder)) if folder.is_dir() else []:
-        problem = checkpoint.damage(folder / f"step_{step}")
+    for step in sorted(store.complete_steps(folder)) if folder.is_dir() else []:
+        problem = store.damage(folder / f"step_{step}")
         found.append(f"step_{step}" + (f" (damaged: {problem})" if problem else ""))
     found += [f"{unfinished.name} (not finished)" for unfinished in sorted(folder.glob("step_*.partial"))]
     return f"checkpoints {', '.join(found) or 'none'}"
@@ -251,7 +251,7 @@ def _checkpoint(path: Path) -> Report:
     problem = _checkpoint_problem(path)
     if problem is not None:
         return Report([f"{path} is a checkpoint that cannot be used: {problem}."])
-    state = json.loads((path / checkpoint.STATE).read_text(encoding="utf-8"))
+    state = json.loads((path / store.STATE).read_text(encoding="utf-8"))
     blend = Blend.from_state_dict(state["sampler"]["blend"])
     prints = state["fingerprints"]
     model, mixer = prints["model"], prints["mixer"]["mixer"]
@@ -282,10 +282,10 @@ def _checkpoint_problem(path: Path) -> str | None:
     """Why a checkpoint cannot be used, after reading all of it; None when it can."""
     if path.name.endswith(".partial"):
         return "it was not finished when its run ended"
-    problem = checkpoint.damage(path)
+    problem = store.damage(path)
     if problem is not None:
         return problem
-    files: dict[str, Any] = json.loads((path / checkpoint.LISTING).read_text(encoding="utf-8"))["files"]
+    files: dict[str, Any] = json.loads((path / store.LISTING).read_text(encoding="utf-8"))["files"]
     for name, entry in files.items():
         with (path / name).open("rb") as file:
             seen = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamix.checkpoints.resume import Resumed, data_fingerprints
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
@@ -22,7 +23,6 @@ from megamix.guard import Guard
 from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.plan import DataPlan
 from megamix.reference_cache import open_reference, reference_folder
-from megamix.resume import Resumed, data_fingerprints
 from megamix.shadow import Shadow, open_shadows
 from megamix.stopping import NO_WISHES, Wishes
 

@@ -14,7 +14,7 @@ from megamix.errors import InputError
 from megamix.interop.average import run_weights
 from megamix.interop.weights import read_swarm_weights, read_weights
 from megamix.mixers import normalise_weights
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.run_config import FileMixture, MixConfig, OneMixture, RunMixture, StagedMixture, SwarmMixture
 
 Floats = NDArray[np.float64]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix import checkpoint
-from megamix.checkpoint import LISTING, describe
+from megamix.checkpoints import store
+from megamix.checkpoints.store import LISTING, describe
 from megamix.config import load_config
 from megamix.data.reference import (
     CacheInfo,
@@ -106,7 +106,7 @@ def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size:
     run_dir, path = _find_checkpoint(source)
     config = load_config(RunConfig, run_dir / "config.resolved.yaml", overrides)
     plan = make_plan(config, world_size, verify=job_rank() == 0)
-    state = checkpoint.read_state(path)
+    state = store.read_state(path)
     _check_model(state["fingerprints"], plan, path)
     if state["step"] < config.train.steps and job_world_size() is None:
         get_logger().warning("%s is of step %d of %d: the run is not done", path, state["step"], config.train.steps)
@@ -128,7 +128,7 @@ def _find_checkpoint(source: Path) -> tuple[Path, Path]:
     if (source / LISTING).is_file():
         source = source.absolute()
         return source.parent.parent, source
-    path = checkpoint.newest(source / "checkpoints")
+    path = store.newest(source / "checkpoints")
     if path is None:
         raise InputError(
             f"{source} is no run with a complete checkpoint. Give the run_dir of a trained reference model, or a "
@@ -184,8 +184,8 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
     """
     import torch.distributed as dist
 
+    from megamix.checkpoints.saving import load_engine
     from megamix.engines.choose import make_engine
-    from megamix.saving import load_engine
 
     config = job.plan.config
     with watched(config.watchdog, out) as watchdog:

@@ -28,18 +28,18 @@ from megamix.data.blend import Blend
 from megamix.errors import InputError
 from megamix.files import replace_file
 from megamix.interop.average import run_weights
-from megamix.ledger import Ledger, segment_of
 from megamix.mixers import find_mixer, make_mixer, wants_evaluation
 from megamix.mixture import WeightSchedule, make_schedule
 from megamix.plan import domain_key
 from megamix.plots.drawing import STYLE, save_figure
 from megamix.plots.figures import weights_figure
-from megamix.recorded_run import RecordedRun
+from megamix.records.ledger import Ledger, segment_of
+from megamix.records.recorded_run import RecordedRun
+from megamix.records.step_statistics import RecordedStatistics, read_statistics
+from megamix.records.tracking import shadow_line
 from megamix.run_config import StagedMixture
 from megamix.shadow import Shadow, shadow_names
-from megamix.step_statistics import RecordedStatistics, read_statistics
 from megamix.tables import Report, Table, number
-from megamix.tracking import shadow_line
 
 FOLDER = "replay"
 Floats = NDArray[np.float64]

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from megamix import checkpoint
+from megamix.checkpoints import store
+from megamix.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.config import load_config
 from megamix.engines.config import MegatronConfig
 from megamix.errors import EXIT_OK, InputError
@@ -15,11 +16,10 @@ from megamix.launch import job_rank, job_world_size, run_local
 from megamix.log import get_logger
 from megamix.plan import Plan, make_plan
 from megamix.rank import run_rank, watched
+from megamix.records.sinks import check_sinks
 from megamix.reference_cache import open_reference
-from megamix.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.run_config import RunConfig
 from megamix.run_lock import RunLock
-from megamix.sinks import check_sinks
 from megamix.stopping import heed_signals
 
 
@@ -99,7 +99,7 @@ def _open_sources(plan: Plan, resumed: Resumed | None) -> None:
 def _is_to_be_converted(config: RunConfig, resumed: Resumed) -> bool:
     """Whether the last checkpoint of a run that is done is of another format than ``engine.checkpoint_format``."""
     own = isinstance(config.engine, MegatronConfig) and config.engine.checkpoint_format == "dist"
-    return own != (checkpoint.kind(resumed.path) != checkpoint.LAYERS)
+    return own != (store.kind(resumed.path) != store.LAYERS)
 
 
 def _prepare_run_dir(config: RunConfig) -> None:

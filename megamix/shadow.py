@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.checkpoints.resume import Resumed
 from megamix.config import Config
 from megamix.constraints import Constraints
 from megamix.data.blend import Blend
@@ -26,7 +27,6 @@ from megamix.exchange import ShadowChange, statistics_record, wanted_weights
 from megamix.mixers import DomainStats, Mixer, make_mixer, wants_evaluation
 from megamix.mixture import WeightSchedule
 from megamix.plan import DataPlan
-from megamix.resume import Resumed
 
 Floats = NDArray[np.float64]
 REBASE_EVERY = 100

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix import checkpoint, saving
+from megamix.checkpoints import saving, store
+from megamix.checkpoints.resume import Resumed, fingerprints
 from megamix.data.loader import Batch
 from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
@@ -19,17 +20,16 @@ from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
 from megamix.errors import MegamixError, Preempted
 from megamix.evaluate import RewardEvaluation, Validation
-from megamix.events import Event
 from megamix.log import get_logger, show_progress
 from megamix.mixed_data import MixedData
 from megamix.plan import Plan
-from megamix.resume import Resumed, fingerprints
+from megamix.records.events import Event
+from megamix.records.sinks import make_sinks
+from megamix.records.tracking import IntervalLog, RunRecord, SampleLog
 from megamix.run_config import RunConfig
-from megamix.sinks import make_sinks
 from megamix.step_time import StepClock
 from megamix.stopping import Wishes, asked_to_stop
 from megamix.tables import number
-from megamix.tracking import IntervalLog, RunRecord, SampleLog
 from megamix.watchdog import Watchdog
 
 
@@ -76,9 +76,7 @@ class Trainer:
         self.guard = self.data.guard
         self._first_step = self.step
         self._saved_at = time.monotonic()
-        self._is_in_other_format = resumed is not None and checkpoint.kind(resumed.path) != saving.format_of(
-            self.engine
-        )
+        self._is_in_other_format = resumed is not None and store.kind(resumed.path) != saving.format_of(self.engine)
         self._writer = saving.CheckpointWriter(
             self.config.run_dir / "checkpoints", self.engine, self.config.checkpoint, self._control
         )

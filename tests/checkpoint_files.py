@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamix.checkpoints.saving import CheckpointWriter, load_engine
 from megamix.engines.base import ParameterState
 from megamix.run_config import CheckpointConfig
-from megamix.saving import CheckpointWriter, load_engine
 
 SIZE = 50
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from checkpoint_files import engine_at, job, loads
 
-from megamix.checkpoint import candidates, damage, newest
-from megamix.keeping import mend
+from megamix.checkpoints.keeping import mend
+from megamix.checkpoints.saving import CheckpointWriter
+from megamix.checkpoints.store import candidates, damage, newest
 from megamix.run_config import CheckpointConfig
-from megamix.saving import CheckpointWriter
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 OLD = 100

@@ -51,7 +51,7 @@ def fail(folder: Path) -> None:
     """Saves, cannot write on rank 1, cannot rename on rank 0: in the background, then at once."""
     from checkpoint_files import engine_at, job
 
-    from megamix import saving
+    from megamix.checkpoints import saving
     from megamix.run_config import CheckpointConfig
 
     rank = int(os.environ["RANK"])
@@ -88,7 +88,7 @@ def die(folder: Path) -> None:
     """Rank 1 is killed when its part is written."""
     from checkpoint_files import engine_at, job
 
-    from megamix import saving
+    from megamix.checkpoints import saving
     from megamix.run_config import CheckpointConfig
 
     rank = int(os.environ["RANK"])
@@ -111,21 +111,21 @@ def choose(config: Path, scenarios: Path) -> None:
     import torch.distributed as dist
     from checkpoint_files import job
 
-    from megamix import checkpoint
+    from megamix.checkpoints import store
+    from megamix.checkpoints.resume import agree_on_checkpoint
     from megamix.config import load_config
     from megamix.plan import make_plan
-    from megamix.resume import agree_on_checkpoint
     from megamix.run_config import RunConfig
 
     rank = int(os.environ["RANK"])
     found = {}
-    describe, read = checkpoint.describe, []
+    describe, read = store.describe, []
 
     def reading(path: Path, sync: bool = True) -> dict[str, Any]:
         read.append(str(path))
         return describe(path, sync)
 
-    checkpoint.describe = reading
+    store.describe = reading
     with job(scenarios, rank, RANKS):
         group: Any = dist.new_group(backend="gloo")
         for folder in sorted(path for path in scenarios.iterdir() if path.is_dir()):
@@ -133,9 +133,9 @@ def choose(config: Path, scenarios: Path) -> None:
             if (folder / "overrides").is_file():
                 overrides += (folder / "overrides").read_text().splitlines()
             plan = make_plan(load_config(RunConfig, config, overrides), RANKS, verify=False)
-            checkpoint.PATIENCE_SECONDS = 0.5
+            store.PATIENCE_SECONDS = 0.5
             if (folder / "late").is_file():
-                checkpoint.PATIENCE_SECONDS = 20.0
+                store.PATIENCE_SECONDS = 20.0
                 dist.barrier(group)
                 if rank == 0:
                     subprocess.Popen(["sh", (folder / "late")])

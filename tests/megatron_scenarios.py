@@ -165,7 +165,7 @@ def _plain_losses(layers: list[Any], whole: Batch) -> torch.Tensor:
 
 def train_by_engine(scenario: Scenario, folder: Path) -> None:
     """Trains and leaves ``result.json``, the checkpoint and the token losses in ``folder``."""
-    from megamix import saving
+    from megamix.checkpoints import saving
     from megamix.run_config import CheckpointConfig
 
     group, at_once = dist.new_group(backend="gloo"), CheckpointConfig(keep=1, asynchronous=False)

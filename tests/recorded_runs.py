@@ -17,8 +17,8 @@ from megamix.data.writer import IndexedWriter
 from megamix.exchange import MixReport
 from megamix.mixers import DomainStats
 from megamix.plan import make_plan
+from megamix.records.tracking import RunRecord
 from megamix.run_config import RunConfig
-from megamix.tracking import RunRecord
 
 NAMES = ("web", "c_$1$", "_books")
 TRAIN_TOKENS = (3000, 1000, 500)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from records import record, samples
 
-from megamix.append_file import AppendFile
 from megamix.errors import MegamixError
-from megamix.events import EVENTS, EventLog
 from megamix.files import read_json_lines
 from megamix.mixers import DomainStats
-from megamix.step_statistics import StatisticsWriter, read_statistics
+from megamix.records.append_file import AppendFile
+from megamix.records.events import EVENTS, EventLog
+from megamix.records.step_statistics import StatisticsWriter, read_statistics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FULL = Path("/dev/full")

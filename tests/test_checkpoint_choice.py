@@ -12,9 +12,9 @@ from checkpoint_files import flip, job, write
 from checkpoint_ranks import run
 from test_checkpoint_files import FILES
 
+from megamix.checkpoints.resume import fingerprints
 from megamix.config import load_config
 from megamix.plan import make_plan
-from megamix.resume import fingerprints
 from megamix.run_config import RunConfig
 
 LAYER = "layers/00001.safetensors"

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from checkpoint_files import flip, job, loads, write
 
-from megamix import checkpoint
-from megamix.checkpoint import Listing, candidates, damage, newest, read_listing, read_state, write_listing
+from megamix.checkpoints import store
+from megamix.checkpoints.saving import load_engine
+from megamix.checkpoints.store import Listing, candidates, damage, newest, read_listing, read_state, write_listing
 from megamix.errors import ResumeRefused
-from megamix.saving import load_engine
 
 FILES = ["layers/00000.safetensors", "layers/00001.safetensors", "layers/00002.safetensors", "state.json"]
 
@@ -135,7 +135,7 @@ def test_a_late_file_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch
     with later(1, hidden, path):
         assert "cannot be used" in str(damage(path))
         assert damage(path, patience=30) is None
-    monkeypatch.setattr("megamix.saving.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("megamix.checkpoints.saving.PATIENCE_SECONDS", 0.2)
     layer.unlink()
     with pytest.raises(ResumeRefused, match=r"00001.safetensors is missing"):
         loads(path, 10)
@@ -213,4 +213,4 @@ def test_a_file_of_another_model_is_said_to_be_that(folder: Path) -> None:
     with pytest.raises(ResumeRefused, match=r"has no layers/00003.*of another model"):
         load_engine(folder / "step_10", engine, 10)
     with pytest.raises(ResumeRefused, match=r"has no layers/00003.*of another model"):
-        checkpoint.verify(folder / "step_10", "layers/00003.safetensors")
+        store.verify(folder / "step_10", "layers/00003.safetensors")

@@ -21,12 +21,12 @@ from checkpoint_ranks import run
 from conftest import ENVIRONMENT
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamix import saving
-from megamix.checkpoint import complete_steps, damage, newest, read_listing
+from megamix.checkpoints import saving
+from megamix.checkpoints.saving import CheckpointWriter, load_engine
+from megamix.checkpoints.store import complete_steps, damage, newest, read_listing
 from megamix.engines.own_format import OwnFormat
 from megamix.errors import InputError, MegamixError, Preempted, ResumeRefused
 from megamix.run_config import CheckpointConfig
-from megamix.saving import CheckpointWriter, load_engine
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ STUCK = """
 import sys, threading
 from pathlib import Path
 from checkpoint_files import engine_at, job
-from megamix import saving
+from megamix.checkpoints import saving
 from megamix.run_config import CheckpointConfig
 saving.save_file = lambda *_: threading.Event().wait()
 saving.LEAVE_SECONDS = 0.1

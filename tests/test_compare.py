@@ -18,7 +18,7 @@ from megamix.compare import compare
 from megamix.config import merge
 from megamix.data.blend import Blend
 from megamix.errors import InputError
-from megamix.paired import t_interval, t_quantile
+from megamix.records.paired import t_interval, t_quantile
 
 NAMES = ("web", "code", "books")
 STEPS, BATCH, SEQ = 40, 8, 16

@@ -22,9 +22,10 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT
 
-from megamix import follow, live_run
+from megamix import follow
 from megamix.errors import InputError
-from megamix.live_run import LiveRun
+from megamix.records import live_run
+from megamix.records.live_run import LiveRun
 
 NAMES = ("biology", "code", "a-domain-with-a-long-name-indeed")
 SECONDS = 60

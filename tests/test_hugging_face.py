@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, build, run, shake
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from megamix import checkpoint
+from megamix.checkpoints import store
 from megamix.config import validate
 from megamix.data.manifest import Manifest
 from megamix.errors import InputError, ResumeRefused
@@ -74,7 +74,7 @@ def run_of(trained: Path, tmp_path: Path) -> Make:
         (source / "layers").mkdir()
         layers = build(model, seq_length=SEQ_LENGTH)
         shake(layers)
-        files = {"state.json": checkpoint.write_json(source / "state.json", state)}
+        files = {"state.json": store.write_json(source / "state.json", state)}
         for layer in layers:
             names = layer.hugging_face_names()
             tensors = {f"weight/{names[name]}": value.detach() for name, value in layer.named_parameters()}
@@ -82,8 +82,8 @@ def run_of(trained: Path, tmp_path: Path) -> Make:
                        for key, value in tensors.items() for part in ("exp_avg", "exp_avg_sq")}  # fmt: skip
             path = source / "layers" / f"{layer.index:05d}.safetensors"
             save_file({**tensors, **moments}, path)
-            files[f"layers/{path.name}"] = checkpoint.describe(path)
-        checkpoint.write_listing(source, checkpoint.Listing(2, checkpoint.LAYERS, files))
+            files[f"layers/{path.name}"] = store.describe(path)
+        store.write_listing(source, store.Listing(2, store.LAYERS, files))
         return folder, layers
 
     return make
@@ -345,9 +345,9 @@ def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> No
             path.write_bytes(content)
 
     def rewrite(path: Path) -> None:
-        kept = checkpoint.read_listing(source)
-        kept.files[str(path.relative_to(source))] = checkpoint.describe(path)
-        checkpoint.write_listing(source, kept)
+        kept = store.read_listing(source)
+        kept.files[str(path.relative_to(source))] = store.describe(path)
+        store.write_listing(source, kept)
 
     layer.write_bytes(before[layer][:-1] + bytes([before[layer][-1] ^ 1]))
     refused(ResumeRefused, r"is damaged: layers/00001.safetensors has SHA-256")
@@ -362,7 +362,7 @@ def test_checkpoints_that_cannot_be_exported(run_of: Make, tmp_path: Path) -> No
     state.write_text(json.dumps(changed))
     rewrite(state)
     refused(InputError, r"was trained with a tokenizer of hash 000000000000, but .* has")
-    checkpoint.write_listing(source, dataclasses.replace(checkpoint.read_listing(source), holds="megatron"))
+    store.write_listing(source, dataclasses.replace(store.read_listing(source), holds="megatron"))
     refused(InputError, r"in a format of engine megatron's own .*engine.checkpoint_format=layers")
     with pytest.raises(InputError, match=r"cannot make /proc/none.partial"):
         export(source, Path("/proc/none"))

@@ -27,8 +27,8 @@ from interop_files import (
 from megamix.data.blend import Blend
 from megamix.interop.average import mean_weights
 from megamix.interop.weights import read_weights
-from megamix.ledger import Ledger
-from megamix.recorded_run import RecordedRun
+from megamix.records.ledger import Ledger
+from megamix.records.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="module")

@@ -151,8 +151,8 @@ def test_dropout_is_a_function_of_the_step_and_alike_where_ranks_compute_the_sam
 
 
 def test_an_own_format_is_listed_and_only_this_engine_reads_it(trained: Path) -> None:
-    from megamix import saving
-    from megamix.checkpoint import describe
+    from megamix.checkpoints import saving
+    from megamix.checkpoints.store import describe
     from megamix.engines.base import Engine
     from megamix.errors import ResumeRefused
 

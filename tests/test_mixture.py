@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from small_config import small
 
+from megamix.checkpoints.resume import data_fingerprints
 from megamix.config import validate
 from megamix.doctor import doctor
 from megamix.errors import InputError
 from megamix.interop.export import export_blend
 from megamix.mixture import WeightSchedule, make_schedule
 from megamix.plan import make_data_plan
-from megamix.resume import data_fingerprints
 from megamix.run_config import RunConfig
 
 NAMES = ("web", "code")

@@ -22,7 +22,7 @@ from megamix.doctor import doctor
 from megamix.errors import InputError
 from megamix.exchange import checked_loss_weights
 from megamix.mixers import DomainStats, OdmMixer, ScheduleConfig, make_mixer, own
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.run_config import RunConfig
 
 README = readme_code("class Progress(Mixer)")

@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, evaluation, write_config, write_data, write_run
 
-from megamix import inspect, plots, summary
+from megamix import inspect, plots
+from megamix.checkpoints.resume import fingerprints
+from megamix.checkpoints.saving import CheckpointWriter
 from megamix.data.manifest import Manifest
 from megamix.data.sampler import Sampler
 from megamix.engines.base import ParameterState
 from megamix.errors import InputError
-from megamix.labels import spread
 from megamix.models.layers import Decoder, Embedding, Head
 from megamix.plan import make_plan
-from megamix.resume import fingerprints
+from megamix.records import summary
+from megamix.records.labels import spread
 from megamix.run_config import CheckpointConfig
-from megamix.saving import CheckpointWriter
 from megamix.tables import Report, Table
 
 

@@ -17,8 +17,8 @@ from megamix.data.manifest import Manifest
 from megamix.errors import InputError
 from megamix.interop.export import export_blend
 from megamix.mixers import DomainStats
+from megamix.records.step_statistics import StatisticsWriter, read_statistics
 from megamix.replay import Replay, replay
-from megamix.step_statistics import StatisticsWriter, read_statistics
 
 
 @pytest.fixture(scope="module")

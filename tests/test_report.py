@@ -14,9 +14,9 @@ import pytest
 import yaml
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, write_config, write_data, write_run
 
-from megamix import history
 from megamix.errors import InputError
-from megamix.recorded_run import RecordedRun
+from megamix.records import history
+from megamix.records.recorded_run import RecordedRun
 from megamix.report import palette, write_report
 from megamix.report.svg import HEIGHT, WIDTH, nice_axis
 

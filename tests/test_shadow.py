@@ -73,7 +73,7 @@ def test_weights_follow_from_the_runs_statistics(runs: Path, index: int) -> None
 
 def test_the_statistics_are_those_on_record(runs: Path) -> None:
     """Their sums are the intervals' in metrics.jsonl."""
-    from megamix.step_statistics import read_statistics
+    from megamix.records.step_statistics import read_statistics
 
     found = read_statistics(runs / "shadowed")
     train = [line for line in lines(runs / "shadowed" / "metrics.jsonl") if line["event"] == "train"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamix.checkpoints.resume import Resumed, data_fingerprints, resume_from
 from megamix.config import apply_overrides, read_yaml, validate
 from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
@@ -26,9 +27,8 @@ from megamix.errors import InputError, MegamixError, ResumeRefused
 from megamix.files import replace_file
 from megamix.mixed_data import MixedData
 from megamix.plan import DataPlan, make_data_plan
-from megamix.resume import Resumed, data_fingerprints, resume_from
+from megamix.records.tracking import RunRecord
 from megamix.run_config import MixConfig
-from megamix.tracking import RunRecord
 
 SETTLE_EVERY = 100
 """Steps after which what lies behind is let go of; to know it, the training thread waits for the mixer once."""

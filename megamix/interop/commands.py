@@ -7,7 +7,7 @@ from pathlib import Path
 from megamix.errors import InputError
 from megamix.interop.export import export_blend, is_run, write_text
 from megamix.interop.stages import cuts_at, equal_cuts, export_phases
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 
 
 def export_to(

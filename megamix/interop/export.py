@@ -26,7 +26,7 @@ from megamix.files import replace_file
 from megamix.interop.average import run_weights
 from megamix.interop.megatron import data_path, per_split_json
 from megamix.interop.weights import doremi_config, read_weights
-from megamix.recorded_run import CONFIG, RecordedRun
+from megamix.records.recorded_run import CONFIG, RecordedRun
 
 FORMATS = ("megatron", "per-split-json", "doremi", "json")
 WHOLE_SPLIT = "100,0,0"

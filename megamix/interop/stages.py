@@ -19,7 +19,7 @@ from pathlib import Path
 from megamix.errors import InputError
 from megamix.interop.average import mean_weights
 from megamix.interop.export import WHOLE_SPLIT, DataSet, render, write_text
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megamix.errors import InputError
-from megamix.labels import run_names
 from megamix.plots.drawing import STYLE, save_figure
 from megamix.plots.figures import (
     comparison_figure,
@@ -20,7 +19,8 @@ from megamix.plots.figures import (
     weights_figure,
 )
 from megamix.plots.shares import epochs_figure, proportions_figure
-from megamix.recorded_run import RecordedRun
+from megamix.records.labels import run_names
+from megamix.records.recorded_run import RecordedRun
 
 FOLDER = "plots"
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from megamix.errors import InputError
-from megamix.labels import spread
+from megamix.records.labels import spread
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megamix.errors import InputError
-from megamix.history import (
+from megamix.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
+from megamix.records.history import (
     mean_series,
     recorded_series,
     score_series,
@@ -16,8 +17,7 @@ from megamix.history import (
     validation_series,
     weight_series,
 )
-from megamix.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 
 _POINTS = 2000
 """At most so many points of a line: more than a figure has dots across."""

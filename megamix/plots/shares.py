@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megamix.history import asked_shares
 from megamix.plots.drawing import look, plain, shade
-from megamix.recorded_run import RecordedRun
-from megamix.summary import table_of
+from megamix.records.history import asked_shares
+from megamix.records.recorded_run import RecordedRun
+from megamix.records.summary import table_of
 
 
 def proportions_figure(run: RecordedRun) -> Figure | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megamix.history import (
+from megamix.records.history import (
     Series,
     asked_shares,
     mean_series,
@@ -21,7 +21,8 @@ from megamix.history import (
     training_series,
     validation_series,
 )
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
+from megamix.records.summary import RunTable
 from megamix.report.palette import domain_class, run_class
 from megamix.report.svg import (
     HEIGHT,
@@ -34,7 +35,6 @@ from megamix.report.svg import (
     nice_axis,
     step_path,
 )
-from megamix.summary import RunTable
 
 POINTS, ALL_POINTS = 400, 1000
 """At most so many changes of weights of a run are drawn, and of all runs of a page together."""

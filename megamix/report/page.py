@@ -11,15 +11,15 @@ from pathlib import Path
 from megamix import __version__
 from megamix.errors import InputError
 from megamix.files import replace_file
-from megamix.history import Series, asked_shares, recorded_series, weight_series
-from megamix.labels import run_names
-from megamix.recorded_run import RecordedRun
+from megamix.records.history import Series, asked_shares, recorded_series, weight_series
+from megamix.records.labels import run_names
+from megamix.records.recorded_run import RecordedRun
+from megamix.records.summary import table_of
 from megamix.report import charts
 from megamix.report.charts import Data, Shown
 from megamix.report.palette import rules, run_class
 from megamix.report.svg import weight_axis
 from megamix.report.tables import cards, config_table, domain_table, mixer_name
-from megamix.summary import table_of
 
 DEFAULT = "report.html"
 

@@ -23,7 +23,7 @@ from megamix.config import Config, read_yaml, validate
 from megamix.errors import InputError
 from megamix.interop.average import run_weights
 from megamix.log import get_logger
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.swarm.members import FOLDER, Member, members_of
 from megamix.swarm.reuse import UpdatePlan
 from megamix.swarm.tables import write_metrics, write_ratios

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megamix import checkpoint
+from megamix.checkpoints import store
 from megamix.config import load_config, merge, validate
 from megamix.errors import InputError
 from megamix.files import replace_file
@@ -43,7 +43,7 @@ class Member:
 
 def is_done(config: RunConfig) -> bool:
     """Whether a run's last checkpoint is that of its last step."""
-    state = checkpoint.newest_state(config.run_dir / "checkpoints")
+    state = store.newest_state(config.run_dir / "checkpoints")
     return state is not None and state["step"] >= config.train.steps
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import cvxpy
 import numpy as np
-import pytest
 from scipy.optimize import minimize
 
 from megamix.swarm.solve import Problem
@@ -44,7 +44,6 @@ def by_slsqp(p: Problem) -> Floats:
 
 
 def by_cvxpy(p: Problem) -> Floats:
-    cvxpy = pytest.importorskip("cvxpy")
     x = cvxpy.Variable(p.prior_K.size)
     smooth = p.v_J @ cvxpy.exp(p.A_JK @ x)
     whole = smooth + p.kl * cvxpy.sum(cvxpy.rel_entr(x, p.prior_K)) if p.kl else smooth

@@ -17,7 +17,7 @@ from megamix.cli import app
 from megamix.config import read_yaml
 from megamix.data.manifest import Manifest
 from megamix.errors import InputError
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.swarm.fitted import Fitted
 from megamix.swarm.job import read_job
 from megamix.swarm.proposal_file import read_proposal

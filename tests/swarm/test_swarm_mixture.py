@@ -12,13 +12,13 @@ import pytest
 from records import lines
 from small_config import small
 
+from megamix.checkpoints.resume import data_fingerprints
 from megamix.config import validate
 from megamix.constraints import Constraints
 from megamix.doctor import doctor
 from megamix.errors import InputError
 from megamix.mixture import make_schedule
 from megamix.plan import make_data_plan
-from megamix.resume import data_fingerprints
 from megamix.run_config import DataConfig, RunConfig
 from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamix.checkpoint import LISTING, complete_steps
+from megamix.checkpoints.store import LISTING, complete_steps
 from megamix.config import read_yaml
 from megamix.errors import InputError
-from megamix.events import EVENTS
-from megamix.recorded_run import CONFIG, METRICS, WEIGHTS
+from megamix.records.events import EVENTS
+from megamix.records.recorded_run import CONFIG, METRICS, WEIGHTS
 
 QUIET_SECONDS = 180.0
 _TAIL = 2**20  # bytes read of the end of a file that is there already

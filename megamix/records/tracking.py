@@ -16,11 +16,11 @@ statistics were used, ``timestamp``, ``effective_step`` and ``position`` it take
 from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
 mixer shows of itself. After a resume that changed domains, mixture or constraints there are lines with ``change``,
 which says what changed; they take the place of all lines before them that begin at their position or later
-(`megamix.ledger`).
+(`megamix.records.ledger`).
 
-``events.jsonl`` says when the run was started, resumed, stopped (`megamix.events`).
+``events.jsonl`` says when the run was started, resumed, stopped (`megamix.records.events`).
 
-``statistics/`` holds the sums of every step (`megamix.step_statistics`), ``shadow/NAME.jsonl`` the lines that
+``statistics/`` holds the sums of every step (`megamix.records.step_statistics`), ``shadow/NAME.jsonl`` the lines that
 ``weights.jsonl`` would have, had that mixer been the run's (`megamix.shadow`).
 """
 
@@ -34,16 +34,16 @@ from typing import Any
 
 import numpy as np
 
-from megamix.append_file import AppendFile, write_failed
 from megamix.data.blend import Segment
 from megamix.data.sampler import StepSamples
-from megamix.events import Event, EventLog
 from megamix.exchange import MixReport, ShadowChange, statistics_record
 from megamix.files import read_json_lines, replace_file
 from megamix.mixers import DomainStats
-from megamix.recorded_run import METRICS, WEIGHTS
-from megamix.sinks import Sink
-from megamix.step_statistics import StatisticsWriter
+from megamix.records.append_file import AppendFile, write_failed
+from megamix.records.events import Event, EventLog
+from megamix.records.recorded_run import METRICS, WEIGHTS
+from megamix.records.sinks import Sink
+from megamix.records.step_statistics import StatisticsWriter
 from megamix.step_time import StepTimes
 
 SHADOWS = "shadow"
@@ -71,7 +71,7 @@ class RunRecord:
         self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
 
     def note(self, event: Event, step: int, text: str = "") -> None:
-        """Something that happened to the run (`megamix.events`)."""
+        """Something that happened to the run (`megamix.records.events`)."""
         self._events.note(event, step, text)
 
     def announce(

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamix.checkpoint import (
+from megamix.checkpoints.keeping import drop_old, give_name, mend
+from megamix.checkpoints.store import (
     LAYERS,
     PARTIAL,
     PATIENCE_SECONDS,
@@ -36,7 +37,6 @@ from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState
 from megamix.engines.own_format import OwnFormat
 from megamix.errors import MegamixError, Preempted, RankFailed, ResumeRefused
 from megamix.files import sync_folder
-from megamix.keeping import drop_old, give_name, mend
 from megamix.log import get_logger
 from megamix.models.pretrained import PretrainedWeights
 from megamix.run_config import CheckpointConfig
@@ -315,7 +315,7 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
     only after their hashes were found right (`megamix.engines.megatron_checkpoint`).
 
     Args:
-        verified: whether all hashes were checked just now (`megamix.resume.agree_on_checkpoint`).
+        verified: whether all hashes were checked just now (`megamix.checkpoints.resume.agree_on_checkpoint`).
 
     Raises:
         ResumeRefused: a file is damaged, or only another engine can read it.
@@ -352,7 +352,7 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
 
 
 def format_of(engine: Engine) -> str:
-    """What the engine's checkpoints will hold, see `megamix.checkpoint.Listing`."""
+    """What the engine's checkpoints will hold, see `megamix.checkpoints.store.Listing`."""
     return engine.own_format if isinstance(engine, OwnFormat) and engine.saves_own_format else LAYERS
 
 

@@ -11,8 +11,8 @@
 An engine that writes a format of its own has a folder of its name in the place of ``layers``, which it alone reads.
 
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
-(`megamix.saving`, `megamix.keeping`). Nothing but an engine's own format is pickled. Random numbers need no file: what
-is random in a step is seeded by the run's seed and the step (`megamix.train`).
+(`megamix.checkpoints.saving`, `megamix.checkpoints.keeping`). Nothing but an engine's own format is pickled. Random
+numbers need no file: what is random in a step is seeded by the run's seed and the step (`megamix.train`).
 
 Which checkpoint is the newest is read off its step: clocks and the times of files are not looked at.
 """
@@ -37,7 +37,7 @@ FORMAT = "megamix-checkpoint"
 VERSION = 2  # 1 had no SHA-256 of the list itself
 PARTIAL = ".partial"
 BEFORE = ".before"
-"""What a checkpoint is called while another takes its name (`megamix.keeping`)."""
+"""What a checkpoint is called while another takes its name (`megamix.checkpoints.keeping`)."""
 LAYERS = "layers"
 LISTING = "checkpoint.json"
 STATE = "state.json"

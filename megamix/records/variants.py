@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megamix.errors import InputError
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmMixture
 from megamix.shadow import shadow_names
 

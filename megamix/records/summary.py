@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.recorded_run import RecordedRun
+from megamix.records.recorded_run import RecordedRun
 from megamix.tables import Report, Table, number
 
 

@@ -15,8 +15,8 @@ from megamix.config import read_yaml, validate
 from megamix.data.manifest import Manifest
 from megamix.errors import InputError
 from megamix.files import read_json_lines
-from megamix.ledger import Ledger
 from megamix.mixers import without_code
+from megamix.records.ledger import Ledger
 from megamix.run_config import RunConfig
 
 CONFIG = "config.resolved.yaml"

@@ -12,11 +12,11 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix import checkpoint
+from megamix.checkpoints import store
+from megamix.checkpoints.keeping import mend
 from megamix.data.blend import Blend
 from megamix.domain_change import DomainChange, digest, find_change
 from megamix.errors import InputError, MegamixError, ResumeRefused
-from megamix.keeping import mend
 from megamix.log import get_logger
 from megamix.mixers import Mixer
 from megamix.plan import DataPlan, Plan
@@ -109,7 +109,7 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     path = find_checkpoint(plan.config)
     if path is None:
         return None
-    return resume_from(checkpoint.read_state(path), plan, path, fingerprints(plan))
+    return resume_from(store.read_state(path), plan, path, fingerprints(plan))
 
 
 def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
@@ -144,24 +144,24 @@ class _Search:
         self._plan = plan
         self._passed_over: list[tuple[Path, str]] = []
 
-    def next(self) -> tuple[Resumed, checkpoint.Listing] | None:
+    def next(self) -> tuple[Resumed, store.Listing] | None:
         """The newest checkpoint that was not passed over and may be continued from; None to start anew."""
         config = self._plan.config
         folder = config.run_dir / "checkpoints"
         if config.checkpoint.resume != "auto":
-            path = find_checkpoint(config, checkpoint.PATIENCE_SECONDS)
+            path = find_checkpoint(config, store.PATIENCE_SECONDS)
             return None if path is None else self._open(path)
         if not self._passed_over:
             _mend(folder)
         done = [path for path, _ in self._passed_over]
-        for path in checkpoint.candidates(folder):
+        for path in store.candidates(folder):
             if path in done:
                 continue
-            problem = checkpoint.damage(path, checkpoint.PATIENCE_SECONDS)
+            problem = store.damage(path, store.PATIENCE_SECONDS)
             if problem is None:
                 return self._open(path)
             self.pass_over(path, problem)
-        checkpoint.refuse_damaged(folder, self._passed_over)
+        store.refuse_damaged(folder, self._passed_over)
         return None
 
     def pass_over(self, path: Path, problem: str) -> None:
@@ -171,15 +171,15 @@ class _Search:
             ResumeRefused: it was asked for by its path.
         """
         if self._plan.config.checkpoint.resume != "auto":
-            raise checkpoint.refusal(path, problem)
+            raise store.refusal(path, problem)
         self._passed_over.append((path, problem))
         if dist.get_rank() == 0:
             get_logger().warning("passing over %s: %s", path, problem)
 
-    def _open(self, path: Path) -> tuple[Resumed, checkpoint.Listing]:
-        state = checkpoint.read_state(path, checkpoint.PATIENCE_SECONDS)
+    def _open(self, path: Path) -> tuple[Resumed, store.Listing]:
+        state = store.read_state(path, store.PATIENCE_SECONDS)
         resumed = resume_from(state, self._plan, path, fingerprints(self._plan))
-        return resumed, checkpoint.read_listing(path)
+        return resumed, store.read_listing(path)
 
 
 def _mend(folder: Path) -> None:
@@ -206,13 +206,13 @@ def _from_main(look: Callable[[], T], group: Any) -> T:
     return found[0]
 
 
-def _shared_reading(path: Path, listing: checkpoint.Listing, group: Any) -> str | None:
+def _shared_reading(path: Path, listing: store.Listing, group: Any) -> str | None:
     """Reads every file of a checkpoint once, on some rank; what is wrong with the first damaged one, on all."""
     by_size = sorted(listing.files, key=lambda name: (listing.files[name]["bytes"], name))
     mine = by_size[dist.get_rank() :: dist.get_world_size()]
-    deadline = time.monotonic() + checkpoint.PATIENCE_SECONDS
+    deadline = time.monotonic() + store.PATIENCE_SECONDS
     problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, checkpoint.damage_of_files(path, listing, mine, deadline), group=group)
+    dist.all_gather_object(problems, store.damage_of_files(path, listing, mine, deadline), group=group)
     return next((problem for problem in problems if problem is not None), None)
 
 
@@ -340,16 +340,16 @@ def find_checkpoint(config: RunConfig, patience: float = 0.0) -> Path | None:
     folder = config.run_dir / "checkpoints"
     wish = config.checkpoint.resume
     if wish == "auto":
-        return checkpoint.newest(folder, quiet=True)
+        return store.newest(folder, quiet=True)
     if wish == "never":
-        if checkpoint.complete_steps(folder):
+        if store.complete_steps(folder):
             raise ResumeRefused(
                 f"{config.run_dir} holds checkpoints of a run, and checkpoint.resume is never. Choose another run_dir, remove that one, "
                 "or resume it (checkpoint.resume=auto)."
             )
         return None
     path = Path(wish)
-    if not checkpoint.wait_for(path / checkpoint.LISTING, time.monotonic() + patience):
+    if not store.wait_for(path / store.LISTING, time.monotonic() + patience):
         raise InputError(
             f"checkpoint.resume: {path} is no complete checkpoint. Give auto, never or a RUN/checkpoints/step_N directory."
         )

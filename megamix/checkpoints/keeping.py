@@ -6,8 +6,8 @@
     step_N.removed      one that is being removed
 
 Only rank 0 of a run renames and removes. A run that is killed between two of the renames below leaves a folder in which
-`megamix.checkpoint.candidates` still finds each checkpoint that was there, and the next start, or the next checkpoint,
-clears away the rest (`mend`).
+`megamix.checkpoints.store.candidates` still finds each checkpoint that was there, and the next start, or the next
+checkpoint, clears away the rest (`mend`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megamix.checkpoint import BEFORE, PARTIAL, candidates, steps_in
+from megamix.checkpoints.store import BEFORE, PARTIAL, candidates, steps_in
 from megamix.files import sync_folder
 from megamix.log import get_logger
 
