@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megamix.errors import MegamixError
-
-if TYPE_CHECKING:
-    from megamix.swarm.propose import Question
+from megamix.swarm.question import Question
 
 Floats = NDArray[np.float64]
 LEVEL = (5.0, 95.0)

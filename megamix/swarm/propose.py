@@ -13,7 +13,6 @@ Legend: K domains of the fit, J metrics.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from megamix.swarm.propose_config import OPTIONS_FILE, ProposeConfig
 from megamix.swarm.question import (
     Caps,
     Prior,
+    Question,
     check_feasible,
     find_caps,
     find_prior,
@@ -38,45 +38,9 @@ from megamix.swarm.question import (
 )
 from megamix.swarm.reuse import UpdatePlan
 from megamix.swarm.search import search, search_worst
-from megamix.swarm.solve import Problem, divergence, solve
+from megamix.swarm.solve import divergence, solve
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a fit, as arrays.
-
-    Attributes:
-        v_J: float64 [J], weights of the metrics; sum 1.
-        prior_K: float64 [K], sum 1.
-        kl_prior_K: float64 [K], q of the KL term.
-        floor_K, cap_K: float64 [K].
-    """
-
-    fitted: Fitted
-    v_J: Floats
-    prior_K: Floats
-    kl_prior_K: Floats
-    kl: float
-    floor_K: Floats
-    cap_K: Floats
-    worst: bool
-    seed: int
-
-    def problem(self, A_JK: Floats) -> Problem:
-        """The convex problem for a law's coefficients."""
-        used = self.v_J > 0
-        return Problem(self.v_J[used], A_JK[used], self.kl, self.kl_prior_K, self.floor_K, self.cap_K)
-
-    @property
-    def bounds(self) -> tuple[Floats, Floats]:
-        """float64 [K] each: see `Problem.bounds`."""
-        return self.problem(np.zeros((self.v_J.size, self.prior_K.size))).bounds
-
-    def answer(self, A_JK: Floats) -> Floats:
-        """float64 [K]: the best mixture for a law's coefficients."""
-        return solve(self.problem(A_JK)).x_K
 
 
 def propose(

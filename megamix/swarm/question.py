@@ -19,10 +19,47 @@ from megamix.swarm.fitted import Fitted
 from megamix.swarm.priors import FILE as PRIORS_FILE
 from megamix.swarm.propose_config import ProposeConfig
 from megamix.swarm.reuse import EXISTING, UPDATE_FILE, UpdatePlan
+from megamix.swarm.solve import Problem, solve
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]
 _KEYS = ("relative_sizes", "token_counts")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a fit, as arrays.
+
+    Attributes:
+        v_J: float64 [J], weights of the metrics; sum 1.
+        prior_K: float64 [K], sum 1.
+        kl_prior_K: float64 [K], q of the KL term.
+        floor_K, cap_K: float64 [K].
+    """
+
+    fitted: Fitted
+    v_J: Floats
+    prior_K: Floats
+    kl_prior_K: Floats
+    kl: float
+    floor_K: Floats
+    cap_K: Floats
+    worst: bool
+    seed: int
+
+    def problem(self, A_JK: Floats) -> Problem:
+        """The convex problem for a law's coefficients."""
+        used = self.v_J > 0
+        return Problem(self.v_J[used], A_JK[used], self.kl, self.kl_prior_K, self.floor_K, self.cap_K)
+
+    @property
+    def bounds(self) -> tuple[Floats, Floats]:
+        """float64 [K] each: see `Problem.bounds`."""
+        return self.problem(np.zeros((self.v_J.size, self.prior_K.size))).bounds
+
+    def answer(self, A_JK: Floats) -> Floats:
+        """float64 [K]: the best mixture for a law's coefficients."""
+        return solve(self.problem(A_JK)).x_K
 
 
 @dataclass(frozen=True)
