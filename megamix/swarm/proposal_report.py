@@ -31,12 +31,15 @@ def report(proposal: Proposal, path: Path) -> Report:
     return Report(parts)
 
 
-def _headline(details: Mapping[str, Any]) -> str:
-    fit, kl = details["fit"], details["kl"]
-    said = (
-        f"{'the worst' if details['worst'] else 'the best'} mixture by a {fit['regression']} fit to {fit['runs']} runs"
+def _in_short(details: Mapping[str, Any]) -> str:
+    fit, which = details["fit"], "worst" if details["worst"] else "best"
+    return (
+        f"the {which} mixture by a {fit['regression']} fit to {fit['runs']} runs; KL weight {details['kl']['weight']:g}"
     )
-    said += f"; KL weight {kl['weight']:g}, prior: {details['prior'].get('source', 'as given')}"
+
+
+def _headline(details: Mapping[str, Any]) -> str:
+    said = f"{_in_short(details)}, prior: {details['prior'].get('source', 'as given')}"
     if details["caps"] is not None:
         said += f"; caps: {details.get('caps_from', 'as given')}"
     return said
@@ -248,14 +251,15 @@ def _figure(proposal: Proposal) -> Any:
     figure = Figure(figsize=(8.0, max(2.6, 1.2 + 0.32 * len(names))), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title("proposed mixture", pad=22)
-    note(axes, _headline(details))
+    note(axes, _in_short(details))
     axes.barh(y - 0.19, [found[name] for name in names], 0.36, color=look(0)[0], label="proposal")
     axes.barh(y + 0.19, [shares[name] for name in names], 0.36, color="#BBBBBB", label="prior")
     if intervals is not None:
         axes.hlines(y - 0.19, *np.array([intervals[name] for name in names]).T, color="#222222", linewidth=1.2,
                     label="5 to 95 % over resampled runs")  # fmt: skip
     highest = max([*found.values(), *shares.values(), *(high for _, high in (intervals or {}).values())])
-    shown = [place for place, name in enumerate(names) if caps is not None and caps[name] <= 1.05 * highest]
+    in_sight = min(1.05 * highest, 1 - 1e-9)  # 1 is no cap
+    shown = [place for place, name in enumerate(names) if caps is not None and caps[name] <= in_sight]
     if caps is not None and shown:
         axes.plot([caps[names[place]] for place in shown], y[shown], "|", color=look(1)[0], markersize=15,
                   markeredgewidth=2, label="cap")  # fmt: skip
