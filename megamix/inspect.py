@@ -22,6 +22,7 @@ from megamix.data.manifest import FILE_NAME, Manifest
 from megamix.data.reference import is_cache
 from megamix.data.stream import DomainTokens
 from megamix.errors import InputError
+from megamix.interop.weights import SWARM_MIXTURE
 from megamix.plan import domain_key
 from megamix.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
 from megamix.records.summary import table_of
@@ -60,6 +61,8 @@ def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = Non
             return _data(path, text, seq_length)
         if is_cache(path):
             return describe_cache(path)
+        if (path / SWARM_MIXTURE).is_file():
+            raise InputError(f"{path} is a swarm with a proposed mixture. To see it: megamix swarm explain {path}")
     elif path.suffix == ".json":
         return _data(path, text, seq_length)
     elif path.suffix in (".bin", ".idx"):

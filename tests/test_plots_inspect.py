@@ -241,6 +241,9 @@ def test_something_else(tmp_path: Path) -> None:
         inspect.inspect_path(tmp_path / "nothing")
     with pytest.raises(InputError, match="is nothing that megamix makes"):
         inspect.inspect_path(tmp_path)
+    (tmp_path / "mixture.json").write_text('{"weights": {"web": 1.0}}')
+    with pytest.raises(InputError, match="To see it: megamix swarm explain"):
+        inspect.inspect_path(tmp_path)
 
 
 def test_a_sample_is_the_one_that_was_trained(run: tuple[Path, list[list[int]]]) -> None:
