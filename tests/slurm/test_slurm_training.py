@@ -7,6 +7,7 @@ A rank takes seconds to start, so that the longer forms are slow tests.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -57,9 +58,14 @@ def config(tiny_config: Callable[..., Path]) -> Callable[..., Path]:
     return write
 
 
-def launch(*arguments: object) -> None:
-    done = CliRunner().invoke(app, ["launch", *map(str, arguments)], catch_exceptions=False)
+def command(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    return done.output
+
+
+def launch(*arguments: object) -> None:
+    command("launch", *arguments)
 
 
 def reached(run: Path) -> int:
@@ -85,8 +91,8 @@ def assert_same(run: Path, other: Path) -> None:
 def undisturbed(cluster: Cluster, config: Path, ranks: int) -> Path:
     """The same run, on one node."""
     run = config.parent / "undisturbed"
-    command = (SCRIPTS / "train.sbatch", config, f"run_dir={run}")
-    job = cluster.submit(f"--ntasks-per-node={ranks}", *command, cwd=config.parent)
+    script = (SCRIPTS / "train.sbatch", config, f"run_dir={run}")
+    job = cluster.submit(f"--ntasks-per-node={ranks}", *script, cwd=config.parent)
     assert cluster.wait(job, seconds=SECONDS) == "COMPLETED"
     return run
 
@@ -206,6 +212,33 @@ def test_of_a_swarm_only_the_run_that_failed_runs_again(
         ]
         for name, loss in evaluations[-1]["domain_loss"].items():
             assert float(row[f"loss:{name}"]) == loss
+
+
+@pytest.mark.slow
+def test_a_swarm_from_mixtures_to_a_proposal(
+    real: Cluster, tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its members are one array, with the weights that were drawn; the tables it leaves are fitted as they are."""
+    keys = {"generate": {"members": 6, "min_strength": 4}, "fit": {"bootstrap": 3}, "propose": {"resamples": 0}}
+    path = tiny_config(
+        mixer={"name": "static"}, data={"domains": ["code", "tables", "topics"]}, checkpoint={"every": 0}, swarm=keys
+    )
+    run = tmp_path / "run"
+    command("swarm", "generate", path)
+    said = command("swarm", "run", path, "--slurm", "--limit", "2", "--dry-run")
+    assert "--array=0,1,2,3,4,5%2" in said
+    assert not (run / "runs").exists()
+    command("swarm", "run", path, "--slurm", "--limit", "2")
+    wait_until("an empty queue", lambda: not real.run("squeue", "--noheader").stdout, SECONDS)
+    with (run / "swarm.csv").open(encoding="utf-8", newline="") as file:
+        drawn = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(drawn) == 6
+    for name, row in results(run).items():
+        for domain in ("code", "tables", "topics"):
+            assert float(row[domain]) == pytest.approx(float(drawn[name][domain]))
+    command("swarm", "all", path)
+    assert "none of" not in capsys.readouterr().err
+    assert json.loads((run / "mixture.json").read_text(encoding="utf-8"))["fit"]["runs"] == 6
 
 
 def results(folder: Path) -> dict[str, dict[str, str]]:
