@@ -234,6 +234,7 @@ def update(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="The data set with the new domains, or its priors.json.")
     ],
+    domains: Annotated[str | None, typer.Option(help="Some of its domains, with commas between; default: all.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write DIR/update.json.")] = None,
     tokens_per_run: Annotated[float | None, typer.Option(help="Tokens of a proxy run, for the cost.")] = None,
 ) -> None:
@@ -244,7 +245,7 @@ def update(
     """
     from megamix.swarm.update import read_update, report, start_update
 
-    plan = read_update(config, data)
+    plan = read_update(config, data, domains.split(",") if domains else None)
     report(plan, tokens_per_run).show()
     if out is not None and (path := start_update(plan, out)) is not None:
         typer.echo(f"\nNothing is to be found: the mixture is in {path}.")

@@ -261,12 +261,11 @@ def _check_data(expected: set[str], update: UpdateConfig, old: Proposal, token_c
             f"correct the names.{hint}"
         )
     if extra:
-        what = (
-            "remove or partition takes them away"
-            if set(extra) <= old.weights.keys()
-            else "the update names none of them"
-        )
+        gone = [name for name in extra if name in old.weights]
+        unnamed = [name for name in extra if name not in old.weights]
+        said = [f"{', '.join(gone)}, which the update takes away"] if gone else []
+        said += [f"{', '.join(unnamed)}, which it does not name"] if unnamed else []
         raise InputError(
-            f"swarm.update: the data also has {', '.join(extra)}, but {what}. Name new ones under add or partition, or leave "
-            "them out by data.domains."
+            f"swarm.update: the data also has {'; and '.join(said)}. Name new ones under add or partition; leave others out by "
+            "data.domains (--domains of `megamix swarm update`)."
         )

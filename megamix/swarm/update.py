@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megamix.config import read_yaml, validate
@@ -15,19 +16,22 @@ from megamix.swarm.update_config import UpdateConfig
 from megamix.tables import ABSENT, Report, Table, number, plural
 
 
-def read_update(path: Path, data: Path) -> UpdatePlan:
+def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> UpdatePlan:
     """Works out the update in a YAML file.
 
     Args:
         path: keys of `UpdateConfig`.
         data: a data set (its manifest or folder), or a file of priors with token counts.
+        domains: some of the data set's, in this order; None: all.
 
     Raises:
         InputError: either cannot be read, or they do not fit together or the old mixture (`plan_update`).
     """
     update = validate(UpdateConfig, read_yaml(path), str(path))
     if data.is_dir() or data.name == "manifest.json":
-        tokens = {name: float(count) for name, count in priors_of(data).token_counts.items()}
+        tokens = {name: float(count) for name, count in priors_of(data, domains).token_counts.items()}
+    elif domains is not None:
+        raise InputError(f"domains are chosen from a data set, and {data} is none. Name its folder, or leave them out.")
     else:
         tokens = read_amounts(data).tokens
         if not tokens:

@@ -20,7 +20,7 @@ from megamix.errors import InputError
 from megamix.records.recorded_run import RecordedRun
 from megamix.swarm.fitted import Fitted
 from megamix.swarm.job import read_job
-from megamix.swarm.proposal_file import read_proposal
+from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
 from megamix.swarm.steps import swarm
 from megamix.swarm.tables import read_table
 
@@ -121,6 +121,18 @@ def test_the_commands_of_the_steps(tiny_config: Write, data_dir: Path, first: Pa
     assert f"{tokens['topics'] + tokens['code']:,}" in said
     with pytest.raises(InputError, match=r"has no domain 'topic'. Did you mean 'topics'"):
         megamix("priors", data_dir, "--domains", "topic")
+
+    (tmp_path / "old").mkdir()
+    write_proposal(tmp_path / "old", Proposal({"code": 0.3, "topics": 0.5, "tables": 0.2}, {}))
+    (tmp_path / "update.yaml").write_text(f"{{previous: {tmp_path / 'old'}, remove: [tables]}}")
+    with pytest.raises(
+        InputError, match="also has tables, which the update takes away; and packages, which it does not"
+    ):
+        megamix("update", tmp_path / "update.yaml", data_dir)
+    megamix("update", tmp_path / "update.yaml", data_dir, "--domains", "topics,code", "--out", tmp_path / "new")
+    assert read_proposal(tmp_path / "new").weights == pytest.approx({"code": 3 / 8, "topics": 5 / 8})
+    with pytest.raises(InputError, match="chosen from a data set"):
+        megamix("update", tmp_path / "update.yaml", tmp_path / "priors.json", "--domains", "code")
 
     config, run = first_config(tiny_config), first / "run"
     if not run.is_dir():

@@ -114,7 +114,7 @@ def test_the_cap_of_the_frozen_is_where_the_first_of_them_is_full() -> None:
         ),
         ("web code mail law", {"add": ["code"]}, "add: the mixture in runs/old has a domain 'code' already"),
         ("web code mail law", {"add": ["new"]}, r"the data does not have new; it has web, code, mail, law"),
-        ("web code mail law new", {"remove": ["law"]}, "the data also has law, new"),
+        ("web code mail law new", {"remove": ["law"]}, "has law, which the update takes away; and new, which it does"),
         ("web mail law new", {"add": ["new"]}, r"does not have code.*Domains that are gone belong under remove: code"),
         ("web code law m1", {"partition": {"mail": ["m1", "m2"]}}, "does not have m2"),
         ("web code law m1", {"partition": {"mail": ["m1", "web"]}}, "partition: .* has a domain 'web' already"),
