@@ -77,7 +77,7 @@ setup(
     },
     package_data={
         "megamix.configs": ["*.yaml", "**/*.yaml"],
-        "megamix.report": ["*.css", "*.js"],
+        "megamix.analysis.report": ["*.css", "*.js"],
         "megamix.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=REQUIRES,

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamix.errors import EXIT_FAILED, MegamixError
-from megamix.interop.cli import app as blend
-from megamix.swarm.cli import app as swarm
+from megamix.core.errors import EXIT_FAILED, MegamixError
+from megamix.interop.blend_files.cli import app as blend
+from megamix.studies.swarm.cli import app as swarm
 
 app = typer.Typer(
     help="Online data mixing for language-model pretraining.",
@@ -44,7 +44,7 @@ def corpus(
 
     Example: megamix corpus data/text
     """
-    from megamix.data.corpus import build_corpus
+    from megamix.prepare.corpus import build_corpus
 
     for line in build_corpus(out, large=large, workers=workers).lines():
         typer.echo(line)
@@ -78,7 +78,7 @@ def prepare(
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
     """
-    from megamix.data.prepare.run import prepare as run
+    from megamix.prepare.pipeline import prepare as run
 
     run(
         inputs,
@@ -101,7 +101,7 @@ def merge(
 
     Example: megamix merge data/pile
     """
-    from megamix.data.prepare.merge import merge as run
+    from megamix.prepare.merge import merge as run
 
     manifest = run(out)
     tokens = sum(domain.train.tokens + domain.validation.tokens for domain in manifest.domains)
@@ -126,16 +126,16 @@ def train(
     Example: megamix train configs/demo.yaml train.steps=100 run_dir=runs/short
     """
     if help_config:
-        from megamix.config import apply_overrides, read_yaml
-        from megamix.config_help import config_help
-        from megamix.doremi_config import DoremiJobConfig
+        from megamix.core.config import apply_overrides, read_yaml
+        from megamix.core.config_help import config_help
+        from megamix.studies.doremi.config import DoremiJobConfig
 
         data = apply_overrides(read_yaml(config), overrides or []) if config else None
         typer.echo(config_help(DoremiJobConfig, data=data))
         return
     if config is None:
         raise typer.BadParameter("it is missing; name a YAML file, for example configs/demo.yaml.", param_hint="CONFIG")
-    from megamix.run import train as run
+    from megamix.training.run import train as run
 
     overrides = [*(overrides or []), *([f"checkpoint.resume={json.dumps(resume)}"] if resume else [])]
     raise typer.Exit(run(config, overrides))
@@ -173,8 +173,8 @@ def launch(
     --chain doremi CONFIG: the steps of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
     --chain prepare --shards 8 -- INPUTS... --out OUT [...]: `megamix prepare` in shards, and their merge.
     """
-    from megamix.submit import PrepareJob, Resources
-    from megamix.submit import launch as run
+    from megamix.studies.slurm import PrepareJob, Resources
+    from megamix.studies.slurm import launch as run
 
     rest, prepare_job = arguments or [], None
     if chain == "prepare":
@@ -207,7 +207,7 @@ def export(
 
     Example: megamix export runs/demo --out demo-hf
     """
-    from megamix.export import export as run
+    from megamix.interop.hugging_face.export import export as run
 
     typer.echo(run(path, out, dtype).line())
 
@@ -228,7 +228,7 @@ def reference(
 
     Example: megamix reference runs/reference --out runs/cache engine.pipeline=1
     """
-    from megamix.reference_run import reference as run
+    from megamix.training.reference.run import reference as run
 
     raise typer.Exit(run(source, out, overrides or [], proxy, save_every))
 
@@ -248,7 +248,7 @@ def doremi(
 
     Example: megamix doremi configs/doremi/demo.yaml run_dir=runs/doremi doremi.target.train.steps=400
     """
-    from megamix.doremi import doremi as run
+    from megamix.studies.doremi.steps import doremi as run
 
     raise typer.Exit(run(config, overrides or [], only))
 
@@ -262,7 +262,7 @@ def plot(
 
     Example: megamix plot runs/demo
     """
-    from megamix.plots import plot_run
+    from megamix.analysis.plots import plot_run
 
     for path in plot_run(runs, out):
         typer.echo(path)
@@ -277,7 +277,7 @@ def report(
 
     Example: megamix report runs/demo runs/natural --out report.html
     """
-    from megamix.report import write_report
+    from megamix.analysis.report import write_report
 
     typer.echo(write_report(runs, out))
 
@@ -295,8 +295,8 @@ def replay(
 
     Example: megamix replay runs/demo --mixer '{name: odm, preset: paper}' --mixer '{name: doremi}'
     """
-    from megamix.config import parse_yaml
-    from megamix.replay import replay as run_replay
+    from megamix.analysis.replay import replay as run_replay
+    from megamix.core.config import parse_yaml
 
     run_replay(run, [parse_yaml(text, "--mixer") for text in mixer or []], out).report().show()
 
@@ -318,7 +318,7 @@ def compare(
 
     Example: megamix compare runs/natural-* runs/odm-* --out runs/comparison
     """
-    from megamix.compare import compare as run_compare
+    from megamix.analysis.compare import compare as run_compare
 
     run_compare(runs, target, baseline, out).report().show()
 
@@ -336,11 +336,11 @@ def inspect(
     Example: megamix inspect runs/demo --sample 1000
     """
     if follow:
-        from megamix.follow import follow as run
+        from megamix.analysis.follow import follow as run
 
         run(path)
         return
-    from megamix.inspect import inspect_path, inspect_sample
+    from megamix.analysis.inspect import inspect_path, inspect_sample
 
     report = inspect_path(path, text=text, seq_length=seq_length) if sample is None else inspect_sample(path, sample)
     report.show()
@@ -357,9 +357,9 @@ def doctor(
 
     Example: megamix doctor configs/demo.yaml --ranks 8
     """
-    from megamix.config import load_config
-    from megamix.doctor import doctor as run
-    from megamix.run_config import RunConfig
+    from megamix.analysis.doctor import doctor as run
+    from megamix.core.config import load_config
+    from megamix.training.config import RunConfig
 
     loaded = load_config(RunConfig, config, overrides) if config is not None else None
     run(loaded, world_size=ranks, plan_only=plan_only).show()
@@ -367,7 +367,7 @@ def doctor(
 
 def main() -> None:
     """Entry point: a `MegamixError` becomes one line and its exit code; anything else keeps its traceback."""
-    from megamix.launch import report_failure
+    from megamix.training.job.local_ranks import report_failure
 
     try:
         app()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sysconfig
@@ -13,19 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from forked import run_processes
+from commands import STDLIB, run_megamix
 
-ROOT = Path(__file__).parent.parent
-STDLIB = Path(sysconfig.get_paths()["stdlib"])
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    "HF_HUB_OFFLINE": "1",
-    # Two ranks on two cores: more threads than that only get in each other's way.
-    "OMP_NUM_THREADS": "1",
-    "TRITON_INTERPRET": "0",
-}
-RUN_SECONDS = 300
 # Files that take tens of seconds, the longest first: begun last, one of them would keep one of two workers idle.
 LONGEST = [
     "test_engines", "test_survival", "test_doremi_run", "test_checkpoint_kills", "test_slurm_scripts",
@@ -33,8 +21,8 @@ LONGEST = [
     "test_swarm_job", "test_watchdog", "test_swarm_fit", "test_swarm_law", "test_swarm_propose", "test_swarm_generate",
     "test_checkpoint_bad_days", "test_loss_implementation", "test_megatron_engine", "test_triton", "test_packaging",
     "test_guard_engines", "test_domain_change", "test_bad_input", "test_hugging_face", "test_prepare_resume",
-    "test_adapters_megatron", "test_reference_engines", "test_documents_boundaries", "test_own_mixer", "test_shadow",
-    "test_replay", "test_odm_evaluation", "test_step_cost", "test_tensor_parallel", "test_adapters_hugging_face",
+    "test_megatron_lm", "test_reference_engines", "test_documents_boundaries", "test_own_mixer", "test_shadow",
+    "test_replay", "test_odm_evaluation", "test_step_cost", "test_tensor_parallel", "test_hugging_face_trainer",
     "test_ddp_loop",
 ]  # fmt: skip
 
@@ -70,7 +58,7 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared data set of `text_dir`, with a vocabulary of 512."""
-    from megamix.data.prepare.run import prepare
+    from megamix.prepare.pipeline import prepare
 
     folder = tmp_path_factory.mktemp("data")
     prepare([str(text_dir)], folder, tokenizer="train:512", validation_fraction=0.1, workers=1, progress=False)
@@ -80,7 +68,7 @@ def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a model that trains in seconds; keyword arguments are merged over it, as an override is."""
-    from megamix.config import merge
+    from megamix.core.config import merge
 
     def write(**sections: Any) -> Path:
         config: dict[str, Any] = {
@@ -101,25 +89,6 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def run_megamix(
-    *arguments: object, code: int = 0, fork: bool = True, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one.
-
-    It is forked from one that has imported everything, if ``fork`` is left at that (see `forked`).
-    """
-    (done,) = run_processes(
-        ["-m", "megamix", *arguments],
-        [{**ENVIRONMENT, **environment}],
-        cwd=ROOT,
-        seconds=RUN_SECONDS,
-        fork=fork,
-        separate=True,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture

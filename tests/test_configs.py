@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from megamix.config import load_config, read_yaml, validate
+from megamix.analysis.doctor import doctor
+from megamix.core.config import load_config, read_yaml, validate
+from megamix.core.files import shipped_folder
 from megamix.data.sampler import Slice
-from megamix.doctor import doctor
-from megamix.models.config import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head
-from megamix.resources import configs_dir
-from megamix.run_config import FileMixture, RunConfig
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head
+from megamix.training.config import FileMixture, RunConfig
 
-CONFIGS = configs_dir()
+CONFIGS = shipped_folder("configs")
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 PILE_RUNS = [path for path in RUNS if path.stem.startswith("pile_")]
 SIZES = ("160m", "280m", "410m")
@@ -154,7 +154,7 @@ def test_the_engines_train_the_same_run(one: str, other: str) -> None:
 
 def doremi_runs(path: Path) -> list[RunConfig]:
     """Reference, proxy and target of a job."""
-    from megamix.doremi import DoremiSteps, Job
+    from megamix.studies.doremi.steps import DoremiSteps, Job
 
     data = read_yaml(path)
     steps = validate(DoremiSteps, data.pop("doremi"), path.name)

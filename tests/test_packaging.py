@@ -198,9 +198,9 @@ def test_the_installed_package_works_from_elsewhere(site: Path, tmp_path: Path) 
     assert "prepare" in usage
     code = (
         "import megamix, megamix_kernels\n"
-        "from megamix.models.config import preset\n"
-        "from megamix.resources import configs_dir\n"
-        "print(preset('neox-2m')['hidden_size'], megamix.__file__, megamix_kernels.__file__, configs_dir())"
+        "from megamix.engines.models.config import preset\n"
+        "from megamix.core.files import shipped_folder\n"
+        "print(preset('neox-2m')['hidden_size'], megamix.__file__, megamix_kernels.__file__, shipped_folder('configs'))"
     )
     size, *files = python(code, tmp_path, [site]).split()
     assert size == "192"
@@ -252,7 +252,7 @@ def test_editable_install_works_from_elsewhere(clone: Path, hugging_face: Path, 
     )
     code = begin + (
         "import megamix, megamix_kernels, kernels\n"
-        "from megamix.models.config import preset\n"
+        "from megamix.engines.models.config import preset\n"
         "print(preset('neox-2m')['hidden_size'], megamix.__file__, megamix_kernels.__file__, kernels.MARKER)"
     )
     size, ours, theirs, *marker = python(code, tmp_path, [hugging_face]).split()
@@ -263,7 +263,7 @@ def test_editable_install_works_from_elsewhere(clone: Path, hugging_face: Path, 
     new = clone / "configs" / "models" / "neox-new.yaml"
     new.write_text("architecture: neox\n")
     try:
-        code = begin + "from megamix.models.config import preset; print(preset('neox-new'))"
+        code = begin + "from megamix.engines.models.config import preset; print(preset('neox-new'))"
         assert python(code, tmp_path, [hugging_face]).strip() == "{'architecture': 'neox'}"
     finally:
         new.unlink()

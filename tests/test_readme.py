@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import ROOT
+from commands import ROOT
 from readme_code import readme_code
 
 

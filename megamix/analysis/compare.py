@@ -21,15 +21,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
-from megamix.records.history import worst
-from megamix.records.labels import run_names
-from megamix.records.paired import Interval, t_interval
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.variants import check_comparable, variant_names
-from megamix.tables import ABSENT, Report, Table, number, plural
+from megamix.analysis.labels import run_names
+from megamix.analysis.paired import Interval, t_interval
+from megamix.analysis.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
+from megamix.analysis.series import worst
+from megamix.analysis.variants import check_comparable, variant_names
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.core.text import ABSENT, Report, Table, number, plural
+from megamix.training.records.recorded_run import RecordedRun
 
 METRICS = {
     "macro": "macro loss",

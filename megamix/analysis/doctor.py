@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.analysis.memory import StageMemory, checkpoint_bytes, estimate_memory
+from megamix.core.errors import InputError
+from megamix.core.processes import num_cores
+from megamix.core.text import ABSENT, Report, Table, gib, number, plural
 from megamix.data.sampler import Slice
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
-from megamix.errors import InputError
-from megamix.launch import job_world_size, num_cores
-from megamix.memory import StageMemory, checkpoint_bytes, estimate_memory
-from megamix.mix_plan import MixPlan, planned_mix
-from megamix.mixers import make_mixer, normalise_weights
-from megamix.models.config import ModelConfig
-from megamix.plan import Plan, check_layout, make_plan
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
-from megamix.tables import ABSENT, Report, Table, gib, number, plural
+from megamix.engines.models.config import ModelConfig
+from megamix.mixing.mixers import make_mixer, normalise_weights
+from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
+from megamix.training.job.local_ranks import job_world_size
+from megamix.training.mix_plan import MixPlan, planned_mix
+from megamix.training.plan import Plan, check_layout, make_plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 OPTIONAL = ("deepspeed", "megatron-core", "transformer-engine", "triton")
@@ -132,7 +133,7 @@ def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
     """Whether Megatron is to use its own layers; of a machine that is elsewhere, only what the config says is known."""
     if not isinstance(engine, MegatronConfig):
         return False
-    from megamix.engines.megatron_layout import uses_transformer_engine
+    from megamix.engines.megatron.layout import uses_transformer_engine
 
     return engine.transformer_engine == "off" if plan_only else not uses_transformer_engine(engine)
 
@@ -292,8 +293,8 @@ def _start(config: RunConfig, plan: Plan | None) -> str:
 
     Looks at what it reads beside its data, too.
     """
-    from megamix.checkpoints.resume import open_checkpoint
-    from megamix.reference_cache import open_reference
+    from megamix.training.checkpoints.resume import open_checkpoint
+    from megamix.training.reference.cache import open_reference
 
     if plan is None:
         return f"start        anew in {config.run_dir}"

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from megamix.errors import InputError
-from megamix.records.live_run import LiveRun
-from megamix.records.recorded_run import CONFIG
-from megamix.tables import number
+from megamix.analysis.live_run import LiveRun
+from megamix.core.errors import InputError
+from megamix.core.text import number
+from megamix.training.records.recorded_run import CONFIG
 
 _PARTS = {"data": "data_wait_seconds", "compute": "compute_seconds", "communication": "communication_seconds"}
 _PARTS["mixing"] = "mixing_seconds"

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.checkpoints import store
-from megamix.data.blend import Blend
-from megamix.data.indexed import IndexedTokens, bin_path, idx_path
-from megamix.data.manifest import FILE_NAME, Manifest
-from megamix.data.reference import is_cache
-from megamix.data.stream import DomainTokens
-from megamix.errors import InputError
-from megamix.interop.weights import SWARM_MIXTURE
-from megamix.plan import domain_key
-from megamix.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
-from megamix.records.summary import table_of
-from megamix.reference_cache import describe_cache
-from megamix.tables import Report, Table, gib, number, plural
+from megamix.analysis.summary import table_of
+from megamix.core.errors import InputError
+from megamix.core.text import Report, Table, gib, number, plural
+from megamix.data.blend.blend import Blend
+from megamix.data.reference_losses import is_cache
+from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
+from megamix.data.tokens.manifest import FILE_NAME, Manifest
+from megamix.data.tokens.stream import DomainTokens
+from megamix.mixing.weight_files import SWARM_MIXTURE
+from megamix.training.checkpoints import store
+from megamix.training.plan import domain_key
+from megamix.training.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
+from megamix.training.reference.cache import describe_cache
 
 EXCERPT = 240
 """Characters of text shown of a document."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamix.checkpoints.store import LISTING, complete_steps
-from megamix.config import read_yaml
-from megamix.errors import InputError
-from megamix.records.events import EVENTS
-from megamix.records.recorded_run import CONFIG, METRICS, WEIGHTS
+from megamix.core.config import read_yaml
+from megamix.core.errors import InputError
+from megamix.training.checkpoints.store import LISTING, complete_steps
+from megamix.training.records.events import EVENTS
+from megamix.training.records.recorded_run import CONFIG, METRICS, WEIGHTS
 
 QUIET_SECONDS = 180.0
 _TAIL = 2**20  # bytes read of the end of a file that is there already

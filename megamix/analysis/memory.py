@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
-from megamix.models.config import ModelConfig
+from megamix.engines.models.config import ModelConfig
 
 FP32 = 4
 ADAM_MOMENTS = 2
@@ -87,7 +87,7 @@ def stage_chunks(model: ModelConfig, engine: EngineConfig, seq_length: int) -> l
     if isinstance(engine, DeepSpeedConfig):
         bounds = _deepspeed_bounds(model, engine, seq_length)
         return [((first, stop - 1),) for first, stop in itertools.pairwise(bounds)]
-    from megamix.engines.megatron_layout import stage_layers
+    from megamix.engines.megatron.layout import stage_layers
 
     sizes = stage_layers(model, engine.pipeline * engine.virtual_pipeline, seq_length)
     # The embedding joins the first chunk, the head the last; chunk k is on stage k % p.

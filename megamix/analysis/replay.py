@@ -1,6 +1,6 @@
 """``megamix replay``: the recorded statistics of a run through other mixers, without training.
 
-    OUT/NAME.jsonl       the lines of weights.jsonl, had the mixer been the run's (`megamix.shadow`)
+    OUT/NAME.jsonl       the lines of weights.jsonl, had the mixer been the run's (`megamix.mixing.shadow`)
         NAME.mean.json   {domain: mean weight}, for ``mixture: {file: F}`` and ``megamix blend export --weights F``
         NAME.png         its weights over tokens
 
@@ -22,24 +22,25 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.config import Config, validate
-from megamix.constraints import Constraints
-from megamix.data.blend import Blend
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.interop.average import run_weights
-from megamix.mixers import find_mixer, make_mixer, wants_evaluation
-from megamix.mixture import WeightSchedule, make_schedule
-from megamix.plan import domain_key
-from megamix.plots.drawing import STYLE, save_figure
-from megamix.plots.figures import weights_figure
-from megamix.records.ledger import Ledger, segment_of
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.step_statistics import RecordedStatistics, read_statistics
-from megamix.records.tracking import shadow_line
-from megamix.run_config import StagedMixture
-from megamix.shadow import Shadow, shadow_names
-from megamix.tables import Report, Table, number
+from megamix.analysis.plots.drawing import STYLE, save_figure
+from megamix.analysis.plots.figures import weights_figure
+from megamix.core.config import Config, validate
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.core.text import Report, Table, number
+from megamix.data.blend.blend import Blend
+from megamix.mixing.constraints import Constraints
+from megamix.mixing.mixers import find_mixer, make_mixer, wants_evaluation
+from megamix.mixing.shadow import Shadow, shadow_names
+from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.training.config import StagedMixture
+from megamix.training.mix_plan import make_schedule, read_constraints
+from megamix.training.plan import domain_key
+from megamix.training.records.ledger import Ledger, segment_of
+from megamix.training.records.mean_weights import run_weights
+from megamix.training.records.recorded_run import RecordedRun
+from megamix.training.records.run_record import shadow_line
+from megamix.training.records.step_statistics import RecordedStatistics, read_statistics
 
 FOLDER = "replay"
 Floats = NDArray[np.float64]
@@ -180,7 +181,7 @@ def _frame(run: RecordedRun, names: tuple[str, ...]) -> tuple[WeightSchedule, Co
     first = WeightSchedule((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
     schedule = make_schedule(config, names, natural) if staged else first
     total_samples = config.train.steps * config.train.global_batch
-    return schedule, Constraints.of(config.data, names, num_samples, total_samples)
+    return schedule, read_constraints(config.data, names, num_samples, total_samples)
 
 
 def _blend(run: RecordedRun, names: tuple[str, ...]) -> Blend:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.records.recorded_run import RecordedRun
+from megamix.training.records.recorded_run import RecordedRun
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.records.recorded_run import RecordedRun
-from megamix.tables import Report, Table, number
+from megamix.core.text import Report, Table, number
+from megamix.training.records.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True)

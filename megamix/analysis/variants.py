@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megamix.errors import InputError
-from megamix.records.recorded_run import RecordedRun
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmMixture
-from megamix.shadow import shadow_names
+from megamix.core.errors import InputError
+from megamix.mixing.shadow import shadow_names
+from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmMixture
+from megamix.training.records.recorded_run import RecordedRun
 
 _WITHOUT_EFFECT = (
     "run_dir", "train.seed", "train.stop_after", "train.micro_batch", "engine", "evaluate", "checkpoint", "loss", "log",

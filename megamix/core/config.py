@@ -7,6 +7,7 @@ relative to itself); later values win, mappings merge.
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 import typing
@@ -17,9 +18,10 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from megamix.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, did_you_mean
 
 C = TypeVar("C", bound="Config")
+_MERGE = "tag:yaml.org,2002:merge"
 Origins = dict[tuple[str, ...], Path]
 """The file that each key of a config, given by its path, comes from."""
 
@@ -90,6 +92,38 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads plain values as they are meant: ``1e-4`` is a number; ``no``, ``20:00:00`` and
     ``2026-01-01`` are text (a field of type bool still takes yes and no)."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts the pairs that ``<<`` names in its place: a mapping's own keys win, then the earlier of several merged
+        mappings (yaml.org/type/merge).
+
+        PyYAML's own differs between versions where a merged mapping merges another: 6.0.4 lets the innermost win.
+        """
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        sources = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = own  # first, so that a mapping that merges itself comes to an end
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for source in itertools.chain.from_iterable(_mappings_to_merge(node, source) for source in sources):
+            self.flatten_mapping(source)
+            for pair in source.value:
+                merged.setdefault(pair[0].value, pair)
+        for key, _ in own:
+            merged.pop(key.value, None)
+        node.value = [*merged.values(), *own]
+
+
+def _mappings_to_merge(node: yaml.Node, source: yaml.Node) -> list[yaml.MappingNode]:
+    """The mappings that the value of a ``<<`` key names."""
+    found = source.value if isinstance(source, yaml.SequenceNode) else [source]
+    for each in found:
+        if not isinstance(each, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(
+                "while constructing a mapping",
+                node.start_mark,
+                f"expected a mapping or a list of mappings after <<, but found a {each.id}",
+                each.start_mark,
+            )
+    return found
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -141,7 +175,7 @@ def _check_keys(node: yaml.Node, done: set[int]) -> None:
         if key.value in seen:
             raise InputError(f"{where}: the key '{key.value}' is given twice. Keep one of them.")
         seen.add(key.value)
-        if key.tag != "tag:yaml.org,2002:merge":
+        if key.tag != _MERGE:
             key.tag = "tag:yaml.org,2002:str"
         _check_keys(value, done)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from megamix.config import ByName, Config
+from megamix.core.config import ByName, Config
 
 
 def config_help(model: type[Config], indent: int = 0, data: Mapping[str, Any] | None = None) -> str:

@@ -1,5 +1,5 @@
-"""From text to the samples of every step: prepare, indexed files, the blend, the sampler and the loader."""
+"""Token files in, the batch of a step out: token files, the blend, the sampler and the loader."""
 
-from megamix.data.blend import Blend
+from megamix.data.blend.blend import Blend
 
 __all__ = ["Blend"]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megamix.data.reference import ReferenceLosses
+from megamix.core.errors import InputError
+from megamix.data.reference_losses import ReferenceLosses
 from megamix.data.sampler import Sampler, StepSamples
-from megamix.data.stream import DomainTokens
-from megamix.errors import InputError
+from megamix.data.tokens.stream import DomainTokens
 
 IGNORED_LABEL = -100
 Ints = NDArray[np.int64]

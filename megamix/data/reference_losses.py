@@ -2,7 +2,7 @@
 
     OUT/reference.json   what the losses are of: data, tokenizer, sample length, checkpoint
     OUT/NAME.f16         one file a domain: float16 [windows, S]; row j holds the losses, in nats, of the S labels of
-                         window j of `megamix.data.stream`
+                         window j of `megamix.data.tokens.stream`
 
 A row that was not computed is zero, and a computed loss is never zero (the smallest that is stored is 2^-24), so that a
 hole in a file is seen where it is read. Every label has its loss, also one that ``eod_mask_loss`` leaves out of
@@ -29,9 +29,9 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from megamix.config import Config, validate
-from megamix.errors import InputError, MegamixError, did_you_mean
-from megamix.files import replace_file
+from megamix.core.config import Config, validate
+from megamix.core.errors import InputError, MegamixError, did_you_mean
+from megamix.core.files import replace_file
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
@@ -46,7 +46,7 @@ class CachedDomain(Config):
     """The losses of one domain."""
 
     digest: str
-    """Names the domain's data; see `megamix.domain_change.digest`."""
+    """Names the domain's data; see `megamix.training.domain_change.digest`."""
     windows: int = pydantic.Field(ge=0)
     """Rows of the file: samples of seq_length in the domain's training tokens."""
     computed: int = pydantic.Field(ge=0)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megamix.data.blend import Blend, Segment
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend, Segment
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -134,3 +135,29 @@ class Engine(ABC):
     @optimizer_steps.setter
     @abstractmethod
     def optimizer_steps(self, steps: int) -> None: ...
+
+
+class OwnFormat(ABC):
+    """What such an engine adds to `Engine`."""
+
+    own_format: str
+    """The name of the format, and of the folder of a checkpoint that holds it."""
+
+    @property
+    @abstractmethod
+    def saves_own_format(self) -> bool:
+        """Whether checkpoints are to be written in it, instead of layer by layer."""
+
+    @abstractmethod
+    def own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what this rank holds of weights and moments, no copies; to look at before they are
+        written."""
+
+    @abstractmethod
+    def save_own(self, folder: Path) -> None:
+        """Writes weights and optimizer state into an empty folder; every rank calls it."""
+
+    @abstractmethod
+    def load_own(self, folder: Path, steps: int) -> None:
+        """Sets them from a folder that `save_own` filled, in whatever layout, after ``steps`` optimizer steps; every
+        rank calls it."""

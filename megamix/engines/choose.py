@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from megamix.engines.base import Engine
-from megamix.engines.config import EngineConfig, MegatronConfig
-from megamix.models.config import ModelConfig
-from megamix.train_config import TrainConfig
+from megamix.engines.config import EngineConfig, MegatronConfig, TrainConfig
+from megamix.engines.models.config import ModelConfig
 
 
 def start_distributed(config: EngineConfig) -> None:
     """Joins the process group of the job (torchrun's environment), the way the engine wants it."""
     if isinstance(config, MegatronConfig):
-        from megamix.engines.megatron import start_distributed as start
+        from megamix.engines.megatron.engine import start_distributed as start
     else:
-        from megamix.engines.deepspeed import start_distributed as start
+        from megamix.engines.deepspeed.engine import start_distributed as start
     start()
 
 
@@ -29,10 +28,10 @@ def make_engine(
         options: seq_length, num_domains, vocab_size and loss_implementation, as of `DeepSpeedEngine`.
     """
     if isinstance(config, MegatronConfig):
-        from megamix.engines.megatron import MegatronEngine
+        from megamix.engines.megatron.engine import MegatronEngine
 
         return MegatronEngine(config, model, train, reset_position_ids=reset_position_ids, **options)
-    from megamix.engines.deepspeed import DeepSpeedEngine
+    from megamix.engines.deepspeed.engine import DeepSpeedEngine
 
     # Here positions travel from stage to stage with the hidden states.
     return DeepSpeedEngine(config, model, train, **options)

@@ -6,15 +6,16 @@ Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains, C statist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megamix.core.errors import InputError
 from megamix.data.loader import IGNORED_LABEL
 from megamix.engines.base import Objective
-from megamix.errors import InputError
 from megamix_kernels import DomainSums, domain_cross_entropy
 from megamix_kernels.loss import choose_backend
 from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE
@@ -156,3 +157,19 @@ class StepLoss:
         if reference_BS is not None:
             bad_BS |= ~(reference_BS.abs() <= MAX_TOKEN_NATS) & (labels_BS != IGNORED_LABEL)
         return bad_BS.sum(self._token_dim, dtype=torch.int32)
+
+
+def is_finite_everywhere(gradients: Sequence[torch.Tensor], bad_tokens: torch.Tensor) -> bool:
+    """Whether every loss and the norm of the gradient are finite, over all ranks of the job, which all get the same
+    answer. One all-reduce, and the step's one host read.
+
+    Args:
+        gradients: the sum over the batch, of what this rank holds; ranks may hold the same, or parts.
+        bad_tokens: [] on the device, this rank's tokens whose loss is not finite.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients).to(bad_tokens.device, torch.float32)
+    # Squares: a norm that the engine would find too large for fp32 is too large here as well.
+    numbers = torch.stack([norm.square(), bad_tokens.to(torch.float32)])
+    dist.all_reduce(numbers)
+    square, bad = numbers.tolist()
+    return math.isfinite(square) and bad == 0

@@ -13,16 +13,13 @@ Legend: K domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megamix.errors import InputError, did_you_mean
-from megamix.interop.weights import read_swarm_weights
-from megamix.mixers import normalise_weights, project_to_capped_simplex
-from megamix.run_config import DataConfig, SwarmBound
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import project_to_capped_simplex
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -48,25 +45,6 @@ class Constraints:
     cap: Floats
     max_epochs: Floats
     on_exhausted: str
-
-    @classmethod
-    def of(cls, config: DataConfig, names: tuple[str, ...], num_samples: Ints, total_samples: int) -> Constraints:
-        """Reads the constraints of a config and checks that a run can keep them.
-
-        Raises:
-            InputError: an unknown domain, a value out of range, or bounds that no weights satisfy.
-        """
-        found = cls(
-            names,
-            num_samples,
-            total_samples,
-            floor=_per_domain("min_weight", config.min_weight, names, 0.0),
-            cap=_per_domain("max_weight", config.max_weight, names, 1.0),
-            max_epochs=_per_domain("max_epochs", config.max_epochs, names, np.inf),
-            on_exhausted=config.on_exhausted,
-        )
-        found._check()
-        return found
 
     @property
     def limits(self) -> Ints | None:
@@ -103,7 +81,7 @@ class Constraints:
         left = np.maximum(self.max_epochs * self.num_samples - counts, 0.0)
         return np.minimum(left / (self.total_samples - position), 1.0)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         for name, low, high in zip(self.names, self.floor, self.cap, strict=True):
             if low > high:
                 raise InputError(
@@ -149,25 +127,3 @@ class Constraints:
                 f"data.max_epochs {shown} {available:.0f} samples of the {len(self.names)} domains together, but train.steps x "
                 f"train.global_batch asks for {self.total_samples}. Allow more epochs, train for fewer steps, or add data."
             )
-
-
-def _per_domain(
-    key: str, value: float | Mapping[str, float] | SwarmBound | None, names: tuple[str, ...], default: float
-) -> Floats:
-    """``value`` as float64 [K]; domains that a mapping leaves out have ``default``."""
-    if value is None:
-        return np.full(len(names), default)
-    if isinstance(value, SwarmBound):
-        source = f"data.{key}, proposed by the swarm {value.from_swarm}"
-        proposed = normalise_weights(read_swarm_weights(value.from_swarm), names, source)
-        return np.minimum(value.factor * proposed, 1.0)
-    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
-    for name, number in given.items():
-        if name not in names:
-            raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
-        low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
-        if not low <= number <= high or (key == "max_epochs" and number == 0):
-            where = f" of domain '{name}'" if isinstance(value, Mapping) else ""
-            wanted = "a number above 0" if key == "max_epochs" else "a number from 0 to 1"
-            raise InputError(f"data.{key}{where} is {number}, expected {wanted}.")
-    return np.array([given.get(name, default) for name in names], np.float64)

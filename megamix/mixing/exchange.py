@@ -25,21 +25,35 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix.data.blend import Segment
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Segment
 from megamix.data.sampler import Sampler
-from megamix.errors import InputError
-from megamix.guard import Guard
-from megamix.mixers import DomainStats, Mixer
-from megamix.mixture import WeightSchedule
-from megamix.stopping import NO_WISHES, Wishes
+from megamix.mixing.mixers import DomainStats, Mixer
+from megamix.mixing.weight_schedule import WeightSchedule
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What ranks would like to happen at a step boundary soon.
+
+    Attributes:
+        stop: end the run there, with a checkpoint.
+        save: write a checkpoint there.
+    """
+
+    stop: bool = False
+    save: bool = False
+
+
+NO_WISHES = Wishes()
+
+
+@dataclass(frozen=True)
 class ShadowChange:
-    """New weights of a mixer that only logs (`megamix.shadow`).
+    """New weights of a mixer that only logs (`megamix.mixing.shadow`).
 
     Attributes:
         name: which one.
@@ -92,7 +106,9 @@ class MixExchange:
         loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
         has_reference: whether losses are summed against a reference; without, excess sums say nothing.
         rewards_evaluation: whether the mixer sees the sums of evaluations instead of those of training.
-        guard: judges the sums of every step, on every rank.
+        judge: called on every rank with (step, int64 [K, C] sums of the step, those of its evaluation or int64 [0, C],
+        a
+            group of all ranks on the CPU); may raise to end the run, on every rank alike.
         constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
             at (rank 0 only).
         on_report: called on rank 0 for every step, from the background thread.
@@ -109,7 +125,7 @@ class MixExchange:
         loss_weights: Floats | None,
         has_reference: bool,
         rewards_evaluation: bool,
-        guard: Guard,
+        judge: Callable[[int, torch.Tensor, torch.Tensor, Any], None],
         constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
@@ -119,7 +135,7 @@ class MixExchange:
         self._weight_lag = weight_lag
         self._has_reference = has_reference
         self._rewards_evaluation = rewards_evaluation
-        self._guard = guard
+        self._judge = judge
         self._constrain = constrain
         self._on_report = on_report
         self._sums_group: Any = dist.new_group()
@@ -193,7 +209,7 @@ class MixExchange:
         if stop or save:
             self._wishes[step] = Wishes(stop > 0, save > 0)
         k = self._sampler.num_domains
-        self._guard.judge(step, reduced[:k], reduced[k:-1], self._weights_group)
+        self._judge(step, reduced[:k], reduced[k:-1], self._weights_group)
         kinds = 1 if self._loss_weights is None else 2
         weights = torch.empty(kinds, k, dtype=torch.float64)
         stats, updated = None, False

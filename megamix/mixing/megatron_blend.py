@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megamix.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, did_you_mean
 
 MegatronSplit = Literal["train", "valid", "test"]
 SPLITS: tuple[MegatronSplit, ...] = ("train", "valid", "test")

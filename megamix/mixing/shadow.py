@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.checkpoints.resume import Resumed
-from megamix.config import Config
-from megamix.constraints import Constraints
-from megamix.data.blend import Blend
-from megamix.errors import InputError
-from megamix.exchange import ShadowChange, statistics_record, wanted_weights
-from megamix.mixers import DomainStats, Mixer, make_mixer, wants_evaluation
-from megamix.mixture import WeightSchedule
-from megamix.plan import DataPlan
+from megamix.core.config import Config
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
+from megamix.mixing.constraints import Constraints
+from megamix.mixing.exchange import ShadowChange, statistics_record, wanted_weights
+from megamix.mixing.mixers import DomainStats, Mixer, wants_evaluation
+from megamix.mixing.weight_schedule import WeightSchedule
 
 Floats = NDArray[np.float64]
 REBASE_EVERY = 100
@@ -115,46 +112,6 @@ class Shadow:
             segment, record = self._blend.segment_at(position), {**self.mixer.record(), **extra}
             found.append(ShadowChange(self.name, step, position // self._batch, position, segment, record))
         return found
-
-
-def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
-    """The shadows of a run, before ``step``.
-
-    Each goes on from its own part of the checkpoint. One that is new, or has another config now, begins here.
-
-    Args:
-        blend: the run's, as it stands.
-    """
-    saved = {} if resumed is None else resumed.state.get("shadow", {})
-    shadows = []
-    for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
-        own, identity = saved.get(name), plan.mixer_identity(config)
-        if resumed is not None and own is not None and own["config"] == identity:
-            part = replace(resumed, state={**resumed.state, **own})
-            its_blend, change = part.blend(plan)
-        else:
-            part, its_blend = None, Blend.from_state_dict(blend.state_dict())
-            change = None if step == 0 else {"parts": ["shadow"], "domains": None}
-        start = step * plan.config.train.global_batch
-        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights)
-        if part is not None:
-            part.set_mixer(mixer)
-        shadows.append(
-            Shadow(
-                name,
-                mixer,
-                its_blend,
-                plan.schedule,
-                plan.constraints,
-                plan.config.train.global_batch,
-                plan.config.data.weight_lag,
-                first_step=step,
-                change=change,
-                announce=part is None or change is not None,
-                identity=identity,
-            )
-        )
-    return tuple(shadows)
 
 
 def shadow_names(configs: Sequence[Config]) -> list[str]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamix.errors import InputError
-from megamix.interop.megatron import (
+from megamix.core.errors import InputError
+from megamix.mixing.megatron_blend import (
     PER_SPLIT_KEYS,
     FileBlend,
     domains_of,
@@ -24,7 +24,7 @@ from megamix.interop.megatron import (
     read_json,
     read_text,
 )
-from megamix.mixers import normalise_weights
+from megamix.mixing.mixers import normalise_weights
 
 _DOREMI_KEYS = frozenset(("train_domain_weights", "eval_domain_weights"))
 _RECORD_KEYS = frozenset(("domain_names", "domain_weights"))

@@ -21,8 +21,8 @@ from typing import BinaryIO
 import numpy as np
 import zstandard
 
-from megamix.data.prepare import parquet
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.prepare import parquet
 
 TEXT_KEY = "text"
 BLOCK_BYTES = 1 << 20

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megamix.data.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
 
 # A folder may hold other files, such as a report in .json.
 _IN_FOLDERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import pydantic
 
-from megamix.config import Config
-from megamix.data.manifest import SplitEntry
-from megamix.files import replace_file
+from megamix.core.config import Config
+from megamix.core.files import replace_file
+from megamix.data.tokens.manifest import SplitEntry
 
 R = TypeVar("R", bound=Config)
 

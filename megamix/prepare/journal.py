@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pydantic
 
-from megamix.config import Config
-from megamix.data.prepare.records import InputFile, PrepareSettings
-from megamix.files import replace_file
+from megamix.core.config import Config
+from megamix.core.files import replace_file
+from megamix.prepare.done_notes import InputFile, PrepareSettings
 
 
 class Header(Config):

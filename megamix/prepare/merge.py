@@ -11,15 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens
-from megamix.data.manifest import TOKENIZER_FILE, DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.prepare.parts import SPLITS, Part, check_documents, split_entry
-from megamix.data.prepare.records import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
-from megamix.data.prepare.shards import Shard
-from megamix.data.prepare.writing import sole_writer, writing_to
-from megamix.data.tokenizer import LoadedTokenizer
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens
+from megamix.data.tokens.manifest import (
+    TOKENIZER_FILE,
+    DomainEntry,
+    Manifest,
+    SplitEntry,
+    TokenizerEntry,
+    ValidationEntry,
+)
+from megamix.data.tokens.tokenizer import LoadedTokenizer
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.prepare.done_notes import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
+from megamix.prepare.output_folder import sole_writer, writing_to
+from megamix.prepare.parts import SPLITS, Part, check_documents, split_entry
+from megamix.prepare.shards import Shard
 
 _COPIED_AT_ONCE = 4096  # documents
 

@@ -8,9 +8,9 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamix.data.prepare.shards import Shard
-from megamix.errors import InputError
-from megamix.log import get_logger
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.prepare.shards import Shard
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megamix.errors import InputError
+from megamix.core.errors import InputError
 
 _MAX_ROWS = 4096
 """Rows read at once at most; the sizes that a parquet file states say little where its texts repeat."""

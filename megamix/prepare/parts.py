@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens, bin_path, idx_path
-from megamix.data.manifest import FILE_NAME, SplitEntry
-from megamix.data.prepare.encoders import Encoded, Nearest, SplitTokens
-from megamix.data.prepare.journal import Header, Journal, Kept, Mark
-from megamix.data.prepare.records import InputFile, PartRecord, PrepareSettings, read_record, write_record
-from megamix.data.prepare.shards import Shard, Share
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
+from megamix.data.tokens.manifest import FILE_NAME, SplitEntry
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.prepare.done_notes import InputFile, PartRecord, PrepareSettings, read_record, write_record
+from megamix.prepare.encoders import Encoded, Nearest, SplitTokens
+from megamix.prepare.journal import Header, Journal, Kept, Mark
+from megamix.prepare.shards import Shard, Share
 
 SPLITS = ("train", "validation")
 

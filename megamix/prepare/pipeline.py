@@ -16,16 +16,16 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megamix.data.indexed import pick_dtype
-from megamix.data.manifest import FILE_NAME, TOKENIZER_FILE, Manifest
-from megamix.data.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
-from megamix.data.prepare.documents import find_inputs, sample_texts
-from megamix.data.prepare.encoders import EncodeJob, Encoders
-from megamix.data.prepare.journal import Mark
-from megamix.data.prepare.merge import assemble, shard_record_path
-from megamix.data.prepare.parts import Part, PartWriter
-from megamix.data.prepare.progress import Progress
-from megamix.data.prepare.records import (
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.core.log import get_logger
+from megamix.core.processes import num_cores
+from megamix.data.tokens.indexed import pick_dtype
+from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE, Manifest
+from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
+from megamix.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
+from megamix.prepare.documents import find_inputs, sample_texts
+from megamix.prepare.done_notes import (
     PartRecord,
     PrepareSettings,
     ShardRecord,
@@ -34,13 +34,13 @@ from megamix.data.prepare.records import (
     read_record,
     write_record,
 )
-from megamix.data.prepare.shards import Shard, Share, divide
-from megamix.data.prepare.writing import sole_writer, writing_to
-from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.launch import num_cores
-from megamix.log import get_logger
+from megamix.prepare.encoders import EncodeJob, Encoders
+from megamix.prepare.journal import Mark
+from megamix.prepare.merge import assemble, shard_record_path
+from megamix.prepare.output_folder import sole_writer, writing_to
+from megamix.prepare.parts import Part, PartWriter
+from megamix.prepare.progress import Progress
+from megamix.prepare.shards import Shard, Share, divide
 
 RECORD_FILE = "prepare.json"
 JOURNAL_BYTES = 64 << 20

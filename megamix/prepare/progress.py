@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from megamix.log import get_logger
+from megamix.core.log import get_logger
 
 _LOG_EVERY_S = 30.0
 

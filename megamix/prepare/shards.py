@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamix.data.prepare.blocks import Piece
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.prepare.blocks import Piece
 
 _SPLIT_ABOVE = 0.25  # of what one job has to read: a larger piece is dealt out in blocks
 

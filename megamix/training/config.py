@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megamix.config import Config
-from megamix.engines.config import DeepSpeedConfig, MegatronConfig, with_default_engine
-from megamix.mixers import MixerConfig, StaticConfig, wants_evaluation
-from megamix.models.config import ModelConfig
-from megamix.train_config import BatchConfig, TrainConfig
+from megamix.core.config import Config
+from megamix.engines.config import BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig, with_default_engine
+from megamix.engines.models.config import ModelConfig
+from megamix.mixing.mixers import MixerConfig, StaticConfig, wants_evaluation
 
 
 class SwarmBound(Config):

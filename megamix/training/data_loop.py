@@ -2,7 +2,7 @@
 
     sampler -> loader -> batch --(any trainer)--> sums of the step -> exchange -> mixer on rank 0 -> all samplers
 
-`megamix.train` is made of this, and so are the adapters for other people's trainers.
+`megamix.training.trainer` is made of this, and so are the adapters for other people's trainers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.checkpoints.resume import Resumed, data_fingerprints
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
-from megamix.errors import InputError
-from megamix.exchange import MixExchange, MixReport, checked_loss_weights
-from megamix.guard import Guard
-from megamix.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
-from megamix.plan import DataPlan
-from megamix.reference_cache import open_reference, reference_folder
-from megamix.shadow import Shadow, open_shadows
-from megamix.stopping import NO_WISHES, Wishes
+from megamix.mixing.exchange import NO_WISHES, MixExchange, MixReport, Wishes, checked_loss_weights
+from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
+from megamix.mixing.shadow import Shadow, shadow_names
+from megamix.training.checkpoints.resume import Resumed, data_fingerprints
+from megamix.training.guard import Guard
+from megamix.training.plan import DataPlan
+from megamix.training.reference.cache import open_reference, reference_folder
 
 
 class MixedData:
@@ -97,7 +97,7 @@ class MixedData:
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
             rewards_evaluation=rewards_evaluation,
-            guard=self.guard,
+            judge=self.guard.judge,
             constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._report,
         )
@@ -197,3 +197,43 @@ class MixedData:
             reset_position_ids=data.reset_position_ids,
             reference=open_reference(plan),
         )
+
+
+def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
+    """The shadows of a run, before ``step``.
+
+    Each goes on from its own part of the checkpoint. One that is new, or has another config now, begins here.
+
+    Args:
+        blend: the run's, as it stands.
+    """
+    saved = {} if resumed is None else resumed.state.get("shadow", {})
+    shadows = []
+    for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
+        own, identity = saved.get(name), plan.mixer_identity(config)
+        if resumed is not None and own is not None and own["config"] == identity:
+            part = replace(resumed, state={**resumed.state, **own})
+            its_blend, change = part.blend(plan)
+        else:
+            part, its_blend = None, Blend.from_state_dict(blend.state_dict())
+            change = None if step == 0 else {"parts": ["shadow"], "domains": None}
+        start = step * plan.config.train.global_batch
+        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights)
+        if part is not None:
+            part.set_mixer(mixer)
+        shadows.append(
+            Shadow(
+                name,
+                mixer,
+                its_blend,
+                plan.schedule,
+                plan.constraints,
+                plan.config.train.global_batch,
+                plan.config.data.weight_lag,
+                first_step=step,
+                change=change,
+                announce=part is None or change is not None,
+                identity=identity,
+            )
+        )
+    return tuple(shadows)

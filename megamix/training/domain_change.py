@@ -14,8 +14,6 @@ Legend: K domains before, K' after.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.data.manifest import DomainEntry
-from megamix.errors import InputError, ResumeRefused
-from megamix.plan import DataPlan
-from megamix.run_config import DomainChangeConfig
+from megamix.core.errors import InputError, ResumeRefused
+from megamix.data.tokens.manifest import digest
+from megamix.training.config import DomainChangeConfig
+from megamix.training.plan import DataPlan
 
 Floats = NDArray[np.float64]
 
@@ -82,12 +80,6 @@ class DomainChange:
             "split": parts,
             "replaced": list(self.restarted),
         }
-
-
-def digest(entry: DomainEntry) -> str:
-    """Names the data of a domain: a hash over what the manifest says of its files."""
-    content = [split.model_dump(mode="json", exclude={"prefixes"}) for split in (entry.train, entry.validation)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def find_change(saved: Mapping[str, str], plan: DataPlan, accept_data: bool, where: str) -> DomainChange | None:

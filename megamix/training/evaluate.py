@@ -16,10 +16,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.data.stream import DomainTokens
+from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.base import Engine
-from megamix.mixers import OdmConfig, wants_evaluation
-from megamix.plan import Plan
+from megamix.mixing.mixers import OdmConfig, wants_evaluation
+from megamix.training.plan import Plan
 from megamix_kernels import DomainSums
 
 

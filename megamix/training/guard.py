@@ -26,13 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.checkpoints.store import complete_steps
+from megamix.core.errors import MegamixError
+from megamix.core.files import AppendFile
+from megamix.core.log import get_logger
 from megamix.data.sampler import StepSamples
-from megamix.errors import MegamixError
-from megamix.log import get_logger
-from megamix.plan import DataPlan
-from megamix.records.append_file import AppendFile
-from megamix.run_config import GuardConfig, RunConfig
+from megamix.training.checkpoints.store import complete_steps
+from megamix.training.config import GuardConfig, RunConfig
+from megamix.training.plan import DataPlan
 from megamix_kernels import DomainSums
 
 RECORD = "non_finite.jsonl"

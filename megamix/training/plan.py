@@ -14,24 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.config import Config
-from megamix.constraints import Constraints
-from megamix.data.blend import Blend
-from megamix.data.manifest import DomainEntry, Manifest
-from megamix.data.permute import hash_words
-from megamix.data.reference import read_info
+from megamix.core.config import Config
+from megamix.core.errors import InputError, did_you_mean
+from megamix.data.blend.blend import Blend
+from megamix.data.blend.permute import hash_words
+from megamix.data.reference_losses import read_info
 from megamix.data.sampler import Slice
-from megamix.data.stream import DomainTokens
+from megamix.data.tokens.manifest import DomainEntry, Manifest
+from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_layout import check_megatron_layout, check_megatron_machine
-from megamix.errors import InputError, did_you_mean
-from megamix.mix_plan import MixPlan
-from megamix.mixture import make_schedule
-from megamix.models.config import ModelConfig
-from megamix.run_config import MixConfig, RunConfig
+from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
+from megamix.engines.models.config import ModelConfig
+from megamix.training.config import MixConfig, RunConfig
+from megamix.training.mix_plan import MixPlan, make_schedule, read_constraints
 
 if TYPE_CHECKING:
-    from megamix.models.pretrained import PretrainedWeights
+    from megamix.engines.models.pretrained import PretrainedWeights
 
 Floats = NDArray[np.float64]
 
@@ -124,7 +122,7 @@ class Plan(DataPlan):
         """
         if self.model.from_pretrained is None:
             return None
-        from megamix.models.pretrained import read_pretrained
+        from megamix.engines.models.pretrained import read_pretrained
 
         tokenizer = self.manifest.tokenizer
         return read_pretrained(self.model, self.manifest.folder / tokenizer.file, tokenizer.vocab_size)
@@ -178,7 +176,7 @@ def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) ->
         num_samples=num_samples,
         natural_weights=natural,
         schedule=make_schedule(config, names, natural),
-        constraints=Constraints.of(config.data, names, num_samples, total_samples),
+        constraints=read_constraints(config.data, names, num_samples, total_samples),
         manifest=manifest,
         data_size=data_size,
         entries=entries,

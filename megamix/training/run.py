@@ -7,20 +7,20 @@ from typing import Any
 
 import yaml
 
-from megamix.checkpoints import store
-from megamix.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
-from megamix.config import load_config
+from megamix.core.config import load_config
+from megamix.core.errors import EXIT_OK, InputError
+from megamix.core.log import get_logger
 from megamix.engines.config import MegatronConfig
-from megamix.errors import EXIT_OK, InputError
-from megamix.launch import job_rank, job_world_size, run_local
-from megamix.log import get_logger
-from megamix.plan import Plan, make_plan
-from megamix.rank import run_rank, watched
-from megamix.records.sinks import check_sinks
-from megamix.reference_cache import open_reference
-from megamix.run_config import RunConfig
-from megamix.run_lock import RunLock
-from megamix.stopping import heed_signals
+from megamix.training.checkpoints import store
+from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
+from megamix.training.config import RunConfig
+from megamix.training.job.local_ranks import job_rank, job_world_size, run_local
+from megamix.training.job.lock import RunLock
+from megamix.training.job.rank import run_rank, watched
+from megamix.training.job.signals import heed_signals
+from megamix.training.plan import Plan, make_plan
+from megamix.training.records.sinks import check_sinks
+from megamix.training.reference.cache import open_reference
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -68,7 +68,7 @@ def train_rank(plan: Plan) -> None:
     """
     import torch.distributed as dist
 
-    from megamix.train import Trainer
+    from megamix.training.trainer import Trainer
 
     is_main = dist.get_rank() == 0
     with watched(plan.config.watchdog, plan.config.run_dir) as watchdog:

@@ -11,26 +11,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.checkpoints import saving, store
-from megamix.checkpoints.resume import Resumed, fingerprints
+from megamix.core.errors import MegamixError, Preempted
+from megamix.core.log import get_logger, show_progress
+from megamix.core.text import number
+from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
-from megamix.data.permute import hash_words
 from megamix.data.sampler import DataExhausted
 from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
-from megamix.errors import MegamixError, Preempted
-from megamix.evaluate import RewardEvaluation, Validation
-from megamix.log import get_logger, show_progress
-from megamix.mixed_data import MixedData
-from megamix.plan import Plan
-from megamix.records.events import Event
-from megamix.records.sinks import make_sinks
-from megamix.records.tracking import IntervalLog, RunRecord, SampleLog
-from megamix.run_config import RunConfig
-from megamix.step_time import StepClock
-from megamix.stopping import Wishes, asked_to_stop
-from megamix.tables import number
-from megamix.watchdog import Watchdog
+from megamix.mixing.exchange import Wishes
+from megamix.training.checkpoints import saving, store
+from megamix.training.checkpoints.resume import Resumed, fingerprints
+from megamix.training.config import RunConfig
+from megamix.training.data_loop import MixedData
+from megamix.training.evaluate import RewardEvaluation, Validation
+from megamix.training.job.signals import asked_to_stop
+from megamix.training.job.watchdog import Watchdog
+from megamix.training.plan import Plan
+from megamix.training.records.events import Event
+from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
+from megamix.training.records.sinks import make_sinks
+from megamix.training.step_clock import StepClock
 
 
 class Trainer:

@@ -13,12 +13,12 @@ import yaml
 from scipy import stats
 from typer.testing import CliRunner
 
+from megamix.analysis.compare import compare
+from megamix.analysis.paired import t_interval, t_quantile
 from megamix.cli import app
-from megamix.compare import compare
-from megamix.config import merge
-from megamix.data.blend import Blend
-from megamix.errors import InputError
-from megamix.records.paired import t_interval, t_quantile
+from megamix.core.config import merge
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
 
 NAMES = ("web", "code", "books")
 STEPS, BATCH, SEQ = 40, 8, 16

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from megamix import doctor as module
-from megamix.config import validate
-from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.writer import IndexedWriter
-from megamix.doctor import doctor
-from megamix.errors import InputError, ResumeRefused
-from megamix.memory import checkpoint_bytes
-from megamix.models.config import ModelConfig
-from megamix.run_config import RunConfig
+from megamix.analysis import doctor as module
+from megamix.analysis.doctor import doctor
+from megamix.analysis.memory import checkpoint_bytes
+from megamix.core.config import validate
+from megamix.core.errors import InputError, ResumeRefused
+from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.engines.models.config import ModelConfig
+from megamix.training.config import RunConfig
 
 SEQ = 32
 NEOX = ModelConfig(architecture="neox", hidden_size=64, num_layers=3, num_heads=4, ffn_size=192, vocab_size=320)

@@ -20,12 +20,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT
+from commands import ENVIRONMENT, ROOT
 
-from megamix import follow
-from megamix.errors import InputError
-from megamix.records import live_run
-from megamix.records.live_run import LiveRun
+from megamix.analysis import follow, live_run
+from megamix.analysis.live_run import LiveRun
+from megamix.core.errors import InputError
 
 NAMES = ("biology", "code", "a-domain-with-a-long-name-indeed")
 SECONDS = 60

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 
+from megamix.analysis.memory import StageMemory, activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
-from megamix.memory import StageMemory, activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters
-from megamix.models.config import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head
 
 SEQ = 32
 NEOX = ModelConfig(architecture="neox", hidden_size=64, num_layers=3, num_heads=4, ffn_size=192, vocab_size=320)
@@ -112,7 +112,7 @@ def test_bf16_and_zero_0() -> None:
 
 def real_shards(model: ModelConfig, tensor: int) -> list[int]:
     """Parameters of each layer on one tensor-parallel rank, by the maps that divide the real ones."""
-    from megamix.engines.megatron_names import parameter_maps
+    from megamix.engines.megatron.names import parameter_maps
 
     with torch.device("meta"):
         layers = [Embedding(model, 0, 1), *(Decoder(model, n + 1, 1, SEQ) for n in range(model.num_layers))]
@@ -192,10 +192,10 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import torch, torch.distributed as dist
 from megamix.engines.config import MegatronConfig
-from megamix.models.config import ModelConfig
+from megamix.engines.models.config import ModelConfig
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-from megamix.engines.megatron_cpu import cpu_stand_ins
-from megamix.engines.megatron_model import build_chunks, transformer_config
+from megamix.engines.megatron.cpu import cpu_stand_ins
+from megamix.engines.megatron.model import build_chunks, transformer_config
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 length, engine = int(sys.argv[2]), MegatronConfig(name="megatron")

@@ -14,19 +14,18 @@ import torch
 import torch.distributed as dist
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, evaluation, write_config, write_data, write_run
 
-from megamix import inspect, plots
-from megamix.checkpoints.resume import fingerprints
-from megamix.checkpoints.saving import CheckpointWriter
-from megamix.data.manifest import Manifest
+from megamix.analysis import inspect, plots, summary
+from megamix.analysis.labels import spread
+from megamix.core.errors import InputError
+from megamix.core.text import Report, Table
 from megamix.data.sampler import Sampler
+from megamix.data.tokens.manifest import Manifest
 from megamix.engines.base import ParameterState
-from megamix.errors import InputError
-from megamix.models.layers import Decoder, Embedding, Head
-from megamix.plan import make_plan
-from megamix.records import summary
-from megamix.records.labels import spread
-from megamix.run_config import CheckpointConfig
-from megamix.tables import Report, Table
+from megamix.engines.models.layers import Decoder, Embedding, Head
+from megamix.training.checkpoints.resume import fingerprints
+from megamix.training.checkpoints.saving import CheckpointWriter
+from megamix.training.config import CheckpointConfig
+from megamix.training.plan import make_plan
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from records import lines
 from studied_runs import BATCH, NAMES, OWN, SHADOWS, STEPS, studied_runs
 from typer.testing import CliRunner
 
+from megamix.analysis.replay import Replay, replay
 from megamix.cli import app
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError
-from megamix.interop.export import export_blend
-from megamix.mixers import DomainStats
-from megamix.records.step_statistics import StatisticsWriter, read_statistics
-from megamix.replay import Replay, replay
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.interop.blend_files.export import export_blend
+from megamix.mixing.mixers import DomainStats
+from megamix.training.records.step_statistics import StatisticsWriter, read_statistics
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, write_config, write_data, write_run
 
-from megamix.errors import InputError
-from megamix.records import history
-from megamix.records.recorded_run import RecordedRun
-from megamix.report import palette, write_report
-from megamix.report.svg import HEIGHT, WIDTH, nice_axis
+from megamix.analysis import series
+from megamix.analysis.report import palette, write_report
+from megamix.analysis.report.svg import HEIGHT, WIDTH, nice_axis
+from megamix.core.errors import InputError
+from megamix.training.records.recorded_run import RecordedRun
 
 
 class Page(HTMLParser):
@@ -169,12 +169,12 @@ def test_thinned_steps_are_within_the_tolerance_they_state() -> None:
     values = np.cumsum(rng.normal(size=(5000, 4)), axis=0)
     values[2000] += 500.0
     for most in (2, 10, 300):
-        kept, tolerance = history.thin(values, most)
+        kept, tolerance = series.thin(values, most)
         assert len(kept) <= most
         assert (kept[0], kept[-1]) == (0, 4999)
         held = values[kept[np.searchsorted(kept, np.arange(5000), "right") - 1]]
         assert np.abs(held - values).max() <= tolerance
-    kept, tolerance = history.thin(values, 300)
+    kept, tolerance = series.thin(values, 300)
     assert 2000 in kept
     # A little below the tolerance, the rule would keep more than allowed.
     strict, last = 1, values[0]
@@ -186,10 +186,10 @@ def test_thinned_steps_are_within_the_tolerance_they_state() -> None:
 
 def test_repetitions_are_left_out_without_loss() -> None:
     values = np.repeat(np.arange(10.0), 100)[:, None]
-    kept, tolerance = history.thin(values, 50)
+    kept, tolerance = series.thin(values, 50)
     assert tolerance == 0.0
     assert kept.tolist() == [*range(0, 1000, 100), 999]
-    assert history.thin(values[:5], 50)[0].tolist() == [0, 1, 2, 3, 4]
+    assert series.thin(values[:5], 50)[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_long_run_makes_a_small_page_that_says_so(data: Path, tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_training_losses_become_means_over_tokens(data: Path, tmp_path: Path) ->
         for step in range(100)
     ]  # fmt: skip
     rewrite(tmp_path, "metrics.jsonl", lines)
-    series = history.training_series(RecordedRun.open(tmp_path), 10)
+    found = series.training_series(RecordedRun.open(tmp_path), 10)
     wanted = [(loss * tokens)[i : i + 10].sum() / tokens[i : i + 10].sum() for i in range(0, 100, 10)]
-    assert series.column("web") == (list(range(100, 1001, 100)), pytest.approx(wanted))
-    assert series.column("c_$1$") == ([], [])
+    assert found.column("web") == (list(range(100, 1001, 100)), pytest.approx(wanted))
+    assert found.column("c_$1$") == ([], [])
 
 
 # Form. ---------------------------------------------------------------------------------------------------------------
@@ -416,9 +416,9 @@ def test_what_the_mixer_records_of_itself(data: Path, tmp_path: Path) -> None:
 def test_scores_become_means() -> None:
     rows = np.arange(20.0).reshape(10, 2)
     rows[3, 1] = np.nan
-    series = history.Series(("a", "b"), np.arange(10), rows).means(5)
-    assert series.tokens.tolist() == [1, 3, 5, 7, 9]
-    assert series.values.tolist() == [[1, 2], [5, 5], [9, 10], [13, 14], [17, 18]]
+    found = series.Series(("a", "b"), np.arange(10), rows).means(5)
+    assert found.tokens.tolist() == [1, 3, 5, 7, 9]
+    assert found.values.tolist() == [[1, 2], [5, 5], [9, 10], [13, 14], [17, 18]]
 
 
 def test_bad_input(data: Path, tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ import numpy as np
 import pytest
 
 from megamix.data import Blend
-from megamix.data.blend import Sampling
-from megamix.data.indexed import MAGIC
-from megamix.data.segment import Segment
-from megamix.data.stream import DomainTokens
+from megamix.data.blend.blend import Sampling
+from megamix.data.blend.segment import Segment
+from megamix.data.tokens.indexed import MAGIC
+from megamix.data.tokens.stream import DomainTokens
 
 blended = pytest.importorskip("megatron.core.datasets.blended_dataset", reason="megatron-core is in the dev extra")
 builder = pytest.importorskip("megatron.core.datasets.blended_megatron_dataset_builder")

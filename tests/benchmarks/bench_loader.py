@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megamix.data.loader import WindowReader
-from megamix.data.stream import DomainTokens
-from megamix.data.writer import IndexedWriter
+from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.writer import IndexedWriter
 
 NUM_DOMAINS = 22
 DOMAIN_TOKENS = 6_000_000

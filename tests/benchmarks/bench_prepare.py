@@ -35,11 +35,11 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from megamix.data.indexed import IndexedTokens, pick_dtype
-from megamix.data.prepare.blocks import iter_documents
-from megamix.data.prepare.encoders import EncodeJob, Encoders
-from megamix.data.prepare.run import prepare
-from megamix.data.tokenizer import END_OF_DOCUMENT, LoadedTokenizer, train_tokenizer
+from megamix.data.tokens.indexed import IndexedTokens, pick_dtype
+from megamix.data.tokens.tokenizer import END_OF_DOCUMENT, LoadedTokenizer, train_tokenizer
+from megamix.prepare.blocks import iter_documents
+from megamix.prepare.encoders import EncodeJob, Encoders
+from megamix.prepare.pipeline import prepare
 
 
 def own_text() -> Iterator[str]:

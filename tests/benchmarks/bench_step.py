@@ -29,16 +29,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megamix.config import load_config
+from megamix.core.config import load_config
+from megamix.core.errors import MegamixError
+from megamix.core.processes import num_cores
+from megamix.core.text import Table, gib
 from megamix.data.loader import Batch
 from megamix.engines.base import Engine, Objective
 from megamix.engines.choose import make_engine, start_distributed
-from megamix.errors import MegamixError
-from megamix.launch import job_world_size, num_cores
-from megamix.mixed_data import MixedData
-from megamix.plan import Plan, make_plan
-from megamix.run_config import RunConfig
-from megamix.tables import Table, gib
+from megamix.training.config import RunConfig
+from megamix.training.data_loop import MixedData
+from megamix.training.job.local_ranks import job_world_size
+from megamix.training.plan import Plan, make_plan
 
 WARM_UP = 5
 """Steps of each kind before the clock starts."""

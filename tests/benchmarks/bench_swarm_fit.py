@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "swarm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 from synthetic import known_law, mixtures, swarm_of
 
-from megamix.config import validate
-from megamix.swarm.fit import fit
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.tables import write_metrics, write_ratios
+from megamix.core.config import validate
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fit import fit
+from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
 
 
 def main() -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "swarm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 from synthetic import known_law, mixtures
 
-from megamix.swarm.law import LogLinearLaw, fit_log_linear
-from megamix.swarm.proposal_file import Proposal
-from megamix.swarm.reuse import UpdatePlan, default_members, plan_update
-from megamix.swarm.solve import Problem, solve
-from megamix.swarm.tables import SwarmTable
-from megamix.swarm.update_config import UpdateConfig
-from megamix.tables import Table
+from megamix.core.text import Table
+from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear
+from megamix.studies.swarm.fit.tables import SwarmTable
+from megamix.studies.swarm.propose.config import UpdateConfig
+from megamix.studies.swarm.propose.proposal import Proposal
+from megamix.studies.swarm.propose.solve import Problem, solve
+from megamix.studies.swarm.propose.update import UpdatePlan, default_members, plan_update
 
 KL, NOISE, SEEDS = 0.05, 0.02, 8
 FIRST = [f"d{number}" for number in range(10)]

@@ -1,6 +1,6 @@
 """How mixers do on simulated domains (tests/simulated_world.py), in about a minute without any model.
 
-    PYTHONPATH=.:kernels:tests python tests/benchmarks/simulate_mixers.py --seeds 5 --steps 500 2000
+    PYTHONPATH=.:kernels:tests/support python tests/benchmarks/simulate_mixers.py --seeds 5 --steps 500 2000
 
 For each kind of world: the mean loss of the learnable domains at the end, over the seeds, and in brackets how many of
 the seeds are better than official's; then the share of all samples that went to noise. What wins here need not win on
@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 from simulated_world import World
 
-from megamix.mixers import make_mixer
+from megamix.mixing.mixers import make_mixer
 
 WORLDS = {
     "no noise": {},

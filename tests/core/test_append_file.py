@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from records import record, samples
 
-from megamix.errors import MegamixError
-from megamix.files import read_json_lines
-from megamix.mixers import DomainStats
-from megamix.records.append_file import AppendFile
-from megamix.records.events import EVENTS, EventLog
-from megamix.records.step_statistics import StatisticsWriter, read_statistics
+from megamix.core.errors import MegamixError
+from megamix.core.files import AppendFile, read_json_lines
+from megamix.mixing.mixers import DomainStats
+from megamix.training.records.events import EVENTS, EventLog
+from megamix.training.records.step_statistics import StatisticsWriter, read_statistics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FULL = Path("/dev/full")

@@ -12,18 +12,17 @@ from typing import Any
 import pydantic
 import pytest
 import yaml
+from commands import ROOT
 from small_config import SMALL, small
 
-from megamix.config import Config, load_config, parse_yaml, read_yaml, validate
-from megamix.config_help import config_help
-from megamix.doremi_config import DoremiJobConfig, DoremiSteps
-from megamix.errors import EXIT_BAD_INPUT, InputError
-from megamix.mixers import OdmConfig, StaticConfig
-from megamix.models import ModelConfig
-from megamix.resources import configs_dir
-from megamix.run_config import RunConfig
-
-ROOT = Path(__file__).resolve().parents[1]
+from megamix.core.config import Config, load_config, parse_yaml, read_yaml, validate
+from megamix.core.config_help import config_help
+from megamix.core.errors import EXIT_BAD_INPUT, InputError
+from megamix.core.files import shipped_folder
+from megamix.engines.models import ModelConfig
+from megamix.mixing.mixers import OdmConfig, StaticConfig
+from megamix.studies.doremi.config import DoremiJobConfig, DoremiSteps
+from megamix.training.config import RunConfig
 
 # The training config that the design document shows.
 DESIGN_EXAMPLE = """\
@@ -72,7 +71,7 @@ def test_the_example_of_the_design_is_valid_as_it_stands() -> None:
     assert (config.mixture, config.model.hidden_size) == ("natural", 192)
 
 
-@pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(shipped_folder("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
     """Each loads, and what it resolves to loads as the same config again (as config.resolved.yaml must)."""
     config = load_config(RunConfig, path)
@@ -80,15 +79,17 @@ def test_shipped_configs_load(path: Path) -> None:
     assert validate(RunConfig, parse_yaml(resolved, "resolved"), "resolved") == config
 
 
-@pytest.mark.parametrize("path", sorted((configs_dir() / "models").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((shipped_folder("configs") / "models").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_presets_build_a_model_config(path: Path) -> None:
     config = validate(ModelConfig, {"preset": path.stem}, path.stem)
     assert config.model_dump(include=set(read_yaml(path))) == read_yaml(path)
 
 
 def test_there_are_configs_to_ship() -> None:
-    assert (configs_dir() / "demo.yaml").is_file()
-    assert len(list((configs_dir() / "models").glob("*.yaml"))) >= 6
+    assert (shipped_folder("configs") / "demo.yaml").is_file()
+    assert len(list((shipped_folder("configs") / "models").glob("*.yaml"))) >= 6
 
 
 def test_configs_are_frozen() -> None:

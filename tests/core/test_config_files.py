@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from small_config import SMALL, small
 
-from megamix.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
+from megamix.core.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
+from megamix.core.errors import InputError
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
-from megamix.errors import InputError
-from megamix.mixers import OdmConfig, StaticConfig
-from megamix.run_config import RunConfig
+from megamix.mixing.mixers import OdmConfig, StaticConfig
+from megamix.training.config import RunConfig
 
 
 def write(folder: Path, **files: str) -> Path:

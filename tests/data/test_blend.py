@@ -20,7 +20,7 @@ from megamix.data import Blend
 
 
 class Reference:
-    """The order of one segment in exact arithmetic, domain after domain joining as `megamix.data.schedule` says."""
+    """The order of one segment in exact arithmetic, domain after domain joining as `megamix.data.blend.order` says."""
 
     def __init__(self, weights: Sequence[float], deficits: Sequence[Any]) -> None:
         lines = {i: (Fraction(d), Fraction(w)) for i, (d, w) in enumerate(zip(deficits, weights, strict=True)) if w > 0}

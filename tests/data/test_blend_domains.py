@@ -11,10 +11,10 @@ from blends import FEW, SAMPLINGS, assert_near_the_weights, pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamix.core.errors import InputError
 from megamix.data import Blend
-from megamix.data.blend import Sampling
-from megamix.data.segment import Segment
-from megamix.errors import InputError
+from megamix.data.blend.blend import Sampling
+from megamix.data.blend.segment import Segment
 
 SIZE = 11
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamix.data import Blend
-from megamix.data.blend import MAX_ORDERS
+from megamix.data.blend.blend import MAX_ORDERS
 
 FAR = 10**10
 

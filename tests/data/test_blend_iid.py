@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from megamix.data import Blend, iid
-from megamix.data.iid import RECENT, STRIDE, Draws
-from megamix.data.segment import Segment
+from megamix.data import Blend
+from megamix.data.blend import iid
+from megamix.data.blend.iid import RECENT, STRIDE, Draws
+from megamix.data.blend.segment import Segment
 
 WORD = 2**64 - 1
 

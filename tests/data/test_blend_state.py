@@ -14,10 +14,10 @@ from blends import FEW, SAMPLINGS, Change, follow, make, pairs, random_weights, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamix.core.errors import InputError
 from megamix.data import Blend
-from megamix.data.blend import Sampling
-from megamix.data.segment import Segment
-from megamix.errors import InputError
+from megamix.data.blend.blend import Sampling
+from megamix.data.blend.segment import Segment
 
 
 @FEW

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STDLIB
+from commands import STDLIB
 from ranks import run_ranks
 from records import record, samples
 from transformers import GPTNeoXForCausalLM
 
-from megamix.data.blend import Blend
+from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch, Loader, WindowReader
-from megamix.data.manifest import Manifest
 from megamix.data.sampler import Sampler, Slice
-from megamix.data.stream import DomainTokens
-from megamix.models.config import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head, hugging_face_config
-from megamix.train_config import TrainConfig
+from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.stream import DomainTokens
+from megamix.engines.config import TrainConfig
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head, hugging_face_config
 from megamix_kernels import DomainSums
 
 SEQ = 16
@@ -202,7 +202,7 @@ def engine_job(result: str) -> None:
 
     from megamix.engines.base import Objective
     from megamix.engines.config import DeepSpeedConfig
-    from megamix.engines.deepspeed import DeepSpeedEngine, start_distributed
+    from megamix.engines.deepspeed.engine import DeepSpeedEngine, start_distributed
 
     torch.set_num_threads(1)
     start_distributed()
@@ -271,7 +271,7 @@ def reference_nats(batch: Batch) -> torch.Tensor:
 @pytest.fixture
 def short_documents(tmp_path: Path) -> Path:
     """A prepared data set of two domains, whose documents are single lines of Python and of prose."""
-    from megamix.data.prepare.run import prepare
+    from megamix.prepare.pipeline import prepare
 
     prose = (STDLIB / "pydoc_data" / "topics.py").read_text(encoding="utf-8").splitlines()[:3000]
     code = [line for path in sorted(STDLIB.glob("*.py"))[:8] for line in path.read_text(encoding="utf-8").splitlines()]

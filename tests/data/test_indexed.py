@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 
-from megamix.data.indexed import IndexedTokens, pick_dtype
-from megamix.data.stream import DomainTokens
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens, pick_dtype
+from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.writer import IndexedWriter
 
 # Written once by megatron-core 0.16.1's IndexedDatasetBuilder.
 GOLDEN_DOCUMENTS = [[1, 2, 65499], [7], [300, 0]]
@@ -278,7 +278,7 @@ def test_ranges_of_documents_cut_into_sequences(tmp_path: Path) -> None:
 
 MANY_FILES = """
 import resource, sys
-from megamix.data.stream import DomainTokens
+from megamix.data.tokens.stream import DomainTokens
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 domain = DomainTokens("web", [sys.argv[1]] * 100)
 print(domain.num_tokens, resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megamix.data.blend import Blend
+from megamix.core.errors import InputError, MegamixError
+from megamix.data.blend.blend import Blend
 from megamix.data.loader import Loader, WindowReader
-from megamix.data.reference import ReferenceLosses
+from megamix.data.reference_losses import ReferenceLosses
 from megamix.data.sampler import Sampler, Slice
-from megamix.data.stream import DomainTokens
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError, MegamixError
+from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.writer import IndexedWriter
 
 SEQ = 8
 VOCAB = 500

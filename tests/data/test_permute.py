@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2
 
-from megamix.data.permute import MAX_RANKED, MAX_SIZE, divide, epoch_keys, grid, hash_next, hash_words, permute
+from megamix.data.blend.permute import MAX_RANKED, MAX_SIZE, divide, epoch_keys, grid, hash_next, hash_words, permute
 
 Ints = NDArray[np.int64]
 

@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from small_config import small
 
-from megamix.data.blend import Blend
+from megamix.analysis.inspect import inspect_path
+from megamix.core.errors import InputError, MegamixError
+from megamix.data.blend.blend import Blend
 from megamix.data.loader import WindowReader
-from megamix.data.manifest import Manifest
-from megamix.data.reference import (
+from megamix.data.reference_losses import (
     PROGRESS,
     CachedDomain,
     CacheInfo,
@@ -26,12 +27,11 @@ from megamix.data.reference import (
     open_progress,
     save_progress,
 )
-from megamix.data.stream import DomainTokens
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError, MegamixError
-from megamix.inspect import inspect_path
-from megamix.plan import DataPlan, make_plan
-from megamix.reference_cache import cache_key, open_reference, samples_read, whole_domains
+from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.training.plan import DataPlan, make_plan
+from megamix.training.reference.cache import cache_key, open_reference, samples_read, whole_domains
 
 SEQ = 8
 WINDOWS = {"web": 30, "a/b": 7}

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from megamix.data.blend import Blend
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
 from megamix.data.sampler import Sampler, Slice, StepSamples
-from megamix.errors import InputError
 
 BATCH = 16
 NUM_SAMPLES = [50, 7, 1000]

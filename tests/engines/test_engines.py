@@ -13,7 +13,7 @@ import yaml
 from jobs import run_job
 from records import largest_difference, record, samples
 
-from megamix.checkpoints.store import LAYERS, damage, kind
+from megamix.training.checkpoints.store import LAYERS, damage, kind
 
 STEPS = 50
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {

@@ -4,16 +4,16 @@ that two ranks have."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import SUPPORT
 from guard_steps import BAD_GRADIENT, BAD_LOSS, BAD_REFERENCE, GOOD, LAYOUTS, SEQ_LENGTH, STEPS
 from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
 
-SCRIPT = Path(__file__).parent / "guard_steps.py"
+SCRIPT = SUPPORT / "guard_steps.py"
 
 
 def steps_of(*kinds: str) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from commands import SUPPORT
 from megatron_scenarios import SCENARIOS, STEPS, TRAIN, Scenario, Trained, train_plainly
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 pytest.importorskip("megatron.core")
 
-SCRIPT = Path(__file__).parent / "megatron_scenarios.py"
+SCRIPT = SUPPORT / "megatron_scenarios.py"
 BF16 = [name for name, scenario in SCENARIOS.items() if "precision" in scenario.engine]
 EXACT = [name for name, scenario in SCENARIOS.items() if name not in BF16 and "dropout" not in scenario.changes]
 
@@ -151,10 +152,10 @@ def test_dropout_is_a_function_of_the_step_and_alike_where_ranks_compute_the_sam
 
 
 def test_an_own_format_is_listed_and_only_this_engine_reads_it(trained: Path) -> None:
-    from megamix.checkpoints import saving
-    from megamix.checkpoints.store import describe
+    from megamix.core.errors import ResumeRefused
     from megamix.engines.base import Engine
-    from megamix.errors import ResumeRefused
+    from megamix.training.checkpoints import saving
+    from megamix.training.checkpoints.store import describe
 
     path = trained / "dist pp2 to tp2" / f"step_{STEPS}"
     listing = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))

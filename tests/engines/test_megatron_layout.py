@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny_models import model_config
 
-from megamix.engines import megatron_layout
+from megamix.core.errors import InputError
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_layout import (
+from megamix.engines.megatron import layout
+from megamix.engines.megatron.layout import (
     check_megatron_layout,
     check_megatron_machine,
     stage_layers,
     uses_transformer_engine,
 )
-from megamix.errors import InputError
 
 
 def check(
@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(*, cuda: bool, packages: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(megatron_layout, "_installed", lambda package: package in packages)
+        monkeypatch.setattr(layout, "_installed", lambda package: package in packages)
 
     return make
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import build, model_config
 
-from megamix.engines.megatron_context import context_part, join_parts
-from megamix.engines.megatron_names import ParameterMap, parameter_maps
+from megamix.engines.megatron.context import context_part, join_parts
+from megamix.engines.megatron.names import ParameterMap, parameter_maps
 
 ARCHITECTURES = ["neox", "neox-parallel", "llama"]
 

@@ -11,15 +11,15 @@ from tiny_models import SEED, SEQ_LENGTH, TINY, build, model_config, run, shake
 from torch import nn
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.models import ModelConfig
-from megamix.models.config import preset
-from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer, hugging_face_config
-from megamix.resources import configs_dir
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.core.files import shipped_folder
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.config import preset
+from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer, hugging_face_config
 
 ARCHITECTURES = ["neox", "llama"]
-PRESETS = sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (shipped_folder("configs") / "models").glob("*.yaml"))
 
 
 def upstream_model(config: ModelConfig, attention: str = "sdpa") -> nn.Module:

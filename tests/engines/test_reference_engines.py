@@ -14,14 +14,14 @@ import pytest
 import yaml
 from ranks import run_ranks
 
-from megamix.config import load_config
-from megamix.data.reference import ReferenceLosses
+from megamix.core.config import load_config
+from megamix.data.reference_losses import ReferenceLosses
 from megamix.engines.choose import start_distributed
-from megamix.plan import make_plan
-from megamix.reference_cache import cache_key, samples_read
-from megamix.reference_run import fill_cache, plan_job
-from megamix.run import train_rank
-from megamix.run_config import RunConfig
+from megamix.training.config import RunConfig
+from megamix.training.plan import make_plan
+from megamix.training.reference.cache import cache_key, samples_read
+from megamix.training.reference.run import fill_cache, plan_job
+from megamix.training.run import train_rank
 
 SEQ, STEPS = 32, 12
 ENGINES = {

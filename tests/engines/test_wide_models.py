@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from records import lines
 
-from megamix.resources import configs_dir
+from megamix.core.files import shipped_folder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 4
@@ -34,7 +34,7 @@ def test_wide_layers_take_real_steps(megamix: Run, data_dir: Path, tmp_path: Pat
         run = tmp_path / engine
         layout = f"engine={{name: {engine}, pipeline: 2, data: 1, precision: fp32}}"
         changes = [f"run_dir={run}", f"data.manifest={data_dir}", f"model.preset={preset}", layout]
-        megamix("train", configs_dir() / "pile_1b_odm.yaml", *changes, *SMALL)
+        megamix("train", shipped_folder("configs") / "pile_1b_odm.yaml", *changes, *SMALL)
         metrics = lines(run / "metrics.jsonl")
         shutil.rmtree(run)  # it has a checkpoint of more than a gigabyte
         losses[engine] = [line["loss"] for line in metrics if line["event"] == "train"]

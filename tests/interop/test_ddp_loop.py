@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from readme_code import readme_code
 
-from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
-from megamix.mixers import DomainStats, make_mixer
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.mixers import DomainStats, make_mixer
 
 STEPS, BATCH, SEQ, RATE = 6, 8, 32, 5.0
 
@@ -24,18 +24,18 @@ STEPS, BATCH, SEQ, RATE = 6, 8, 32, 5.0
 BEFORE = f"""\
 import sys
 import torch
-import megamix.mixers
+import megamix.mixing.mixers
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_ddp_loop import make_model
 steps, save_every, global_batch, seq_length, device = int(sys.argv[1]), 3, {BATCH}, {SEQ}, torch.device("cpu")
 model = make_model()
 optimizer = torch.optim.SGD(model.parameters(), lr={RATE})
 log = []
-class Logged(megamix.mixers.DomainStats):
+class Logged(megamix.mixing.mixers.DomainStats):
     def __init__(self, nats, tokens):
         super().__init__(nats, tokens)
         log.append({{"nats": nats.tolist(), "tokens": tokens.tolist()}})
-megamix.mixers.DomainStats = Logged
+megamix.mixing.mixers.DomainStats = Logged
 """
 AFTER = """
 import json

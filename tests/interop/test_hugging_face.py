@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import run_megamix
+from commands import run_megamix
 from records import record
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, build, run, shake
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from megamix.checkpoints import store
-from megamix.config import validate
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError, ResumeRefused
-from megamix.export import export
-from megamix.log import get_logger
-from megamix.models import ModelConfig
-from megamix.models.layers import PipelineLayer
-from megamix.models.pretrained import PretrainedWeights, read_pretrained
-from megamix.models.pretrained_config import read_pretrained_config
+from megamix.core.config import validate
+from megamix.core.errors import InputError, ResumeRefused
+from megamix.core.log import get_logger
+from megamix.data.tokens.manifest import Manifest
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.layers import PipelineLayer
+from megamix.engines.models.pretrained import PretrainedWeights, read_pretrained
+from megamix.engines.models.pretrained_config import read_pretrained_config
+from megamix.interop.hugging_face.export import export
+from megamix.training.checkpoints import store
 
 VOCAB = 512
 """Ids of the tokenizer of the test data; the models have more rows."""

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.export import export
-from megamix.log import get_logger
-from megamix.models import ModelConfig
-from megamix.models.pretrained import read_pretrained
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.pretrained import read_pretrained
+from megamix.interop.hugging_face.export import export
 
 SIZES = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 

@@ -18,12 +18,12 @@ import yaml
 from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from megamix.adapters.hugging_face import MixCallback
-from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError, MegamixError, ResumeRefused
-from megamix.mixers import DomainStats, make_mixer
-from megamix.plan import domain_key
+from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import Manifest
+from megamix.interop.trainers.hugging_face import MixCallback
+from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.training.plan import domain_key
 
 STEPS, BATCH, SEQ, RATE = 6, 8, 32, 0.5
 MIXER = {"name": "odm", "preset": "official"}

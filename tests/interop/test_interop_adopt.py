@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from interop_files import blend, error_of, write_documents, write_tokenizer
 
-from megamix.data.indexed import IndexedTokens
-from megamix.data.manifest import Manifest
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
-from megamix.interop.scan import FileJob, scan_files
-from megamix.interop.weights import read_weights
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens
+from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.interop.blend_files.scan import FileJob, scan_files
+from megamix.mixing.weight_files import read_weights
 
 
 def flat(documents: list[list[int]]) -> list[int]:

@@ -24,11 +24,11 @@ from interop_files import (
     write_run,
 )
 
-from megamix.data.blend import Blend
-from megamix.interop.average import mean_weights
-from megamix.interop.weights import read_weights
-from megamix.records.ledger import Ledger
-from megamix.records.recorded_run import RecordedRun
+from megamix.data.blend.blend import Blend
+from megamix.mixing.weight_files import read_weights
+from megamix.training.records.ledger import Ledger
+from megamix.training.records.mean_weights import mean_weights
+from megamix.training.records.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamix.data.indexed import IndexedTokens
-from megamix.data.stream import DomainTokens
-from megamix.data.writer import IndexedWriter
+from megamix.data.tokens.indexed import IndexedTokens
+from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.writer import IndexedWriter
 
 torch = pytest.importorskip("torch")
 indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is in the dev extra")

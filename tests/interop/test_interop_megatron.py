@@ -28,9 +28,9 @@ from interop_files import (
     write_tokenizer,
 )
 
-from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
-from megamix.interop.weights import read_weights
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.weight_files import read_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from commands import SUPPORT
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron_loop import make_args
 from ranks import run_ranks
 
-from megamix.adapters.megatron_lm import MegatronMix
-from megamix.engines.megatron_cpu import cpu_stand_ins
-from megamix.errors import InputError, MegamixError, ResumeRefused
+from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.engines.megatron.cpu import cpu_stand_ins
+from megamix.interop.trainers.megatron_lm import MegatronMix
 
-TESTS = Path(__file__).parent
 COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
 
 
@@ -62,7 +62,7 @@ def reference(config: Path, one_rank: None) -> dict[str, Any]:
 def job(config: Path, folder: Path, num_ranks: int, **given: Any) -> list[dict[str, Any]]:
     """One run of the stand-in; what each rank recorded."""
     arguments = json.dumps({**COMMON, "eod_mask_loss": True, **given})
-    run_ranks(TESTS / "megatron_loop.py", num_ranks, config, arguments, folder / "rank", cwd=folder)
+    run_ranks(SUPPORT / "megatron_loop.py", num_ranks, config, arguments, folder / "rank", cwd=folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

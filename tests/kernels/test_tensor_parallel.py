@@ -8,16 +8,15 @@ last bit.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tensor_parallel_ranks as ranks
 import torch
 import triton_interpreter
+from commands import ROOT, SUPPORT
 
 from megamix_kernels import domain_cross_entropy, linear_domain_cross_entropy
 
-HERE = Path(__file__).resolve().parent
 PATHS = ["torch"] if triton_interpreter.why_not() else ["torch", "triton"]
 
 
@@ -28,10 +27,10 @@ def results(tmp_path_factory):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": str(len(PATHS) - 1),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "tensor_parallel_ranks.py"), str(folder)],
+        [sys.executable, str(SUPPORT / "tensor_parallel_ranks.py"), str(folder)],
         env=environment,
         capture_output=True,
         text=True,

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreter
+from commands import ROOT, SUPPORT
 
 HERE = Path(__file__).resolve().parent
 
 
 def run_in_a_process(**environment: str) -> str:
     """The output of the tests in on_device, which must all pass."""
-    paths = [str(HERE), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(SUPPORT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     files = sorted(str(file) for file in (HERE / "on_device").glob("*.py"))

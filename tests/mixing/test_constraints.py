@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from megamix.constraints import Constraints
+from megamix.core.errors import InputError
 from megamix.data import Blend
-from megamix.errors import InputError
-from megamix.run_config import DataConfig
+from megamix.mixing.constraints import Constraints
+from megamix.training.config import DataConfig
+from megamix.training.mix_plan import read_constraints
 
 NAMES = ("web", "code", "mail", "wiki")
 SAMPLES = np.array([300, 60, 20, 120])
@@ -22,7 +23,7 @@ SAMPLES = np.array([300, 60, 20, 120])
 
 def constraints(total: int = 400, **data: Any) -> Constraints:
     config = DataConfig.model_validate({"manifest": "data", "seq_length": 16, **data})
-    return Constraints.of(config, NAMES, SAMPLES, total)
+    return read_constraints(config, NAMES, SAMPLES, total)
 
 
 def nearest(weights: np.ndarray, floor: np.ndarray, cap: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.mixers import DomainStats, DoremiConfig, DoremiMixer, make_mixer
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import DomainStats, DoremiConfig, DoremiMixer, make_mixer
 from megamix_kernels import domain_cross_entropy
 
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamix.config import Config, validate
-from megamix.errors import InputError
-from megamix.mixers import (
+from megamix.core.config import Config, validate
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import (
     MIXERS,
     DomainStats,
     Mixer,
@@ -253,7 +253,7 @@ def test_the_union_of_configs_and_the_registry_agree() -> None:
 
 def test_mixers_need_neither_torch_nor_engines() -> None:
     code = (
-        "import megamix.mixers, sys\n"
+        "import megamix.mixing, sys\n"
         "print([m for m in sys.modules if m.startswith(('torch', 'deepspeed', 'megamix.engines', 'megamix.data'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

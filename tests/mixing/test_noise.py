@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import yaml
 import zstandard
-from conftest import ROOT
+from commands import ROOT
 from jobs import run_job
 from records import lines
 
-from megamix.data.prepare.run import prepare
+from megamix.prepare.pipeline import prepare
 
 TEXT = Path(os.environ.get("MEGAMIX_TEXT", ROOT / "data" / "text"))
 SHARES = {"biology": 27, "encyclopedia-en": 14, "licences": 12, "man-de": 25, "music": 12, "recipes": 9, "noise": 2}

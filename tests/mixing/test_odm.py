@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.mixers import DomainStats, Mixer, OdmConfig, make_mixer
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import DomainStats, Mixer, OdmConfig, make_mixer
 
 PRESETS = ("official", "paper", "exp3", "dataflex")
 

@@ -11,24 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 from jobs import run_job
 from readme_code import readme_code
 from records import record
 from small_config import small
 
-from megamix.config_help import config_help
-from megamix.doctor import doctor
-from megamix.errors import InputError
-from megamix.exchange import checked_loss_weights
-from megamix.mixers import DomainStats, OdmMixer, ScheduleConfig, make_mixer, own
-from megamix.records.recorded_run import RecordedRun
-from megamix.run_config import RunConfig
+from megamix.analysis.doctor import doctor
+from megamix.core.config_help import config_help
+from megamix.core.errors import InputError
+from megamix.mixing.exchange import checked_loss_weights
+from megamix.mixing.mixers import DomainStats, OdmMixer, ScheduleConfig, make_mixer, own
+from megamix.training.config import RunConfig
+from megamix.training.records.recorded_run import RecordedRun
 
 README = readme_code("class Progress(Mixer)")
 TILT = """\
 import numpy as np
-from megamix.mixers import Mixer, ScheduleConfig
+from megamix.mixing.mixers import Mixer, ScheduleConfig
 
 class TiltConfig(ScheduleConfig):
     weights: tuple[float, ...]
@@ -72,7 +72,7 @@ def install(path: Path, package: str, **points: str) -> None:
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     lines = [f"{name} = {value}" for name, value in points.items()]
-    (folder / "entry_points.txt").write_text("\n".join(["[megamix.mixers]", *lines, ""]))
+    (folder / "entry_points.txt").write_text("\n".join(["[megamix.mixing.mixers]", *lines, ""]))
     own.installed.cache_clear()
 
 
@@ -177,13 +177,13 @@ def test_help_and_doctor_know_its_keys(path: Path) -> None:
 
 
 def test_a_mixer_derived_from_one_of_ours(path: Path) -> None:
-    (path / "derived.py").write_text("from megamix.mixers import OdmMixer\nclass Derived(OdmMixer):\n    pass\n")
+    (path / "derived.py").write_text("from megamix.mixing.mixers import OdmMixer\nclass Derived(OdmMixer):\n    pass\n")
     mixer = make_mixer({"name": "derived:Derived", "preset": "paper"}, ["a", "b"], [1, 1])
     assert isinstance(mixer, OdmMixer)
     assert (mixer.name, mixer.config.policy) == ("derived:Derived", "gibbs")
 
 
-FILE = "from megamix.mixers import Mixer, ScheduleConfig\nclass Mine(Mixer):\n    {}\n    def _new_weights(self, step): ...\n"
+FILE = "from megamix.mixing.mixers import Mixer, ScheduleConfig\nclass Mine(Mixer):\n    {}\n    def _new_weights(self, step): ...\n"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ FILE = "from megamix.mixers import Mixer, ScheduleConfig\nclass Mine(Mixer):\n  
         (FILE, "name: bad:a b", r"expected an import path of the form package\.module:Class"),
         ("Mine = 3", "name: bad:Mine", r"bad:Mine is of type int, expected a class that derives from megamix\.mixers\.Mixer"),
         ("Mine = dict", "name: bad:Mine", r"bad:Mine is the class dict, expected a class that derives"),
-        ("from megamix.mixers import Mixer as Mine", "name: bad:Mine", r"does not define _new_weights\. Add it"),
+        ("from megamix.mixing.mixers import Mixer as Mine", "name: bad:Mine", r"does not define _new_weights\. Add it"),
         (FILE.format("config: dict"), "name: bad:Mine", r"config is annotated as the class dict, expected .*ScheduleConfig"),
         (FILE.format("config: 'Nothing'"), "name: bad:Mine", r"annotations cannot be read: name 'Nothing' is not defined"),
         (FILE.format("name = 'odm'"), "name: bad:Mine", r"calls itself 'odm', which is megamix's own"),

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_world import World
 
-from megamix.errors import InputError
-from megamix.mixers import DomainStats, Mixer, make_mixer
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import DomainStats, Mixer, make_mixer
 
 
 class Reference:

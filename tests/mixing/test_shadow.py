@@ -11,9 +11,9 @@ from records import lines, record, samples
 from small_config import small
 from studied_runs import HALF, LAG, NAMES, SHADOWS, STEPS, studied_runs
 
-from megamix.errors import InputError
-from megamix.mixers import DomainStats, make_mixer
-from megamix.shadow import shadow_names
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.mixing.shadow import shadow_names
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_weights_follow_from_the_runs_statistics(runs: Path, index: int) -> None
 
 def test_the_statistics_are_those_on_record(runs: Path) -> None:
     """Their sums are the intervals' in metrics.jsonl."""
-    from megamix.records.step_statistics import read_statistics
+    from megamix.training.records.step_statistics import read_statistics
 
     found = read_statistics(runs / "shadowed")
     train = [line for line in lines(runs / "shadowed" / "metrics.jsonl") if line["event"] == "train"]

@@ -13,10 +13,10 @@ import yaml
 from jobs import run_job
 from records import lines, record, samples
 
-from megamix.adapters.host import HostRun, load_state, save_state
-from megamix.config import validate
-from megamix.plan import make_data_plan
-from megamix.run_config import MixConfig
+from megamix.core.config import validate
+from megamix.interop.trainers.host import HostRun, load_state, save_state
+from megamix.training.config import MixConfig
+from megamix.training.plan import make_data_plan
 
 STEPS, BATCH, SEQ, HALF = 12, 8, 32, 6
 OWN = {"name": "odm", "preset": "official", "warmup_steps": 2}

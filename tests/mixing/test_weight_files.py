@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megamix.errors import InputError
-from megamix.interop.megatron import data_path, domain_name, domains_of, parse_blend, per_split_json, split_bounds
-from megamix.interop.weights import doremi_config, read_weights
+from megamix.core.errors import InputError
+from megamix.mixing.megatron_blend import data_path, domain_name, domains_of, parse_blend, per_split_json, split_bounds
+from megamix.mixing.weight_files import doremi_config, read_weights
 
 DOMAINS = ("web", "code", "books")
 WEB, CODE, BOOKS = "/a/web_text_document", "/b/code", "/c/books_text_sentence"

@@ -16,10 +16,10 @@ import pytest
 import zstandard
 from packages import make_deb
 
-from megamix.data.corpus import build, build_corpus, domain, fetch
-from megamix.data.corpus.clean import CLEANERS
-from megamix.data.corpus.sources import SOURCES, Package, Source
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.prepare.corpus import build, build_corpus, domain, fetch
+from megamix.prepare.corpus.clean import CLEANERS
+from megamix.prepare.corpus.sources import SOURCES, Package, Source
 
 # --- builds
 

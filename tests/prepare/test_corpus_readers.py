@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from packages import make_ar, make_deb, make_tar, make_wheel
 
-from megamix.data.corpus.clean import CLEANERS, tidy
-from megamix.data.corpus.mail import html_to_text, read_mail
-from megamix.data.corpus.roff import roff_to_text
-from megamix.data.corpus.unpack import DamagedArchive, members, read_ar, read_dictd, read_rdb, read_xdr_strings
+from megamix.prepare.corpus.clean import CLEANERS, tidy
+from megamix.prepare.corpus.mail import html_to_text, read_mail
+from megamix.prepare.corpus.roff import roff_to_text
+from megamix.prepare.corpus.unpack import DamagedArchive, members, read_ar, read_dictd, read_rdb, read_xdr_strings
 
 # --- archives
 

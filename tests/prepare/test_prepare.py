@@ -18,14 +18,14 @@ import zstandard
 from json_lines import jsonl
 from prepared import contents, tree, write_corpus
 
-from megamix.data.manifest import Manifest, Split
-from megamix.data.prepare.blocks import iter_documents
-from megamix.data.prepare.documents import find_inputs
-from megamix.data.prepare.heldout import HeldOut
-from megamix.data.prepare.merge import unigram_nats
-from megamix.data.prepare.run import prepare
-from megamix.data.tokenizer import LoadedTokenizer, TokenizerSpec
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest, Split
+from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec
+from megamix.prepare.blocks import iter_documents
+from megamix.prepare.documents import find_inputs
+from megamix.prepare.encoders import HeldOut
+from megamix.prepare.merge import unigram_nats
+from megamix.prepare.pipeline import prepare
 
 
 @pytest.fixture(scope="module")

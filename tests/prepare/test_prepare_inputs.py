@@ -13,10 +13,10 @@ import pytest
 import zstandard
 from json_lines import jsonl
 
-from megamix.data.prepare.blocks import iter_documents, pieces_of, read_piece
-from megamix.data.prepare.documents import find_inputs, sample_texts
-from megamix.data.prepare.run import prepare
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.prepare.blocks import iter_documents, pieces_of, read_piece
+from megamix.prepare.documents import find_inputs, sample_texts
+from megamix.prepare.pipeline import prepare
 
 
 @pytest.mark.parametrize(

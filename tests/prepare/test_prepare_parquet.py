@@ -13,11 +13,11 @@ import pytest
 from json_lines import jsonl
 from prepared import stdlib_texts
 
-from megamix.data.manifest import Manifest
-from megamix.data.prepare.blocks import iter_documents, pieces_of, read_piece
-from megamix.data.prepare.documents import find_inputs, sample_texts
-from megamix.data.prepare.run import prepare
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.prepare.blocks import iter_documents, pieces_of, read_piece
+from megamix.prepare.documents import find_inputs, sample_texts
+from megamix.prepare.pipeline import prepare
 
 
 def write(path: Path, texts: list[Any], kind: Any = None, row_group_size: int = 7, **options: Any) -> Path:

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT
 from json_lines import jsonl
 from prepared import contents, stdlib_texts, tree, write_corpus
 
-from megamix.data.indexed import IndexedTokens
-from megamix.data.prepare.encoders import Encoders
-from megamix.data.prepare.progress import Rate
-from megamix.data.prepare.run import prepare
-from megamix.errors import InputError, RankFailed
+from megamix.core.errors import InputError, RankFailed
+from megamix.data.tokens.indexed import IndexedTokens
+from megamix.prepare.encoders import Encoders
+from megamix.prepare.pipeline import prepare
+from megamix.prepare.progress import Rate
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"validation_fraction": 0.1, "block_bytes": 5000, "journal_bytes": 4000}
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for worker processes in /proc")
 
@@ -44,7 +44,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SCRIPT = """
 import importlib, json, sys, time
-module = importlib.import_module("megamix.data.prepare.run")
+module = importlib.import_module("megamix.prepare.pipeline")
 if __name__ == "__main__":
     corpus, out, tokenizer, seconds, options = sys.argv[1:]
     def slowly(*arguments, **options):
@@ -162,7 +162,7 @@ def test_kept_work_is_not_done_again_and_workers_end(corpus: Path, prepared: Pat
 
 def test_every_safe_point_leads_to_the_same_bytes(corpus: Path, prepared: Path, tmp_path: Path, monkeypatch) -> None:
     """Stops after every mark in turn, with all that was written behind it lost or half there."""
-    from megamix.data.prepare.journal import Journal
+    from megamix.prepare.journal import Journal
 
     class Stopped(Exception):
         pass
@@ -211,7 +211,7 @@ def test_damage_costs_only_what_comes_after_it(prepared: Path, tmp_path: Path) -
     (tmp_path / "in" / "1.jsonl").write_bytes(good)
     node = (tmp_path / "out/mail/train.bin.tmp").stat().st_ino
     seen: list[int] = []
-    from megamix.data.prepare import parts
+    from megamix.prepare import parts
 
     writer = parts.PartWriter.__init__
 

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from json_lines import jsonl
 from prepared import stdlib_texts, write_corpus
 
-from megamix.data.indexed import IndexedTokens
-from megamix.data.manifest import Manifest, Split
-from megamix.data.prepare.blocks import Piece, pieces_of, read_piece
-from megamix.data.prepare.merge import merge
-from megamix.data.prepare.parquet import RowGroup
-from megamix.data.prepare.run import prepare
-from megamix.data.prepare.shards import Shard, divide
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens
+from megamix.data.tokens.manifest import Manifest, Split
+from megamix.prepare.blocks import Piece, pieces_of, read_piece
+from megamix.prepare.merge import merge
+from megamix.prepare.parquet import RowGroup
+from megamix.prepare.pipeline import prepare
+from megamix.prepare.shards import Shard, divide
 
 OPTIONS: dict[str, Any] = {"validation_fraction": 0.1, "workers": 1, "progress": False, "block_bytes": 5000}
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -179,7 +179,7 @@ def test_merge_of_what_cannot_be_merged(corpus: Path, alone: Path, sharded: Path
 
 
 def test_jobs_that_write_to_one_folder(corpus: Path, alone: Path, sharded: Path, tmp_path: Path) -> None:
-    from megamix.data.prepare.writing import sole_writer
+    from megamix.prepare.output_folder import sole_writer
 
     out = Path(shutil.copytree(sharded, tmp_path / "out"))
     tokenizer = str(alone / "tokenizer.json")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from prepared import stdlib_texts
 from tokenizers import Tokenizer
 
-from megamix.data import words
-from megamix.data.tokenizer import train_tokenizer
-from megamix.data.words import WordEncoder
+from megamix.data.tokens import word_encoder
+from megamix.data.tokens.tokenizer import train_tokenizer
+from megamix.data.tokens.word_encoder import WordEncoder
 
 KINDS = ["gpt2", "llama3", "qwen2", "nfc", "added"]
 LLAMA3, QWEN2 = (
@@ -111,8 +111,8 @@ def test_wrong_class_is_found(trained: dict[str, Any]) -> None:
 def test_long_texts_and_a_full_dictionary(
     encoders: dict[str, tuple[Tokenizer, WordEncoder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(words, "_LONG_TEXT", 1000)
-    monkeypatch.setattr(words, "_MOST_KEPT", 50)
+    monkeypatch.setattr(word_encoder, "_LONG_TEXT", 1000)
+    monkeypatch.setattr(word_encoder, "_MOST_KEPT", 50)
     tokenizer, encoder = encoders["gpt2"]
     same(tokenizer, encoder, [*stdlib_texts("asyncio", 6), "x" * 5000, "short"])
     assert len(encoder._ids) < 3000

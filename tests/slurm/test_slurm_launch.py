@@ -17,9 +17,9 @@ from on_cluster import SCRIPTS, STAND_IN, wait_until
 from typer.testing import CliRunner
 
 from megamix.cli import app
-from megamix.errors import InputError
-from megamix.submit.slurm import queued
-from megamix.swarm.collect import collect
+from megamix.core.errors import InputError
+from megamix.studies.slurm.slurm import queued
+from megamix.studies.swarm.run.collect import collect
 
 pytest_plugins = ["cluster_fixture"]
 Launch = Callable[..., str]
@@ -152,7 +152,7 @@ def test_two_launches_that_meet_run_one_after_the_other(
 ) -> None:
     """Neither sees the other in the queue."""
     config = tiny_config()
-    monkeypatch.setattr("megamix.submit.slurm.queued", lambda name: [])
+    monkeypatch.setattr("megamix.studies.slurm.slurm.queued", lambda name: [])
     launch(config)
     launch(config)
     jobs = sorted(map(int, slurm.run("squeue", "--noheader", "--format=%A").stdout.split()))

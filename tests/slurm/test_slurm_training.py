@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 from on_cluster import SCRIPTS, wait_until
 from records import lines, record, samples
 from safetensors.numpy import load_file

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 from records import record, samples
 
-from megamix.config import read_yaml
-from megamix.data.reference import read_info
+from megamix.core.config import read_yaml
+from megamix.data.reference_losses import read_info
 
 STEPS, ROUNDS = 16, 3
 SECONDS = 1200

@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, RUN_SECONDS, run_megamix
+from commands import ENVIRONMENT, RUN_SECONDS, run_megamix
 from records import largest_difference, record, samples
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
-from megamix.config import load_config
-from megamix.data.reference import ReferenceLosses, read_progress
-from megamix.doremi import swing_of
-from megamix.errors import InputError
-from megamix.models.layers import hugging_face_config
-from megamix.plan import Plan, make_plan
-from megamix.reference_cache import cache_key, samples_read
-from megamix.run_config import RunConfig
+from megamix.core.config import load_config
+from megamix.core.errors import InputError
+from megamix.data.reference_losses import ReferenceLosses, read_progress
+from megamix.engines.models.layers import hugging_face_config
+from megamix.studies.doremi.steps import swing_of
+from megamix.training.config import RunConfig
+from megamix.training.plan import Plan, make_plan
+from megamix.training.reference.cache import cache_key, samples_read
 
 STEPS, SEQ = 24, 32
 
@@ -317,9 +317,9 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
         taken.append(str(path.relative_to(out)))
         return 0
 
-    monkeypatch.setattr("megamix.doremi._finished", finished)
-    monkeypatch.setattr("megamix.doremi.train", step)
-    monkeypatch.setattr("megamix.doremi.reference", step)
+    monkeypatch.setattr("megamix.studies.doremi.steps._finished", finished)
+    monkeypatch.setattr("megamix.studies.doremi.steps.train", step)
+    monkeypatch.setattr("megamix.studies.doremi.steps.reference", step)
     assert in_process("doremi", str(tiny_config()), "doremi.rounds=5", "doremi.target={}") == 0
     steps = ["reference.yaml", "reference", "proxy.yaml"]
     assert taken == [*steps, *(f"round_{n}/{step}" for n in (2, 3) for step in steps), "target.yaml"]

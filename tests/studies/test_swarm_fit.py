@@ -15,18 +15,18 @@ import pytest
 from scipy.stats import spearmanr
 from synthetic import known_law, mixtures, swarm_of
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.log import get_logger
-from megamix.swarm.fit import cross_validate, fit, learn, report
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.fit_plots import effects
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.huber import Problems, solve
-from megamix.swarm.law import fit_log_linear, log_floor, predict
-from megamix.swarm.quality import fold_of_runs, quality, ranks
-from megamix.swarm.selection import pick, split
-from megamix.swarm.tables import SwarmTable, write_metrics, write_ratios
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fit import cross_validate, fit, learn, report
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.huber import Problems, solve
+from megamix.studies.swarm.fit.law import fit_log_linear, log_floor, predict
+from megamix.studies.swarm.fit.plots import effects
+from megamix.studies.swarm.fit.quality import fold_of_runs, quality, ranks
+from megamix.studies.swarm.fit.selection import pick, split
+from megamix.studies.swarm.fit.tables import SwarmTable, write_metrics, write_ratios
 
 TABLE = swarm_of(known_law(4, 5), 45, noise=0.02)
 OTHERS = ("lightgbm", "gp")

@@ -13,15 +13,15 @@ import pytest
 import yaml
 from tiny_swarm import swarm_config
 
-from megamix.config import load_config, read_yaml, validate
-from megamix.errors import InputError
-from megamix.run_config import RunConfig
-from megamix.swarm.generate import Sampler, sample
-from megamix.swarm.generate_config import GenerateConfig
-from megamix.swarm.job import read_job
-from megamix.swarm.priors import priors_of
-from megamix.swarm.sampler import Floats, strength_of
-from megamix.swarm.steps import swarm
+from megamix.core.config import load_config, read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.studies.swarm.generate.config import GenerateConfig
+from megamix.studies.swarm.generate.levels import Floats, strength_of
+from megamix.studies.swarm.generate.mixtures import Sampler, sample
+from megamix.studies.swarm.job import read_job
+from megamix.studies.swarm.priors import priors_of
+from megamix.studies.swarm.steps import swarm
+from megamix.training.config import RunConfig
 
 FLAT = tuple(f"d{index}" for index in range(8))
 TREE = ("web:a", "web:b", "web:c", "code:py", "code:c", "wiki")

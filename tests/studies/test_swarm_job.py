@@ -14,15 +14,15 @@ from tiny_swarm import DOMAINS, swarm_config
 from typer.testing import CliRunner
 
 from megamix.cli import app
-from megamix.config import read_yaml
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError
-from megamix.records.recorded_run import RecordedRun
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.job import read_job
-from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
-from megamix.swarm.steps import swarm
-from megamix.swarm.tables import read_table
+from megamix.core.config import read_yaml
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.tables import read_table
+from megamix.studies.swarm.job import read_job
+from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
+from megamix.studies.swarm.steps import swarm
+from megamix.training.records.recorded_run import RecordedRun
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]

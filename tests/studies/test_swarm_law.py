@@ -9,8 +9,8 @@ import pytest
 from scipy.optimize import minimize
 from synthetic import known_law, mixtures, swarm_of
 
-from megamix.swarm.law import LogLinearLaw, fit_log_linear, fit_weighted
-from megamix.swarm.tables import SwarmTable
+from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear, fit_weighted
+from megamix.studies.swarm.fit.tables import SwarmTable
 
 DELTA = 0.02
 

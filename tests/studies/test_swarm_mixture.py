@@ -12,15 +12,15 @@ import pytest
 from records import lines
 from small_config import small
 
-from megamix.checkpoints.resume import data_fingerprints
-from megamix.config import validate
-from megamix.constraints import Constraints
-from megamix.doctor import doctor
-from megamix.errors import InputError
-from megamix.mixture import make_schedule
-from megamix.plan import make_data_plan
-from megamix.run_config import DataConfig, RunConfig
-from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
+from megamix.analysis.doctor import doctor
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.mixing.constraints import Constraints
+from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
+from megamix.training.checkpoints.resume import data_fingerprints
+from megamix.training.config import DataConfig, RunConfig
+from megamix.training.mix_plan import make_schedule, read_constraints
+from megamix.training.plan import make_data_plan
 
 NAMES = ("web", "code", "mail")
 WEIGHTS = {"code": 0.5, "web": 0.3, "mail": 0.2}
@@ -48,7 +48,7 @@ def schedule(mixture: Any) -> Any:
 
 def bounds(**data: Any) -> Constraints:
     config = validate(DataConfig, {"manifest": "data", "seq_length": 16, **data}, "test")
-    return Constraints.of(config, NAMES, np.array([100, 100, 100]), 200)
+    return read_constraints(config, NAMES, np.array([100, 100, 100]), 200)
 
 
 def test_the_weights_of_a_run_and_of_a_stage(swarm: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from synthetic import known_law, swarm_of
 
-from megamix.config import merge
-from megamix.errors import InputError
-from megamix.swarm.fit_command import fit_from
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.tables import write_metrics, write_ratios
+from megamix.core.config import merge
+from megamix.core.errors import InputError
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
+from megamix.studies.swarm.olmix import fit_from
 
 LAW = known_law(3, 4)
 TABLE = swarm_of(LAW, 40, noise=0.01)

@@ -14,19 +14,19 @@ from reference_solvers import by_cvxpy, by_slsqp, objective
 from synthetic import known_law, swarm_of
 from typer.testing import CliRunner
 
-from megamix.errors import InputError
-from megamix.interop.weights import read_weights
-from megamix.swarm.cli import app
-from megamix.swarm.fit import fit
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.law import LogLinearLaw, fit_log_linear
-from megamix.swarm.proposal_file import read_proposal
-from megamix.swarm.proposal_report import report
-from megamix.swarm.propose import propose, propose_in, read_options
-from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.solve import Problem
-from megamix.swarm.tables import SwarmTable, write_metrics, write_ratios
+from megamix.core.errors import InputError
+from megamix.mixing.weight_files import read_weights
+from megamix.studies.swarm.cli import app
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fit import fit
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear
+from megamix.studies.swarm.fit.tables import SwarmTable, write_metrics, write_ratios
+from megamix.studies.swarm.propose.config import ProposeConfig
+from megamix.studies.swarm.propose.proposal import read_proposal
+from megamix.studies.swarm.propose.propose import propose, propose_in, read_options
+from megamix.studies.swarm.propose.report import report
+from megamix.studies.swarm.propose.solve import Problem
 
 Floats = Any
 

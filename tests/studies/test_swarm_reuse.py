@@ -11,22 +11,21 @@ import pytest
 from synthetic import known_law, mixtures
 from typer.testing import CliRunner
 
-from megamix.config import validate
-from megamix.errors import InputError
-from megamix.swarm.cli import app
-from megamix.swarm.fit import fit
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.law import LogLinearLaw
-from megamix.swarm.proposal_file import Proposal, read_proposal, write_proposal
-from megamix.swarm.proposal_report import explain
-from megamix.swarm.proposal_report import report as told
-from megamix.swarm.propose import propose_in, propose_settled
-from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.reuse import EXISTING, UpdatePlan, default_members, plan_update
-from megamix.swarm.solve import Problem, divergence, solve
-from megamix.swarm.tables import write_metrics, write_ratios
-from megamix.swarm.update import cost, report
-from megamix.swarm.update_config import UpdateConfig
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.studies.swarm.cli import app
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fit import fit
+from megamix.studies.swarm.fit.law import LogLinearLaw
+from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
+from megamix.studies.swarm.propose.config import ProposeConfig, UpdateConfig
+from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
+from megamix.studies.swarm.propose.propose import propose_in, propose_settled
+from megamix.studies.swarm.propose.report import explain
+from megamix.studies.swarm.propose.report import report as told
+from megamix.studies.swarm.propose.solve import Problem, divergence, solve
+from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.steps import cost, report
 
 OLD = {"web": 0.5, "code": 0.3, "mail": 0.2, "law": 0.0}
 TOKENS = {"web": 400.0, "code": 200.0, "mail": 100.0, "law": 100.0, "new": 200.0, "m1": 30.0, "m2": 70.0}

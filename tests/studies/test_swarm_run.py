@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
+from processes import children, gone, wait_for_step
 from records import lines, record
-from test_train import children, gone, wait_for_step
 from tiny_swarm import DOMAINS, swarm_config
 
-from megamix.config import read_yaml
-from megamix.errors import InputError
-from megamix.swarm.collect import MetricsConfig, collect
-from megamix.swarm.members import members_of
-from megamix.swarm.steps import swarm
-from megamix.swarm.tables import read_table
+from megamix.core.config import read_yaml
+from megamix.core.errors import InputError
+from megamix.studies.swarm.config import MetricsConfig
+from megamix.studies.swarm.fit.tables import read_table
+from megamix.studies.swarm.run.collect import collect
+from megamix.studies.swarm.run.members import members_of
+from megamix.studies.swarm.steps import swarm
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -156,7 +157,7 @@ def test_tables_of_what_is_there(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_swarm_does_not_work_in_the_same_place(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:
-    from megamix.run_lock import RunLock
+    from megamix.training.job.lock import RunLock
 
     config = swarm_config(tiny_config)
     assert swarm(config, [], "generate") == 0
@@ -166,7 +167,7 @@ def test_a_second_swarm_does_not_work_in_the_same_place(megamix: Megamix, tiny_c
 
 
 def test_members_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tiny_config: Write, tmp_path: Path) -> None:
-    from megamix.swarm.run import _environment, default_at_once
+    from megamix.studies.swarm.run.local_pool import _environment, default_at_once
 
     config = swarm_config(tiny_config, engine={"pipeline": 2})
     assert swarm(config, [], "generate") == 0

@@ -7,8 +7,8 @@ import pytest
 from reference_solvers import Floats, by_cvxpy, by_slsqp, objective, problem
 from scipy.optimize import minimize
 
-from megamix.swarm.search import search_worst
-from megamix.swarm.solve import Problem, frank_wolfe_gap, solve
+from megamix.studies.swarm.propose.search import search_worst
+from megamix.studies.swarm.propose.solve import Problem, frank_wolfe_gap, solve
 
 
 @pytest.mark.parametrize("caps", [None, 1.3, 4.0])

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamix.errors import InputError
-from megamix.log import get_logger
-from megamix.swarm.tables import read_table, write_metrics, write_ratios
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.studies.swarm.fit.tables import read_table, write_metrics, write_ratios
 
 RATIOS = "run,name,index,web,dclm:math\na,A,0,0.25,0.75\nb,B,1,1,0\nc,C,2,0.5,0.5\n"
 METRICS = "run,name,index,loss,acc::olmes\na,A,0,2.5,0.1\nb,B,1,3.5,0.2\nc,C,2,4.5,0.3\n"

@@ -8,17 +8,17 @@ import sys
 
 from jobs import run_rank
 
-from megamix import train
-from megamix.errors import Preempted
+from megamix.core.errors import Preempted
+from megamix.training import trainer
 
 if __name__ == "__main__":
-    asked, real = int(os.environ["ASK_STEP"]), train.Trainer._wishes
+    asked, real = int(os.environ["ASK_STEP"]), trainer.Trainer._wishes
 
-    def wishes(self: train.Trainer) -> train.Wishes:
-        train.asked_to_stop = lambda: self.step == asked and os.environ["RANK"] == os.environ["ASK_RANK"]
+    def wishes(self: trainer.Trainer) -> trainer.Wishes:
+        trainer.asked_to_stop = lambda: self.step == asked and os.environ["RANK"] == os.environ["ASK_RANK"]
         return real(self)
 
-    train.Trainer._wishes = wishes
+    trainer.Trainer._wishes = wishes
     try:
         run_rank(json.loads(sys.argv[1]))
     except Preempted:

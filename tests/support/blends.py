@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from megamix.data import Blend
-from megamix.data.blend import Sampling
+from megamix.data.blend.blend import Sampling
 
 Change = tuple[int, list[float]]  # samples to take, then the weights from there on
 
@@ -64,7 +64,7 @@ def follow(
 
 
 def assert_near_the_weights(deficits: np.ndarray, tolerance: float = 1e-6) -> None:
-    """No k of K domains lag by more than k (K - k)/2 together: what `megamix.data.schedule` proves. So none is more
+    """No k of K domains lag by more than k (K - k)/2 together: what `megamix.data.blend.order` proves. So none is more
     than (K - 1)/2 off."""
     number = np.arange(1, deficits.size + 1)
     assert (np.sort(deficits)[::-1].cumsum() <= number * (deficits.size - number) / 2 + tolerance).all()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.checkpoints.saving import CheckpointWriter, load_engine
 from megamix.engines.base import ParameterState
-from megamix.run_config import CheckpointConfig
+from megamix.training.checkpoints.saving import CheckpointWriter, load_engine
+from megamix.training.config import CheckpointConfig
 
 SIZE = 50
+FILES = ["layers/00000.safetensors", "layers/00001.safetensors", "layers/00002.safetensors", "state.json"]
 
 
 class TinyEngine:

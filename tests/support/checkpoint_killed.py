@@ -19,10 +19,10 @@ from typing import Any
 
 from checkpoint_files import engine_at, job, loads
 
-from megamix.checkpoints.keeping import mend
-from megamix.checkpoints.saving import CheckpointWriter
-from megamix.checkpoints.store import candidates, damage, newest
-from megamix.run_config import CheckpointConfig
+from megamix.training.checkpoints.keeping import mend
+from megamix.training.checkpoints.saving import CheckpointWriter
+from megamix.training.checkpoints.store import candidates, damage, newest
+from megamix.training.config import CheckpointConfig
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 OLD = 100

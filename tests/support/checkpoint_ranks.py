@@ -21,7 +21,7 @@ RANKS = 2
 
 def run(name: str, *arguments: object) -> list[tuple[int, Any]]:
     """(exit code, what it found) of every rank."""
-    from conftest import ENVIRONMENT
+    from commands import ENVIRONMENT
     from forked import run_processes
 
     environments = [{**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(RANKS)} for rank in range(RANKS)]
@@ -39,7 +39,7 @@ def _tell(found: object) -> None:
 
 
 def _told(act: Callable[[], Any]) -> str:
-    from megamix.errors import MegamixError
+    from megamix.core.errors import MegamixError
 
     try:
         return str(act())
@@ -51,8 +51,8 @@ def fail(folder: Path) -> None:
     """Saves, cannot write on rank 1, cannot rename on rank 0: in the background, then at once."""
     from checkpoint_files import engine_at, job
 
-    from megamix.checkpoints import saving
-    from megamix.run_config import CheckpointConfig
+    from megamix.training.checkpoints import saving
+    from megamix.training.config import CheckpointConfig
 
     rank = int(os.environ["RANK"])
     engine = engine_at(1, own=[(0, 1), (2, 3)][rank], size=30_000)
@@ -88,8 +88,8 @@ def die(folder: Path) -> None:
     """Rank 1 is killed when its part is written."""
     from checkpoint_files import engine_at, job
 
-    from megamix.checkpoints import saving
-    from megamix.run_config import CheckpointConfig
+    from megamix.training.checkpoints import saving
+    from megamix.training.config import CheckpointConfig
 
     rank = int(os.environ["RANK"])
     with suppress(RuntimeError), job(folder, rank, RANKS) as group:
@@ -111,11 +111,11 @@ def choose(config: Path, scenarios: Path) -> None:
     import torch.distributed as dist
     from checkpoint_files import job
 
-    from megamix.checkpoints import store
-    from megamix.checkpoints.resume import agree_on_checkpoint
-    from megamix.config import load_config
-    from megamix.plan import make_plan
-    from megamix.run_config import RunConfig
+    from megamix.core.config import load_config
+    from megamix.training.checkpoints import store
+    from megamix.training.checkpoints.resume import agree_on_checkpoint
+    from megamix.training.config import RunConfig
+    from megamix.training.plan import make_plan
 
     rank = int(os.environ["RANK"])
     found = {}

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import run_megamix
+from commands import run_megamix
 from records import lines, record, samples
 
-from megamix.data.manifest import Manifest
+from megamix.data.tokens.manifest import Manifest
 
 SECONDS = 120.0
 MOMENTS = ("loading", "step", "step", "checkpoint", "checkpoint")

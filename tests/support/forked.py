@@ -36,11 +36,11 @@ SPARES = 4  # so many ranks can a starter have before it starts real ones
 IMPORTED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "megamix.cli",
-    "megamix.doctor",
-    "megamix.engines.deepspeed_module",
-    "megamix.engines.megatron",
-    "megamix.run",
-    "megamix.train",
+    "megamix.analysis.doctor",
+    "megamix.engines.deepspeed.module",
+    "megamix.engines.megatron.engine",
+    "megamix.training.run",
+    "megamix.training.trainer",
     "transformers.models.gpt_neox.modeling_gpt_neox",
     "transformers.models.llama.modeling_llama",
 ]
@@ -95,7 +95,7 @@ def run_processes(
 
 
 def _can_fork(environment: dict[str, str]) -> bool:
-    from conftest import ENVIRONMENT
+    from commands import ENVIRONMENT
 
     changed = {name for name, _ in environment.items() ^ ENVIRONMENT.items()}
     return changed <= FREE and not Path("/dev/nvidiactl").exists()
@@ -149,7 +149,7 @@ def _fork(commands: Sequence[Command], seconds: float) -> list[int | None]:
 @functools.cache
 def _forker() -> tuple[socket.socket, Any]:
     """The process that forks, one for this one; it ends when the connection does."""
-    from conftest import ENVIRONMENT
+    from commands import ENVIRONMENT
 
     ours, its = socket.socketpair()
     process = subprocess.Popen(

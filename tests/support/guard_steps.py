@@ -27,8 +27,7 @@ from tiny_models import SEED, model_config
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.engines.base import Engine, Objective, ParameterState
 from megamix.engines.choose import make_engine, start_distributed
-from megamix.engines.config import DeepSpeedConfig, MegatronConfig
-from megamix.train_config import TrainConfig
+from megamix.engines.config import DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix_kernels import DomainSums
 
 SEQ_LENGTH, NUM_DOMAINS, VOCAB, POISON = 16, 3, 62, 61

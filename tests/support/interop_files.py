@@ -12,10 +12,10 @@ import yaml
 from typer.testing import CliRunner
 
 from megamix.cli import app
-from megamix.data.blend import Blend
-from megamix.data.tokenizer import train_tokenizer
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.tokenizer import train_tokenizer
+from megamix.data.tokens.writer import IndexedWriter
 
 EOD = 0
 VOCAB = 270

@@ -33,11 +33,11 @@ def run_job(
 def run_rank(runs: list[Any]) -> None:
     import torch.distributed as dist
 
-    from megamix.config import load_config
+    from megamix.core.config import load_config
     from megamix.engines.choose import start_distributed
-    from megamix.plan import make_plan
-    from megamix.run import train_rank
-    from megamix.run_config import RunConfig
+    from megamix.training.config import RunConfig
+    from megamix.training.plan import make_plan
+    from megamix.training.run import train_rank
 
     ranks = int(os.environ["WORLD_SIZE"])
     configs = [load_config(RunConfig, Path(path), overrides) for path, overrides in runs]

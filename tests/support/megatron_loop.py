@@ -304,8 +304,8 @@ def save_checkpoint(iteration: int, model: list[Any], *_others: Any, **_options:
 
 def main() -> None:
     """A user's script: the adapter in pretrain()'s places, and a record of what came of it."""
-    from megamix.adapters.megatron_lm import MegatronMix
-    from megamix.engines.megatron_cpu import cpu_stand_ins
+    from megamix.engines.megatron.cpu import cpu_stand_ins
+    from megamix.interop.trainers.megatron_lm import MegatronMix
 
     config, given, record_to = sys.argv[1:]
     args = make_args(**json.loads(given))

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from megatron_loop import make_model
 
-from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
-from megamix.mixers import DomainStats, make_mixer
-from megamix.plan import domain_key
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.training.plan import domain_key
 
 
 class Windows:

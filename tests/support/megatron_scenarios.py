@@ -24,8 +24,8 @@ from tiny_models import SEED, build, model_config, run
 
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.engines.base import Objective
-from megamix.models.config import ModelConfig
-from megamix.train_config import TrainConfig
+from megamix.engines.config import TrainConfig
+from megamix.engines.models.config import ModelConfig
 
 SEQ_LENGTH, NUM_DOMAINS, VALID, STEPS = 16, 3, 61, 4
 LR = 1e-2
@@ -165,8 +165,8 @@ def _plain_losses(layers: list[Any], whole: Batch) -> torch.Tensor:
 
 def train_by_engine(scenario: Scenario, folder: Path) -> None:
     """Trains and leaves ``result.json``, the checkpoint and the token losses in ``folder``."""
-    from megamix.checkpoints import saving
-    from megamix.run_config import CheckpointConfig
+    from megamix.training.checkpoints import saving
+    from megamix.training.config import CheckpointConfig
 
     group, at_once = dist.new_group(backend="gloo"), CheckpointConfig(keep=1, asynchronous=False)
     engine = make(scenario, scenario.engine)
@@ -243,7 +243,7 @@ def fused_adam() -> Iterator[None]:
 
 def make(scenario: Scenario, engine: dict[str, Any]) -> Any:
     from megamix.engines.config import MegatronConfig
-    from megamix.engines.megatron import MegatronEngine
+    from megamix.engines.megatron.engine import MegatronEngine
 
     return MegatronEngine(
         MegatronConfig(name="megatron", **engine),
@@ -315,7 +315,7 @@ def _own_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    from megamix.engines.megatron import start_distributed
+    from megamix.engines.megatron.engine import start_distributed
 
     torch.set_num_threads(1)
     start_distributed()

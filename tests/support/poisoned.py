@@ -39,9 +39,9 @@ class Read:
 
 def read_by(config: Path, *overrides: str) -> list[list[Read]]:
     """What each step of a run with fixed weights reads, worked out without training."""
-    from megamix.config import load_config
-    from megamix.plan import make_plan
-    from megamix.run_config import RunConfig
+    from megamix.core.config import load_config
+    from megamix.training.config import RunConfig
+    from megamix.training.plan import make_plan
 
     plan = make_plan(load_config(RunConfig, config, list(overrides)))
     blend, batch = plan.blend(), plan.config.train.global_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT
 from forked import run_processes
 
 SECONDS = 600

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from conftest import ROOT
+from commands import ROOT
 
 
 def readme_code(containing: str) -> str:

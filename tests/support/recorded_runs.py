@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megamix.config import load_config
-from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.core.config import load_config
 from megamix.data.sampler import Sampler
-from megamix.data.tokenizer import train_tokenizer
-from megamix.data.writer import IndexedWriter
-from megamix.exchange import MixReport
-from megamix.mixers import DomainStats
-from megamix.plan import make_plan
-from megamix.records.tracking import RunRecord
-from megamix.run_config import RunConfig
+from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.tokens.tokenizer import train_tokenizer
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.mixing.exchange import MixReport
+from megamix.mixing.mixers import DomainStats
+from megamix.training.config import RunConfig
+from megamix.training.plan import make_plan
+from megamix.training.records.run_record import RunRecord
 
 NAMES = ("web", "c_$1$", "_books")
 TRAIN_TOKENS = (3000, 1000, 500)

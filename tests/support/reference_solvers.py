@@ -9,7 +9,7 @@ import cvxpy
 import numpy as np
 from scipy.optimize import minimize
 
-from megamix.swarm.solve import Problem
+from megamix.studies.swarm.propose.solve import Problem
 
 Floats = Any
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megamix.mixers import DomainStats, Mixer
+from megamix.mixing.mixers import DomainStats, Mixer
 
 SAMPLE_TOKENS = 256
 

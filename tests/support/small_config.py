@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megamix.config import apply_overrides, parse_yaml, validate
-from megamix.run_config import RunConfig
+from megamix.core.config import apply_overrides, parse_yaml, validate
+from megamix.training.config import RunConfig
 
 SMALL = """\
 run_dir: runs/small

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megamix.swarm.law import LogLinearLaw
-from megamix.swarm.tables import SwarmTable
+from megamix.studies.swarm.fit.law import LogLinearLaw
+from megamix.studies.swarm.fit.tables import SwarmTable
 
 
 def known_law(num_domains: int, num_metrics: int, seed: int = 0) -> LogLinearLaw:

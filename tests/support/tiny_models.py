@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megamix.models import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer
 
 SEQ_LENGTH = 24
 SEED = 7

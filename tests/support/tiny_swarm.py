@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megamix.config import merge
+from megamix.core.config import merge
 
 DOMAINS = ("code", "tables", "topics")
 SWARM = {"generate": {"members": 4, "seed": 7, "min_strength": 2.0, "max_strength": 20.0}, "run": {"at_once": 2}}

@@ -15,10 +15,10 @@ from clock_backwards import __file__ as CLOCK_BACKWARDS
 from jobs import run_job
 from records import record, samples
 
-from megamix.checkpoints.saving import CheckpointWriter
-from megamix.checkpoints.store import complete_steps, newest
-from megamix.errors import MegamixError
-from megamix.run_config import CheckpointConfig
+from megamix.core.errors import MegamixError
+from megamix.training.checkpoints.saving import CheckpointWriter
+from megamix.training.checkpoints.store import complete_steps, newest
+from megamix.training.config import CheckpointConfig
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 KEEP_ALL = {"checkpoint": {"keep": 100}}

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import flip, job, write
+from checkpoint_files import FILES, flip, job, write
 from checkpoint_ranks import run
-from test_checkpoint_files import FILES
 
-from megamix.checkpoints.resume import fingerprints
-from megamix.config import load_config
-from megamix.plan import make_plan
-from megamix.run_config import RunConfig
+from megamix.core.config import load_config
+from megamix.training.checkpoints.resume import fingerprints
+from megamix.training.config import RunConfig
+from megamix.training.plan import make_plan
 
 LAYER = "layers/00001.safetensors"
 

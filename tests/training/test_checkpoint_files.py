@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import flip, job, loads, write
+from checkpoint_files import FILES, flip, job, loads, write
 
-from megamix.checkpoints import store
-from megamix.checkpoints.saving import load_engine
-from megamix.checkpoints.store import Listing, candidates, damage, newest, read_listing, read_state, write_listing
-from megamix.errors import ResumeRefused
-
-FILES = ["layers/00000.safetensors", "layers/00001.safetensors", "layers/00002.safetensors", "state.json"]
+from megamix.core.errors import ResumeRefused
+from megamix.training.checkpoints import store
+from megamix.training.checkpoints.saving import load_engine
+from megamix.training.checkpoints.store import (
+    Listing,
+    candidates,
+    damage,
+    newest,
+    read_listing,
+    read_state,
+    write_listing,
+)
 
 
 @pytest.fixture
@@ -135,7 +141,7 @@ def test_a_late_file_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch
     with later(1, hidden, path):
         assert "cannot be used" in str(damage(path))
         assert damage(path, patience=30) is None
-    monkeypatch.setattr("megamix.checkpoints.saving.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("megamix.training.checkpoints.saving.PATIENCE_SECONDS", 0.2)
     layer.unlink()
     with pytest.raises(ResumeRefused, match=r"00001.safetensors is missing"):
         loads(path, 10)

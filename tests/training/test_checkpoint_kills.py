@@ -4,11 +4,10 @@ than it need be."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT, SUPPORT
 from forked import run_processes
 
 
@@ -17,7 +16,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
     for name in ("a", "b"):
         (folder / name).mkdir()
-    here = Path(__file__).parent
+    here = SUPPORT
     (done,) = run_processes(
         [here / "checkpoint_killed.py", folder], [ENVIRONMENT], cwd=here, seconds=200, separate=True
     )

@@ -18,15 +18,15 @@ import pytest
 import torch
 from checkpoint_files import TinyEngine, engine_at, flip, job, loads, write
 from checkpoint_ranks import run
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT, SUPPORT
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamix.checkpoints import saving
-from megamix.checkpoints.saving import CheckpointWriter, load_engine
-from megamix.checkpoints.store import complete_steps, damage, newest, read_listing
-from megamix.engines.own_format import OwnFormat
-from megamix.errors import InputError, MegamixError, Preempted, ResumeRefused
-from megamix.run_config import CheckpointConfig
+from megamix.core.errors import InputError, MegamixError, Preempted, ResumeRefused
+from megamix.engines.base import OwnFormat
+from megamix.training.checkpoints import saving
+from megamix.training.checkpoints.saving import CheckpointWriter, load_engine
+from megamix.training.checkpoints.store import complete_steps, damage, newest, read_listing
+from megamix.training.config import CheckpointConfig
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ STUCK = """
 import sys, threading
 from pathlib import Path
 from checkpoint_files import engine_at, job
-from megamix.checkpoints import saving
-from megamix.run_config import CheckpointConfig
+from megamix.training.checkpoints import saving
+from megamix.training.config import CheckpointConfig
 saving.save_file = lambda *_: threading.Event().wait()
 saving.LEAVE_SECONDS = 0.1
 with job(Path(sys.argv[1])) as group, saving.CheckpointWriter(Path(sys.argv[1]) / "c", engine_at(1), CheckpointConfig(), group) as writer:
@@ -134,7 +134,7 @@ with job(Path(sys.argv[1])) as group, saving.CheckpointWriter(Path(sys.argv[1]) 
 
 def test_a_process_ends_though_its_checkpoint_does_not(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STUCK, str(tmp_path)], env=ENVIRONMENT, cwd=Path(__file__).parent, timeout=120,
+        [sys.executable, "-c", STUCK, str(tmp_path)], env=ENVIRONMENT, cwd=SUPPORT, timeout=120,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0

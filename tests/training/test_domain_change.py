@@ -14,14 +14,14 @@ import pytest
 import yaml
 from records import lines, samples
 
-from megamix.data.manifest import Manifest
-from megamix.data.prepare.run import prepare
-from megamix.domain_change import find_change
-from megamix.errors import InputError, ResumeRefused
-from megamix.inspect import inspect_sample
-from megamix.mixers import make_mixer
-from megamix.mixers.stats import DomainStats
-from megamix.run_config import DomainChangeConfig
+from megamix.analysis.inspect import inspect_sample
+from megamix.core.errors import InputError, ResumeRefused
+from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.mixers import make_mixer
+from megamix.mixing.mixers.stats import DomainStats
+from megamix.prepare.pipeline import prepare
+from megamix.training.config import DomainChangeConfig
+from megamix.training.domain_change import find_change
 
 Write = Callable[..., Path]
 Run = Callable[..., Any]
@@ -40,7 +40,7 @@ def plan(names: dict[str, str], tokens: dict[str, int] | None = None, **asked: A
 
 
 def digests(names: dict[str, str]) -> dict[str, str]:
-    from megamix.domain_change import digest
+    from megamix.data.tokens.manifest import digest
 
     return {name: digest(entry(name, sha256)) for name, sha256 in names.items()}
 

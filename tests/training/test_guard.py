@@ -16,13 +16,13 @@ import torch.distributed as dist
 from records import lines
 from small_config import small
 
-from megamix.adapters.host import HostRun
-from megamix.config import validate
+from megamix.core.config import validate
 from megamix.data.sampler import StepSamples
-from megamix.guard import RECORD, BadStep, Guard
-from megamix.mixers import DomainStats, make_mixer
-from megamix.plan import make_data_plan
-from megamix.run_config import MixConfig, RunConfig
+from megamix.interop.trainers.host import HostRun
+from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.training.config import MixConfig, RunConfig
+from megamix.training.guard import RECORD, BadStep, Guard
+from megamix.training.plan import make_data_plan
 from megamix_kernels import DomainSums
 
 DOMAINS = ("web", "code", "law")

@@ -14,9 +14,9 @@ from jobs import run_job
 from poisoned import VOCAB, Read, plant, poisoned_model, read_by, with_any
 from records import lines, record, samples
 
-from megamix.config import merge
-from megamix.guard import RECORD
-from megamix.inspect import inspect_sample
+from megamix.analysis.inspect import inspect_sample
+from megamix.core.config import merge
+from megamix.training.guard import RECORD
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]

@@ -19,12 +19,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from commands import ROOT
 
-from megamix import launch
-from megamix.errors import RankFailed
-from megamix.launch import job_world_size, report_failure, run_local
+from megamix.core.errors import RankFailed
+from megamix.training.job import local_ranks
+from megamix.training.job.local_ranks import job_world_size, report_failure, run_local
 
-ROOT = Path(__file__).resolve().parents[1]
 SLEEP = "time.sleep(100)"
 PRELUDE = """\
 import json, os, signal, sys, time
@@ -69,7 +69,7 @@ class Job:
     def start(self, *programs: str) -> subprocess.Popen[str]:
         """The same in a process of its own, to which signals can be sent; returns once all ranks run."""
         driver = (
-            "import sys; from megamix.launch import run_local; from megamix.errors import RankFailed\n"
+            "import sys; from megamix.training.job.local_ranks import run_local; from megamix.core.errors import RankFailed\n"
             f"sys.executable = {str(self.write(*programs))!r}\n"
             f"try: sys.exit(run_local([], {len(programs)}, None))\n"
             "except RankFailed as error: sys.exit(f'RankFailed: {error}')\n"
@@ -116,7 +116,7 @@ def environment() -> Iterator[None]:
 
 def launch_variables() -> set[str]:
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {*ranks, "OMP_NUM_THREADS", launch.REPORTS}
+    return {*ranks, "OMP_NUM_THREADS", local_ranks.REPORTS}
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits, where their length is not what is tested."""
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(local_ranks, "GRACE_SECONDS", 1.0)
 
 
 # The end of a job
@@ -153,7 +153,7 @@ def test_all_ranks_succeed(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
         assert int(environ["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 3)
         assert (arguments, stdin) == (["train", "x.yaml"], "")
     assert len({environ["MASTER_PORT"] for environ, _, _ in saved}) == 1
-    assert not Path(saved[0][0][launch.REPORTS]).exists(), "the folder of reports is gone"
+    assert not Path(saved[0][0][local_ranks.REPORTS]).exists(), "the folder of reports is gone"
     assert "RANK" not in os.environ
 
 
@@ -166,7 +166,7 @@ def test_a_stated_reason_is_printed_once(job: Job, hasty: None, capfd: pytest.Ca
 def test_the_same_reason_from_all_ranks_is_printed_once(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     assert job.run(*["fail(3, 'other data than before.')"] * 3) == 3
     assert capfd.readouterr().err == "megamix: other data than before.\n"
-    assert job.seconds_since_death() < launch.GRACE_SECONDS, "nobody is left to wait for"
+    assert job.seconds_since_death() < local_ranks.GRACE_SECONDS, "nobody is left to wait for"
 
 
 def test_a_stated_reason_goes_before_what_follows_from_it(
@@ -201,7 +201,7 @@ def test_a_killed_rank_ends_the_others_within_20_seconds(job: Job) -> None:
 
 def test_the_others_get_less_than_20_seconds() -> None:
     """The use of that time is tested below."""
-    assert launch.GRACE_SECONDS < 20
+    assert local_ranks.GRACE_SECONDS < 20
 
 
 def test_ranks_that_ignore_signals_are_ended(job: Job, hasty: None) -> None:
@@ -219,7 +219,7 @@ def test_the_killed_rank_is_blamed_not_its_survivors(job: Job, capfd: pytest.Cap
     survivor = "time.sleep(0.5); fail(1, 'connection reset by peer')"
     with pytest.raises(RankFailed, match=r"rank 2 of 3 was ended by signal SIGKILL\. The same command resumes"):
         job.run(survivor, survivor, "die()")
-    assert job.seconds_since_death() < launch.GRACE_SECONDS
+    assert job.seconds_since_death() < local_ranks.GRACE_SECONDS
     assert "connection reset" not in capfd.readouterr().err
 
 
@@ -302,7 +302,7 @@ def test_ranks_die_with_a_parent_that_is_killed(job: Job) -> None:
 def test_a_failure_outside_of_a_job_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report_failure("no such file.")
     assert capsys.readouterr().err == "megamix: no such file.\n"
-    os.environ.update({launch.REPORTS: str(tmp_path), "RANK": "3"})
+    os.environ.update({local_ranks.REPORTS: str(tmp_path), "RANK": "3"})
     report_failure("no such file.")
     assert capsys.readouterr().err == ""
     assert (tmp_path / "3").read_text() == "no such file."

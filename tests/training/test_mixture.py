@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from small_config import small
 
-from megamix.checkpoints.resume import data_fingerprints
-from megamix.config import validate
-from megamix.doctor import doctor
-from megamix.errors import InputError
-from megamix.interop.export import export_blend
-from megamix.mixture import WeightSchedule, make_schedule
-from megamix.plan import make_data_plan
-from megamix.run_config import RunConfig
+from megamix.analysis.doctor import doctor
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.interop.blend_files.export import export_blend
+from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.training.checkpoints.resume import data_fingerprints
+from megamix.training.config import RunConfig
+from megamix.training.mix_plan import make_schedule
+from megamix.training.plan import make_data_plan
 
 NAMES = ("web", "code")
 NATURAL = np.array([0.8, 0.2])

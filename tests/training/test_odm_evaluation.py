@@ -14,13 +14,13 @@ import torch
 from jobs import run_job
 from records import largest_difference, record
 
-from megamix.config import validate
-from megamix.data.blend import Blend
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError
-from megamix.export import export
-from megamix.mixers import OdmConfig, make_mixer
-from megamix.shadow import Shadow
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import Manifest
+from megamix.interop.hugging_face.export import export
+from megamix.mixing.mixers import OdmConfig, make_mixer
+from megamix.mixing.shadow import Shadow
 
 NUM_SAMPLES = 5
 EVALUATION = {
@@ -102,9 +102,9 @@ def test_which_steps_end_in_an_evaluation() -> None:
 
 
 def test_a_trainer_without_evaluations_is_told_so(data_dir: Path) -> None:
-    from megamix.mixed_data import MixedData
-    from megamix.plan import make_data_plan
-    from megamix.run_config import MixConfig
+    from megamix.training.config import MixConfig
+    from megamix.training.data_loop import MixedData
+    from megamix.training.plan import make_data_plan
 
     mixing = {
         "data": {"manifest": str(data_dir), "seq_length": 64},

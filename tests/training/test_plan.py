@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megamix.data.indexed import bin_path
-from megamix.data.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
-from megamix.data.writer import IndexedWriter
-from megamix.errors import InputError
-from megamix.plan import Plan, domain_key, make_plan
-from megamix.run_config import RunConfig
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import bin_path
+from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
+from megamix.data.tokens.writer import IndexedWriter
+from megamix.training.config import RunConfig
+from megamix.training.plan import Plan, domain_key, make_plan
 
 SEQ = 16
 VOCAB = 300

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from commands import ENVIRONMENT, SUPPORT
 from jobs import run_job
+from processes import children, start, wait_for_step
 from records import record, samples
-from test_train import children, start, wait_for_step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -44,7 +44,7 @@ def test_one_rank_asked_stops_all_where_its_step_takes_effect(
     config = tmp_path / "stopped.yaml"
     config.write_text(whole.read_text().replace(str(tmp_path / "whole"), str(stopped)))
     run_job(2, [(whole, [])])
-    script = Path(__file__).parent / "asking_ranks.py"
+    script = SUPPORT / "asking_ranks.py"
     run_job(2, [(config, [])], script=script, ASK_RANK="1", ASK_STEP="5")
     assert saved_steps(stopped) == [6 + weight_lag]
     assert max(samples(stopped)) == 6 + weight_lag
@@ -100,7 +100,7 @@ def test_asked_before_it_has_begun(tiny_config: Write, tmp_path: Path) -> None:
     config = tiny_config(train={"steps": 300})
     script = (
         "import os, signal, sys\n"
-        "from megamix.stopping import heed_signals\n"
+        "from megamix.training.job.signals import heed_signals\n"
         "heed_signals()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "from megamix.cli import main\n"

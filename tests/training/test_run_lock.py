@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Never
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from commands import ENVIRONMENT, ROOT
 
-from megamix import run_lock
-from megamix.errors import InputError
-from megamix.run_lock import RunLock
+from megamix.core.errors import InputError
+from megamix.training.job import lock
+from megamix.training.job.lock import RunLock
 
 Holder = Callable[..., int]
 
@@ -30,7 +30,7 @@ Holder = Callable[..., int]
 @pytest.fixture
 def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Holder]:
     """Starts a process that holds the lock of a run, with variables of its environment; returns it once it does."""
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", run_lock.HELD):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", lock.HELD):
         monkeypatch.delenv(name, raising=False)
     started: list[int] = []
 
@@ -126,7 +126,7 @@ def test_a_requeued_job_does_not_wait_for_ever(holder: Holder, tmp_path: Path, m
     holder(tmp_path / "run", SLURM_JOB_ID="7")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(run_lock, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
     with pytest.raises(InputError, match="Slurm job 7"), RunLock(tmp_path / "run"):
         pass
 
@@ -140,7 +140,7 @@ def test_a_filesystem_without_locks_is_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     said: list[str] = []
-    logger = run_lock.get_logger()
+    logger = lock.get_logger()
     monkeypatch.setattr(logger, "warning", lambda text, *values: said.append(text % values))
     with RunLock(tmp_path / "run"):
         pass
@@ -162,7 +162,7 @@ def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:
 def test_ranks_keep_the_lock_of_their_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They need not take it, and it holds until the last of them has ended, also if the starter is killed."""
     run = tmp_path / "run"
-    code = "import sys; from pathlib import Path; from megamix.run_lock import RunLock\n"
+    code = "import sys; from pathlib import Path; from megamix.training.job.lock import RunLock\n"
     code += f"with RunLock(Path({str(run)!r})): print('mine', flush=True); sys.stdin.read()"
     with ExitStack() as starter:
         lock = starter.enter_context(RunLock(run))

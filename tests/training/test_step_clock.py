@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megamix.step_time import StepClock, StepTimes
+from megamix.training.step_clock import StepClock, StepTimes
 
 CPU = torch.device("cpu")
 LATE = 0.4  # seconds that rank 1 comes late, or that something takes

@@ -44,9 +44,9 @@ def _rank(data_dir: str, folder: str) -> None:
     from small_config import small
 
     from megamix.engines.choose import make_engine, start_distributed
-    from megamix.exchange import MixExchange
-    from megamix.mixed_data import MixedData
-    from megamix.plan import make_plan
+    from megamix.mixing.exchange import MixExchange
+    from megamix.training.data_loop import MixedData
+    from megamix.training.plan import make_plan
     from megamix_kernels import DomainSums
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, RUN_SECONDS
+from commands import ENVIRONMENT, ROOT, RUN_SECONDS
 from disturbed import (
     Disturbed,
     assert_no_sample_lost_or_doubled,
@@ -31,7 +31,7 @@ from disturbed import (
 )
 from forked import run_processes
 
-from megamix.run_lock import RunLock
+from megamix.training.job.lock import RunLock
 
 Write = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -126,7 +126,7 @@ def test_without_a_starter_the_ranks_end_each_other(tiny_config: Write, tmp_path
 
 STUCK = """
 import time
-from megamix.mixers import Mixer, ScheduleConfig
+from megamix.mixing.mixers import Mixer, ScheduleConfig
 
 class StuckConfig(ScheduleConfig):
     \"\"\"Never answers after step 3.\"\"\"

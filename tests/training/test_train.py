@@ -3,7 +3,6 @@ engines do alike is in test_engines.py."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,10 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ENVIRONMENT, ROOT, RUN_SECONDS
+from commands import ENVIRONMENT, ROOT
+from processes import children, gone, start, wait_for_step
 from records import lines, record, samples
 
-from megamix.inspect import inspect_sample
+from megamix.analysis.inspect import inspect_sample
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -55,39 +55,6 @@ def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Wri
         shown = inspect_sample(whole, (step - 1) * 8 + 5).text()
         assert f"domain      {weights[0]['domain_names'][domain]} " in shown
         assert f"sample      {sample} of " in shown
-
-
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megamix", "train", str(config), *overrides],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + RUN_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and any(line["step"] >= step for line in lines_so_far(run)):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} not reached; exit code {process.poll()}")
-
-
-def lines_so_far(run: Path) -> list[dict[str, int]]:
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def gone(ranks: list[int]) -> bool:
-    return not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def test_a_run_that_is_killed_leaves_no_process_and_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from typing import Any, Never
 
 import pytest
 
-from megamix.errors import InputError, MegamixError, Preempted
-from megamix.launch import REPORTS
-from megamix.run_config import WatchdogConfig
-from megamix.watchdog import Watchdog, heartbeat
-from megamix.watchdog.heartbeat import Invitation, invite, join
+from megamix.core.errors import InputError, MegamixError, Preempted
+from megamix.training.config import WatchdogConfig
+from megamix.training.job.local_ranks import REPORTS
+from megamix.training.job.watchdog import Watchdog, heartbeat
+from megamix.training.job.watchdog.heartbeat import Invitation, invite, join
 
 Program = Callable[[Watchdog], None]
 SECONDS = 60

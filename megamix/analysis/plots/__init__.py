@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from megamix.errors import InputError
-from megamix.plots.drawing import STYLE, save_figure
-from megamix.plots.figures import (
+from megamix.analysis.labels import run_names
+from megamix.analysis.plots.drawing import STYLE, save_figure
+from megamix.analysis.plots.figures import (
     comparison_figure,
     excess_figure,
     exploration_figure,
@@ -18,9 +18,9 @@ from megamix.plots.figures import (
     stacked_figure,
     weights_figure,
 )
-from megamix.plots.shares import epochs_figure, proportions_figure
-from megamix.records.labels import run_names
-from megamix.records.recorded_run import RecordedRun
+from megamix.analysis.plots.shares import epochs_figure, proportions_figure
+from megamix.core.errors import InputError
+from megamix.training.records.recorded_run import RecordedRun
 
 FOLDER = "plots"
 

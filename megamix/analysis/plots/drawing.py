@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from megamix.errors import InputError
-from megamix.records.labels import spread
+from megamix.analysis.labels import spread
+from megamix.core.errors import InputError
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from megamix.errors import InputError
-from megamix.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
-from megamix.records.history import (
+from megamix.analysis.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
+from megamix.analysis.series import (
     mean_series,
     recorded_series,
     score_series,
@@ -17,7 +16,8 @@ from megamix.records.history import (
     validation_series,
     weight_series,
 )
-from megamix.records.recorded_run import RecordedRun
+from megamix.core.errors import InputError
+from megamix.training.records.recorded_run import RecordedRun
 
 _POINTS = 2000
 """At most so many points of a line: more than a figure has dots across."""

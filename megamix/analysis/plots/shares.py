@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megamix.plots.drawing import look, plain, shade
-from megamix.records.history import asked_shares
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.summary import table_of
+from megamix.analysis.plots.drawing import look, plain, shade
+from megamix.analysis.series import asked_shares
+from megamix.analysis.summary import table_of
+from megamix.training.records.recorded_run import RecordedRun
 
 
 def proportions_figure(run: RecordedRun) -> Figure | None:

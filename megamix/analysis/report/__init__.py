@@ -5,6 +5,6 @@ setting, and the script only adds what the charts do without (values under the p
 light up).
 """
 
-from megamix.report.page import write_report
+from megamix.analysis.report.page import write_report
 
 __all__ = ["write_report"]

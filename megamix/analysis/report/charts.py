@@ -11,20 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megamix.records.history import (
-    Series,
-    asked_shares,
-    mean_series,
-    recorded_series,
-    recorded_tokens,
-    score_series,
-    training_series,
-    validation_series,
-)
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.summary import RunTable
-from megamix.report.palette import domain_class, run_class
-from megamix.report.svg import (
+from megamix.analysis.report.palette import domain_class, run_class
+from megamix.analysis.report.svg import (
     HEIGHT,
     WIDTH,
     Axis,
@@ -35,6 +23,18 @@ from megamix.report.svg import (
     nice_axis,
     step_path,
 )
+from megamix.analysis.series import (
+    Series,
+    asked_shares,
+    mean_series,
+    recorded_series,
+    recorded_tokens,
+    score_series,
+    training_series,
+    validation_series,
+)
+from megamix.analysis.summary import RunTable
+from megamix.training.records.recorded_run import RecordedRun
 
 POINTS, ALL_POINTS = 400, 1000
 """At most so many changes of weights of a run are drawn, and of all runs of a page together."""

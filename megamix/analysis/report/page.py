@@ -9,17 +9,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from megamix import __version__
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.records.history import Series, asked_shares, recorded_series, weight_series
-from megamix.records.labels import run_names
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.summary import table_of
-from megamix.report import charts
-from megamix.report.charts import Data, Shown
-from megamix.report.palette import rules, run_class
-from megamix.report.svg import weight_axis
-from megamix.report.tables import cards, config_table, domain_table, mixer_name
+from megamix.analysis.labels import run_names
+from megamix.analysis.report import charts
+from megamix.analysis.report.charts import Data, Shown
+from megamix.analysis.report.palette import rules, run_class
+from megamix.analysis.report.svg import weight_axis
+from megamix.analysis.report.tables import cards, config_table, domain_table, mixer_name
+from megamix.analysis.series import Series, asked_shares, recorded_series, weight_series
+from megamix.analysis.summary import table_of
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.training.records.recorded_run import RecordedRun
 
 DEFAULT = "report.html"
 
@@ -92,7 +92,7 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("megamix.report").joinpath(name).read_text(encoding="utf-8")
+    return files("megamix.analysis.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _heading(shown: Shown) -> str:

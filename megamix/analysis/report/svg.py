@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from megamix.records.history import Floats
-from megamix.records.labels import spread
+from megamix.analysis.labels import spread
+from megamix.analysis.series import Floats
 
 WIDTH, HEIGHT = 2000, 1000
 _LABEL_GAP = 12.5

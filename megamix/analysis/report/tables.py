@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from megamix.records.history import worst
-from megamix.records.recorded_run import RecordedRun
-from megamix.records.summary import DomainRow, RunTable
-from megamix.report.charts import Shown
-from megamix.report.palette import run_class
-from megamix.report.svg import tokens_text
+from megamix.analysis.report.charts import Shown
+from megamix.analysis.report.palette import run_class
+from megamix.analysis.report.svg import tokens_text
+from megamix.analysis.series import worst
+from megamix.analysis.summary import DomainRow, RunTable
+from megamix.training.records.recorded_run import RecordedRun
 
 _ABSENT = "\N{EN DASH}"
 

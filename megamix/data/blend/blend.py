@@ -5,12 +5,14 @@
     blend.set_weights([0.5, 0.5])           # from here on, or at=position
 
 A run is a list of *segments*, stretches of positions with the same weights. A segment starts with the deficits and
-counts that the ones before it left, and within it the order is a pure function of position (`megamix.data.schedule`),
-so a weight change costs O(K log K), any window can be asked for at any time, and nothing depends on how the positions
-were cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples from the sum of its weight.
+counts that the ones before it left, and within it the order is a pure function of position
+(`megamix.data.blend.order`), so a weight change costs O(K log K), any window can be asked for at any time, and nothing
+depends on how the positions were cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples
+from the sum of its weight.
 
-With ``sampling="iid"`` the domains are drawn independently instead (`megamix.data.iid`): the same in all respects, but
-counts stray from the weights as chance has it, and what lies far from the positions taken must be counted up to.
+With ``sampling="iid"`` the domains are drawn independently instead (`megamix.data.blend.iid`): the same in all
+respects, but counts stray from the weights as chance has it, and what lies far from the positions taken must be counted
+up to.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megamix.data.iid import Draws
-from megamix.data.permute import MAX_SIZE, divide, epoch_keys, grid, hash_words, permute
-from megamix.data.schedule import Order
-from megamix.data.segment import Segment
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.blend.iid import Draws
+from megamix.data.blend.order import Order
+from megamix.data.blend.permute import MAX_SIZE, divide, epoch_keys, grid, hash_words, permute
+from megamix.data.blend.segment import Segment
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -19,7 +19,7 @@ import bisect
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.data.permute import GOLDEN, hash_words, mix64
+from megamix.data.blend.permute import GOLDEN, hash_words, mix64
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

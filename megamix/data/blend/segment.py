@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError
+from megamix.core.errors import InputError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megamix.errors import InputError
+from megamix.core.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pydantic
 
-from megamix.config import Config, validate
-from megamix.data.indexed import bin_path, idx_path
-from megamix.data.stream import DomainTokens
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
+from megamix.core.config import Config, validate
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.data.tokens.indexed import bin_path, idx_path
+from megamix.data.tokens.stream import DomainTokens
 
 if TYPE_CHECKING:
-    from megamix.data.tokenizer import LoadedTokenizer
+    from megamix.data.tokens.tokenizer import LoadedTokenizer
 
 FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -217,7 +217,7 @@ class Manifest(Config):
         Raises:
             InputError: It is missing, damaged, or another one than the tokens were made with.
         """
-        from megamix.data.tokenizer import LoadedTokenizer
+        from megamix.data.tokens.tokenizer import LoadedTokenizer
 
         tokenizer = LoadedTokenizer(self.folder / self.tokenizer.file, eod=self.tokenizer.eod_id)
         tokenizer.expect(self.tokenizer.sha256)
@@ -319,3 +319,9 @@ def _read_json(path: Path) -> object:
         ) from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}. Run `megamix prepare` again.") from error
+
+
+def digest(entry: DomainEntry) -> str:
+    """Names the data of a domain: a hash over what the manifest says of its files."""
+    content = [split.model_dump(mode="json", exclude={"prefixes"}) for split in (entry.train, entry.validation)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

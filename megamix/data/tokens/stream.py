@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.indexed import IndexedTokens
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megamix.data.words import WordEncoder
-from megamix.errors import InputError
+from megamix.core.errors import InputError
+from megamix.data.tokens.word_encoder import WordEncoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end|>")

@@ -1,4 +1,4 @@
-"""Writing token files in Megatron's format (`megamix.data.indexed`), and going on with a file after a kill."""
+"""Writing token files in Megatron's format (`megamix.data.tokens.indexed`), and going on with a file after a kill."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from megamix.data.indexed import AT_ONCE, CODE_OF_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path
-from megamix.errors import InputError
-from megamix.files import sync_folder
+from megamix.core.errors import InputError
+from megamix.core.files import sync_folder
+from megamix.data.tokens.indexed import AT_ONCE, CODE_OF_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path
 
 
 @dataclass(frozen=True)

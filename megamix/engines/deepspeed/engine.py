@@ -16,11 +16,9 @@ import torch.distributed as dist
 
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState, Place
-from megamix.engines.config import DeepSpeedConfig
-from megamix.engines.finite import is_finite_everywhere
-from megamix.engines.step_loss import StepLoss
-from megamix.models.config import ModelConfig
-from megamix.train_config import TrainConfig
+from megamix.engines.config import DeepSpeedConfig, TrainConfig
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.step_loss import StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
@@ -60,7 +58,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-        from megamix.engines.deepspeed_module import MixPipelineModule
+        from megamix.engines.deepspeed.module import MixPipelineModule
 
         world_size = dist.get_world_size()
         data_size = engine.data_size(world_size)

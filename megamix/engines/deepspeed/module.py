@@ -6,9 +6,9 @@ from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
 
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer
 from megamix.engines.step_loss import StepLoss
-from megamix.models.config import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head, PipelineLayer
 
 
 class MixPipelineModule(PipelineModule):

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megamix.engines.megatron_model import MixChunk
+from megamix.engines.megatron.model import MixChunk
 
 
 def save(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:

@@ -15,23 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
-from megamix.data.permute import hash_words
-from megamix.engines import megatron_checkpoint, megatron_setup
-from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState
-from megamix.engines.config import MegatronConfig
-from megamix.engines.finite import is_finite_everywhere
-from megamix.engines.megatron_context import context_part, whole_samples
-from megamix.engines.megatron_cpu import cpu_stand_ins
-from megamix.engines.megatron_layout import uses_transformer_engine
-from megamix.engines.megatron_model import MixChunk, build_chunks, transformer_config
-from megamix.engines.megatron_names import ParameterMap, parameter_maps
-from megamix.engines.megatron_setup import get_forward_backward_func, parallel_state, tensor_parallel
-from megamix.engines.own_format import OwnFormat
-from megamix.engines.step_loss import StepLoss
-from megamix.models.config import ModelConfig
-from megamix.models.layers import Decoder, Embedding, Head
-from megamix.train_config import TrainConfig
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, OwnFormat, ParameterState
+from megamix.engines.config import MegatronConfig, TrainConfig
+from megamix.engines.megatron import checkpoint, setup
+from megamix.engines.megatron.context import context_part, whole_samples
+from megamix.engines.megatron.cpu import cpu_stand_ins
+from megamix.engines.megatron.layout import uses_transformer_engine
+from megamix.engines.megatron.model import MixChunk, build_chunks, transformer_config
+from megamix.engines.megatron.names import ParameterMap, parameter_maps
+from megamix.engines.megatron.setup import get_forward_backward_func, parallel_state, tensor_parallel
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import Decoder, Embedding, Head
+from megamix.engines.step_loss import StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
@@ -72,8 +69,8 @@ class MegatronEngine(Engine, OwnFormat):
         self._num_micro_batches = train.global_batch // (train.micro_batch * engine.data_size(dist.get_world_size()))
         self.micro_batch_multiple = engine.pipeline if engine.virtual_pipeline > 1 else 1
         with cpu_stand_ins():
-            megatron_setup.start_groups(engine)
-            self.place = megatron_setup.place(engine, reads_all_stages=reset_position_ids)
+            setup.start_groups(engine)
+            self.place = setup.place(engine, reads_all_stages=reset_position_ids)
             self._tensor_group = parallel_state.get_tensor_model_parallel_group()
             self._context_group = parallel_state.get_context_parallel_group()
             tensor_parallel.model_parallel_cuda_manual_seed(train.seed % 2**31)
@@ -81,8 +78,8 @@ class MegatronEngine(Engine, OwnFormat):
             self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length)
             # Before the optimizer exists: it copies them.
             self._set_initial_weights()
-            self._wrapped = megatron_setup.wrap(engine, config, self._chunks)
-            self._optimizer: Any = megatron_setup.make_optimizer(engine, train, self._wrapped)
+            self._wrapped = setup.wrap(engine, config, self._chunks)
+            self._optimizer: Any = setup.make_optimizer(engine, train, self._wrapped)
         self._loss = StepLoss(
             num_domains,
             vocab_size,
@@ -181,7 +178,7 @@ class MegatronEngine(Engine, OwnFormat):
         self, data: Iterator[tuple[Any, ...]], wrapped: Any
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         tokens_BS, positions_BS, targets = next(data)
-        chunk = megatron_setup.unwrap(wrapped)
+        chunk = setup.unwrap(wrapped)
         chunk.rotary_pos_emb.positions_BS = positions_BS
         options: dict[str, Any] = {}
         if chunk.post_process:
@@ -217,14 +214,14 @@ class MegatronEngine(Engine, OwnFormat):
 
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
         for entry, parameter in self._parameters(layer):
-            held = megatron_setup.held_state(self._optimizer, parameter)
+            held = setup.held_state(self._optimizer, parameter)
             parts = [entry.part(self._gather(entry, tensor)) for tensor in held]
             for name, *state in zip(entry.sources, *parts, strict=True):
                 yield name, ParameterState(*state)
 
     def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:
         for entry, parameter in self._parameters(layer):
-            held = megatron_setup.held_state(self._optimizer, parameter)
+            held = setup.held_state(self._optimizer, parameter)
             for name, target in zip(("weight", "exp_avg", "exp_avg_sq"), held, strict=True):
                 whole = entry.join([getattr(state[source], name) for source in entry.sources])
                 target.copy_(self._shard(entry, whole))
@@ -276,7 +273,7 @@ class MegatronEngine(Engine, OwnFormat):
     def optimizer_steps(self, steps: int) -> None:
         """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
         self._steps = steps
-        megatron_setup.reset_adam(self._optimizer, steps)
+        setup.reset_adam(self._optimizer, steps)
 
     @property
     def saves_own_format(self) -> bool:
@@ -292,10 +289,10 @@ class MegatronEngine(Engine, OwnFormat):
 
     def save_own(self, folder: Path) -> None:
         with cpu_stand_ins():
-            megatron_checkpoint.save(folder, self._chunks, self._optimizer)
+            checkpoint.save(folder, self._chunks, self._optimizer)
 
     def load_own(self, folder: Path, steps: int) -> None:
         with cpu_stand_ins():
-            megatron_checkpoint.load(folder, self._chunks, self._optimizer)
-        megatron_setup.set_decay(self._optimizer, self._train)
+            checkpoint.load(folder, self._chunks, self._optimizer)
+        setup.set_decay(self._optimizer, self._train)
         self._steps = steps

@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
+from megamix.core.errors import InputError
 from megamix.engines.config import MegatronConfig
-from megamix.errors import InputError
-from megamix.models.config import ModelConfig
+from megamix.engines.models.config import ModelConfig
 
 
 def uses_transformer_engine(config: MegatronConfig) -> bool:

@@ -1,6 +1,6 @@
 """The model as chunks of megatron.core's `GPTModel`: its config, its layers, and what the loss and the data ask of it.
 
-They compute the same function as the layers of `megamix.models.layers`.
+They compute the same function as the layers of `megamix.engines.models.layers`.
 
 Legend: B samples, S tokens, R rotary dimensions, V vocabulary, T tensor-parallel ranks.
 """
@@ -27,8 +27,8 @@ with warnings.catch_warnings():
     from megatron.core.utils import make_viewless_tensor
 
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_layout import stage_layers, uses_transformer_engine
-from megamix.models.config import ModelConfig
+from megamix.engines.megatron.layout import stage_layers, uses_transformer_engine
+from megamix.engines.models.config import ModelConfig
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from megamix.models.config import ModelConfig
+from megamix.engines.models.config import ModelConfig
 
 Split = Literal["whole", "rows", "columns", "both halves"]
 

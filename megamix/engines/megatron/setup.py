@@ -18,9 +18,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.module import Float16Module
 
 from megamix.engines.base import Place
-from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron_model import MixChunk
-from megamix.train_config import TrainConfig
+from megamix.engines.config import MegatronConfig, TrainConfig
+from megamix.engines.megatron.model import MixChunk
 
 __all__ = ["get_forward_backward_func", "parallel_state", "tensor_parallel"]
 

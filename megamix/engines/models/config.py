@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pydantic
 
-from megamix.config import Config, read_yaml
-from megamix.errors import InputError, did_you_mean
-from megamix.models.pretrained_config import read_pretrained_config
-from megamix.resources import configs_dir
+from megamix.core.config import Config, read_yaml
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import shipped_folder
+from megamix.engines.models.pretrained_config import read_pretrained_config
 
 
 class ModelConfig(Config):
@@ -154,7 +154,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         InputError: no such preset.
     """
-    known = {path.stem: path for path in (configs_dir() / "models").glob("*.yaml")}
+    known = {path.stem: path for path in (shipped_folder("configs") / "models").glob("*.yaml")}
     if name not in known:
         raise InputError(f"model.preset: unknown '{name}'." + did_you_mean(name, known))
     return read_yaml(known[name])

@@ -19,7 +19,7 @@ from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from megamix.models.config import ModelConfig
+from megamix.engines.models.config import ModelConfig
 
 
 def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig | LlamaConfig:

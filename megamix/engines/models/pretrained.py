@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megamix.errors import InputError
-from megamix.log import get_logger
-from megamix.models.config import ModelConfig
-from megamix.models.layers import layer_shapes
-from megamix.models.pretrained_config import OUTPUT_NAMES, read_json_object, read_pretrained_config
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.layers import layer_shapes
+from megamix.engines.models.pretrained_config import OUTPUT_NAMES, read_json_object, read_pretrained_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

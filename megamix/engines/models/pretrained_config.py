@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix.errors import InputError
+from megamix.core.errors import InputError
 
 CLASSES = {"neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
 """Our architecture -> the class of transformers that computes the same."""

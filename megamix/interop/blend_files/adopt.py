@@ -18,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.data.indexed import IndexedTokens, bin_path
-from megamix.data.manifest import (
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.core.text import Report, Table
+from megamix.data.tokens.indexed import IndexedTokens, bin_path
+from megamix.data.tokens.manifest import (
     FILE_NAME,
     TOKENIZER_FILE,
     DomainEntry,
@@ -28,14 +31,11 @@ from megamix.data.manifest import (
     TokenizerEntry,
     ValidationEntry,
 )
-from megamix.data.prepare.merge import unigram_nats
-from megamix.data.tokenizer import LoadedTokenizer
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.interop.megatron import DEFAULT_SPLIT, split_bounds, validation_share
-from megamix.interop.scan import FileJob, FileScan, scan_files
-from megamix.interop.sources import Sources
-from megamix.tables import Report, Table
+from megamix.data.tokens.tokenizer import LoadedTokenizer
+from megamix.interop.blend_files.scan import FileJob, FileScan, scan_files
+from megamix.interop.blend_files.sources import Sources
+from megamix.mixing.megatron_blend import DEFAULT_SPLIT, split_bounds, validation_share
+from megamix.prepare.merge import unigram_nats
 
 MIXTURE_FILE = "mixture.json"
 _SAMPLED_DOCUMENTS = 100

@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from megamix.core.errors import InputError
+from megamix.interop.blend_files.export import export_blend, is_run, write_text
+from megamix.interop.blend_files.stages import cuts_at, equal_cuts, export_phases
+from megamix.training.records.recorded_run import RecordedRun
+
 app = typer.Typer(
     help="Exchange token files and blends with Megatron and DoReMi.",
     no_args_is_help=True,
@@ -43,8 +48,8 @@ def adopt(
     Example: megamix blend adopt --out data/mine --tokenizer tokenizer.json --data-path "0.3 /data/web_text_document
     0.7 /data/code_text_document" --split 98,2
     """
-    from megamix.interop.adopt import adopt as run
-    from megamix.interop.sources import find_sources
+    from megamix.interop.blend_files.adopt import adopt as run
+    from megamix.interop.blend_files.sources import find_sources
 
     sources = find_sources(
         named or [],
@@ -77,7 +82,6 @@ def export(
 
     Example: megamix blend export runs/demo --stages 4 --out phases
     """
-    from megamix.interop.commands import export_phases_to, export_to
 
     if stages is None and stages_at is None:
         lines, notes = export_to(path, format or "megatron", which, weights, out)
@@ -87,3 +91,54 @@ def export(
         typer.echo(line)
     for note in notes:
         typer.echo(note, err=True)
+
+
+def export_to(
+    path: Path, format: str, which: str | None, weights: Path | None, out: Path | None
+) -> tuple[list[str], list[str]]:
+    """Writes one mixture to ``out``, or hands its text out.
+
+    Returns:
+        Lines to print, and notes.
+
+    Raises:
+        InputError: see `export_blend`.
+    """
+    blend = export_blend(path, format, which, weights)
+    if out is None:
+        return [blend.text.rstrip("\n")], blend.notes
+    write_text(out, blend.text)
+    return [str(out)], blend.notes
+
+
+def export_phases_to(
+    path: Path,
+    format: str,
+    which: str | None,
+    weights: Path | None,
+    stages: int | None,
+    stages_at: str | None,
+    out: Path | None,
+) -> tuple[list[str], list[str]]:
+    """Writes phases into the folder ``out``.
+
+    Returns:
+        Lines to print, and notes.
+
+    Raises:
+        InputError: see `export_phases`, or options that do not go together.
+    """
+    if stages is not None and stages_at is not None:
+        raise InputError("--stages and --stages-at are both given. Give one of them.")
+    option = "--stages" if stages is not None else "--stages-at"
+    if not is_run(path):
+        raise InputError(f"{option} is for runs, but {path} is a data set, whose weights do not change. Leave it out.")
+    if which is not None or weights is not None:
+        other = f"--which {which}" if which is not None else "--weights"
+        raise InputError(f"{option} exports the mean weights of each phase; {other} does not go with it. Leave it out.")
+    if out is None:
+        raise InputError(f"{option} writes several files. Give their folder with --out.")
+    run = RecordedRun.open(path)
+    cuts = equal_cuts(run, stages) if stages is not None else cuts_at(run, stages_at or "")
+    written, notes = export_phases(run, cuts, format, out)
+    return [str(path) for path in written], notes

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.data.manifest import FILE_NAME, Manifest, Split
-from megamix.data.stream import DomainTokens
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.interop.average import run_weights
-from megamix.interop.megatron import data_path, per_split_json
-from megamix.interop.weights import doremi_config, read_weights
-from megamix.records.recorded_run import CONFIG, RecordedRun
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.data.tokens.manifest import FILE_NAME, Manifest, Split
+from megamix.data.tokens.stream import DomainTokens
+from megamix.mixing.megatron_blend import data_path, per_split_json
+from megamix.mixing.weight_files import doremi_config, read_weights
+from megamix.training.records.mean_weights import run_weights
+from megamix.training.records.recorded_run import CONFIG, RecordedRun
 
 FORMATS = ("megatron", "per-split-json", "doremi", "json")
 WHOLE_SPLIT = "100,0,0"

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megamix.data.indexed import IndexedTokens, bin_path
-from megamix.errors import InputError
-from megamix.log import get_logger
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.data.tokens.indexed import IndexedTokens, bin_path
 
 _CHUNK_TOKENS = 1 << 20
 _LOG_EVERY_S = 30.0

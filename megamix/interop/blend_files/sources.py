@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.errors import InputError, did_you_mean
-from megamix.interop.megatron import FileBlend, domains_of, parse_blend, read_data_args, read_per_split
+from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.megatron_blend import FileBlend, domains_of, parse_blend, read_data_args, read_per_split
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.errors import InputError
-from megamix.interop.average import mean_weights
-from megamix.interop.export import WHOLE_SPLIT, DataSet, render, write_text
-from megamix.records.recorded_run import RecordedRun
+from megamix.core.errors import InputError
+from megamix.interop.blend_files.export import WHOLE_SPLIT, DataSet, render, write_text
+from megamix.training.records.mean_weights import mean_weights
+from megamix.training.records.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 import megamix
-from megamix.checkpoints import store
-from megamix.checkpoints.tensor_files import TensorSpec, write_tensors
-from megamix.config import validate
-from megamix.data.manifest import TOKENIZER_FILE, Manifest
-from megamix.errors import InputError, MegamixError, ResumeRefused, did_you_mean
-from megamix.files import sync_folder
-from megamix.models import ModelConfig
-from megamix.models.layers import hugging_face_config, layer_shapes
-from megamix.models.pretrained_config import CLASSES, OUTPUT_NAMES
-from megamix.records.recorded_run import CONFIG, RecordedRun
+from megamix.core.config import validate
+from megamix.core.errors import InputError, MegamixError, ResumeRefused, did_you_mean
+from megamix.core.files import sync_folder
+from megamix.data.tokens.manifest import TOKENIZER_FILE, Manifest
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.layers import hugging_face_config, layer_shapes
+from megamix.engines.models.pretrained_config import CLASSES, OUTPUT_NAMES
+from megamix.interop.hugging_face.tensor_files import TensorSpec, write_tensors
+from megamix.training.checkpoints import store
+from megamix.training.records.recorded_run import CONFIG, RecordedRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megamix.models.pretrained import INDEX, SINGLE
+from megamix.engines.models.pretrained import INDEX, SINGLE
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 

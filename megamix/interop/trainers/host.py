@@ -17,18 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.checkpoints.resume import Resumed, data_fingerprints, resume_from
-from megamix.config import apply_overrides, read_yaml, validate
+from megamix.core.config import apply_overrides, read_yaml, validate
+from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.core.files import replace_file
 from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
-from megamix.errors import InputError, MegamixError, ResumeRefused
-from megamix.files import replace_file
-from megamix.mixed_data import MixedData
-from megamix.plan import DataPlan, make_data_plan
-from megamix.records.tracking import RunRecord
-from megamix.run_config import MixConfig
+from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
+from megamix.training.config import MixConfig
+from megamix.training.data_loop import MixedData
+from megamix.training.plan import DataPlan, make_data_plan
+from megamix.training.records.run_record import RunRecord
 
 SETTLE_EVERY = 100
 """Steps after which what lies behind is let go of; to know it, the training thread waits for the mixer once."""

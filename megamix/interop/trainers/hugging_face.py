@@ -29,10 +29,10 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from megamix.adapters.host import HostRun, check_state, host_plan, refuse_unlike
+from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.errors import InputError, MegamixError, ResumeRefused
-from megamix.plan import DataPlan
+from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike
+from megamix.training.plan import DataPlan
 
 HOST = "the Trainer"
 FOLDER = "megamix"

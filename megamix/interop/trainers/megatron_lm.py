@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megamix.adapters.host import HostRun, host_plan, load_state, save_state
-from megamix.adapters.megatron_arguments import HOST, check_args, check_plan
-from megamix.data.blend import Blend
+from megamix.core.errors import InputError, MegamixError
+from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.errors import InputError, MegamixError
-from megamix.plan import DataPlan
+from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state
+from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
+from megamix.training.plan import DataPlan
 
 FOLDER = "megamix"
 """In the folder of Megatron's checkpoints: the state of the data, one file a checkpoint, and weights.jsonl."""

@@ -4,7 +4,7 @@
     weights = mixer.update(DomainStats(nats=[310.0, 95.0], tokens=[100, 40]), step=1)
 
 A new mixer is added here and nowhere else: its config class to `MixerConfig`, its class to `MIXERS`. One that is not
-part of megamix needs neither: see `megamix.mixers.own`.
+part of megamix needs neither: see `megamix.mixing.mixers.own`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict
 
-from megamix.config import ByName, Config, validate
-from megamix.errors import InputError, did_you_mean
-from megamix.mixers.base import Mixer, ScheduleConfig
-from megamix.mixers.doremi import DoremiConfig, DoremiMixer
-from megamix.mixers.odm import OdmConfig, OdmMixer, wants_evaluation
-from megamix.mixers.own import check_installed, installed, own_mixer
-from megamix.mixers.recommended import RecommendedConfig, RecommendedMixer
-from megamix.mixers.static import StaticConfig, StaticMixer
-from megamix.mixers.stats import DomainStats
-from megamix.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
+from megamix.core.config import ByName, Config, validate
+from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
+from megamix.mixing.mixers.odm import OdmConfig, OdmMixer, wants_evaluation
+from megamix.mixing.mixers.own import check_installed, installed, own_mixer
+from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
+from megamix.mixing.mixers.static import StaticConfig, StaticMixer
+from megamix.mixing.mixers.stats import DomainStats
+from megamix.mixing.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
 
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
@@ -36,7 +36,7 @@ MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
 
 
 def find_mixer(name: object) -> tuple[type[Config], type[Mixer]]:
-    """Config class and mixer class by name, of our mixers and of others' (see `megamix.mixers.own`).
+    """Config class and mixer class by name, of our mixers and of others' (see `megamix.mixing.mixers.own`).
 
     Raises:
         InputError: no name, an unknown one, or one whose class cannot be had.

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from megamix.config import Config
-from megamix.errors import InputError
-from megamix.mixers.stats import DomainStats, IntArray
-from megamix.mixers.weights import FloatArray, normalise_weights
+from megamix.core.config import Config
+from megamix.core.errors import InputError
+from megamix.mixing.mixers.stats import DomainStats, IntArray
+from megamix.mixing.mixers.weights import FloatArray, normalise_weights
 
 
 class ScheduleConfig(Config):

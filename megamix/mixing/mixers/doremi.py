@@ -29,10 +29,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from megamix.errors import InputError
-from megamix.mixers.base import Mixer, ScheduleConfig
-from megamix.mixers.stats import LARGEST, DomainStats, IntArray
-from megamix.mixers.weights import FloatArray
+from megamix.core.errors import InputError
+from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.stats import LARGEST, DomainStats, IntArray
+from megamix.mixing.mixers.weights import FloatArray
 
 
 class DoremiConfig(ScheduleConfig):

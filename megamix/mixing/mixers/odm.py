@@ -27,11 +27,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from megamix.config import Config
-from megamix.errors import InputError, did_you_mean
-from megamix.mixers.base import Mixer, ScheduleConfig
-from megamix.mixers.stats import LARGEST, DomainStats
-from megamix.mixers.weights import FloatArray
+from megamix.core.config import Config
+from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.stats import LARGEST, DomainStats
+from megamix.mixing.mixers.weights import FloatArray
 
 _MOVING_AVERAGE = {"alpha": 0.9, "estimate": "moving_average"}
 _PLAIN = {"reward_scale": 1.0, "reward_clip": None, "exponent_clip": None, "min_exploration_rate": 0.0}

@@ -51,9 +51,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from megamix.mixers.base import Mixer, ScheduleConfig
-from megamix.mixers.stats import DomainStats
-from megamix.mixers.weights import FloatArray
+from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.stats import DomainStats
+from megamix.mixing.mixers.weights import FloatArray
 
 _LARGEST_LOSS = 1e6
 """Nats per token; the squares of losses up to here can be summed without a thought to overflow."""

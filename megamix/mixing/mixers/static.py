@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megamix.config import Config
-from megamix.mixers.base import Mixer
-from megamix.mixers.weights import FloatArray
+from megamix.core.config import Config
+from megamix.mixing.mixers.base import Mixer
+from megamix.mixing.mixers.weights import FloatArray
 
 
 class StaticConfig(Config):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamix.errors import InputError
-from megamix.mixers.weights import FloatArray
+from megamix.core.errors import InputError
+from megamix.mixing.mixers.weights import FloatArray
 
 IntArray = npt.NDArray[np.int64]
 

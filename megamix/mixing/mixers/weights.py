@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamix.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, did_you_mean
 
 FloatArray = npt.NDArray[np.float64]
 

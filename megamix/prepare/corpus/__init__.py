@@ -8,8 +8,8 @@
 texts keep the licences of their packages, which ``corpus.json`` names; nothing of them is part of megamix.
 """
 
-from megamix.data.corpus.build import CorpusReport, build_corpus
-from megamix.data.corpus.domain import DomainRecord
-from megamix.data.corpus.sources import SOURCES, Source
+from megamix.prepare.corpus.build import CorpusReport, build_corpus
+from megamix.prepare.corpus.domain import DomainRecord
+from megamix.prepare.corpus.sources import SOURCES, Source
 
 __all__ = ["SOURCES", "CorpusReport", "DomainRecord", "Source", "build_corpus"]

@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megamix.data.corpus import fetch as registry
-from megamix.data.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
-from megamix.data.corpus.progress import Progress
-from megamix.data.corpus.sources import SOURCES, Package, Source
-from megamix.data.corpus.unpack import DamagedArchive
-from megamix.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, did_you_mean
+from megamix.prepare.corpus import fetch as registry
+from megamix.prepare.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
+from megamix.prepare.corpus.progress import Progress
+from megamix.prepare.corpus.sources import SOURCES, Package, Source
+from megamix.prepare.corpus.unpack import DamagedArchive
 
 _FEWEST_DOMAINS = 3
 

@@ -16,9 +16,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-from megamix.data.corpus.mail import html_to_text, read_mail
-from megamix.data.corpus.roff import roff_to_text
-from megamix.data.corpus.unpack import (
+from megamix.prepare.corpus.mail import html_to_text, read_mail
+from megamix.prepare.corpus.roff import roff_to_text
+from megamix.prepare.corpus.unpack import (
     DamagedArchive,
     Member,
     damage_reported,

@@ -19,9 +19,9 @@ from pathlib import Path
 import zstandard
 
 import megamix
-from megamix.data.corpus.clean import CLEANERS, tidy
-from megamix.data.corpus.sources import Package, Source
-from megamix.data.corpus.unpack import DamagedArchive, members
+from megamix.prepare.corpus.clean import CLEANERS, tidy
+from megamix.prepare.corpus.sources import Package, Source
+from megamix.prepare.corpus.unpack import DamagedArchive, members
 
 RECIPE = 1
 """Raised whenever cleaning changes what is written, so that files of an older megamix are built again."""
@@ -156,7 +156,7 @@ def build_apart(source: Source, archive: Path, version: str, out: Path) -> Domai
     root = str(Path(megamix.__file__).parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     done = subprocess.run(
-        [sys.executable, "-c", "from megamix.data.corpus.domain import main; main()"],
+        [sys.executable, "-c", "from megamix.prepare.corpus.domain import main; main()"],
         input=json.dumps(order),
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from urllib.parse import unquote
 
-from megamix.data.corpus.sources import Package
+from megamix.prepare.corpus.sources import Package
 
 _TIMEOUT_SECONDS = 1800
 _apt_lock = threading.Lock()

@@ -9,8 +9,8 @@ from collections.abc import Collection
 import rich.console
 import rich.progress
 
-from megamix.data.corpus.domain import DomainRecord
-from megamix.log import get_logger
+from megamix.core.log import get_logger
+from megamix.prepare.corpus.domain import DomainRecord
 
 
 class Progress:

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from megamix.data.corpus.mdoc import inline as mdoc_inline
+from megamix.prepare.corpus.mdoc import inline as mdoc_inline
 
 _SPECIAL = {
     "aq": "'", "dq": '"', "lq": "“", "rq": "”", "oq": "‘", "cq": "’", "Fo": "«", "Fc": "»", "fo": "‹", "fc": "›",

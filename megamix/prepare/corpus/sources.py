@@ -44,7 +44,7 @@ class Source:
     files: str
     """A regular expression for the whole path of the wanted files inside the package."""
     cleaner: str
-    """A key of `megamix.data.corpus.clean.CLEANERS`."""
+    """A key of `megamix.prepare.corpus.clean.CLEANERS`."""
     expected_bytes: int
     """UTF-8 bytes of text, cleaned and without duplicates."""
     description: str

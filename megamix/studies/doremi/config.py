@@ -6,8 +6,8 @@ from typing import Any
 
 import pydantic
 
-from megamix.config import Config
-from megamix.run_config import RunConfig
+from megamix.core.config import Config
+from megamix.training.config import RunConfig
 
 
 class DoremiSteps(Config):

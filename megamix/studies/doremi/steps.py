@@ -23,20 +23,20 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from megamix.checkpoints import store
-from megamix.config import apply_overrides, merge, read_yaml, validate
-from megamix.doremi_config import DoremiSteps
-from megamix.errors import EXIT_OK, InputError
-from megamix.files import read_json_lines, replace_file
-from megamix.launch import job_world_size
-from megamix.log import get_logger
-from megamix.plan import make_plan
-from megamix.records.recorded_run import WEIGHTS as LEDGER
-from megamix.reference_run import check_same_data, reference
-from megamix.run import train
-from megamix.run_config import RunConfig
-from megamix.tables import Table
-from megamix.tables import number as number_text
+from megamix.core.config import apply_overrides, merge, read_yaml, validate
+from megamix.core.errors import EXIT_OK, InputError
+from megamix.core.files import read_json_lines, replace_file
+from megamix.core.log import get_logger
+from megamix.core.text import Table
+from megamix.core.text import number as number_text
+from megamix.studies.doremi.config import DoremiSteps
+from megamix.training.checkpoints import store
+from megamix.training.config import RunConfig
+from megamix.training.job.local_ranks import job_world_size
+from megamix.training.plan import make_plan
+from megamix.training.records.recorded_run import WEIGHTS as LEDGER
+from megamix.training.reference.run import check_same_data, reference
+from megamix.training.run import train
 
 Step = Literal["configs", "reference", "cache", "proxy", "weights", "target"]
 WEIGHTS = "weights.json"

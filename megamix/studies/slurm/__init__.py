@@ -7,8 +7,8 @@ said before anything waits in a queue, names of jobs follow from the run directo
 already is not submitted again.
 """
 
-from megamix.submit.chains import PrepareJob
-from megamix.submit.launch import launch
-from megamix.submit.placement import Resources
+from megamix.studies.slurm.chains import PrepareJob
+from megamix.studies.slurm.launch import launch
+from megamix.studies.slurm.placement import Resources
 
 __all__ = ["PrepareJob", "Resources", "launch"]

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix.config import load_config
-from megamix.data.manifest import FILE_NAME, TOKENIZER_FILE
-from megamix.data.prepare.documents import find_inputs
-from megamix.data.prepare.merge import shard_record_path
-from megamix.data.prepare.shards import Shard
-from megamix.data.reference import FILE_NAME as CACHE
-from megamix.doremi import WEIGHTS, read_job
-from megamix.errors import InputError
-from megamix.plan import check_layout, make_data_plan
-from megamix.run_config import RunConfig
-from megamix.submit.placement import Resources
-from megamix.submit.steps import Chain, Step
-from megamix.swarm.collect import is_collected, place_of_tables
-from megamix.swarm.members import is_done, members_of
+from megamix.core.config import load_config
+from megamix.core.errors import InputError
+from megamix.data.reference_losses import FILE_NAME as CACHE
+from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
+from megamix.prepare.documents import find_inputs
+from megamix.prepare.merge import shard_record_path
+from megamix.prepare.shards import Shard
+from megamix.studies.doremi.steps import WEIGHTS, read_job
+from megamix.studies.slurm.placement import Resources
+from megamix.studies.slurm.steps import Chain, Step
+from megamix.studies.swarm.run.collect import is_collected, place_of_tables
+from megamix.studies.swarm.run.members import is_done, members_of
+from megamix.training.config import RunConfig
+from megamix.training.plan import check_layout, make_data_plan
 
 
 def train_chain(config_path: Path, overrides: Sequence[str], resources: Resources) -> Chain:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from megamix.errors import InputError
-from megamix.submit.chains import PrepareJob, doremi_chain, prepare_chain, swarm_chain, train_chain
-from megamix.submit.placement import Resources
-from megamix.submit.steps import Chain, show, submit
-from megamix.swarm.collect import collect
+from megamix.core.errors import InputError
+from megamix.studies.slurm.chains import PrepareJob, doremi_chain, prepare_chain, swarm_chain, train_chain
+from megamix.studies.slurm.placement import Resources
+from megamix.studies.slurm.steps import Chain, show, submit
+from megamix.studies.swarm.run.collect import collect
 
 ChainName = Literal["train", "doremi", "swarm", "prepare"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamix.errors import InputError
-from megamix.plan import check_layout
-from megamix.run_config import RunConfig
+from megamix.core.errors import InputError
+from megamix.training.config import RunConfig
+from megamix.training.plan import check_layout
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import getpass
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megamix.errors import InputError
+from megamix.core.errors import InputError
 
 UNAVAILABLE = "not available (down, drained or reserved)"
 """sbatch --test-only says so of nodes that a job may well wait for."""
@@ -21,13 +20,6 @@ class Queued:
     job: int
     member: int | None
     state: str
-
-
-def scripts_dir() -> Path:
-    """The folder of the job scripts: in the checkout, or inside the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "slurm"
-    return installed if installed.is_dir() else package.parent / "slurm"
 
 
 def queued(name: str) -> list[Queued]:

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megamix.errors import InputError
-from megamix.log import get_logger
-from megamix.submit import slurm
+from megamix.core.errors import InputError
+from megamix.core.files import shipped_folder
+from megamix.core.log import get_logger
+from megamix.studies.slurm import slurm
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Chain:
             options.append(f"--dependency={','.join(dependencies)}")
         if after:
             options.append("--kill-on-invalid-dep=yes")
-        return ["sbatch", *options, *step.options, str(slurm.scripts_dir() / step.script), *step.arguments]
+        return ["sbatch", *options, *step.options, str(shipped_folder("slurm") / step.script), *step.arguments]
 
     def environment(self, step: Step) -> dict[str, str]:
         """What the job scripts are told by variables."""
-        told = {"MEGAMIX_SLURM": str(slurm.scripts_dir()), "MEGAMIX_LOGS": str(self.logs), **step.environment}
+        told = {"MEGAMIX_SLURM": str(shipped_folder("slurm")), "MEGAMIX_LOGS": str(self.logs), **step.environment}
         if not os.environ.get("MEGAMIX_CONTAINER"):
             told["MEGAMIX_PYTHON"] = os.environ.get("MEGAMIX_PYTHON", sys.executable)
         return told
@@ -144,8 +145,8 @@ def show(chain: Chain) -> str:
         lines += [f"# {step.name}", " ".join([*told, command]), ""]
         before = [f"<{step.name}>"]
     for script in dict.fromkeys(step.script for step in chain.steps if not step.done):
-        text = (slurm.scripts_dir() / script).read_text(encoding="utf-8")
-        lines += [f"# ---- {slurm.scripts_dir() / script}", text]
+        text = (shipped_folder("slurm") / script).read_text(encoding="utf-8")
+        lines += [f"# ---- {shipped_folder('slurm') / script}", text]
     if shutil.which("sbatch") is None:
         lines.append("# There is no sbatch here: what the cluster has was not looked at.")
     return "\n".join(lines)

@@ -38,8 +38,8 @@ def priors(
 
     Example: megamix swarm priors data/mini-pile --out priors.json
     """
-    from megamix.swarm.priors import priors_of
-    from megamix.tables import Report
+    from megamix.core.text import Report
+    from megamix.studies.swarm.priors import priors_of
 
     found = priors_of(data, domains.split(",") if domains else None)
     Report([found.table()]).show()
@@ -53,7 +53,7 @@ def generate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: megamix swarm generate configs/swarm/demo.yaml swarm.generate.members=32
     """
-    from megamix.swarm.steps import swarm as take
+    from megamix.studies.swarm.steps import swarm as take
 
     raise typer.Exit(take(config, overrides or [], "generate"))
 
@@ -80,13 +80,13 @@ def run(
 
     Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
     """
-    from megamix.swarm.job import read_job
-    from megamix.swarm.steps import swarm as take
+    from megamix.studies.swarm.job import read_job
+    from megamix.studies.swarm.steps import swarm as take
 
     if not slurm:
         raise typer.Exit(take(config, overrides or [], "run", at_once=at_once))
-    from megamix.submit import Resources, launch
-    from megamix.swarm.members import FOLDER
+    from megamix.studies.slurm import Resources, launch
+    from megamix.studies.swarm.run.members import FOLDER
 
     folder = read_job(config, overrides or []).run_dir / FOLDER
     resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
@@ -105,9 +105,9 @@ def collect(
 
     Example: megamix swarm collect configs/swarm/demo.yaml
     """
-    from megamix.swarm.collect import collect as take
-    from megamix.swarm.job import read_job
-    from megamix.swarm.members import FOLDER
+    from megamix.studies.swarm.job import read_job
+    from megamix.studies.swarm.run.collect import collect as take
+    from megamix.studies.swarm.run.members import FOLDER
 
     job = read_job(config, overrides or [])
     typer.echo(take(job.run_dir / FOLDER, [], job.steps.metrics, partial=partial))
@@ -115,8 +115,8 @@ def collect(
 
 def _swarm_keys(asked: bool) -> None:
     if asked:
-        from megamix.config_help import config_help
-        from megamix.swarm.job_config import SwarmSteps
+        from megamix.core.config_help import config_help
+        from megamix.studies.swarm.config import SwarmSteps
 
         typer.echo(config_help(SwarmSteps))
         raise typer.Exit
@@ -143,15 +143,15 @@ def all_steps(
 
     Example: megamix swarm all configs/swarm/demo.yaml run_dir=runs/swarm
     """
-    from megamix.swarm.steps import swarm as take
+    from megamix.studies.swarm.steps import swarm as take
 
     raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
 
 
 def _fit_options(asked: bool) -> None:
     if asked:
-        from megamix.config_help import config_help
-        from megamix.swarm.fit_config import FitConfig
+        from megamix.core.config_help import config_help
+        from megamix.studies.swarm.fit.config import FitConfig
 
         typer.echo(config_help(FitConfig))
         raise typer.Exit
@@ -180,8 +180,8 @@ def fit(
 
     Example: megamix swarm fit --ratios ratios.csv --metrics metrics.csv --out runs/swarm regression=gp
     """
-    from megamix.swarm.fit import report
-    from megamix.swarm.fit_command import fit_from
+    from megamix.studies.swarm.fit.fit import report
+    from megamix.studies.swarm.olmix import fit_from
 
     report(fit_from(out, ratios, metrics, config, options or []), out).show()
 
@@ -214,9 +214,9 @@ def propose(
 
     Example: megamix swarm propose runs/swarm --target-tokens 1e9 --repetition 4
     """
-    from megamix.swarm.proposal_report import report
-    from megamix.swarm.propose import propose_in, read_options
-    from megamix.swarm.question import read_pairs
+    from megamix.studies.swarm.propose.propose import propose_in, read_options
+    from megamix.studies.swarm.propose.question import read_pairs
+    from megamix.studies.swarm.propose.report import report
 
     given = {
         "kl": kl, "priors": priors, "use_natural_kl": use_natural_kl, "target_tokens": target_tokens,
@@ -243,7 +243,7 @@ def update(
 
     Example: megamix swarm update add_law.yaml data/new --out runs/swarm2
     """
-    from megamix.swarm.update import read_update, report, start_update
+    from megamix.studies.swarm.steps import read_update, report, start_update
 
     plan = read_update(config, data, domains.split(",") if domains else None)
     report(plan, tokens_per_run).show()
@@ -260,7 +260,7 @@ def explain(
 
     Example: megamix swarm explain runs/swarm2 law
     """
-    from megamix.swarm.proposal_file import read_proposal
-    from megamix.swarm.proposal_report import explain as explained
+    from megamix.studies.swarm.propose.proposal import read_proposal
+    from megamix.studies.swarm.propose.report import explain as explained
 
     explained(read_proposal(directory), domain).show()

@@ -7,12 +7,10 @@ from typing import Any, Literal
 
 import pydantic
 
-from megamix.config import Config
-from megamix.swarm.collect import MetricsConfig
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.generate_config import GenerateConfig
-from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.update_config import UpdateConfig
+from megamix.core.config import Config
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.generate.config import GenerateConfig
+from megamix.studies.swarm.propose.config import ProposeConfig, UpdateConfig
 
 
 class LocalConfig(Config):
@@ -20,6 +18,24 @@ class LocalConfig(Config):
 
     at_once: int | None = pydantic.Field(default=None, gt=0)
     """Members at a time. Default: as many as its GPUs, or its cores, are enough for."""
+
+
+class MetricsConfig(Config):
+    """What is collected of every run."""
+
+    validation: bool = True
+    """loss:DOMAIN, the validation loss of each domain at the end, in nats per token."""
+    mean: bool = False
+    """Also loss, the mean of these over the domains."""
+    file: str | None = None
+    """A file of results in every run's directory, of any evaluation of yours: JSON {metric: number}, or CSV with the
+    columns metric and value."""
+
+    @pydantic.model_validator(mode="after")
+    def _something(self) -> MetricsConfig:
+        if not (self.validation or self.mean or self.file):
+            raise ValueError("no metric is collected. Set validation or mean to true, or name a file.")
+        return self
 
 
 class SwarmSteps(Config):

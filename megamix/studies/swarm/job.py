@@ -13,19 +13,19 @@ from typing import Any
 
 import yaml
 
-from megamix.config import apply_overrides, merge, read_yaml, validate
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.mixers import normalise_weights
-from megamix.plan import Plan, make_plan
-from megamix.run_config import RunConfig
-from megamix.swarm.collect import CONFIG
-from megamix.swarm.generate import Sampler
-from megamix.swarm.job_config import SwarmSteps
-from megamix.swarm.proposal_file import read_proposal
-from megamix.swarm.question import read_amounts
-from megamix.swarm.reuse import EXISTING, UpdatePlan, default_members, plan_update
-from megamix.swarm.sampler import Floats
+from megamix.core.config import apply_overrides, merge, read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.mixing.mixers import normalise_weights
+from megamix.studies.swarm.config import SwarmSteps
+from megamix.studies.swarm.generate.levels import Floats
+from megamix.studies.swarm.generate.mixtures import Sampler
+from megamix.studies.swarm.propose.proposal import read_proposal
+from megamix.studies.swarm.propose.question import read_amounts
+from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.run.collect import CONFIG
+from megamix.training.config import RunConfig
+from megamix.training.plan import Plan, make_plan
 
 SETTLED = {"proxy": ("run_dir", "mixer", "mixture"), "target": ("run_dir", "mixture")}
 """Keys of the runs that are not for a config to say."""

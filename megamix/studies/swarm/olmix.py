@@ -20,11 +20,14 @@ from typing import Any, Literal
 
 import pydantic
 
-from megamix.config import Config
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.tables import listed
+from megamix.core.config import Config, apply_overrides, read_yaml, validate
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fit import fit
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.tables import listed
+from megamix.studies.swarm.propose.config import ProposeConfig
 
 SECTIONS = ("swarm", "priors", "eval", "proposer", "constraints", "filtering")
 PRIORS, PROPOSE = "priors.json", "propose.json"
@@ -267,3 +270,31 @@ def _number(text: str) -> float:
         return float(match[1]) / float(match[2] or 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"got {text!r}, expected a number or a fraction such as 7/52.") from None
+
+
+def fit_from(out: Path, ratios: Path | None, metrics: Path | None, config: Path | None, overrides: list[str]) -> Fitted:
+    """Fits what the command line says.
+
+    Args:
+        ratios, metrics: the files; None: those that a config of Olmix names, as seen from the current directory.
+        config: a fit config of Olmix, or a YAML file with keys of `FitConfig`.
+        overrides: ``key=value``, over those of the config.
+
+    Raises:
+        InputError: also where a file is named nowhere.
+    """
+    data = read_yaml(config) if config is not None else {}
+    olmix = validate(OlmixFit, data, str(config)) if is_olmix(data) else None
+    if olmix is not None:
+        data = olmix.fit_config()
+        ratios, metrics = ratios or olmix.swarm.ratios, metrics or olmix.swarm.metrics
+    options = validate(FitConfig, apply_overrides(data, overrides), str(config or "the options of fit"))
+    if ratios is None or metrics is None:
+        raise InputError(
+            f"no {'ratios' if ratios is None else 'metrics'}.csv is named. Give --ratios and --metrics, or --config with"
+            " the section 'swarm' of a fit config of Olmix."
+        )
+    fitted = fit(ratios, metrics, out, options)
+    if olmix is not None:
+        olmix.write(out, fitted.metrics, fitted.domains)
+    return fitted

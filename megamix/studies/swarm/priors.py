@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.tables import Table, plural
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.core.text import Table, plural
+from megamix.data.tokens.manifest import Manifest
 
 FILE = "priors.json"
 

@@ -18,32 +18,37 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from megamix.config import Config, validate
-from megamix.errors import EXIT_OK, InputError
-from megamix.files import replace_file
-from megamix.interop.weights import SWARM_MIXTURE
-from megamix.launch import job_world_size
-from megamix.log import get_logger
-from megamix.run import train
-from megamix.run_config import RunConfig
-from megamix.run_lock import RunLock
-from megamix.swarm.collect import METRICS, RATIOS, collect
-from megamix.swarm.fitted import JSON as FIT
-from megamix.swarm.generate import sample
-from megamix.swarm.job import Job, read_job, tokens_of, write_config
-from megamix.swarm.members import FOLDER, members_of, write_members
-from megamix.swarm.priors import FILE as PRIORS
-from megamix.swarm.priors import Priors
-from megamix.swarm.reuse import UPDATE_FILE
-from megamix.swarm.run import LOGS, default_at_once, run_members
-from megamix.swarm.sampler import Floats
-from megamix.swarm.tables import write_ratios
+from megamix.core.config import Config, read_yaml, validate
+from megamix.core.errors import EXIT_OK, InputError
+from megamix.core.files import replace_file
+from megamix.core.log import get_logger
+from megamix.core.text import ABSENT, Report, Table, number, plural
+from megamix.mixing.weight_files import SWARM_MIXTURE
+from megamix.studies.swarm.fit.fitted import JSON as FIT
+from megamix.studies.swarm.fit.tables import write_ratios
+from megamix.studies.swarm.generate.levels import Floats
+from megamix.studies.swarm.generate.mixtures import sample
+from megamix.studies.swarm.job import Job, read_job, tokens_of, write_config
+from megamix.studies.swarm.priors import FILE as PRIORS
+from megamix.studies.swarm.priors import Priors, priors_of
+from megamix.studies.swarm.propose.config import UpdateConfig
+from megamix.studies.swarm.propose.proposal import read_proposal
+from megamix.studies.swarm.propose.propose import propose_settled
+from megamix.studies.swarm.propose.question import read_amounts
+from megamix.studies.swarm.propose.update import EXISTING, UPDATE_FILE, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.run.collect import METRICS, RATIOS, collect
+from megamix.studies.swarm.run.local_pool import LOGS, default_at_once, run_members
+from megamix.studies.swarm.run.members import FOLDER, members_of, write_members
+from megamix.training.config import RunConfig
+from megamix.training.job.local_ranks import job_world_size
+from megamix.training.job.lock import RunLock
+from megamix.training.run import train
 
 Step = Literal["priors", "generate", "run", "collect", "fit", "propose", "target"]
 MIXTURES = "swarm.csv"
@@ -135,7 +140,7 @@ def _collect(job: Job) -> int:
 
 def _fit(job: Job, *, again: bool) -> int:
     """Fits the law, unless tables and options are those of the fit that is there."""
-    from megamix.swarm.fit import fit, report
+    from megamix.studies.swarm.fit.fit import fit, report
 
     tables = job.run_dir / RATIOS, job.run_dir / METRICS
     made_from = _hash(job.steps.fit, *tables)
@@ -149,8 +154,8 @@ def _fit(job: Job, *, again: bool) -> int:
 
 def _propose(job: Job, *, again: bool) -> int:
     """Proposes a mixture, unless all that it follows from is as it was."""
-    from megamix.swarm.proposal_report import report
-    from megamix.swarm.propose import OPTIONS_FILE, propose_in, propose_settled
+    from megamix.studies.swarm.propose.propose import OPTIONS_FILE, propose_in, propose_settled
+    from megamix.studies.swarm.propose.report import report
 
     options = job.steps.propose
     if options.target_tokens is None and job.target_tokens is not None:
@@ -210,7 +215,6 @@ def _target(job: Job) -> int:
 
 def _tell_cost(job: Job) -> None:
     """Says what will be run before anything is."""
-    from megamix.swarm.update import cost
 
     log, tokens, number = get_logger(), tokens_of(job.plan.config), job.num_members
     log.info("%d proxy runs of %s tokens, %s together", number, f"{tokens:,}", f"{number * tokens:,}")
@@ -233,3 +237,72 @@ def _read_mixtures(path: Path, domains: tuple[str, ...]) -> Floats:
     except (OSError, ValueError) as error:
         raise InputError(f"swarm.generate.existing_mix_file: cannot read {path}: {error}. Check the path.") from error
     return np.array([row for row in rows if abs(sum(row) - 1) < 1e-3], np.float64).reshape(-1, len(domains))
+
+
+def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> UpdatePlan:
+    """Works out the update in a YAML file.
+
+    Args:
+        path: keys of `UpdateConfig`.
+        data: a data set (its manifest or folder), or a file of priors with token counts.
+        domains: some of the data set's, in this order; None: all.
+
+    Raises:
+        InputError: either cannot be read, or they do not fit together or the old mixture (`plan_update`).
+    """
+    update = validate(UpdateConfig, read_yaml(path), str(path))
+    if data.is_dir() or data.name == "manifest.json":
+        tokens = {name: float(count) for name, count in priors_of(data, domains).token_counts.items()}
+    elif domains is not None:
+        raise InputError(f"domains are chosen from a data set, and {data} is none. Name its folder, or leave them out.")
+    else:
+        tokens = read_amounts(data).tokens
+        if not tokens:
+            raise InputError(f"{data} has no token_counts. Write it with `megamix swarm priors`, or name the data set.")
+    return plan_update(update, read_proposal(update.previous), tokens)
+
+
+def start_update(plan: UpdatePlan, out: Path) -> Path | None:
+    """Writes OUT/update.json, and OUT/mixture.json where nothing is to be found; its path then.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plan.save(out)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another directory.") from error
+    return propose_settled(out, plan)[1] if plan.settled else None
+
+
+def report(plan: UpdatePlan, tokens_per_run: float | None = None) -> Report:
+    """The domains to find weights for, what is frozen, and the cost."""
+    rows = [
+        (name, number(plan.prior[name]), plural(len(plan.inner), "domain") if name == EXISTING else "free")
+        for name in plan.virtual
+    ]
+    parts: list[str | Table] = [Table(("domain", "prior", "stands for"), rows, left=frozenset(["stands for"]))]
+    if plan.inner:
+        parts.append(Table((f"in {EXISTING}", "ratio"), [(name, number(ratio)) for name, ratio in plan.inner.items()]))
+    return Report([*parts, cost(plan, tokens_per_run)])
+
+
+def cost(plan: UpdatePlan, tokens_per_run: float | None = None, members: int | None = None) -> Table:
+    """Proxy runs and tokens of the update, and of finding all weights anew.
+
+    Args:
+        members: runs of the update, if not by `default_members`.
+    """
+    update = default_members(len(plan.virtual)) if members is None or plan.settled else members
+    full = default_members(len(plan.domains))
+
+    def row(what: str, domains: int, runs: int) -> tuple[str, ...]:
+        tokens = ABSENT if tokens_per_run is None else f"{runs * tokens_per_run:,.0f}"
+        return what, str(domains), str(runs), tokens, f"{runs / full:.0%}" if full else ABSENT
+
+    rows = [
+        row(f"this update (reuse: {plan.reuse})", len(plan.virtual), update),
+        row("full recomputation", len(plan.domains), full),
+    ]
+    return Table(("", "domains to weigh", "proxy runs", "tokens", "of the full cost"), rows)

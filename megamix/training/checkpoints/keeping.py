@@ -6,8 +6,8 @@
     step_N.removed      one that is being removed
 
 Only rank 0 of a run renames and removes. A run that is killed between two of the renames below leaves a folder in which
-`megamix.checkpoints.store.candidates` still finds each checkpoint that was there, and the next start, or the next
-checkpoint, clears away the rest (`mend`).
+`megamix.training.checkpoints.store.candidates` still finds each checkpoint that was there, and the next start, or the
+next checkpoint, clears away the rest (`mend`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import os
 import shutil
 from pathlib import Path
 
-from megamix.checkpoints.store import BEFORE, PARTIAL, candidates, steps_in
-from megamix.files import sync_folder
-from megamix.log import get_logger
+from megamix.core.files import sync_folder
+from megamix.core.log import get_logger
+from megamix.training.checkpoints.store import BEFORE, PARTIAL, candidates, steps_in
 
 REMOVED = ".removed"
 

@@ -12,15 +12,16 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix.checkpoints import store
-from megamix.checkpoints.keeping import mend
-from megamix.data.blend import Blend
-from megamix.domain_change import DomainChange, digest, find_change
-from megamix.errors import InputError, MegamixError, ResumeRefused
-from megamix.log import get_logger
-from megamix.mixers import Mixer
-from megamix.plan import DataPlan, Plan
-from megamix.run_config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
+from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.core.log import get_logger
+from megamix.data.blend.blend import Blend
+from megamix.data.tokens.manifest import digest
+from megamix.mixing.mixers import Mixer
+from megamix.training.checkpoints import store
+from megamix.training.checkpoints.keeping import mend
+from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
+from megamix.training.domain_change import DomainChange, find_change
+from megamix.training.plan import DataPlan, Plan
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -59,8 +60,8 @@ class Resumed:
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
         """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
 
-        Weights follow from those in effect by the rules of `megamix.domain_change`, or are the mixture's where that was
-        changed and accepted; then the constraints are applied.
+        Weights follow from those in effect by the rules of `megamix.training.domain_change`, or are the mixture's where
+        that was changed and accepted; then the constraints are applied.
         """
         blend = Blend.from_state_dict(self.state["sampler"]["blend"])
         changed = [part for part in ("mixture", "constraints", "data") if part in self.changed]

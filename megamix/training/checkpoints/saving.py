@@ -17,8 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamix.checkpoints.keeping import drop_old, give_name, mend
-from megamix.checkpoints.store import (
+from megamix.core.errors import MegamixError, Preempted, RankFailed, ResumeRefused
+from megamix.core.files import sync_folder
+from megamix.core.log import get_logger
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, OwnFormat, ParameterState
+from megamix.engines.models.pretrained import PretrainedWeights
+from megamix.training.checkpoints.keeping import drop_old, give_name, mend
+from megamix.training.checkpoints.store import (
     LAYERS,
     PARTIAL,
     PATIENCE_SECONDS,
@@ -33,13 +38,7 @@ from megamix.checkpoints.store import (
     write_json,
     write_listing,
 )
-from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState
-from megamix.engines.own_format import OwnFormat
-from megamix.errors import MegamixError, Preempted, RankFailed, ResumeRefused
-from megamix.files import sync_folder
-from megamix.log import get_logger
-from megamix.models.pretrained import PretrainedWeights
-from megamix.run_config import CheckpointConfig
+from megamix.training.config import CheckpointConfig
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 LEAVE_SECONDS = 30.0
@@ -312,10 +311,10 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
     """Sets the engine's weights and optimizer state; each rank reads the layers it holds.
 
     Layers are safetensors files. An own format is read by its engine; Megatron's holds pickled files, which it opens
-    only after their hashes were found right (`megamix.engines.megatron_checkpoint`).
+    only after their hashes were found right (`megamix.engines.megatron.checkpoint`).
 
     Args:
-        verified: whether all hashes were checked just now (`megamix.checkpoints.resume.agree_on_checkpoint`).
+        verified: whether all hashes were checked just now (`megamix.training.checkpoints.resume.agree_on_checkpoint`).
 
     Raises:
         ResumeRefused: a file is damaged, or only another engine can read it.
@@ -352,7 +351,7 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
 
 
 def format_of(engine: Engine) -> str:
-    """What the engine's checkpoints will hold, see `megamix.checkpoints.store.Listing`."""
+    """What the engine's checkpoints will hold, see `megamix.training.checkpoints.store.Listing`."""
     return engine.own_format if isinstance(engine, OwnFormat) and engine.saves_own_format else LAYERS
 
 

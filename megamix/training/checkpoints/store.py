@@ -11,8 +11,9 @@
 An engine that writes a format of its own has a folder of its name in the place of ``layers``, which it alone reads.
 
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
-(`megamix.checkpoints.saving`, `megamix.checkpoints.keeping`). Nothing but an engine's own format is pickled. Random
-numbers need no file: what is random in a step is seeded by the run's seed and the step (`megamix.train`).
+(`megamix.training.checkpoints.saving`, `megamix.training.checkpoints.keeping`). Nothing but an engine's own format is
+pickled. Random numbers need no file: what is random in a step is seeded by the run's seed and the step
+(`megamix.training.trainer`).
 
 Which checkpoint is the newest is read off its step: clocks and the times of files are not looked at.
 """
@@ -30,14 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix.errors import ResumeRefused
-from megamix.log import get_logger
+from megamix.core.errors import ResumeRefused
+from megamix.core.log import get_logger
 
 FORMAT = "megamix-checkpoint"
 VERSION = 2  # 1 had no SHA-256 of the list itself
 PARTIAL = ".partial"
 BEFORE = ".before"
-"""What a checkpoint is called while another takes its name (`megamix.checkpoints.keeping`)."""
+"""What a checkpoint is called while another takes its name (`megamix.training.checkpoints.keeping`)."""
 LAYERS = "layers"
 LISTING = "checkpoint.json"
 STATE = "state.json"

@@ -6,10 +6,8 @@ the ranks, watches them, and ends all of them when one dies.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamix.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, InputError, RankFailed
-from megamix.stopping import SIGNALS
+from megamix.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, InputError, RankFailed
+from megamix.core.processes import die_with_parent, free_port, num_cores
+from megamix.training.job.signals import SIGNALS
 
 # A rank that fails of itself closes its connections, so that the others fail too; they get this long to say their own
 # reason.
@@ -50,11 +49,6 @@ def job_world_size() -> int | None:
 def job_rank() -> int:
     """The rank of this process in its job; 0 outside of a job."""
     return int(os.environ.get("RANK", "0"))
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_host(nodes: str) -> str:
@@ -190,16 +184,3 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.kill()
     for process in processes:
         process.wait()
-
-
-def die_with_parent() -> None:
-    """Ranks must not outlive the process that watches them, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

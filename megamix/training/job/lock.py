@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megamix.errors import InputError
-from megamix.log import get_logger
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 
 NAME = "lock"
 LEASE_SECONDS = 150.0

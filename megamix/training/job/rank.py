@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from megamix.core.errors import Preempted
 from megamix.engines.config import EngineConfig
-from megamix.errors import Preempted
-from megamix.run_config import WatchdogConfig
-from megamix.run_lock import RunLock
-from megamix.watchdog import Watchdog
+from megamix.training.config import WatchdogConfig
+from megamix.training.job.lock import RunLock
+from megamix.training.job.watchdog import Watchdog
 
 
 def run_rank(engine: EngineConfig, work: Callable[[], None]) -> None:

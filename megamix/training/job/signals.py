@@ -1,34 +1,17 @@
 """Being asked to stop: the signals that Slurm, a terminal or an administrator sends, turned into a wish.
 
-A rank that is asked goes on working. Its wish travels with the sums of its next step (`megamix.exchange`), so that all
-ranks learn of it in the same step, stop at the same boundary and leave a checkpoint there.
+A rank that is asked goes on working. Its wish travels with the sums of its next step (`megamix.mixing.exchange`), so
+that all ranks learn of it in the same step, stop at the same boundary and leave a checkpoint there.
 """
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """USR1: Slurm's warning before a time limit or a preemption (``--signal``); TERM: ``scancel``; INT: Ctrl-C."""
 
 _received: list[signal.Signals] = []
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What ranks would like to happen at a step boundary soon.
-
-    Attributes:
-        stop: end the run there, with a checkpoint.
-        save: write a checkpoint there.
-    """
-
-    stop: bool = False
-    save: bool = False
-
-
-NO_WISHES = Wishes()
 
 
 def heed_signals() -> None:

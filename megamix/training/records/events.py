@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from megamix.errors import MegamixError
-from megamix.log import get_logger
-from megamix.records.append_file import AppendFile
+from megamix.core.errors import MegamixError
+from megamix.core.files import AppendFile
+from megamix.core.log import get_logger
 
 EVENTS = "events.jsonl"
 Event = Literal["started", "resumed", "skipped", "preempted", "failed", "ended"]

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.data.blend import Blend, Sampling, Segment
-from megamix.errors import InputError
-from megamix.files import read_json_lines
+from megamix.core.errors import InputError
+from megamix.core.files import read_json_lines
+from megamix.data.blend.blend import Blend, Sampling, Segment
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

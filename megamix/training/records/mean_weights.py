@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megamix.errors import InputError, did_you_mean
-from megamix.records.ledger import Ledger
-from megamix.records.recorded_run import RecordedRun
+from megamix.core.errors import InputError, did_you_mean
+from megamix.training.records.ledger import Ledger
+from megamix.training.records.recorded_run import RecordedRun
 
 WHICH = ("mean", "final", "initial", "realised")
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix.config import read_yaml, validate
-from megamix.data.manifest import Manifest
-from megamix.errors import InputError
-from megamix.files import read_json_lines
-from megamix.mixers import without_code
-from megamix.records.ledger import Ledger
-from megamix.run_config import RunConfig
+from megamix.core.config import read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.core.files import read_json_lines
+from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.mixers import without_code
+from megamix.training.config import RunConfig
+from megamix.training.records.ledger import Ledger
 
 CONFIG = "config.resolved.yaml"
 METRICS = "metrics.jsonl"

@@ -4,8 +4,8 @@
 
 - ``train``, every ``log.every`` steps: ``step`` (steps taken), ``tokens`` (trained on so far), ``loss`` (mean nats per
   token over the interval), ``domain_loss`` and ``domain_tokens`` by domain (null and 0 where absent), ``lr``,
-  ``grad_norm``, ``tokens_per_second``, and where the time of rank 0 went (`megamix.step_time`, means per step):
-  ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
+  ``grad_norm``, ``tokens_per_second``, and where the time of rank 0 went (`megamix.training.step_clock`, means per
+  step): ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
   ``mixing_seconds``;
 - ``evaluate``: ``step``, ``tokens``, ``domain_loss``, ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by
   natural share), ``worst_domain``.
@@ -16,12 +16,12 @@ statistics were used, ``timestamp``, ``effective_step`` and ``position`` it take
 from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
 mixer shows of itself. After a resume that changed domains, mixture or constraints there are lines with ``change``,
 which says what changed; they take the place of all lines before them that begin at their position or later
-(`megamix.records.ledger`).
+(`megamix.training.records.ledger`).
 
-``events.jsonl`` says when the run was started, resumed, stopped (`megamix.records.events`).
+``events.jsonl`` says when the run was started, resumed, stopped (`megamix.training.records.events`).
 
-``statistics/`` holds the sums of every step (`megamix.records.step_statistics`), ``shadow/NAME.jsonl`` the lines that
-``weights.jsonl`` would have, had that mixer been the run's (`megamix.shadow`).
+``statistics/`` holds the sums of every step (`megamix.training.records.step_statistics`), ``shadow/NAME.jsonl`` the
+lines that ``weights.jsonl`` would have, had that mixer been the run's (`megamix.mixing.shadow`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ from typing import Any
 
 import numpy as np
 
-from megamix.data.blend import Segment
+from megamix.core.files import AppendFile, read_json_lines, replace_file, write_failed
+from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
-from megamix.exchange import MixReport, ShadowChange, statistics_record
-from megamix.files import read_json_lines, replace_file
-from megamix.mixers import DomainStats
-from megamix.records.append_file import AppendFile, write_failed
-from megamix.records.events import Event, EventLog
-from megamix.records.recorded_run import METRICS, WEIGHTS
-from megamix.records.sinks import Sink
-from megamix.records.step_statistics import StatisticsWriter
-from megamix.step_time import StepTimes
+from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
+from megamix.mixing.mixers import DomainStats
+from megamix.training.records.events import Event, EventLog
+from megamix.training.records.recorded_run import METRICS, WEIGHTS
+from megamix.training.records.sinks import Sink
+from megamix.training.records.step_statistics import StatisticsWriter
+from megamix.training.step_clock import StepTimes
 
 SHADOWS = "shadow"
 
@@ -71,7 +70,7 @@ class RunRecord:
         self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
 
     def note(self, event: Event, step: int, text: str = "") -> None:
-        """Something that happened to the run (`megamix.records.events`)."""
+        """Something that happened to the run (`megamix.training.records.events`)."""
         self._events.note(event, step, text)
 
     def announce(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megamix.errors import InputError
-from megamix.run_config import RunConfig
+from megamix.core.errors import InputError
+from megamix.training.config import RunConfig
 
 
 class Sink(Protocol):

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.mixers import DomainStats
-from megamix.records.append_file import AppendFile, write_failed
+from megamix.core.errors import InputError
+from megamix.core.files import AppendFile, replace_file, write_failed
+from megamix.mixing.mixers import DomainStats
 
 FOLDER = "statistics"
 _KINDS = {"nats": "<f8", "tokens": "<i8", "excess_nats": "<f8"}

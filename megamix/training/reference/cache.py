@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.data.blend import Blend
-from megamix.data.reference import DTYPE, CachedDomain, CacheKey, ReferenceLosses, Selection, read_progress
-from megamix.domain_change import digest
-from megamix.mixers import DoremiConfig, StaticConfig
-from megamix.plan import DataPlan
-from megamix.tables import Report, Table, gib
+from megamix.core.text import Report, Table, gib
+from megamix.data.blend.blend import Blend
+from megamix.data.reference_losses import DTYPE, CachedDomain, CacheKey, ReferenceLosses, Selection, read_progress
+from megamix.data.tokens.manifest import digest
+from megamix.mixing.mixers import DoremiConfig, StaticConfig
+from megamix.training.plan import DataPlan
 
 Ints = NDArray[np.int64]
 

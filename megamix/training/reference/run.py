@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.checkpoints import store
-from megamix.checkpoints.store import LISTING, describe
-from megamix.config import load_config
-from megamix.data.reference import (
+from megamix.core.config import load_config
+from megamix.core.errors import EXIT_OK, InputError, Preempted
+from megamix.core.log import get_logger
+from megamix.data.reference_losses import (
     CacheInfo,
     ReferenceWriter,
     Selection,
@@ -27,19 +27,19 @@ from megamix.data.reference import (
     open_progress,
     save_progress,
 )
-from megamix.errors import EXIT_OK, InputError, Preempted
-from megamix.launch import job_rank, job_world_size, run_local
-from megamix.log import get_logger
-from megamix.plan import Plan, make_plan
-from megamix.rank import run_rank, watched
-from megamix.reference_cache import cache_key, samples_read, whole_domains
-from megamix.run_config import RunConfig
-from megamix.stopping import asked_to_stop, heed_signals
+from megamix.training.checkpoints import store
+from megamix.training.checkpoints.store import LISTING, describe
+from megamix.training.config import RunConfig
+from megamix.training.job.local_ranks import job_rank, job_world_size, run_local
+from megamix.training.job.rank import run_rank, watched
+from megamix.training.job.signals import asked_to_stop, heed_signals
+from megamix.training.plan import Plan, make_plan
+from megamix.training.reference.cache import cache_key, samples_read, whole_domains
 
 if TYPE_CHECKING:
     from megamix.data.loader import Batch
     from megamix.engines.base import Engine
-    from megamix.watchdog import Watchdog
+    from megamix.training.job.watchdog import Watchdog
 
 Ints = NDArray[np.int64]
 SAVE_EVERY = 2**20  # tokens
@@ -184,8 +184,8 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
     """
     import torch.distributed as dist
 
-    from megamix.checkpoints.saving import load_engine
     from megamix.engines.choose import make_engine
+    from megamix.training.checkpoints.saving import load_engine
 
     config = job.plan.config
     with watched(config.watchdog, out) as watchdog:

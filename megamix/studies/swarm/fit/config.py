@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megamix.config import Config
-from megamix.swarm.tables import Missing
+from megamix.core.config import Config
+from megamix.studies.swarm.fit.tables import Missing
 
 Regression = Literal["log_linear", "lightgbm", "gp"]
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.log import get_logger
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.huber import Problems, solve
-from megamix.swarm.law import LogLinearLaw, fit_log_linear, fit_weighted, log_floor, predict
-from megamix.swarm.quality import GOOD_RANKS, Quality, family_quality, fold_of_runs, quality
-from megamix.swarm.regressors import Model, fit_processes, fit_trees
-from megamix.swarm.selection import check_enough, read_selected, split
-from megamix.swarm.tables import SwarmTable, listed
-from megamix.tables import Report, Table, number, plural
+from megamix.core.log import get_logger
+from megamix.core.text import Report, Table, number, plural
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.huber import Problems, solve
+from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear, fit_weighted, log_floor, predict
+from megamix.studies.swarm.fit.quality import GOOD_RANKS, Quality, family_quality, fold_of_runs, quality
+from megamix.studies.swarm.fit.regressors import Model, fit_processes, fit_trees
+from megamix.studies.swarm.fit.selection import check_enough, read_selected, split
+from megamix.studies.swarm.fit.tables import SwarmTable, listed
 
 Array = NDArray[np.float64]
 RIDGES = (0.0, 0.01, 0.1, 1.0, 10.0)
@@ -30,7 +30,7 @@ def fit(ratios: Path, metrics: Path, out: Path, config: FitConfig) -> Fitted:
     Raises:
         InputError: see `learn`.
     """
-    from megamix.swarm.fit_plots import plot_fit
+    from megamix.studies.swarm.fit.plots import plot_fit
 
     fitted = learn(ratios, metrics, config)
     fitted.save(out)

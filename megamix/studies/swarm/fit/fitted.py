@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.swarm.fit_config import Regression
-from megamix.swarm.law import LogLinearLaw, predict
-from megamix.swarm.quality import Quality
-from megamix.swarm.regressors import Model, load_model
-from megamix.swarm.tables import SwarmTable
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.studies.swarm.fit.config import Regression
+from megamix.studies.swarm.fit.law import LogLinearLaw, predict
+from megamix.studies.swarm.fit.quality import Quality
+from megamix.studies.swarm.fit.regressors import Model, load_model
+from megamix.studies.swarm.fit.tables import SwarmTable
 
 Array = NDArray[np.float64]
 FORMAT = "megamix swarm fit"

@@ -2,7 +2,7 @@
 
 x is a mixture of K domains, j a metric of which lower is better. exp(c_j) >= 0 is a floor that no mixture goes below; a
 negative A_jk says that more of domain k lowers metric j. Given the floor e, log(y - e) = A . x is linear, so
-that a guess of the floor gives a guess of A; the guesses are then refined together (`megamix.swarm.huber`).
+that a guess of the floor gives a guess of A; the guesses are then refined together (`megamix.studies.swarm.fit.huber`).
 
 Source: Olmix, Chen et al., arXiv 2602.12237; the Huber loss with delta 0.02 is theirs.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.swarm.huber import Problems, Solution, solve
-from megamix.swarm.tables import SwarmTable
+from megamix.studies.swarm.fit.huber import Problems, Solution, solve
+from megamix.studies.swarm.fit.tables import SwarmTable
 
 Array = NDArray[np.float64]
 _LARGEST_EXPONENT = 700.0

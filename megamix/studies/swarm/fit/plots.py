@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megamix.plots.drawing import STYLE, look, plain, save_figure
-from megamix.swarm.fitted import Fitted
-from megamix.tables import number
+from megamix.analysis.plots.drawing import STYLE, look, plain, save_figure
+from megamix.core.text import number
+from megamix.studies.swarm.fit.fitted import Fitted
 
 Array = NDArray[np.float64]
 _COLUMNS, _ROWS = 3, 3

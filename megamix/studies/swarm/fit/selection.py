@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.errors import InputError, did_you_mean
-from megamix.log import get_logger
-from megamix.swarm.fit_config import FitConfig
-from megamix.swarm.quality import family_means
-from megamix.swarm.tables import SUM_TOLERANCE, SwarmTable, listed, read_table
-from megamix.tables import plural
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.log import get_logger
+from megamix.core.text import plural
+from megamix.studies.swarm.fit.config import FitConfig
+from megamix.studies.swarm.fit.quality import family_means
+from megamix.studies.swarm.fit.tables import SUM_TOLERANCE, SwarmTable, listed, read_table
 
 Families = dict[str, tuple[str, ...]]
 _FEWEST_RUNS = 5

@@ -20,10 +20,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.log import get_logger
-from megamix.tables import plural
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.core.log import get_logger
+from megamix.core.text import plural
 
 Array = NDArray[np.float64]
 Missing = Literal["refuse", "drop"]

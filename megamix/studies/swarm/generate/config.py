@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megamix.config import Config
+from megamix.core.config import Config
 
 Strength = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]

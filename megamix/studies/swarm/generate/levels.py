@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError
-from megamix.mixers import project_to_capped_simplex
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import project_to_capped_simplex
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -12,9 +12,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError, did_you_mean
-from megamix.swarm.generate_config import GenerateConfig
-from megamix.swarm.sampler import SLACK, Bools, Floats, Level, distance, flattened, largest_total, strength_of
+from megamix.core.errors import InputError, did_you_mean
+from megamix.studies.swarm.generate.config import GenerateConfig
+from megamix.studies.swarm.generate.levels import (
+    SLACK,
+    Bools,
+    Floats,
+    Level,
+    distance,
+    flattened,
+    largest_total,
+    strength_of,
+)
 
 ATTEMPTS = 200
 """Draws for a member, until one is away from all others, before this is given up."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.interop.megatron import read_json
-from megamix.interop.weights import SWARM_MIXTURE, read_swarm_weights
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.mixing.megatron_blend import read_json
+from megamix.mixing.weight_files import SWARM_MIXTURE, read_swarm_weights
 
 FORMAT = "megamix swarm mixture"
 VERSION = 1

@@ -2,8 +2,9 @@
 
     minimise  sum_j v_j f_j(x) + kl * KL(x || prior)     over  sum x = 1, 0 <= x_k <= cap_k
 
-For the log-linear law this is convex and solved exactly (`megamix.swarm.solve`); for trees and Gaussian processes, and
-for the worst mixture, the answer is the best that a search found (`megamix.swarm.search`), and says so.
+For the log-linear law this is convex and solved exactly (`megamix.studies.swarm.propose.solve`); for trees and Gaussian
+processes, and for the worst mixture, the answer is the best that a search found
+(`megamix.studies.swarm.propose.search`), and says so.
 
 Source: Olmix, Chen et al., arXiv 2602.12237, section 3.
 
@@ -19,14 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.config import read_yaml, validate
-from megamix.errors import InputError
-from megamix.swarm.confidence import confidence
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.proposal_file import Proposal, history_entry, write_proposal
-from megamix.swarm.proposal_report import draw
-from megamix.swarm.propose_config import OPTIONS_FILE, ProposeConfig
-from megamix.swarm.question import (
+from megamix.core.config import read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.propose.confidence import confidence
+from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
+from megamix.studies.swarm.propose.proposal import Proposal, history_entry, write_proposal
+from megamix.studies.swarm.propose.question import (
     Caps,
     Prior,
     Question,
@@ -36,9 +36,10 @@ from megamix.swarm.question import (
     objective_weights,
     read_objective,
 )
-from megamix.swarm.reuse import UpdatePlan
-from megamix.swarm.search import search, search_worst
-from megamix.swarm.solve import divergence, solve
+from megamix.studies.swarm.propose.report import draw
+from megamix.studies.swarm.propose.search import search, search_worst
+from megamix.studies.swarm.propose.solve import divergence, solve
+from megamix.studies.swarm.propose.update import UpdatePlan
 
 Floats = NDArray[np.float64]
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.config import parse_yaml
-from megamix.errors import InputError, did_you_mean
-from megamix.swarm.fitted import Fitted
-from megamix.swarm.priors import FILE as PRIORS_FILE
-from megamix.swarm.propose_config import ProposeConfig
-from megamix.swarm.reuse import EXISTING, UPDATE_FILE, UpdatePlan
-from megamix.swarm.solve import Problem, solve
+from megamix.core.config import parse_yaml
+from megamix.core.errors import InputError, did_you_mean
+from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.priors import FILE as PRIORS_FILE
+from megamix.studies.swarm.propose.config import ProposeConfig
+from megamix.studies.swarm.propose.solve import Problem, solve
+from megamix.studies.swarm.propose.update import EXISTING, UPDATE_FILE, UpdatePlan
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]

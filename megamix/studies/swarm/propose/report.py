@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megamix.errors import InputError, did_you_mean
-from megamix.swarm.proposal_file import Proposal
-from megamix.swarm.quality import GOOD_RANKS
-from megamix.swarm.reuse import EXISTING
-from megamix.tables import ABSENT, Report, Table, number, plural
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.text import ABSENT, Report, Table, number, plural
+from megamix.studies.swarm.fit.quality import GOOD_RANKS
+from megamix.studies.swarm.propose.proposal import Proposal
+from megamix.studies.swarm.propose.update import EXISTING
 
 PLOT = "mixture.png"
 REMOTE = 0.1
@@ -232,7 +232,7 @@ def draw(proposal: Proposal, folder: Path) -> Path:
     """Writes mixture.png: prior, proposal with its interval, and caps, by domain."""
     import matplotlib
 
-    from megamix.plots.drawing import STYLE, save_figure
+    from megamix.analysis.plots.drawing import STYLE, save_figure
 
     with matplotlib.rc_context(STYLE):
         return save_figure(_figure(proposal), folder / PLOT)
@@ -241,7 +241,7 @@ def draw(proposal: Proposal, folder: Path) -> Path:
 def _figure(proposal: Proposal) -> Any:
     from matplotlib.figure import Figure
 
-    from megamix.plots.drawing import look, note, plain
+    from megamix.analysis.plots.drawing import look, note, plain
 
     details = proposal.details
     found, shares = details.get("virtual", proposal.weights), details["prior"]["shares"]

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.mixers import project_to_capped_simplex
-from megamix.swarm.solve import Problem
+from megamix.mixing.mixers import project_to_capped_simplex
+from megamix.studies.swarm.propose.solve import Problem
 
 Floats = NDArray[np.float64]
 STARTS = 64

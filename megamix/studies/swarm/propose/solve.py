@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import MegamixError
+from megamix.core.errors import MegamixError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

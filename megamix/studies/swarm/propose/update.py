@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import InputError, did_you_mean
-from megamix.files import replace_file
-from megamix.interop.megatron import read_json
-from megamix.swarm.proposal_file import Proposal
-from megamix.swarm.update_config import UpdateConfig
+from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import replace_file
+from megamix.mixing.megatron_blend import read_json
+from megamix.studies.swarm.propose.config import UpdateConfig
+from megamix.studies.swarm.propose.proposal import Proposal
 
 Floats = NDArray[np.float64]
 EXISTING = "existing"

@@ -1,4 +1,4 @@
-"""The tables of a swarm (`megamix.swarm.tables`): what each run was trained on, and what came of it.
+"""The tables of a swarm (`megamix.studies.swarm.fit.tables`): what each run was trained on, and what came of it.
 
     run,name,index,web,code      run,name,index,loss:web,loss:code
     0000,0000,0,0.7,0.3          0000,0000,0,3.1,2.2
@@ -17,39 +17,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pydantic
 
-from megamix.config import Config, read_yaml, validate
-from megamix.errors import InputError
-from megamix.interop.average import run_weights
-from megamix.log import get_logger
-from megamix.records.recorded_run import RecordedRun
-from megamix.swarm.members import FOLDER, Member, members_of
-from megamix.swarm.reuse import UpdatePlan
-from megamix.swarm.tables import write_metrics, write_ratios
+from megamix.core.config import read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.studies.swarm.config import MetricsConfig
+from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
+from megamix.studies.swarm.propose.update import UpdatePlan
+from megamix.studies.swarm.run.members import FOLDER, Member, members_of
+from megamix.training.records.mean_weights import run_weights
+from megamix.training.records.recorded_run import RecordedRun
 
 RATIOS = "ratios.csv"
 METRICS = "metrics.csv"
 CONFIG = "swarm.yaml"
 """The resolved job of a swarm, in its directory."""
-
-
-class MetricsConfig(Config):
-    """What is collected of every run."""
-
-    validation: bool = True
-    """loss:DOMAIN, the validation loss of each domain at the end, in nats per token."""
-    mean: bool = False
-    """Also loss, the mean of these over the domains."""
-    file: str | None = None
-    """A file of results in every run's directory, of any evaluation of yours: JSON {metric: number}, or CSV with the
-    columns metric and value."""
-
-    @pydantic.model_validator(mode="after")
-    def _something(self) -> MetricsConfig:
-        if not (self.validation or self.mean or self.file):
-            raise ValueError("no metric is collected. Set validation or mean to true, or name a file.")
-        return self
 
 
 def place_of_tables(folder: Path) -> Path:

@@ -23,16 +23,16 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megamix.core.errors import EXIT_OK, EXIT_PREEMPTED, RankFailed
+from megamix.core.log import get_logger
+from megamix.core.processes import die_with_parent, free_port, num_cores
+from megamix.core.text import plural
 from megamix.engines.config import MegatronConfig
-from megamix.errors import EXIT_OK, EXIT_PREEMPTED, RankFailed
-from megamix.launch import die_with_parent, free_port, num_cores
-from megamix.log import get_logger
-from megamix.stopping import SIGNALS
-from megamix.swarm.members import Member
-from megamix.tables import plural
+from megamix.studies.swarm.run.members import Member
+from megamix.training.job.signals import SIGNALS
 
 LOGS = "logs"
-IMPORTED = ("megamix.cli", "megamix.run", "megamix.train")
+IMPORTED = ("megamix.cli", "megamix.training.run", "megamix.training.trainer")
 """And the engine's module, before members are forked."""
 
 

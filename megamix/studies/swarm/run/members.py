@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from megamix.checkpoints import store
-from megamix.config import load_config, merge, validate
-from megamix.errors import InputError
-from megamix.files import replace_file
-from megamix.run_config import RunConfig
-from megamix.swarm.sampler import Floats
+from megamix.core.config import load_config, merge, validate
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.studies.swarm.generate.levels import Floats
+from megamix.training.checkpoints import store
+from megamix.training.config import RunConfig
 
 FOLDER = "members"
 RUNS = "runs"

@@ -3,6 +3,6 @@
 rank.py is one rank's part, judge.py who is well and why the job ends, heartbeat.py what they say to each other.
 """
 
-from megamix.watchdog.rank import Watchdog
+from megamix.training.job.watchdog.rank import Watchdog
 
 __all__ = ["Watchdog"]

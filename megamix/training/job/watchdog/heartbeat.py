@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megamix.errors import MegamixError
+from megamix.core.errors import MegamixError
 
 JOIN_SECONDS = 30.0
 

@@ -16,9 +16,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megamix.errors import EXIT_FAILED
-from megamix.run_config import WatchdogConfig
-from megamix.watchdog.heartbeat import Connection, Invitation, drain, wait_for
+from megamix.core.errors import EXIT_FAILED
+from megamix.training.config import WatchdogConfig
+from megamix.training.job.watchdog.heartbeat import Connection, Invitation, drain, wait_for
 
 # Whoever loses its connection to a failing rank fails too; the cause gets this long to be heard.
 UNSURE_SECONDS = 2.0

@@ -1,8 +1,9 @@
 """One rank's part of the watchdog.
 
 torchrun and srun start ranks on many nodes, and none of them sees a rank die on another: its peers would wait in a
-collective until that times out. Here one thread per rank keeps a connection to rank 0 (`megamix.watchdog.judge`), apart
-from process groups and devices, so that a step has nothing to do with it:
+collective until that times out. Here one thread per rank keeps a connection to rank 0
+(`megamix.training.job.watchdog.judge`), apart from process groups and devices, so that a step has nothing to do with
+it:
 
 - a process that ends closes its connection, so that the kernel says at once that a rank is gone;
 - a rank that is stopped, or whose node is gone, is silent: no heartbeat for ``watchdog.silence_seconds``;
@@ -28,11 +29,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from megamix.errors import EXIT_FAILED, MegamixError, Preempted
-from megamix.launch import REPORTS, report_failure
-from megamix.run_config import WatchdogConfig
-from megamix.watchdog.heartbeat import invite, join
-from megamix.watchdog.judge import UNSURE_SECONDS, Hub, Member, State, Verdict
+from megamix.core.errors import EXIT_FAILED, MegamixError, Preempted
+from megamix.training.config import WatchdogConfig
+from megamix.training.job.local_ranks import REPORTS, report_failure
+from megamix.training.job.watchdog.heartbeat import invite, join
+from megamix.training.job.watchdog.judge import UNSURE_SECONDS, Hub, Member, State, Verdict
 
 # How long a failing rank waits to be told whether it is the cause.
 ANSWER_SECONDS = UNSURE_SECONDS + 3.0

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.errors import MegamixError
-from megamix.swarm.question import Question
+from megamix.core.errors import MegamixError
+from megamix.studies.swarm.propose.question import Question
 
 Floats = NDArray[np.float64]
 LEVEL = (5.0, 95.0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megamix.adapters.host import refuse_unlike
-from megamix.errors import InputError
-from megamix.plan import DataPlan
+from megamix.core.errors import InputError
+from megamix.interop.trainers.host import refuse_unlike
+from megamix.training.plan import DataPlan
 
 HOST = "Megatron-LM"
 

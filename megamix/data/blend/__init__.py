@@ -1,0 +1,1 @@
+"""Which sample of which domain stands at which position: the blend as a function of position and weights."""

@@ -1,0 +1,1 @@
+"""Token files: Megatron's .bin/.idx format, the manifest of a data set, and tokenizers."""

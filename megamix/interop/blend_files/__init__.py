@@ -1,0 +1,1 @@
+"""``megamix blend``: token files and blends of Megatron and DoReMi, adopted and exported."""

@@ -1,0 +1,1 @@
+"""Several runs that find a mixture: DoReMi, swarms; here or on Slurm."""

@@ -1,0 +1,1 @@
+"""``megamix doremi``: reference run, its losses, proxy runs, weights and the target run."""

@@ -1,0 +1,1 @@
+"""The law of a swarm: tables of mixtures and metrics in, a cross-validated fit out."""

@@ -1,0 +1,1 @@
+"""The mixtures of a swarm's members."""

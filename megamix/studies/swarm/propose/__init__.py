@@ -1,0 +1,1 @@
+"""The mixture that a fitted law proposes, and updates of an earlier one."""

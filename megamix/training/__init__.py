@@ -1,0 +1,1 @@
+"""One run, start to end: config, plan, trainer, data loop, guard, evaluation, checkpoints, records, job."""

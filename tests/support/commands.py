@@ -1,0 +1,43 @@
+"""``megamix`` as a user would run it, and the environment of every process that a test starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from forked import run_processes
+
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
+"""Scripts that tests start as processes of their own, and what several tests share."""
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    "HF_HUB_OFFLINE": "1",
+    # Two ranks on two cores: more threads than that only get in each other's way.
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "0",
+}
+RUN_SECONDS = 300
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def run_megamix(
+    *arguments: object, code: int = 0, fork: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``megamix ARGUMENTS`` in a process of its own; fails the test if the exit code is not the expected one.
+
+    It is forked from one that has imported everything, if ``fork`` is left at that (see `forked`).
+    """
+    (done,) = run_processes(
+        ["-m", "megamix", *arguments],
+        [{**ENVIRONMENT, **environment}],
+        cwd=ROOT,
+        seconds=RUN_SECONDS,
+        fork=fork,
+        separate=True,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
