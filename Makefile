@@ -3,10 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # The build of PyTorch; pip options may follow it, for example to choose the CPU build.
 TORCH ?= torch==2.13.0
+# The triton that the CUDA builds of this PyTorch ask for: one lock serves machines with and without GPUs.
+TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check env clean
+.PHONY: demo test check env lock newest clean
 
 demo: $(READY)
 	$(BIN)/megamix corpus data/text
@@ -29,11 +31,27 @@ check: $(READY)
 env: $(READY)
 
 # torch first and by itself: with the other packages, pip would pick a torch of its own choice.
-$(READY): setup.py
+$(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# The newest versions that setup.py allows, written down: what every environment above consists of. PyTorch is not
+# among them, because its builds differ from machine to machine; nor are hashes, which pip refuses in constraints.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet $(TORCH) "$(TRITON)"
+	echo "$(TRITON)" >$(VENV)-lock/constraints.txt
+	$(VENV)-lock/bin/python -m pip install --quiet --constraint $(VENV)-lock/constraints.txt --editable ".[dev]"
+	$(VENV)-lock/bin/python -m pip freeze --quiet --exclude-editable | grep -vE '^(torch|nvidia-.*|cuda-.*)==' >constraints.txt
+	rm -rf $(VENV)-lock
+
+# A part of the tests against the newest of everything; prints what is newer than the lock and how they went, and
+# never fails.
+newest: $(READY)
+	PYTHON=$(BIN)/python .ci/newest
+
 clean:
-	rm -rf $(VENV) data runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest data runs build *.egg-info

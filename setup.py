@@ -41,6 +41,7 @@ EXTRAS = {
         "import-linter",
         "lightgbm>=4.6",
         "megatron-core>=0.16.1",
+        "packaging",
         "pyarrow",
         "pyright",
         "pytest",

@@ -13,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import megamix
 
@@ -131,7 +133,7 @@ def test_the_wheel_holds_packages_configs_and_job_scripts_and_nothing_else(wheel
         "kernels/megamix_kernels/": ("megamix_kernels/", ""),
         "configs/": ("megamix/configs/", ".yaml"),
         "slurm/": ("megamix/slurm/", (".sbatch", ".sh")),
-        "megamix/": ("megamix/", ""),
+        "megamix/": ("megamix/", (".py", ".css", ".js")),
     }
     expected = {
         new + name.removeprefix(old)
@@ -141,7 +143,7 @@ def test_the_wheel_holds_packages_configs_and_job_scripts_and_nothing_else(wheel
     }
     assert {"megamix/cli.py", "megamix/configs/demo.yaml", "megamix/configs/models/neox-2m.yaml"} < expected
     assert "megamix/slurm/train.sbatch" in expected
-    assert {"megamix_kernels/__init__.py", "megamix/data/corpus/build.py"} < expected
+    assert {"megamix_kernels/__init__.py", "megamix/prepare/corpus/build.py"} < expected
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"megamix-{megamix.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == expected
@@ -180,6 +182,21 @@ def test_everything_imported_is_required(wheel: Path, clone: Path) -> None:
     assert {name for name in used if required[name] == {"dev"}} == set()
     assert {name for name in imported(clone / "tests") if not required.get(name, set()) & {"", "dev"}} == set()
     assert {extra for extras in required.values() for extra in extras} >= {"", "dev", "cuda", "megatron"}
+
+
+def test_the_lock_has_every_requirement_in_a_version_that_setup_py_allows(wheel: Path, clone: Path) -> None:
+    """All but PyTorch, whose build differs from machine to machine; and no package twice."""
+    lines = zipfile.ZipFile(wheel).read(f"megamix-{megamix.__version__}.dist-info/METADATA").decode().splitlines()
+    wanted = [Requirement(line.partition(":")[2]) for line in lines if line.startswith("Requires-Dist:")]
+    locked = [Requirement(line) for line in (clone / "constraints.txt").read_text().splitlines()]
+    versions = {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in locked}
+    assert len(versions) == len(locked)
+    environments = ({"extra": ""}, {"extra": "dev"})
+    needed = [each for each in wanted if each.marker is None or any(map(each.marker.evaluate, environments))]
+    assert len(needed) > 20
+    for each in needed:
+        if each.name != "torch":
+            assert each.specifier.contains(versions[canonicalize_name(each.name)]), each
 
 
 def test_the_console_script(wheel: Path, site: Path, tmp_path: Path) -> None:
