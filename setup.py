@@ -37,6 +37,7 @@ EXTRAS = {
         "accelerate",
         "codespell",
         "cvxpy>=1.9",
+        "grimp",
         "hypothesis",
         "import-linter",
         "lightgbm>=4.6",

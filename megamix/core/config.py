@@ -111,18 +111,17 @@ class _Loader(yaml.SafeLoader):
         node.value = [*merged.values(), *own]
 
 
-def _mappings_to_merge(node: yaml.Node, source: yaml.Node) -> list[yaml.MappingNode]:
+def _mappings_to_merge(node: yaml.Node, source: yaml.Node) -> Iterator[yaml.MappingNode]:
     """The mappings that the value of a ``<<`` key names."""
-    found = source.value if isinstance(source, yaml.SequenceNode) else [source]
-    for each in found:
+    for each in source.value if isinstance(source, yaml.SequenceNode) else [source]:
         if not isinstance(each, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(
                 "while constructing a mapping",
                 node.start_mark,
-                f"expected a mapping or a list of mappings after <<, but found a {each.id}",
+                f"expected a mapping or a list of mappings after <<, but found {each.value!r}",
                 each.start_mark,
             )
-    return found
+        yield each
 
 
 _Loader.yaml_implicit_resolvers = {}

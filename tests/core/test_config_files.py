@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT
 from small_config import SMALL, small
 
 from megamix.core.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
@@ -67,14 +72,57 @@ def test_yes_and_no_for_a_truth_value() -> None:
     assert small("log.tensorboard=no").log.tensorboard is False
 
 
-def test_anchors_and_merge_keys() -> None:
-    """``<<`` merges (twice nested, with an own value over it) and is not taken for a key given twice."""
-    text = "a: {b: &x {<<: &y {p: 1, q: 2}, p: 3}}\nc: {<<: *x, q: 4}\nd: {<<: [*y, *x]}"
-    assert parse_yaml(text, "t") == {
+MERGES = {
+    # A merged mapping merges another; its own value stands over that.
+    "a: {b: &x {<<: &y {p: 1, q: 2}, p: 3}}\nc: {<<: *x, q: 4}\nd: {<<: [*y, *x]}": {
         "a": {"b": {"p": 3, "q": 2}},
         "c": {"p": 3, "q": 4},
         "d": {"p": 1, "q": 2},
-    }
+    },
+    # The earlier of several wins, wherever << stands; what was merged once can be merged again.
+    "a: &a {p: 1}\nb: &b {p: 2, q: 2}\nc: &c {q: 3, <<: [*a, *b]}\nd: {<<: *c, p: 4}\ne: {<<: [*c, *b]}": {
+        "a": {"p": 1},
+        "b": {"p": 2, "q": 2},
+        "c": {"p": 1, "q": 3},
+        "d": {"p": 4, "q": 3},
+        "e": {"p": 1, "q": 3},
+    },
+    # A mapping is not merged into one below it.
+    "a: &a {p: {r: 1, s: 2}}\nb: {<<: *a, p: {r: 3}}": {"a": {"p": {"r": 1, "s": 2}}, "b": {"p": {"r": 3}}},
+    "a: {<<: [], p: 1}\nb: {<<: {}}": {"a": {"p": 1}, "b": {}},
+}
+
+
+@pytest.mark.parametrize("text", MERGES)
+def test_anchors_and_merge_keys(text: str) -> None:
+    """``<<`` merges by the rule of yaml.org/type/merge, and is not taken for a key given twice."""
+    assert parse_yaml(text, "t") == MERGES[text]
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["6.0.1", "6.0.2", "6.0.3", "6.0.4"])
+def test_merges_are_the_same_with_every_pyyaml(version: str, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*install, f"pyyaml=={version}"], check=True)
+    code = (
+        "import json, sys, yaml\nfrom megamix.core.config import parse_yaml\n"
+        f"assert yaml.__version__ == {version!r}\n"
+        "print(json.dumps([parse_yaml(text, 't') for text in json.loads(sys.argv[1])]))"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(list(MERGES))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == list(MERGES.values())
+
+
+def test_a_mapping_that_merges_itself_comes_to_an_end() -> None:
+    assert parse_yaml("a: &a {p: 1, <<: *a}", "t") == {"a": {"p": 1}}
 
 
 @pytest.mark.parametrize(
