@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
+from megamix.core import locks
 from megamix.core.errors import InputError
-from megamix.core.log import get_logger
 from megamix.prepare.shards import Shard
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
@@ -31,23 +30,15 @@ def writing_to(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(out: Path, shard: Shard) -> Iterator[None]:
-    """Keeps a second job for the same work out of the folder. The locks go with the process, however that ends.
+    """Keeps a second job for the same work out of the folder.
 
-    Jobs of several share the folder's lock and each has one of its own; a job that is alone, or a merge, does not.
+    Jobs of several share the folder's lock, and each has one for its shard. A lone job, or a merge, shares none.
     """
-    with contextlib.ExitStack() as files:
-        alone = shard.count == 1
-        _lock(files, out, ".prepare.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH, "another prepare")
+    refused = f"is writing to {out}. Wait for it, or choose another folder."
+    alone = shard.count == 1
+    with contextlib.ExitStack() as held:
+        held.enter_context(locks.hold(out / ".prepare.lock", f"another prepare {refused}", shared=not alone))
         if not alone:
-            _lock(files, out, f".prepare{shard.suffix}.lock", fcntl.LOCK_EX, f"another prepare --shard {shard}")
+            own = out / f".prepare{shard.suffix}.lock"
+            held.enter_context(locks.hold(own, f"another prepare --shard {shard} {refused}"))
         yield
-
-
-def _lock(files: contextlib.ExitStack, out: Path, name: str, kind: int, who: str) -> None:
-    file = files.enter_context(open(out / name, "a+b"))  # noqa: SIM115
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{who} is writing to {out}. Wait for it, or choose another folder.") from error
-    except OSError:  # a file system without locks
-        get_logger().info("%s cannot be locked: see that each job runs only once at a time", out)

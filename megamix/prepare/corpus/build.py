@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megamix.core import locks
 from megamix.core.errors import InputError, did_you_mean
 from megamix.prepare.corpus import fetch as registry
 from megamix.prepare.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
@@ -116,21 +116,18 @@ def _chosen(large: bool, only: Sequence[str] | None) -> list[Source]:
 
 @contextlib.contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Makes ``out`` and keeps other builds away from it; the lock goes with the process, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {out}: {error.strerror or error}. Choose a folder that you may write to."
-        ) from error
-    with lock:
+    """Makes ``out`` and keeps other builds away from it."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another build is at work in {out}. Wait for it, or choose another folder.") from error
-        except OSError:
-            pass  # a file system that knows no locks: one build at a time is then up to the user
+            out.mkdir(parents=True, exist_ok=True)
+            lock = locks.hold(
+                out / ".lock", f"another build is at work in {out}. Wait for it, or choose another folder."
+            )
+            held.enter_context(lock)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {out}: {error.strerror or error}. Choose a folder that you may write to."
+            ) from error
         yield
 
 

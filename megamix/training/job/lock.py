@@ -1,18 +1,14 @@
-"""One job at a time in the directory of a run or a cache: an flock on its file ``lock``, which ends with the process.
+"""Run lock: one job at a time in the directory of a run or a cache, by a lock on its file ``lock``.
 
-The file stays; what counts is the lock on it, so nothing is left behind by a process that was killed. In it stands who
-holds it, for the message of whoever comes second.
+The file stays and names the holder, for the message to a second job; only the lock on it counts.
 
-On NFS (Linux 2.6.12 or later) the server keeps such locks for all its clients. It takes back those of a client that has
-lost its power only after its lease, commonly 90 s; so a job that Slurm starts again waits for the lock of its own
-earlier start (`LEASE_SECONDS`) instead of refusing. Where the filesystem has no locks (an NFS or Lustre mount without
-them) there is a warning, and nothing keeps two jobs apart.
+An NFS server takes back the locks of a client that has lost its power only after its lease, commonly 90 s. So a job
+that Slurm starts again waits for the lock of its own earlier start (`LEASE_SECONDS`) instead of refusing. On a file
+system without locks there is a warning, and nothing keeps two jobs apart.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -21,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megamix.core import locks
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
 
@@ -28,11 +25,10 @@ NAME = "lock"
 LEASE_SECONDS = 150.0
 HELD = "MEGAMIX_RUN_LOCK"
 """Environment variable of ranks whose starter holds the lock for them: the lock's path."""
-_IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class RunLock:
-    """The right to write to ``run_dir``, from entering the context to leaving it or to the end of the process.
+    """Right to write to ``run_dir``, until the context or the process ends.
 
     Raises (on entering):
         InputError: another job works there, or the directory cannot be written to.
@@ -70,12 +66,12 @@ class RunLock:
 
     @property
     def files(self) -> tuple[int, ...]:
-        """To be kept open by the ranks that this process starts: the lock then holds as long as any of them lives."""
+        """Descriptors that the ranks started by this process keep open: the lock holds as long as any of them lives."""
         return () if self._file is None else (self._file,)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Tells those ranks that they need not take it."""
+        """Variables that tell those ranks not to take the lock themselves."""
         return {HELD: str(self._path.absolute())}
 
     def _take(self, file: int) -> None:
@@ -83,16 +79,15 @@ class RunLock:
         waiting = False
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if locks.take(file):
+                    break
             except OSError as error:
-                if error.errno not in _IN_USE:
-                    get_logger().warning(
-                        "%s cannot be locked (%s): nothing keeps a second job from writing there too",
-                        self._path,
-                        error.strerror or error,
-                    )
-                    return
+                get_logger().warning(
+                    "%s cannot be locked (%s): nothing keeps a second job from writing there too",
+                    self._path,
+                    error.strerror or error,
+                )
+                return
             holder = _read(file)
             if not _is_earlier_start(holder) or time.monotonic() > deadline:
                 raise InputError(
@@ -120,7 +115,7 @@ class RunLock:
 
 
 def _read(file: int) -> dict[str, Any]:
-    """Who holds the lock; empty where that has not been written yet."""
+    """Holder of the lock; empty where it is not written yet."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
     except (OSError, ValueError):
@@ -129,7 +124,7 @@ def _read(file: int) -> dict[str, Any]:
 
 
 def _is_earlier_start(holder: dict[str, Any]) -> bool:
-    """Whether the holder is what Slurm has ended before it started this same job again."""
+    """Whether the holder is an earlier start of this same Slurm job, which Slurm has ended."""
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     return job is not None and holder.get("slurm_job") == job and holder.get("slurm_restart") != restart
 
