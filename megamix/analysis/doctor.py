@@ -141,7 +141,7 @@ def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
 def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Domains and initial weights, as far as they are known; none without data, unless the config spells them out."""
     if shape.mix is not None:
-        return shape.mix.domain_names, shape.mix.initial_weights
+        return shape.mix.domain_names, shape.mix.policy.initial_weights
     mixture = shape.config.mixture
     if isinstance(mixture, dict):
         return tuple(mixture), normalise_weights(mixture, tuple(mixture), "mixture")

@@ -29,12 +29,11 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.core.text import Report, Table, number
 from megamix.data.blend.blend import Blend
-from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import find_mixer, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
-from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.config import StagedMixture
-from megamix.training.mix_plan import make_schedule, read_constraints
+from megamix.training.mix_plan import read_constraints, read_stages
 from megamix.training.plan import domain_key
 from megamix.training.records.ledger import Ledger, segment_of
 from megamix.training.records.mean_weights import run_weights
@@ -127,16 +126,14 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
             f"the run {run.run_dir} was trained without reference losses, so none of its steps has an excess loss on record. "
             "Replay the mixer with reference: null, or a run whose mixer had a reference."
         )
-    schedule, constraints = _frame(run, statistics.domain_names)
+    policy = _policy(run, statistics.domain_names)
     drawn_with = _weights_by_step(run.ledger, statistics.num_steps, run.config.train.global_batch)
     folder = run.run_dir / FOLDER if out is None else out
     results = []
     for name, config in zip(shadow_names(configs), configs, strict=True):
         blend = _blend(run, statistics.domain_names)
         mixer = make_mixer(config, statistics.domain_names, blend.weights)
-        batch, lag = run.config.train.global_batch, run.config.data.weight_lag
-        shadow = Shadow(name, mixer, blend, schedule, constraints, batch, lag)
-        lines = _lines(shadow, statistics, drawn_with)
+        lines = _lines(Shadow(name, mixer, blend, policy), statistics, drawn_with)
         results.append(_result(run, Ledger(lines, run.ledger.seed, run.ledger.sampling), name, drawn_with, folder))
     used = _compared("used", run.ledger, drawn_with, run)
     return Replay(run.run_dir, statistics.num_steps, used, results)
@@ -158,8 +155,8 @@ def _refuse_changed(run: RecordedRun) -> None:
             )
 
 
-def _frame(run: RecordedRun, names: tuple[str, ...]) -> tuple[WeightSchedule, Constraints]:
-    """Schedule and constraints of the run.
+def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
+    """The weight policy of the run.
 
     Raises:
         InputError: they follow from the data set, which cannot be opened.
@@ -178,10 +175,11 @@ def _frame(run: RecordedRun, names: tuple[str, ...]) -> tuple[WeightSchedule, Co
         num_samples = (np.array(tokens, np.int64) - 1) // config.data.seq_length
         natural = run.manifest.natural_weights(names)
     # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
-    first = WeightSchedule((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
-    schedule = make_schedule(config, names, natural) if staged else first
-    total_samples = config.train.steps * config.train.global_batch
-    return schedule, read_constraints(config.data, names, num_samples, total_samples)
+    first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
+    stages = read_stages(config, names, natural) if staged else first
+    train = config.train
+    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
+    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
 
 
 def _blend(run: RecordedRun, names: tuple[str, ...]) -> Blend:

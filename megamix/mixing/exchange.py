@@ -29,7 +29,7 @@ from megamix.core.errors import InputError
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import Sampler
 from megamix.mixing.mixers import DomainStats, Mixer
-from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.mixing.weight_policy import WeightPolicy
 from megamix_kernels import DomainSums
 
 Floats = NDArray[np.float64]
@@ -100,17 +100,12 @@ class MixExchange:
     Args:
         mixer: on rank 0 the mixer; None elsewhere.
         sampler: told of every weight change.
-        schedule: the weights until the mixer first changes them.
-        weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
-            either.
+        policy: which weights follow from a step, and from where on they hold.
         loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
         has_reference: whether losses are summed against a reference; without, excess sums say nothing.
         rewards_evaluation: whether the mixer sees the sums of evaluations instead of those of training.
         judge: called on every rank with (step, int64 [K, C] sums of the step, those of its evaluation or int64 [0, C],
-        a
-            group of all ranks on the CPU); may raise to end the run, on every rank alike.
-        constrain: maps the mixer's weights to weights that the run's constraints allow, given the step they take effect
-            at (rank 0 only).
+            a group of all ranks on the CPU); may raise to end the run, on every rank alike.
         on_report: called on rank 0 for every step, from the background thread.
     """
 
@@ -118,25 +113,21 @@ class MixExchange:
         self,
         mixer: Mixer | None,
         sampler: Sampler,
-        schedule: WeightSchedule,
+        policy: WeightPolicy,
         *,
-        weight_lag: int,
         first_step: int,
         loss_weights: Floats | None,
         has_reference: bool,
         rewards_evaluation: bool,
         judge: Callable[[int, torch.Tensor, torch.Tensor, Any], None],
-        constrain: Callable[[Floats, int], Floats],
         on_report: Callable[[MixReport], None],
     ) -> None:
         self._mixer = mixer
         self._sampler = sampler
-        self._schedule = schedule
-        self._weight_lag = weight_lag
+        self._policy = policy
         self._has_reference = has_reference
         self._rewards_evaluation = rewards_evaluation
         self._judge = judge
-        self._constrain = constrain
         self._on_report = on_report
         self._sums_group: Any = dist.new_group()
         self._weights_group: Any = dist.new_group(backend="gloo")
@@ -183,8 +174,9 @@ class MixExchange:
 
         That is the earliest boundary for which every rank waits for that step's answer anyway, to know what to read.
         """
-        self.settle(step - self._weight_lag)
-        return self._wishes.pop(step - 1 - self._weight_lag, NO_WISHES)
+        heard = step - self._policy.weight_lag
+        self.settle(heard)
+        return self._wishes.pop(heard - 1, NO_WISHES)
 
     def loss_weights(self, step: int) -> Floats | None:
         """float64 [K], those of ``step``, which must not have been submitted; None: the mixer has none.
@@ -199,9 +191,6 @@ class MixExchange:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _effective_step(self, step: int) -> int:
-        return step + 1 + self._weight_lag
 
     def _mix(self, step: int, reduced: torch.Tensor, work: Any) -> None:
         reduced = self._on_host(reduced, work)
@@ -226,7 +215,7 @@ class MixExchange:
             if given is not None:
                 weights[1] = torch.from_numpy(given)
         dist.broadcast(weights, src=0, group=self._weights_group)
-        effective_step = self._effective_step(step)
+        effective_step = self._policy.effective_step(step)
         self._sampler.set_weights(weights[0].numpy(), effective_step)
         if kinds == 2:
             self._loss_weights = weights[1].numpy()
@@ -268,23 +257,13 @@ class MixExchange:
 
     def _update(self, mixer: Mixer, stats: DomainStats, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
         """The weights that follow from ``step``, and whether they were computed anew."""
-        effective_step = self._effective_step(step)
-        wanted = wanted_weights(mixer, self._schedule, rewards, step, effective_step)
+        policy, effective_step = self._policy, self._policy.effective_step(step)
+        wanted = policy.wanted(mixer, rewards, step)
         # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
         if wanted is None:
             return self._sampler.weights_at(effective_step), False
-        return self._constrain(wanted, effective_step), True
-
-
-def wanted_weights(
-    mixer: Mixer, schedule: WeightSchedule, stats: DomainStats, step: int, effective_step: int
-) -> Floats | None:
-    """What the mixer, or a staged mixture until the mixer first changes the weights, asks for after ``step``, which
-    counts from 0; before the constraints. None: nothing new."""
-    wanted = mixer.update(stats, step + 1)
-    if not mixer.has_updated and schedule.changes_at(effective_step):
-        return schedule.at(effective_step)
-    return wanted if mixer.changed_at(step + 1) else None
+        counts = self._sampler.counts_at(effective_step)
+        return policy.allowed(wanted, counts, effective_step * policy.global_batch), True
 
 
 def statistics_record(stats: DomainStats) -> dict[str, object]:

@@ -14,18 +14,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
-from megamix.mixing.constraints import Constraints
-from megamix.mixing.exchange import ShadowChange, statistics_record, wanted_weights
+from megamix.mixing.exchange import ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats, Mixer, wants_evaluation
-from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.mixing.weight_policy import WeightPolicy
 
-Floats = NDArray[np.float64]
 REBASE_EVERY = 100
 """Steps after which a shadow lets go of the weights that lie behind."""
 
@@ -36,7 +31,7 @@ class Shadow:
     Args:
         name: in files and messages.
         blend: the blend at the first step, with what is announced for later ones.
-        schedule, constraints, global_batch, weight_lag: of the run.
+        policy: of the run.
         first_step: counts from 0.
         change: what the first lines are to say, where the run did not begin with this mixer; None where it did.
         announce: whether the weights it begins with are still to be told.
@@ -48,10 +43,7 @@ class Shadow:
         name: str,
         mixer: Mixer,
         blend: Blend,
-        schedule: WeightSchedule,
-        constraints: Constraints,
-        global_batch: int,
-        weight_lag: int,
+        policy: WeightPolicy,
         *,
         first_step: int = 0,
         change: dict[str, Any] | None = None,
@@ -66,10 +58,8 @@ class Shadow:
         self.name = name
         self.mixer = mixer
         self._blend = blend
-        self._schedule = schedule
-        self._constraints = constraints
-        self._batch = global_batch
-        self._weight_lag = weight_lag
+        self._policy = policy
+        self._batch = policy.global_batch
         self._identity = identity
         self._untold = self._announcements(first_step, change) if announce else []
 
@@ -79,14 +69,13 @@ class Shadow:
         Raises:
             InputError: whatever the mixer raised.
         """
-        effective_step = step + 1 + self._weight_lag
+        effective_step = self._policy.effective_step(step)
         position = effective_step * self._batch
-        wanted = wanted_weights(self.mixer, self._schedule, stats, step, effective_step)
+        wanted = self._policy.wanted(self.mixer, stats, step)
         changes, self._untold = self._untold, []
         if wanted is not None:
-            self._blend.set_weights(
-                self._constraints.apply(wanted, self._blend.counts_at(position), position), at=position
-            )
+            weights = self._policy.allowed(wanted, self._blend.counts_at(position), position)
+            self._blend.set_weights(weights, at=position)
             segment = self._blend.segment_at(position)
             record = {**self.mixer.record(), **statistics_record(stats)}
             changes.append(ShadowChange(self.name, step + 1, effective_step, position, segment, record))

@@ -85,20 +85,17 @@ class MixedData:
         group: Any = dist.new_group(backend="gloo")
         dist.broadcast_object_list(shared, src=0, group=group)
         state, loss_weights = shared[0]
-        self.sampler = Sampler.from_state_dict(state, share, plan.constraints.limits)
+        self.sampler = Sampler.from_state_dict(state, share, plan.policy.constraints.limits)
         self._reports: list[MixReport] = []
-        batch = plan.config.train.global_batch
         self.exchange = MixExchange(
             self.mixer,
             self.sampler,
-            plan.schedule,
-            weight_lag=plan.config.data.weight_lag,
+            plan.policy,
             first_step=self.step,
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
             rewards_evaluation=rewards_evaluation,
             judge=self.guard.judge,
-            constrain=lambda weights, step: plan.constraints.apply(weights, self.sampler.counts_at(step), step * batch),
             on_report=self._report,
         )
         self.loader = Loader(self.sampler, self._reader() if reads_data else None, device.type == "cuda")
@@ -226,10 +223,7 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
                 name,
                 mixer,
                 its_blend,
-                plan.schedule,
-                plan.constraints,
-                plan.config.train.global_batch,
-                plan.config.data.weight_lag,
+                plan.policy,
                 first_step=step,
                 change=change,
                 announce=part is None or change is not None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import normalise_weights
 from megamix.mixing.weight_files import read_swarm_weights, read_weights
-from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.config import (
     DataConfig,
     FileMixture,
@@ -44,49 +43,32 @@ class MixPlan:
         domain_names: in the order of every array with one entry a domain.
         num_samples: int64 [K], training windows per domain and epoch.
         natural_weights: float64 [K], shares of the training tokens.
-        schedule: the weights that ``mixture`` asks for, before the constraints.
-        constraints: what bounds every mixer's weights.
+        policy: which weights hold where, by ``mixture`` and constraints.
     """
 
     config: MixConfig
     domain_names: tuple[str, ...]
     num_samples: NDArray[np.int64]
     natural_weights: Floats
-    schedule: WeightSchedule
-    constraints: Constraints
+    policy: WeightPolicy
 
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
-        return self.config.train.steps * self.config.train.global_batch
-
-    @cached_property
-    def initial_weights(self) -> Floats:
-        """float64 [K]: sampled with from the first step on, after the constraints."""
-        return self.constraints.apply(self.schedule.at(0), np.zeros(len(self.domain_names)), 0)
-
-    @cached_property
-    def planned_samples(self) -> Floats:
-        """float64 [K]: what the run takes from each domain if no mixer changes the weights."""
-        counts = np.zeros(len(self.domain_names))
-        batch, ends = self.config.train.global_batch, (*self.schedule.steps[1:], self.config.train.steps)
-        for start, end in zip(self.schedule.steps, ends, strict=True):
-            weights = self.constraints.apply(self.schedule.at(start), counts, start * batch)
-            counts = counts + weights * ((end - start) * batch)
-        return counts
+        return self.policy.constraints.total_samples
 
     @property
     def epochs(self) -> Floats:
         """float64 [K]: how often each domain is read if no mixer changes the weights."""
-        return self.planned_samples / self.num_samples
+        return self.policy.planned_samples / self.num_samples
 
     def warnings(self) -> list[str]:
         """Things that will work and are probably not meant."""
         found = []
-        weights = self.planned_samples / self.total_samples
-        used_up = self.epochs > self.constraints.max_epochs * (1 + 1e-9)
+        weights, limits = self.policy.planned_samples / self.total_samples, self.policy.constraints.max_epochs
+        used_up = self.epochs > limits * (1 + 1e-9)
         for name, epochs, weight, limit, over in zip(
-            self.domain_names, self.epochs, weights, self.constraints.max_epochs, used_up, strict=True
+            self.domain_names, self.epochs, weights, limits, used_up, strict=True
         ):
             if over and self.config.data.on_exhausted == "stop":
                 step = int(self.config.train.steps * limit / epochs)
@@ -131,15 +113,24 @@ def planned_mix(config: MixConfig) -> MixPlan | None:
             )
     num_samples = ((tokens - 1) // length).astype(np.int64)
     natural = tokens / tokens.sum()
-    total_samples = config.train.steps * config.train.global_batch
-    return MixPlan(
-        config, names, num_samples, natural,
-        schedule=make_schedule(config, names, natural),
-        constraints=read_constraints(config.data, names, num_samples, total_samples),
-    )  # fmt: skip
+    return MixPlan(config, names, num_samples, natural, make_policy(config, names, num_samples, natural))
 
 
-def make_schedule(config: MixConfig, names: tuple[str, ...], natural: Floats) -> WeightSchedule:
+def make_policy(
+    config: MixConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], natural: Floats
+) -> WeightPolicy:
+    """The weight policy of a run of K domains; see `MixPlan` for the arrays.
+
+    Raises:
+        InputError: see `read_stages` and `read_constraints`.
+    """
+    train = config.train
+    stages = read_stages(config, names, natural)
+    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
+    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
+
+
+def read_stages(config: MixConfig, names: tuple[str, ...], natural: Floats) -> Stages:
     """Resolves ``mixture``.
 
     A stage starts with the first step that begins at or after its ``from_tokens``.
@@ -149,7 +140,7 @@ def make_schedule(config: MixConfig, names: tuple[str, ...], natural: Floats) ->
             rise from 0.
     """
     if not isinstance(config.mixture, StagedMixture):
-        return WeightSchedule((0,), _weights(config.mixture, names, natural, "mixture")[None])
+        return Stages((0,), _weights(config.mixture, names, natural, "mixture")[None])
     stages = config.mixture.stages
     tokens_per_step = config.train.global_batch * config.data.seq_length
     starts = [stage.from_tokens for stage in stages]
@@ -172,7 +163,7 @@ def make_schedule(config: MixConfig, names: tuple[str, ...], natural: Floats) ->
         _weights(stage.weights, names, natural, f"mixture.stages, stage {number}")
         for number, stage in enumerate(stages, start=1)
     ]
-    return WeightSchedule(tuple(steps), np.stack(rows))
+    return Stages(tuple(steps), np.stack(rows))
 
 
 def _weights(mixture: OneMixture, names: tuple[str, ...], natural: Floats, source: str) -> Floats:

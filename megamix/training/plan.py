@@ -26,7 +26,7 @@ from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
 from megamix.engines.models.config import ModelConfig
 from megamix.training.config import MixConfig, RunConfig
-from megamix.training.mix_plan import MixPlan, make_schedule, read_constraints
+from megamix.training.mix_plan import MixPlan, make_policy
 
 if TYPE_CHECKING:
     from megamix.engines.models.pretrained import PretrainedWeights
@@ -82,23 +82,10 @@ class DataPlan(MixPlan):
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
 
-    def blend(self) -> Blend:
-        """The blend at position 0, with those changes of a staged mixture that come too early for the mixer to make."""
+    def blend(self, through_step: int | None = None) -> Blend:
+        """The blend at position 0; see `WeightPolicy.initial_blend`."""
         config = self.config
-        blend = Blend(
-            self.num_samples,
-            self.initial_weights,
-            config.train.seed,
-            domain_keys=self.domain_keys,
-            sampling=config.data.sampling,
-        )
-        for step in self.schedule.steps[1:]:
-            position = step * config.train.global_batch
-            if step <= config.data.weight_lag:
-                blend.set_weights(
-                    self.constraints.apply(self.schedule.at(step), blend.counts_at(position), position), at=position
-                )
-        return blend
+        return self.policy.initial_blend(config.train.seed, self.domain_keys, config.data.sampling, through_step)
 
 
 @dataclass(frozen=True)
@@ -169,14 +156,12 @@ def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) ->
     for domain in validation:
         _windows(domain, "validation", config.data.seq_length)
     natural = manifest.natural_weights(names)
-    total_samples = config.train.steps * config.train.global_batch
     return DataPlan(
         config=config,
         domain_names=names,
         num_samples=num_samples,
         natural_weights=natural,
-        schedule=make_schedule(config, names, natural),
-        constraints=read_constraints(config.data, names, num_samples, total_samples),
+        policy=make_policy(config, names, num_samples, natural),
         manifest=manifest,
         data_size=data_size,
         entries=entries,

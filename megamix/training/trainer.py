@@ -254,7 +254,7 @@ class Trainer:
         if self.step > self._first_step:  # else it had ended here before
             self.evaluate()
             self.save()
-        name, epochs = self.plan.domain_names[end.domain], self.plan.constraints.max_epochs[end.domain]
+        name, epochs = self.plan.domain_names[end.domain], self.plan.policy.constraints.max_epochs[end.domain]
         get_logger().warning(
             "domain '%s' is used up after step %d of %d (data.max_epochs %g x %d samples): the run ends here, as "
             "data.on_exhausted is stop",

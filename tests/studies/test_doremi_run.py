@@ -330,7 +330,9 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
     assert (proxy.mixture, proxy.mixer.name) == ("uniform", "doremi")
     assert proxy.mixer.model_dump()["reference"] == out / "round_3" / "cache"
     assert json.loads((out / "weights.json").read_text()) == found["round_3/proxy"]
-    np.testing.assert_allclose(plan_of(out / "target.yaml").initial_weights, list(found["round_3/proxy"].values()))
+    np.testing.assert_allclose(
+        plan_of(out / "target.yaml").policy.initial_weights, list(found["round_3/proxy"].values())
+    )
     taken.clear()
     for only in ("target", "proxy"):
         assert in_process("doremi", str(tiny_config()), "doremi.rounds=5", "doremi.target={}", "--only", only) == 0

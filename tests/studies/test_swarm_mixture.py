@@ -19,7 +19,7 @@ from megamix.mixing.constraints import Constraints
 from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
 from megamix.training.checkpoints.resume import data_fingerprints
 from megamix.training.config import DataConfig, RunConfig
-from megamix.training.mix_plan import make_schedule, read_constraints
+from megamix.training.mix_plan import read_constraints, read_stages
 from megamix.training.plan import make_data_plan
 
 NAMES = ("web", "code", "mail")
@@ -35,7 +35,7 @@ def swarm(tmp_path: Path) -> Path:
     return folder
 
 
-def schedule(mixture: Any) -> Any:
+def stages_of(mixture: Any) -> Any:
     config = {
         "run_dir": "run",
         "data": {"manifest": "data", "seq_length": 100},
@@ -43,7 +43,7 @@ def schedule(mixture: Any) -> Any:
         "mixture": mixture,
         "train": {"steps": 100, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
-    return make_schedule(validate(RunConfig, config, "test"), NAMES, np.array([0.6, 0.3, 0.1]))
+    return read_stages(validate(RunConfig, config, "test"), NAMES, np.array([0.6, 0.3, 0.1]))
 
 
 def bounds(**data: Any) -> Constraints:
@@ -53,37 +53,37 @@ def bounds(**data: Any) -> Constraints:
 
 def test_the_weights_of_a_run_and_of_a_stage(swarm: Path) -> None:
     mixture = {"from_swarm": str(swarm)}
-    assert schedule(mixture).at(50) == pytest.approx([0.3, 0.5, 0.2])
+    assert stages_of(mixture).at(50) == pytest.approx([0.3, 0.5, 0.2])
     stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": mixture}]
-    found = schedule({"stages": stages})
+    found = stages_of({"stages": stages})
     assert found.at(2) == pytest.approx([0.6, 0.3, 0.1])
     assert found.at(3) == pytest.approx([0.3, 0.5, 0.2])
-    assert schedule({"file": str(swarm / "mixture.json")}).at(0) == pytest.approx([0.3, 0.5, 0.2])
+    assert stages_of({"file": str(swarm / "mixture.json")}).at(0) == pytest.approx([0.3, 0.5, 0.2])
 
 
 def test_what_is_missing_is_named(swarm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere has no proposed mixture: there is no such directory"):
-        schedule({"from_swarm": str(tmp_path / "nowhere")})
+        stages_of({"from_swarm": str(tmp_path / "nowhere")})
     (tmp_path / "young").mkdir()
     with pytest.raises(InputError, match=r"it has no mixture\.json\. Make one: megamix swarm propose .*young"):
-        schedule({"from_swarm": str(tmp_path / "young")})
+        stages_of({"from_swarm": str(tmp_path / "young")})
     write_proposal(swarm, Proposal({"web": 0.5, "cod": 0.5}, {}))
     with pytest.raises(InputError, match=r"mixture, proposed by the swarm .*no domain 'cod'\. Did you mean 'code'"):
-        schedule({"from_swarm": str(swarm)})
+        stages_of({"from_swarm": str(swarm)})
     write_proposal(swarm, Proposal({"web": 0.5, "code": 0.5}, {}))
     with pytest.raises(InputError, match=r"no weight for mail"):
-        schedule({"from_swarm": str(swarm)})
+        stages_of({"from_swarm": str(swarm)})
     (swarm / "mixture.json").write_text('{"weights": [1]}')
     with pytest.raises(InputError, match=r"weights is \[1\], expected an object"):
-        schedule({"from_swarm": str(swarm)})
+        stages_of({"from_swarm": str(swarm)})
     (swarm / "mixture.json").write_text('{"weights": {"web": -1, "code": 2, "mail": 0}}')
     with pytest.raises(InputError, match=r"the weight of domain 'web' is -1"):
-        schedule({"from_swarm": str(swarm)})
+        stages_of({"from_swarm": str(swarm)})
     (swarm / "mixture.json").write_text(json.dumps({"weights": WEIGHTS}))
     with pytest.raises(InputError, match=r"has format None, version None, expected 'megamix swarm mixture'"):
         read_proposal(swarm)
     with pytest.raises(InputError, match=r"unknown key 'mixture\.factor'"):
-        schedule({"from_swarm": str(swarm), "factor": 2})
+        stages_of({"from_swarm": str(swarm), "factor": 2})
 
 
 def test_bounds_around_the_mixture(swarm: Path) -> None:

@@ -14,17 +14,17 @@ from megamix.analysis.doctor import doctor
 from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.interop.blend_files.export import export_blend
-from megamix.mixing.weight_schedule import WeightSchedule
+from megamix.mixing.weight_policy import Stages
 from megamix.training.checkpoints.resume import data_fingerprints
 from megamix.training.config import RunConfig
-from megamix.training.mix_plan import make_schedule
+from megamix.training.mix_plan import read_stages
 from megamix.training.plan import make_data_plan
 
 NAMES = ("web", "code")
 NATURAL = np.array([0.8, 0.2])
 
 
-def schedule(mixture: Any, steps: int = 100) -> WeightSchedule:
+def stages_of(mixture: Any, steps: int = 100) -> Stages:
     """Of a run with 1000 tokens a step."""
     config = {
         "run_dir": "run",
@@ -33,18 +33,18 @@ def schedule(mixture: Any, steps: int = 100) -> WeightSchedule:
         "mixture": mixture,
         "train": {"steps": steps, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
-    return make_schedule(validate(RunConfig, config, "test"), NAMES, NATURAL)
+    return read_stages(validate(RunConfig, config, "test"), NAMES, NATURAL)
 
 
 def test_one_mixture_holds_for_the_whole_run() -> None:
     for mixture, weights in (("natural", [0.8, 0.2]), ("uniform", [0.5, 0.5]), ({"code": 3, "web": 1}, [0.25, 0.75])):
-        found = schedule(mixture)
+        found = stages_of(mixture)
         assert found.at(0).tolist() == found.at(99).tolist() == weights
         assert not any(found.changes_at(step) for step in range(100))
 
 
 def test_stages_change_at_the_first_step_from_their_tokens_on() -> None:
-    found = schedule(
+    found = stages_of(
         {
             "stages": [
                 {"from_tokens": 0, "weights": "uniform"},
@@ -67,9 +67,9 @@ def test_stages_change_at_the_first_step_from_their_tokens_on() -> None:
 def test_a_file_of_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.json"
     path.write_text(json.dumps({"code": 0.6, "web": 0.2}))
-    assert schedule({"file": str(path)}).at(0) == pytest.approx([0.25, 0.75])
+    assert stages_of({"file": str(path)}).at(0) == pytest.approx([0.25, 0.75])
     stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": {"file": str(path)}}]
-    assert schedule({"stages": stages}).at(3) == pytest.approx([0.25, 0.75])
+    assert stages_of({"stages": stages}).at(3) == pytest.approx([0.25, 0.75])
 
 
 def write_run(run_dir: Path, mixer: str, lines: list[dict[str, Any]], position: int = 100) -> str:
@@ -124,12 +124,12 @@ def test_the_weights_of_a_run(tmp_path: Path, mixer: str, lines: list[Any], mean
         ({"from_run": run, "which": "mean"}, mean),
         ({"from_run": run, "which": "final"}, final),
     ):
-        found = schedule(mixture).at(5)
+        found = stages_of(mixture).at(5)
         assert found == pytest.approx([wanted, 1 - wanted], abs=1e-12)
         exported = json.loads(export_blend(Path(run), "json", mixture.get("which")).text)
         assert [exported[name] for name in NAMES] == pytest.approx(found.tolist(), abs=1e-15)
     stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": {"from_run": run}}]
-    assert schedule({"stages": stages}).at(3) == pytest.approx([mean, 1 - mean])
+    assert stages_of({"stages": stages}).at(3) == pytest.approx([mean, 1 - mean])
 
 
 def test_runs_without_such_weights(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_runs_without_such_weights(tmp_path: Path) -> None:
     ):
         run = write_run(tmp_path / name, "odm", lines, position)
         with pytest.raises(InputError, match=message):
-            schedule({"from_run": run})
+            stages_of({"from_run": run})
     with pytest.raises(InputError, match=r"nowhere is not a run: there is no such directory"):
-        schedule({"from_run": str(tmp_path / "nowhere")})
+        stages_of({"from_run": str(tmp_path / "nowhere")})
     with pytest.raises(InputError, match=r"mixture\.which: Input should be 'mean' or 'final', got 'last'"):
-        schedule({"from_run": "run", "which": "last"})
+        stages_of({"from_run": "run", "which": "last"})
 
 
 def test_a_resume_compares_the_weights_not_the_path(tmp_path: Path, data_dir: Path) -> None:
@@ -199,4 +199,4 @@ def test_a_resume_compares_the_weights_not_the_path(tmp_path: Path, data_dir: Pa
 )
 def test_bad_stages_are_named(stages: list[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        schedule({"stages": stages})
+        stages_of({"stages": stages})

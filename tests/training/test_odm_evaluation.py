@@ -120,4 +120,4 @@ def test_a_shadow_has_no_evaluations() -> None:
     blend = Blend([100, 100], [1.0, 1.0], seed=1)
     mixer = make_mixer(EVALUATION, ["a", "b"], [1.0, 1.0])
     with pytest.raises(InputError, match="shadow 'b-side': reward_from is evaluation"):
-        Shadow("b-side", mixer, blend, None, None, 8, 1)  # type: ignore[arg-type]
+        Shadow("b-side", mixer, blend, None)  # type: ignore[arg-type]

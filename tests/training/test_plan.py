@@ -68,9 +68,9 @@ def test_mixtures(manifest: Path) -> None:
     tokens = np.array([number * SEQ + 1 for number in WINDOWS.values()])
     plan = make_plan(config(manifest))
     assert plan.num_samples.tolist() == list(WINDOWS.values())
-    assert np.allclose(plan.initial_weights, tokens / tokens.sum(), rtol=0, atol=1e-15)
-    assert make_plan(config(manifest, mixture="uniform")).initial_weights.tolist() == [0.25] * 4
-    given = make_plan(config(manifest, mixture={"wiki": 1, "code": 3, "mail": 0, "web": 4})).initial_weights
+    assert np.allclose(plan.policy.initial_weights, tokens / tokens.sum(), rtol=0, atol=1e-15)
+    assert make_plan(config(manifest, mixture="uniform")).policy.initial_weights.tolist() == [0.25] * 4
+    given = make_plan(config(manifest, mixture={"wiki": 1, "code": 3, "mail": 0, "web": 4})).policy.initial_weights
     assert given.tolist() == [0.5, 0.375, 0.0, 0.125]
 
 
@@ -141,9 +141,9 @@ def test_max_epochs_that_cannot_be_met(manifest: Path) -> None:
 def test_max_epochs_caps_the_initial_weights(manifest: Path) -> None:
     """Uniform over 400 samples wants 100 of each: mail (2 x 20) is capped, the others keep their ratios."""
     plan = make_plan(config(manifest, steps=50, mixture="uniform", data={"max_epochs": 2}))
-    assert np.allclose(plan.initial_weights, [0.3, 0.3, 0.1, 0.3], rtol=0, atol=1e-12)
+    assert np.allclose(plan.policy.initial_weights, [0.3, 0.3, 0.1, 0.3], rtol=0, atol=1e-12)
     assert np.allclose(plan.epochs, [0.4, 2.0, 2.0, 1.0], rtol=0, atol=1e-9)
-    assert make_plan(config(manifest, steps=50, mixture="uniform")).initial_weights.tolist() == [0.25] * 4
+    assert make_plan(config(manifest, steps=50, mixture="uniform")).policy.initial_weights.tolist() == [0.25] * 4
 
 
 def test_warning_of_many_epochs(manifest: Path) -> None:
@@ -157,13 +157,13 @@ def test_constrain_at_later_positions(manifest: Path) -> None:
     """The cap is what is left of a domain over what is left of the run; without max_epochs there is none."""
     plan = make_plan(config(manifest, steps=50, data={"max_epochs": 1}))
     counts = np.array([60, 50, 20, 70])
-    result = plan.constraints.apply(np.array([0.1, 0.4, 0.4, 0.1]), counts, 200)
+    result = plan.policy.allowed(np.array([0.1, 0.4, 0.4, 0.1]), counts, 200)
     assert np.allclose(result, [0.7, 0.05, 0.0, 0.25], rtol=0, atol=1e-12)
     unchanged = np.array([0.8, 0.05, 0.0, 0.15])
-    assert plan.constraints.apply(unchanged, counts, 200).tolist() == unchanged.tolist()
+    assert plan.policy.allowed(unchanged, counts, 200).tolist() == unchanged.tolist()
     end = np.array([0.1, 0.4, 0.4, 0.1])
-    assert plan.constraints.apply(end, np.array([250, 60, 20, 70]), 400).tolist() == end.tolist()
-    assert make_plan(config(manifest, steps=50)).constraints.apply(end, counts, 200).tolist() == end.tolist()
+    assert plan.policy.allowed(end, np.array([250, 60, 20, 70]), 400).tolist() == end.tolist()
+    assert make_plan(config(manifest, steps=50)).policy.allowed(end, counts, 200).tolist() == end.tolist()
 
 
 def simulate(plan: Plan, update: str, lag: int, rng: np.random.Generator) -> np.ndarray:
@@ -175,7 +175,7 @@ def simulate(plan: Plan, update: str, lag: int, rng: np.random.Generator) -> np.
         if update == "fixed" or at >= steps * batch:
             continue
         wanted = rng.random(4) ** (1 if update == "random" else 30)
-        weights = plan.constraints.apply(wanted / wanted.sum(), blend.counts_at(at), at)
+        weights = plan.policy.allowed(wanted / wanted.sum(), blend.counts_at(at), at)
         assert abs(weights.sum() - 1) < 1e-9
         assert (weights >= 0).all()
         blend.set_weights(weights, at=at)

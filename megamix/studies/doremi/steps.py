@@ -194,7 +194,7 @@ def _result(job: Job, number: int) -> tuple[Weights, float]:
     """The weights that a round has found, and by how much one of them differs from the reference weight at most."""
     folder = job.folder(number)
     plan = make_plan(_load(folder / "reference.yaml"), verify=False)
-    before = dict(zip(plan.domain_names, plan.schedule.at(0).tolist(), strict=True))
+    before = dict(zip(plan.domain_names, plan.policy.stages.at(0).tolist(), strict=True))
     mixer = _finished(_load(folder / "proxy.yaml"))["mixer"]
     after = dict(zip(mixer["domains"], mixer["average_weights"], strict=True))
     rows = [(name, number_text(before[name]), number_text(weight)) for name, weight in after.items()]

@@ -76,8 +76,8 @@ class Resumed:
         def rescale(weights: Floats) -> Floats:
             wanted = weights if change is None else change.rescale(weights)
             if "mixture" in changed:
-                wanted = plan.schedule.at(self.step)
-            return plan.constraints.apply(wanted, kept, blend.position)
+                wanted = plan.policy.stages.at(self.step)
+            return plan.policy.allowed(wanted, kept, blend.position)
 
         record = {"parts": changed, "domains": None if change is None else change.record()}
         record["manifest"] = self.state["manifest"]
@@ -274,14 +274,15 @@ def _mixture(plan: DataPlan) -> object:
     """The weights of a file, run or swarm rather than its path: it may move or change."""
     mixture = plan.config.mixture
     if isinstance(mixture, FileMixture | RunMixture | SwarmMixture | StagedMixture):
-        rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.schedule.weights.tolist()]
-        return {"steps": list(plan.schedule.steps), "weights": rows}
+        rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.policy.stages.weights.tolist()]
+        return {"steps": list(plan.policy.stages.steps), "weights": rows}
     return mixture
 
 
 def _constraints(plan: DataPlan) -> dict[str, Any]:
     """Of bounds from a swarm the numbers that follow, like those of a mixture."""
-    data, bounds = plan.config.data, {"min_weight": plan.constraints.floor, "max_weight": plan.constraints.cap}
+    data, constraints = plan.config.data, plan.policy.constraints
+    bounds = {"min_weight": constraints.floor, "max_weight": constraints.cap}
     found = data.model_dump(mode="json", include={"max_epochs", "on_exhausted", *bounds})
     for key, values in bounds.items():
         if isinstance(getattr(data, key), SwarmBound):

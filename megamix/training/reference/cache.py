@@ -86,11 +86,11 @@ def samples_read(plan: DataPlan) -> Selection:
     up to ``data.max_weight`` of all samples from any. A domain gives its samples in an order that does not depend on
     the weights, so that these are the first ones of it.
     """
-    mixer, stages = plan.config.mixer, len(plan.schedule.steps)
+    mixer, stages = plan.config.mixer, len(plan.policy.stages.steps)
     # DoReMi's sampling weights are those of its start, whatever later stages say.
     loss_only = isinstance(mixer, DoremiConfig) and mixer.apply == "loss" and stages == 1
     fixed = isinstance(mixer, StaticConfig) or loss_only
-    most_K = _counts(plan) if fixed else np.ceil(plan.constraints.cap * plan.total_samples).astype(np.int64)
+    most_K = _counts(plan) if fixed else np.ceil(plan.policy.constraints.cap * plan.total_samples).astype(np.int64)
     # Weights may differ in the last bit in the run, or move as constraints bind: never by a sample a domain.
     most_K = most_K + plan.num_samples.size
     rows: list[Ints | int] = []
@@ -101,14 +101,7 @@ def samples_read(plan: DataPlan) -> Selection:
 
 def _counts(plan: DataPlan) -> Ints:
     """int64 [K]: the samples that each domain gives to a run in which no mixer moves the weights."""
-    blend = plan.blend()
-    batch = plan.config.train.global_batch
-    for step in plan.schedule.steps[1:]:
-        if step > plan.config.data.weight_lag:
-            position = step * batch
-            weights = plan.constraints.apply(plan.schedule.at(step), blend.counts_at(position), position)
-            blend.set_weights(weights, at=position)
-    return blend.counts_at(plan.total_samples)
+    return plan.blend(through_step=plan.config.train.steps).counts_at(plan.total_samples)
 
 
 def _first_samples(plan: DataPlan, domain: int, number: int) -> Ints:
