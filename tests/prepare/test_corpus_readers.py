@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
-import lzma
 import struct
 import zlib
 from pathlib import Path
@@ -13,10 +11,8 @@ from pathlib import Path
 import pytest
 from packages import make_ar, make_deb, make_tar, make_wheel
 
-from megamix.prepare.corpus.clean import CLEANERS, tidy
-from megamix.prepare.corpus.mail import html_to_text, read_mail
-from megamix.prepare.corpus.roff import roff_to_text
-from megamix.prepare.corpus.unpack import DamagedArchive, members, read_ar, read_dictd, read_rdb, read_xdr_strings
+from megamix.prepare.corpus.clean import CLEANERS, cut, tidy
+from megamix.prepare.corpus.unpack import DamagedArchive, members, read_ar
 
 # --- archives
 
@@ -76,182 +72,7 @@ def test_flipped_byte_is_damage(tmp_path: Path) -> None:
         list(members(path, everything))
 
 
-# --- formats
-
-DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-
-
-def dictd_number(value: int) -> str:
-    text = DIGITS[value % 64]
-    while value := value // 64:
-        text = DIGITS[value % 64] + text
-    return text
-
-
-def make_dictd(entries: list[str]) -> tuple[bytes, bytes]:
-    text, index = b"", []
-    for entry in entries:
-        body = entry.encode()
-        word = entry.split()[0]
-        index += [f"{word}\t{dictd_number(len(text))}\t{dictd_number(len(body))}"] * 2  # found under two headwords
-        text += body
-    return gzip.compress(text), "\n".join(sorted(index)).encode()
-
-
-def test_dictd_entries_come_once_in_text_order() -> None:
-    entries = ["zebra\n   An animal.\n", "00-database-info\n   About.\n", "Äpfel\n   Fruit.\n", "a" * 5000]
-    assert read_dictd(*make_dictd(entries)) == [entries[0], entries[2], entries[3]]
-
-
-def test_dictd_damage() -> None:
-    text, index = make_dictd(["one two", "three four"])
-    for bad in [(text[:-9], index), (text, index + b"\nword\tZZZ\tB"), (text, b"word\t?\tB")]:
-        with pytest.raises(DamagedArchive):
-            read_dictd(*bad)
-
-
-def make_xdr(strings: list[str | None], version: int = 3) -> bytes:
-    data = b"X\n" + struct.pack(">iii", version, 0x40201, 0x30500)
-    if version == 3:
-        data += struct.pack(">i", 5) + b"UTF-8"
-    data += struct.pack(">Ii", 16, len(strings))
-    for string in strings:
-        body = (string or "").encode()
-        data += struct.pack(">Ii", 0x40009, -1 if string is None else len(body)) + body
-    return data
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_xdr_strings(version: int) -> None:
-    data = make_xdr(["Emma", "", "naïve", None, "end"], version)
-    assert read_xdr_strings(data) == ["Emma", "", "naïve", "", "end"]
-    with pytest.raises(DamagedArchive):
-        read_xdr_strings(data[:-2])
-    with pytest.raises(DamagedArchive):
-        read_xdr_strings(b"RDX3" + data)
-
-
-def test_rdb_gives_character_vectors_only() -> None:
-    other = b"X\n" + struct.pack(">iiiIii", 2, 0, 0, 13, 1, 7)  # an integer vector
-    chunks = [make_xdr(["one"]), other, make_xdr(["two", "three"])]
-    data = b"".join(struct.pack(">I", len(chunk)) + zlib.compress(chunk) for chunk in chunks)
-    assert list(read_rdb(data)) == [["one"], ["two", "three"]]
-    with pytest.raises(DamagedArchive):
-        list(read_rdb(data[:-5]))
-
-
 # --- cleaners
-
-MAN_PAGE = r"""'\" t
-.\" a comment
-.TH LS 1 "May 2020" "x"
-.de XX
-\fBdropped\fP
-..
-.if t .ds Q printer
-.ie n .ds Q terminal
-.el .ds Q paper
-.SH "NAME"
-ls \- list
-directory \fBcon\fR\fItents\fR on a \*Q
-.PP
-See
-.BR cat (1)
-and \('etude, \[Bq]so\(rq \(co\&.
-.TP
-\fB\-a\fR, \fB\-\-all\fR
-do not ignore \\ \[u2022]
-.IP \[u2022] 2
-an item
-.nf
-  int  main(void);
-  return 0;
-.fi
-.TS
-tab(;) box;
-l l.
-one;two
-T{
-long
-cell
-T};four
-.TE
-Read the
-.UR https://example.org
-manual
-.UE . \" codespell:ignore ue
-.if \n(zZ=1 \{\
-never
-.\}
-"""
-
-
-def test_roff_man_page() -> None:
-    text = roff_to_text(MAN_PAGE)
-    assert text == (
-        "LS(1)\n\nNAME\nls - list directory contents on a terminal\n\nSee cat(1) and étude, „so” ©.\n\n"
-        "-a, --all\ndo not ignore \\ •\n\n• an item\n  int  main(void);\n  return 0;\none | two\nlong cell | four\n\n"
-        "Read the manual <https://example.org>."
-    )
-
-
-def test_roff_chinese_lines_join_without_spaces() -> None:
-    assert roff_to_text(".SH 名称\n这是第一行\n第二行 with\nwords") == "名称\n这是第一行第二行 with words"
-
-
-def test_roff_mdoc_and_include() -> None:
-    page = ".Dt CAT 1\n.Sh NAME\n.Nm cat\n.Nd join files\n"  # codespell:ignore nd
-    page += ".Sh SYNOPSIS\n.Nm\n.Op Fl ab\n.Op Ar file ...\nSee\n.Xr ls 1 .\n"
-    assert roff_to_text(page) == ("CAT(1)\n\nNAME\ncat - join files\n\nSYNOPSIS\ncat [-ab] [file ...] See ls(1).")
-    assert roff_to_text(".so man1/other.1\n") == ""
-
-
-def test_html_to_text() -> None:
-    html = (
-        "<html><head><style>p {}</style><title>T&amp;C</title></head><body><!-- no --><script>x()</script>"
-        "<p>One\n  two <b>th</b>ree vi<!-- x -->ew<br>next</p><ul><li>a<li>b</ul><pre>  k  e\n  ep</pre>&eacute;tude"
-    )
-    assert html_to_text(html) == "T&C\n\nOne two three view\nnext\n\n- a\n- b\n\n  k  e\n  ep\n\nétude"
-
-
-def test_mail_keeps_four_headers_and_plain_text() -> None:
-    raw = (
-        "From x@y Thu Aug 22 2002\nReceived: from nowhere\nFrom: =?iso-8859-1?Q?Andr=E9?= <a@b.c>\nTo: d@e.f\n"
-        "Date: Thu, 22 Aug 2002\nSubject: =?utf-8?B?R3LDvMOfZQ==?=\nMIME-Version: 1.0\n"
-        'Content-Type: multipart/mixed; boundary="B"\n\nignored\n--B\n'
-        'Content-Type: multipart/alternative; boundary="C"\n\n--C\nContent-Type: text/plain; charset=iso-8859-1\n'
-        "Content-Transfer-Encoding: quoted-printable\n\nd=E9j=E0 vu=20\n"
-        "--C\nContent-Type: text/html\n\n<p>deja vu</p>\n"
-        "--C--\n--B\nContent-Type: text/html; charset=utf-8\nContent-Transfer-Encoding: base64\n\n"
-        + base64.b64encode("<b>größer</b>".encode()).decode()
-        + "\n--B\nContent-Type: image/png\nContent-Transfer-Encoding: base64\n\niVBORw0KGgo=\n--B--\n"
-    )
-    assert read_mail(raw.encode()) == (
-        "From: André <a@b.c>\nTo: d@e.f\nDate: Thu, 22 Aug 2002\nSubject: Grüße\n\ndéjà vu\n\ngrößer"
-    )
-
-
-@pytest.mark.parametrize(
-    ("body", "charset", "text"),
-    [
-        ("“quoted”".encode("cp1252"), "us-ascii", "“quoted”"),
-        ("안녕하세요".encode("euc_kr"), "no-such-charset", "안녕하세요"),
-        ("简体中文".encode("gb2312"), "gb2312", "简体中文"),
-        ("我們是不一樣的人".encode("big5"), "no-such-charset", "我們是不一樣的人"),
-        ("我们是不一样的人".encode("gb18030"), "us-ascii", "我们是不一样的人"),
-        ("plain ü".encode(), "us-ascii", "plain ü"),
-    ],
-)
-def test_mail_charsets(body: bytes, charset: str, text: str) -> None:
-    raw = f"Subject: s\nContent-Type: text/plain; charset={charset}\n\n".encode() + body
-    assert read_mail(raw) == f"Subject: s\n\n{text}"
-
-
-def test_mail_drops_encoded_blocks_and_empty_bodies() -> None:
-    block = "\n".join(["QUJD" * 18] * 4)
-    uu = "begin 644 a.gif\nM0123456789\n`\nend"
-    assert read_mail(f"Subject: s\n\nbefore\n{block}\nafter\n{uu}\n".encode()) == "Subject: s\n\nbefore\nafter"
-    assert read_mail(b"Subject: s\n\n \n") == ""
 
 
 def clean(cleaner: str, **files: str | bytes) -> list[str]:
@@ -270,22 +91,38 @@ def test_lilypond_keeps_what_is_between_the_markers() -> None:
     assert clean("lilypond", a="no markers") == [""]
 
 
-def test_records_end_at_slashes_and_long_ones_are_cut_at_lines() -> None:
-    long = "\n".join(["acgt" * 15] * 2000)
-    texts = clean("flat_records", a=f"ID one\n//\nID two\n{long}\n//\n")
-    assert texts[0] == "ID one\n//"
-    assert all(len(text) <= 50_000 for text in texts)
-    assert "\n".join(text for text in texts[1:] if text) == f"ID two\n{long}\n//"
-
-
-def test_dictionary_groups_entries_and_spells_letters_out() -> None:
-    entries = [
-        f"word{i} \\w\\ (k[u^]t), n. [OE. [=o]]\n   Sense; see {{other}}.\n   [1913 Webster]\n\n" for i in range(51)
+def test_wordnet_gives_the_words_and_the_gloss() -> None:
+    licence = "  1 This software is provided | to you\n"
+    noun = '03641940 06 n 02 lamp 1 desk_lamp 0 002 @ 03410635 n 0000 %p 02801733 n 0000 | furniture; "a lamp"  \n'
+    many = "00000001 00 s 0a " + "".join(f"w{i} 0 " for i in range(10)) + "000 | ten words  \n"
+    assert clean("wordnet", a=licence + noun + many) == [
+        f'lamp, desk lamp (noun): furniture; "a lamp"\n{", ".join(f"w{i}" for i in range(10))} (adjective): ten words'
     ]
-    text, index = make_dictd(entries)
-    documents = clean("dictionary", **{"g.dict.dz": text, "g.index": index})
-    assert [document.count("Sense") for document in documents] == [50, 1]
-    assert documents[1] == "word50 \\w\\ (kŭt), n. [OE. ō]\n   Sense; see other."
+
+
+def test_edict_is_decoded_without_its_first_line() -> None:
+    assert clean("edict", a="？ /about this file/\n亜門 [あもん] /(n) suborder/\n".encode("euc_jp")) == [
+        "亜門 [あもん] /(n) suborder/"
+    ]
+
+
+def test_verbatim_opens_gzip_and_reads_latin_1() -> None:
+    assert clean("verbatim", **{"a.el": "naïve".encode("latin-1"), "b.el.gz": gzip.compress("naïve".encode())}) == [
+        "naïve",
+        "naïve",
+    ]
+    with pytest.raises(DamagedArchive, match=r"b\.el\.gz"):
+        clean("verbatim", **{"b.el.gz": gzip.compress(b"whole")[:-3]})
+
+
+def test_long_texts_are_cut_at_blank_lines_then_at_line_ends() -> None:
+    paragraph, line = "word " * 10 + "\n\n", "acgt" * 15 + "\n"
+    for text, ends in ((paragraph * 50, "word "), (line * 50, "acgt"), ("x" * 1000, "x")):
+        pieces = list(cut(text, 300))
+        assert all(len(piece) <= 300 for piece in pieces)
+        assert all(piece.endswith(ends) for piece in pieces[:-1])
+        assert "".join(pieces).replace("\n", "") == text.replace("\n", "")
+    assert list(cut("short", 5)) == ["short"]
 
 
 def test_recipes_are_written_out() -> None:
@@ -301,20 +138,14 @@ def test_recipes_are_written_out() -> None:
     ]
 
 
-def test_novels_are_split_at_chapters() -> None:
-    chunk = make_xdr(["EMMA", "", "CHAPTER I", "Emma Woodhouse,", "handsome", "Chapter 2", "Mr. Weston"])
-    data = struct.pack(">I", len(chunk)) + zlib.compress(chunk)
-    assert clean("novels", a=data) == ["EMMA", "CHAPTER I\nEmma Woodhouse,\nhandsome", "Chapter 2\nMr. Weston"]
-
-
-def test_changelogs_plays_and_verses() -> None:
-    log = "2020-01-02  A  <a@b>\n\n\t* f.c: Fix.\n\nThu Mar  4 1999  B  <b@c>\n\n\t* g.c: New.\n"
-    tar = lzma.compress(make_tar({"x-1/ChangeLog.old/ChangeLog.1": log.encode(), "x-1/a.c": b"int a;"}, prefix=""))
-    assert [text.split()[0] for text in clean("changelogs", **{"x.tar.xz": tar}) if text] == ["2020-01-02", "Thu"]
-    play = "TITLE\n\nACT I\nSCENE I.\n" + "words\n" * 400 + "SCENE II.\nmore\n"
-    assert [text.split()[0] for text in clean("plays", a=play)] == ["TITLE", "SCENE"]
-    verses = [{"book": "Genesis", "chapter": 1, "verse": n, "text": f"v{n}"} for n in (1, 2)]
-    assert clean("scripture", a="\n".join(map(json.dumps, verses))) == ["Genesis 1\n\n1 v1\n2 v2"]
+def test_verses_are_joined_to_chapters() -> None:
+    places = [("Ruth", 1, 1), ("Ruth", 1, 2), ("Ruth", 2, 1), ("Acts", 2, 1)]
+    verses = [{"book": b, "chapter": c, "verse": v, "text": f"{b}{c}{v}"} for b, c, v in places]
+    assert clean("scripture", a="\n".join(map(json.dumps, verses))) == [
+        "Ruth 1\n\n1 Ruth11\n2 Ruth12",
+        "Ruth 2\n\n1 Ruth21",
+        "Acts 2\n\n1 Acts21",
+    ]
 
 
 def test_tidy() -> None:

