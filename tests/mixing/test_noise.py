@@ -23,7 +23,15 @@ from records import lines
 from megamix.prepare.pipeline import prepare
 
 TEXT = Path(os.environ.get("MEGAMIX_TEXT", ROOT / "data" / "text"))
-SHARES = {"biology": 27, "encyclopedia-en": 14, "licences": 12, "man-de": 25, "music": 12, "recipes": 9, "noise": 2}
+SHARES = {
+    "biology": 30,
+    "encyclopedia-en": 14,
+    "licences": 11,
+    "music": 13,
+    "recipes": 10,
+    "shakespeare": 20,
+    "noise": 2,
+}
 """Per cent of the whole text's tokens, and a little noise."""
 DOMAINS = [name for name in SHARES if name != "noise"]
 CHARACTERS = 900_000

@@ -101,7 +101,7 @@ def test_wordnet_gives_the_words_and_the_gloss() -> None:
 
 
 def test_edict_is_decoded_without_its_first_line() -> None:
-    assert clean("edict", a="？ /about this file/\n亜門 [あもん] /(n) suborder/\n".encode("euc_jp")) == [
+    assert clean("edict", a="亜 /about this file/\n亜門 [あもん] /(n) suborder/\n".encode("euc_jp")) == [
         "亜門 [あもん] /(n) suborder/"
     ]
 
