@@ -30,7 +30,7 @@ import torch.distributed as dist
 from peers import INCOMING, PEERS, Loss, megamix, ours  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from megamix_kernels.task import Shard
+from megamix_kernels.inputs import Shard
 
 # The last is one rank's part of a vocabulary over 8 ranks.
 SHAPES = ["8192x50304", "16384x128256", "8192x131072", "4096x151936", "8192x32000", "16384x16032"]

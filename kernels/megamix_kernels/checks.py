@@ -1,6 +1,6 @@
-"""Refuse what the loss cannot use, naming the value seen and the value wanted.
+"""Checks of tensors and scalars; an error names the value seen and the value wanted.
 
-Everything but `check_values` looks only at types, shapes, dtypes and devices, so that it costs an accelerator nothing.
+All but `check_values` read only types, shapes, dtypes and devices, so that no accelerator is waited for.
 
 Shapes: N tokens, V logits a token, K domains.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 MAX_DOMAINS = 65536
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
 SIGNED_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -33,12 +32,6 @@ def check_num_domains(num_domains: int) -> None:
         raise TypeError(f"num_domains must be an int, got {num_domains!r} ({type(num_domains).__name__})")
     if not 1 <= num_domains <= MAX_DOMAINS:
         raise ValueError(f"num_domains must be from 1 to {MAX_DOMAINS}, got {num_domains}")
-
-
-def check_implementation(implementation: str) -> None:
-    """Raise ValueError for an unknown name."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
 
 
 def check_logits(logits_NV: Tensor) -> None:
@@ -80,28 +73,15 @@ def check_loss_weights(loss_weights_K: Tensor | None, num_domains: int, device: 
         _check_like("loss_weights_K", loss_weights_K, FLOAT_DTYPES, num_domains, device, "one entry a domain")
 
 
-def check_options(
-    *, z_loss: float, softcap: float, label_smoothing: float, vocab_size: int | None, num_columns: int
-) -> None:
-    """Raise ValueError unless the numbers that shape the objective are in range."""
-    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative (0 is off), got {value}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if vocab_size is not None and not 1 <= vocab_size <= num_columns:
-        raise ValueError(f"vocab_size must be from 1 to {num_columns}, the columns of logits_NV; got {vocab_size}")
-
-
 def check_scalar(
     name: str, value: float | Tensor | None, device: torch.device, *, positive: bool
 ) -> float | Tensor | None:
-    """The value as a number where the host has it, else as a tensor on the device; None stays None.
+    """Returns the value as a number if the host knows it, else as a tensor on the device; None stays None.
 
     Raises:
-        TypeError: a complex or bool tensor.
-        ValueError: not one element, on a third device, or (where the host can see it) not finite or, if asked for, not
-            positive.
+        TypeError: the tensor is complex or bool.
+        ValueError: the tensor has several elements or is on a third device, or the host sees a value that is not finite
+            or, with ``positive``, not positive.
     """
     if value is None:
         return None
@@ -124,12 +104,11 @@ def check_values(
     domain_N: Tensor,
     mask_N: Tensor | None,
     counted_N: Tensor,
-    *,
     ignore_index: int,
     vocab_size: int,
     num_domains: int,
 ) -> None:
-    """Raise ValueError for values out of range in counted rows. Reads values: for tensors on the host only."""
+    """Raise ValueError for values out of range in counted rows; for tensors on the host only."""
     if mask_N is not None:
         _refuse_any("mask_N", mask_N, (mask_N != 0) & (mask_N != 1), "must be 0 or 1")
     wanted = f"must be in [0, {vocab_size}), or {ignore_index} to ignore the row"

@@ -1,8 +1,8 @@
-"""Loss sums per domain as integers, so that no order of adding can change them.
+"""Loss sums per domain as integers, which do not depend on the order of addition.
 
-Floating-point addition depends on its order; integer addition does not. Every token's loss is therefore rounded once,
-to a multiple of 2**-24 nats, and added as an int64. The sums are then bitwise the same under any order of rows, any
-split into micro-batches and any split over ranks, and an int64 all-reduce of `DomainSums.buffer` is exact.
+Every token's loss is rounded once, to a multiple of 2**-24 nats, and added as an int64. The sums are then bitwise the
+same for any order of rows and any split into micro-batches or over ranks, and an int64 all-reduce of
+`DomainSums.buffer` is exact.
 
 Shapes: N tokens, K domains, C columns of the buffer.
 """
@@ -22,11 +22,11 @@ MAX_TOKEN_NATS = 2**20
 
 
 class DomainSums:
-    """Running sums over tokens for each of K domains, in one int64 buffer [K, C].
+    """Running sums over the tokens of K domains, in one int64 buffer [K, C].
 
     Columns (module constants): ``NATS`` the sum of token losses and ``EXCESS_NATS`` the sum of max(loss - reference
-    loss, 0), both in units of 2**-24 nats; ``TOKENS`` the number of tokens in those two sums; ``NON_FINITE`` the number
-    of tokens kept out of all three.
+    loss, 0), both in units of 2**-24 nats; ``TOKENS`` the number of tokens in these sums; ``NON_FINITE`` the number of
+    excluded tokens.
 
     Rounding: a token's loss times 2**24, rounded half to even. That product is exact in fp32 (a power of two), so for
     an fp32 loss only parts below 2**-24 nats are lost: at most 2**-25 nats a token.
@@ -38,11 +38,11 @@ class DomainSums:
     """
 
     def __init__(self, num_domains: int, device: torch.device | str | None = None) -> None:
-        """Start at zero.
+        """Starts at zero.
 
         Args:
             num_domains: K, from 1 to 65536.
-            device: where the buffer lives: the device of the logits.
+            device: device of the buffer and of the logits.
 
         Raises:
             TypeError: num_domains is not an int.
@@ -53,7 +53,7 @@ class DomainSums:
 
     @classmethod
     def from_buffer(cls, buffer: Tensor) -> DomainSums:
-        """Wrap an int64 buffer [K, C] that already holds sums, without copying it.
+        """Wraps an int64 buffer [K, C] that holds sums, without copying it.
 
         Raises:
             TypeError: not an int64 tensor.
@@ -72,12 +72,12 @@ class DomainSums:
 
     @property
     def num_domains(self) -> int:
-        """K."""
+        """K, the number of domains."""
         return self.buffer.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the buffer lives."""
+        """Device of the buffer."""
         return self.buffer.device
 
     @property
@@ -97,7 +97,7 @@ class DomainSums:
 
     @property
     def non_finite(self) -> Tensor:
-        """Number of tokens left out of the sums because they are not usable, int64 [K]."""
+        """Number of tokens excluded from the sums, int64 [K]."""
         return self.buffer[:, NON_FINITE].clone()
 
     @torch.no_grad()
@@ -109,13 +109,13 @@ class DomainSums:
         counted_N: Tensor | None = None,
         reference_loss_N: Tensor | None = None,
     ) -> DomainSums:
-        """Add tokens in place, without a host synchronisation.
+        """Adds tokens in place, without a host synchronisation.
 
         Args:
-            domain_N: domain ids, any integer dtype. A counted token with an id outside [0, K) cannot be reported
-                without waiting for the device, so it is counted as non-finite of the nearest valid domain.
+            domain_N: domain ids, any integer dtype. A counted token with an id outside [0, K) counts as non-finite of
+                the nearest valid domain, since an error would wait for the device.
             loss_N: token losses in nats, fp32 or float64.
-            counted_N: bool; False leaves a token out of everything. None counts all.
+            counted_N: bool; False ignores a token. None counts all.
             reference_loss_N: the reference model's token losses in nats, any floating dtype.
 
         Returns:
@@ -124,7 +124,7 @@ class DomainSums:
         row_N = domain_N.to(torch.int64)
         inside_N = (row_N >= 0) & (row_N < self.num_domains)
         row_N = row_N.clamp(0, self.num_domains - 1)
-        # Comparisons with NaN are false, so these two tests also catch what is not a number.
+        # Comparisons with NaN are false, so both tests catch NaN too.
         good_N = inside_N & (loss_N.abs() <= MAX_TOKEN_NATS)
         if reference_loss_N is not None:
             reference_loss_N = reference_loss_N.to(loss_N.dtype)
@@ -144,13 +144,13 @@ class DomainSums:
         return self
 
     def check_fits(self, num_domains: int, device: torch.device) -> None:
-        """Raise ValueError unless these sums are for that many domains and on that device."""
+        """Raises ValueError unless the sums have this number of domains and this device."""
         if self.num_domains != num_domains or self.device != device:
             seen = f"{self.num_domains} domains on {self.device}"
             raise ValueError(f"sums are for {seen}; wanted {num_domains} domains on {device}, like logits_NV")
 
     def zero_(self) -> DomainSums:
-        """Set all sums to zero in place and return this object."""
+        """Sets all sums to zero in place and returns this object."""
         self.buffer.zero_()
         return self
 
@@ -159,5 +159,5 @@ class DomainSums:
 
 
 def _fixed_point(nats_N: Tensor, good_N: Tensor) -> Tensor:
-    """Nats as int64 multiples of 2**-24, zero where not good. torch.round goes half to even."""
+    """Returns nats as int64 multiples of 2**-24, rounded half to even; zero where not good."""
     return torch.where(good_N, nats_N, 0.0).mul(UNITS_PER_NAT).round().to(torch.int64)

@@ -1,11 +1,11 @@
-"""The kernels of the Triton path: one program a row of logits, in fp32, the statistics inside.
+"""Kernels of the Triton path: one program a row of logits, in fp32, statistics included.
 
 `loss_rows` reads every row once (mode B) or, with GRADIENT, a second time to write the gradient, preferably over the
-logits (mode A). `gradient_rows` is mode B's backward pass. Under a vocabulary split over ranks, `partial_rows` reads
-this rank's columns, the ranks exchange four numbers a row, and `finish_rows` merges them as `loss_rows` would have.
+logits (mode A). `gradient_rows` is mode B's backward pass. With a vocabulary split over ranks, `partial_rows` reads
+this rank's columns, the ranks exchange four numbers a row, and `finish_rows` merges them as `loss_rows` does.
 
-Optional pointers are None; ``scale`` and ``divisor`` are numbers the host knows, and their pointers, where given, are
-further factors that only the device knows. Offsets of rows are int64: 16384 rows of 131072 are 2**31 elements.
+Optional pointers may be None. ``scale`` and ``divisor`` are numbers that the host knows; their pointers are further
+factors that only the device knows. Row offsets are int64: 16384 rows of 131072 are 2**31 elements.
 
 Shapes: N tokens, V logits a token (of this rank), K domains, T ranks.
 """
@@ -21,7 +21,7 @@ from megamix_kernels.triton_rows import LOG2_E, conclude, describe, read_row, wr
 
 @triton.jit
 def _times(number, pointer):
-    """The number times what the pointer, if there is one, points to."""
+    """Returns the number times the value at the pointer, if any."""
     if pointer is not None:
         number = number * tl.load(pointer).to(tl.float32)
     return number
@@ -61,7 +61,7 @@ def loss_rows(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Loss and statistics of one row, and with GRADIENT its gradient; else its maximum and norm are kept."""
+    """Loss and statistics of one row; with GRADIENT also its gradient, else its maximum and norm."""
     row = tl.program_id(0).to(tl.int64)
     counted, label, domain, weight, valid = describe(
         row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
@@ -74,7 +74,7 @@ def loss_rows(
             write_zeros(gradients + row * gradient_stride, num_columns, CHUNKS, CHUNK)
         return
     logits_row = logits + row * row_stride
-    # Fewer and narrower values alive in the loops keep 32 warps within their 64 registers.
+    # Fewer and narrower live values in the loops keep 32 warps within their 64 registers.
     column = tl.where(valid, label, -1).to(tl.int32)
     row_max, norm, target, deviation = read_row(
         logits_row, column, num_columns, vocab_size, softcap, SOFTCAP, SMOOTHING, CHUNKS, CHUNK
@@ -155,7 +155,7 @@ def gradient_rows(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The gradient of one row of this rank's columns, whose maximum and norm over all columns are known."""
+    """Gradient of one row of this rank's columns, from its maximum and norm over all columns."""
     row = tl.program_id(0).to(tl.int64)
     counted, label, _, weight, valid = describe(
         row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
@@ -205,7 +205,7 @@ def partial_rows(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Four numbers of one row of this rank's columns, into [4, N]: maximum, norm, label's score, deviation."""
+    """Writes maximum, norm, label's score and deviation of one row of this rank's columns into [4, N]."""
     row = tl.program_id(0).to(tl.int64)
     counted, label, _, _, valid = describe(
         row, True, labels, domains, mask, None, ignore_index, vocab_size, num_domains
@@ -257,7 +257,7 @@ def finish_rows(
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Losses and statistics of a block of rows from all ranks' numbers [T, 4, N], merged in the order of ranks."""
+    """Losses and statistics of a block of rows from all ranks' numbers [T, 4, N], merged in rank order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = row < num_rows
     counted, _, domain, weight, valid = describe(

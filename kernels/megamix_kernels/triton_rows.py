@@ -1,9 +1,9 @@
-"""The device code of the Triton path: the parts that `megamix_kernels.triton_kernels` is made of.
+"""Device code of the Triton path: parts of the kernels in `megamix_kernels.triton_kernels`.
 
 A row is read in tiles of E chunks of G neighbouring columns. Every chunk keeps a running maximum and a running sum of
-exponentials relative to it (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), so that the loop holds no
-barrier and needs 1 + 1/G exponentials a logit; the chunks are merged once at the end. The second reading of a row, for
-the gradient, goes from its end to its start: what was read last is likeliest to be still in the cache.
+exponentials relative to it (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), so the loop has no barrier
+and takes 1 + 1/G exponentials a logit; the chunks are merged once at the end. The second reading of a row, for the
+gradient, goes from its end to its start: the columns that were read last are likeliest still in the cache.
 
 Shapes: N tokens, V logits a token, K domains, E chunks of a tile, G columns of a chunk.
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# One unit of the sums is 2**-24 nats, and a token of more than 2**20 nats is not usable: see sums.py.
+# A unit of the sums is 2**-24 nats, and a token of more than 2**20 nats is excluded: see sums.py.
 UNITS_PER_NAT = tl.constexpr(16777216.0)
 MAX_TOKEN_NATS = tl.constexpr(1048576.0)
 # Adding and taking away 1.5 * 2**52 rounds a float64 below 2**51 to a whole number, half to even.
@@ -24,10 +24,10 @@ ROUND_FLOAT64 = tl.constexpr(6755399441055744.0)
 
 @triton.jit
 def _capped(logit, softcap):
-    """Softcap * tanh(logit / softcap), right to the last digits near zero too.
+    """Returns softcap * tanh(logit / softcap), accurate near zero too.
 
-    tanh is written with exp2 because the interpreter has no tanh; near zero, where 1 - 2 / (1 + exp(2 x)) loses digits,
-    it is its Taylor polynomial, whose error at 0.25 is 3e-7 of the value.
+    tanh uses exp2 because the interpreter has no tanh; near zero, where 1 - 2 / (1 + exp(2 x)) loses digits, it is a
+    Taylor polynomial, with a relative error of 3e-7 at 0.25.
     """
     ratio = logit / softcap
     square = ratio * ratio
@@ -38,7 +38,7 @@ def _capped(logit, softcap):
 
 @triton.jit
 def _tile(logits_tile, offsets_EG, num_left, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of one tile in fp32. With MASKED only the ``num_left`` columns that the row has left are touched."""
+    """Loads the scores of one tile in fp32; with MASKED, only the remaining ``num_left`` columns of the row."""
     if MASKED:
         score_EG = tl.load(logits_tile + offsets_EG, mask=offsets_EG < num_left, other=0.0).to(tl.float32)
     else:
@@ -50,7 +50,7 @@ def _tile(logits_tile, offsets_EG, num_left, softcap, SOFTCAP: tl.constexpr, MAS
 
 @triton.jit
 def _absorb(max_E, norm_E, shifted_E, score_EG, valid_EG, shift, SMOOTHING: tl.constexpr, MASKED: tl.constexpr):
-    """The running maxima, sums of exponentials and sums of score - shift, with one more tile."""
+    """Adds a tile to the running maxima, sums of exponentials and sums of score - shift."""
     max_new_E = tl.maximum(max_E, tl.max(score_EG, axis=1))
     # -inf - -inf would be NaN: a chunk of -inf adds nothing to a row that holds something else.
     safe_E = tl.where(max_new_E == float("-inf"), 0.0, max_new_E)
@@ -76,9 +76,9 @@ def read_row(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Maximum, sum of exp(score - maximum), score at the label (-inf if it is not here) and sum of score - maximum.
+    """Returns maximum, sum of exp(score - maximum), score at the label (-inf if elsewhere) and sum of score - maximum.
 
-    The last is relative to 0 where the maximum is -inf, as such a row may be one rank's part of a finite one.
+    The last is relative to 0 where the maximum is -inf, since the row may be one rank's part of a finite row.
     """
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -103,8 +103,8 @@ def read_row(
         score_EG = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
         max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, True, shift, SMOOTHING, False)
     if whole < valid_columns:
-        # Loaded up to the row's allocated width, which keeps the loads wide whatever is valid; masked after the cap,
-        # which would make -inf a finite number.
+        # Loads reach the allocated width, which keeps them wide whatever is valid; the mask comes after the cap, which
+        # would make -inf finite.
         score_EG = _tile(logits_row + whole, offsets_EG, num_columns - whole, softcap, SOFTCAP, True)
         valid_EG = offsets_EG < valid_columns - whole
         score_EG = tl.where(valid_EG, score_EG, float("-inf"))
@@ -119,7 +119,7 @@ def read_row(
 
 @triton.jit
 def _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP: tl.constexpr):
-    """The gradient of one tile in fp32: (exp(s - max) * peak - scaled target distribution) * ds/dlogit."""
+    """Returns a tile's gradient in fp32: (exp(s - max) * peak - scaled target distribution) * ds/dlogit."""
     gradient = tl.exp2((score - row_max) * LOG2_E) * peak - tl.where(is_label, at_label, spread)
     if SOFTCAP:
         gradient = gradient * (1.0 - (score / softcap) * (score / softcap))
@@ -145,7 +145,7 @@ def write_gradient(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Scale times the gradient of a row's objective, rounded once; zero in invalid columns. May overwrite the row."""
+    """Writes scale times a row's gradient, rounded once; zero in invalid columns. May overwrite the row."""
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     peak = scale / norm
@@ -180,9 +180,10 @@ def write_zeros(gradient_row, num_columns, CHUNKS: tl.constexpr, CHUNK: tl.const
 
 @triton.jit
 def describe(row, here, labels, domains, mask, weights, ignore_index, vocab_size, num_domains):
-    """Of rows: is it counted, its label, its nearest domain, its weight (NaN if invalid), are label and domain valid.
+    """Returns whether a row is counted, its label, nearest domain and weight (NaN if invalid), and whether label and
+    domain are valid.
 
-    ``row`` is a number or a block of them, of which ``here`` says which exist.
+    ``row`` is a number or a block of numbers; ``here`` is true for rows that exist.
     """
     label = tl.load(labels + row, mask=here, other=0).to(tl.int64)
     counted = here & (label != ignore_index)
@@ -199,7 +200,7 @@ def describe(row, here, labels, domains, mask, weights, ignore_index, vocab_size
 
 @triton.jit
 def _units(nats):
-    """Nats as int64 multiples of 2**-24, rounded half to even."""
+    """Returns nats as int64 multiples of 2**-24, rounded half to even."""
     return (nats.to(tl.float64) * UNITS_PER_NAT + ROUND_FLOAT64 - ROUND_FLOAT64).to(tl.int64)
 
 
@@ -226,7 +227,7 @@ def conclude(
     Z_LOSS: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):
-    """Writes the losses, zero where a row is not counted, and adds them to the domains' sums if ``sums`` is given.
+    """Writes the losses, zero where a row is not counted, and adds them to the domain sums if ``sums`` is given.
 
     Integer atomics commute, so the sums do not depend on the order of programs.
     """
@@ -241,7 +242,7 @@ def conclude(
     if token_losses is not None:
         tl.store(token_losses + row, tl.where(counted, nll, 0.0), mask=here)
     if sums is not None:
-        # Comparisons with NaN are false, so these also catch what is not a number.
+        # Comparisons with NaN are false, so both tests catch NaN too.
         good = counted & (tl.abs(nll) <= MAX_TOKEN_NATS)
         cell = sums + domain * 4
         if references is not None:

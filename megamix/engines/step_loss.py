@@ -1,5 +1,4 @@
-"""The loss function an engine calls on its last stage: the scalar to differentiate, and the sums per domain of the
-step.
+"""Loss function of an engine's last stage, with the domain sums of a step, and the check that a step is finite.
 
 Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains, C statistics.
 """
@@ -16,20 +15,20 @@ import torch.distributed as dist
 from megamix.core.errors import InputError
 from megamix.data.loader import IGNORED_LABEL
 from megamix.engines.base import Objective
-from megamix_kernels import DomainSums, domain_cross_entropy
+from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy
 from megamix_kernels.loss import choose_backend
 from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE
 
 
 class StepLoss:
-    """Called once per micro-batch; adds each token's loss to its domain's sums.
+    """Loss of each micro-batch; adds the token losses to their domains' sums.
 
-    In training it hands the step's sums over after the last micro-batch; in evaluation it only collects.
+    In training it hands the step's sums over after the last micro-batch; in evaluation it only collects them.
 
     Args:
         vocab_size: token ids that join the softmax, over all ranks of ``process_group``.
-        process_group: the ranks that share the vocabulary; None: the logits hold all of it.
-        sample_dim: which dimension of logits and targets counts samples: 0, or 1 where tokens come first.
+        process_group: ranks that share the vocabulary; None: the logits hold all of it.
+        sample_dim: dimension of the samples in logits and targets: 0, or 1 where tokens come first.
 
     Raises:
         InputError: the implementation cannot be used on the device.
@@ -45,14 +44,18 @@ class StepLoss:
         sample_dim: int = 0,
     ) -> None:
         self._num_domains = num_domains
-        self._vocab_size = vocab_size
         self._process_group = process_group
         self._token_dim = 1 - sample_dim
         try:
             choose_backend(implementation, torch.empty(1, 1, device=device))
         except ValueError as error:
             raise InputError(f"loss.implementation: {error}.") from error
-        self._implementation = implementation
+        self._options = LossOptions(
+            ignore_index=IGNORED_LABEL,
+            vocab_size=vocab_size,
+            process_group=process_group,
+            implementation=implementation,
+        )
         self._training = DomainSums(num_domains, device)
         self._evaluation = DomainSums(num_domains, device)
         self._objective = Objective(1.0)
@@ -72,11 +75,10 @@ class StepLoss:
         """Begins a training step.
 
         Args:
-            num_micro_batches: calls to come.
-            objective: how each sums its token losses up.
-            gradient_scale: the gradient that the engine's backward pass will send to each loss; known before, it lets
-                loss and gradient be computed in one reading of the logits. None: not known.
-            on_statistics: takes the step's int64 [K, C] sums.
+            num_micro_batches: number of calls in the step.
+            gradient_scale: the gradient that the engine's backward pass will send to each loss, if known; loss and
+                gradient then take one reading of the logits.
+            on_statistics: receives the step's int64 [K, C] sums.
         """
         self._training.zero_()
         self._bad = []
@@ -92,32 +94,32 @@ class StepLoss:
 
     @property
     def evaluation_sums(self) -> torch.Tensor:
-        """int64 [K, C]: what the evaluation in progress has collected."""
+        """int64 [K, C] sums of the evaluation in progress."""
         return self._evaluation.buffer
 
     @property
     def non_finite_counts(self) -> torch.Tensor | None:
-        """int32 [M, B]: tokens of each sample that the sums of the training step count as not finite; None where
-        another of the ranks that share the vocabulary says so."""
+        """Tokens of each sample that the sums of the training step count as non-finite, int32 [M, B]; None on all but
+        one of the ranks that share the vocabulary."""
         speaks = self._process_group is None or dist.get_rank(self._process_group) == 0
         return torch.stack(self._bad) if speaks else None
 
     @property
     def non_finite_tokens(self) -> torch.Tensor:
-        """int64 []: all of them, once where ranks share the vocabulary."""
+        """Non-finite tokens of the training step, int64 []; counted once where ranks share the vocabulary."""
         return self._training.buffer[:, NON_FINITE].sum()
 
     def token_losses(self) -> torch.Tensor | None:
-        """float32 [M, B, S] of the evaluation that kept them; None where no micro-batch came by."""
+        """Returns the token losses that the evaluation kept, float32 [M, B, S]; None without micro-batches."""
         kept, self._token_losses = self._token_losses, None
         return torch.stack(kept) if kept else None
 
     def __call__(self, logits_BSV: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The scalar of one micro-batch.
+        """Returns the scalar to differentiate of one micro-batch.
 
         Args:
             logits_BSV: this rank's part of the vocabulary.
-            targets: labels int64, domains int32 and, where there is a reference, its losses float32, [B, S] each.
+            targets: labels int64, domains int32 and, with a reference model, its losses float32, [B, S] each.
         """
         labels_BS, domain_BS, *reference_BS = targets
         training = self._on_statistics is not None
@@ -126,16 +128,13 @@ class StepLoss:
             labels_BS.flatten(),
             domain_BS.flatten(),
             self._num_domains,
-            ignore_index=IGNORED_LABEL,
-            vocab_size=self._vocab_size,
             reference_loss_N=reference_BS[0].flatten() if reference_BS else None,
             loss_weights_K=self._objective.loss_weights if training else None,
+            sums=self._training if training else self._evaluation,
+            options=self._options,
             normaliser=self._objective.normaliser if training else 1.0,
             gradient_scale=self._gradient_scale if training else None,
-            sums=self._training if training else self._evaluation,
             return_token_loss=training or self._token_losses is not None,
-            process_group=self._process_group,
-            implementation=self._implementation,
         )
         if self._token_losses is not None and out.token_loss_N is not None:
             self._token_losses.append(out.token_loss_N.detach().view_as(labels_BS))
@@ -151,7 +150,7 @@ class StepLoss:
     def _count_bad(
         self, loss_BS: torch.Tensor, labels_BS: torch.Tensor, reference_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """int32 [B]: tokens of each sample that `DomainSums` leaves out; nothing here waits for the device."""
+        """Tokens of each sample that `DomainSums` leaves out, int32 [B]; does not wait for the device."""
         # Comparisons with NaN are false.
         bad_BS = ~(loss_BS.detach().abs() <= MAX_TOKEN_NATS)
         if reference_BS is not None:
@@ -160,15 +159,15 @@ class StepLoss:
 
 
 def is_finite_everywhere(gradients: Sequence[torch.Tensor], bad_tokens: torch.Tensor) -> bool:
-    """Whether every loss and the norm of the gradient are finite, over all ranks of the job, which all get the same
-    answer. One all-reduce, and the step's one host read.
+    """Returns whether every loss and the gradient norm are finite over all ranks of the job; the same on all ranks.
+    Takes one all-reduce, and the step's only host read.
 
     Args:
-        gradients: the sum over the batch, of what this rank holds; ranks may hold the same, or parts.
-        bad_tokens: [] on the device, this rank's tokens whose loss is not finite.
+        gradients: this rank's gradients, summed over the batch; ranks may hold copies or parts.
+        bad_tokens: this rank's tokens with a non-finite loss, [] on the device.
     """
     norm = torch.nn.utils.get_total_norm(gradients).to(bad_tokens.device, torch.float32)
-    # Squares: a norm that the engine would find too large for fp32 is too large here as well.
+    # Squares: a norm that overflows fp32 in the engine then overflows here as well.
     numbers = torch.stack([norm.square(), bad_tokens.to(torch.float32)])
     dist.all_reduce(numbers)
     square, bad = numbers.tolist()

@@ -1,4 +1,4 @@
-"""Bad input to the domain loss: each is refused with the value seen and the value wanted, before anything is summed."""
+"""Bad input to the domain loss: an error names the value seen and the value wanted, before anything is summed."""
 
 import math
 
@@ -54,6 +54,7 @@ REFUSED = {
     "normaliser shape": ({"normaliser": torch.ones(2)}, ValueError, r"one element, got shape \[2\]"),
     "sums K": ({"sums": DomainSums(4)}, ValueError, "sums are for 4 domains on cpu; wanted 3 domains on cpu"),
     "sums type": ({"sums": torch.zeros(3, 4).long()}, TypeError, "sums must be a DomainSums, got Tensor"),
+    "unknown": ({"z_los": 1.0}, TypeError, "unexpected keyword argument 'z_los'"),
     "implementation": ({"implementation": "cuda"}, ValueError, "auto, torch, triton; got 'cuda'"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_oracle import make_case, oracle
 
-from megamix_kernels import DomainSums, domain_cross_entropy, linear_domain_cross_entropy
+from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy, linear_domain_cross_entropy
 
 OPTIONS = {
     "z_loss": 1e-2,
@@ -20,6 +20,17 @@ OPTIONS = {
     "reference_loss_N": torch.linspace(0, 9, 37),
     "normaliser": 17.5,
 }
+
+
+def test_options_are_an_object_or_keywords_and_keywords_win():
+    logits_NV, labels_N, domain_N = make_case()
+    options = LossOptions(z_loss=0.5, softcap=5.0)
+    hidden = (logits_NV, torch.eye(logits_NV.shape[1]))
+    for loss, first in ((domain_cross_entropy, (logits_NV,)), (linear_domain_cross_entropy, hidden)):
+        want = loss(*first, labels_N, domain_N, 3, z_loss=0.25, softcap=5.0).loss
+        assert torch.equal(loss(*first, labels_N, domain_N, 3, options=options, z_loss=0.25).loss, want)
+        assert not torch.equal(loss(*first, labels_N, domain_N, 3, options=options).loss, want)
+    assert options == LossOptions(z_loss=0.5, softcap=5.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -93,12 +93,14 @@ def hidden_over_ranks(group, implementation):
 
 def rows_over_ranks(rank, implementation):
     """The sums of the world when every rank has some of the rows, and of all rows on one rank."""
-    batch = make_case(23, 70, num_domains=5, seed=7)
+    batch = (*make_case(23, 70, num_domains=5, seed=7), torch.linspace(0, 9, 23))
+    batch[0][3] = torch.nan
     owner_N = torch.arange(23) * 7 % 11 % WORLD
     buffers = []
     for rows in (owner_N == rank, slice(None)):
-        logits_NV, labels_N, domain_N = (tensor[rows] for tensor in batch)
-        out = domain_cross_entropy(logits_NV, labels_N, domain_N, 5, implementation=implementation)
+        logits_NV, labels_N, domain_N, reference_N = (tensor[rows] for tensor in batch)
+        options = {"reference_loss_N": reference_N, "implementation": implementation}
+        out = domain_cross_entropy(logits_NV, labels_N, domain_N, 5, **options)
         buffers.append(out.stats.buffer)
     dist.all_reduce(buffers[0])
     return buffers

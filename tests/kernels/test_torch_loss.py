@@ -1,21 +1,17 @@
-"""The plain-torch domain loss against the same formulas written out in float64, row by row of the definition.
+"""The PyTorch path against the same formulas in float64, row by row of the definition.
 
 Shapes: N tokens, V logits a token, K domains.
 """
 
-import importlib.util
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from loss_oracle import GRADIENT_TOLERANCE, make_case, oracle
 
-from megamix_kernels import DomainSums, checks, domain_cross_entropy, reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from megamix_kernels import DomainSums, checks, domain_cross_entropy, torch_loss
 
 
 def check(logits_NV, labels_N, domain_N, num_domains, **options):
@@ -127,7 +123,7 @@ def test_strided_views_and_blocks(monkeypatch):
     wide[:, 1, :128] = logits_NV
     column_major = logits_NV.T.contiguous().T
     for limit in (1, 500, 2**17):
-        monkeypatch.setattr(reference, "BLOCK_ELEMENTS_CPU", limit)
+        monkeypatch.setattr(torch_loss, "BLOCK_ELEMENTS_CPU", limit)
         for view_NV in (wide[:, 1, :128], column_major):
             out, grad_NV = check(view_NV, labels_N, domain_N, 3, softcap=4.0)
             torch.testing.assert_close(grad_NV, want_grad)
@@ -313,13 +309,6 @@ def test_values_that_could_not_be_checked_make_the_loss_nan(name, monkeypatch):
     assert leaf_NV.grad.isnan().all(dim=1).nonzero()[:, 0].tolist() == [4, 5]
     assert out.stats.non_finite.sum() == 2
     assert out.stats.tokens.sum() == 35
-
-
-def test_the_folder_kernels_is_not_a_package():
-    # A regular package of this name would hide Hugging Face's `kernels`, which transformers looks for.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    spec = importlib.util.find_spec("kernels")
-    assert spec is None or spec.origin is None or ROOT / "kernels" not in Path(spec.origin).parents
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
