@@ -1,1 +1,1 @@
-"""The training engines: what runs the pipeline schedule, the backward pass and the optimizer."""
+"""Training engines: pipeline schedule, backward pass and optimizer over the ranks of a job."""

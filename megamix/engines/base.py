@@ -1,4 +1,4 @@
-"""What the train loop asks of an engine."""
+"""Engine interface of the training loop."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from megamix.data.loader import Batch
 
-# Long enough for a slow filesystem at start-up; a dead rank is noticed by its closed connections and by whoever started
-# the ranks.
+# Long enough for a slow file system at start-up; a dead rank is noticed earlier, by its closed connections and by the
+# parent process.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in the job."""
+    """Position of this process in the job."""
 
     rank: int
     world_size: int
@@ -31,11 +31,11 @@ class Place:
     tensor_rank: int = 0
     context_rank: int = 0
     reads_all_stages: bool = False
-    """Whether the stages in between need the batch too."""
+    """Whether the middle stages need the batch too."""
 
     @property
     def reads_data(self) -> bool:
-        """Only the first stage (tokens) and the last (labels, domains) need the batch, unless the engine says more."""
+        """Whether this stage needs the batch: the first reads tokens, the last labels and domains."""
         return self.reads_all_stages or self.stage == 0 or self.has_loss
 
     @property
@@ -44,13 +44,13 @@ class Place:
 
     @property
     def is_first_copy(self) -> bool:
-        """Whether this rank speaks for all that work on the same samples in the same stage."""
+        """Whether this rank represents all ranks that compute the same samples in the same stage."""
         return self.tensor_rank == 0 and self.context_rank == 0
 
 
 @dataclass(frozen=True)
 class ParameterState:
-    """A parameter with its optimizer state, whole and in fp32, as checkpoints hold it."""
+    """Whole parameter with its optimizer state, in fp32, as in checkpoints."""
 
     weight: torch.Tensor
     exp_avg: torch.Tensor
@@ -59,10 +59,10 @@ class ParameterState:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step differentiates: the sum over its tokens of loss_weights[domain] * loss / normaliser.
+    """Objective of a step: the sum over its tokens of loss_weights[domain] * loss / normaliser.
 
     Attributes:
-        normaliser: known before the forward pass, as every rank knows the tokens of the global batch.
+        normaliser: counted tokens of the global batch, which every rank knows before the forward pass.
         loss_weights: float32 [K] on the engine's device; None weighs every token 1.
     """
 
@@ -71,66 +71,65 @@ class Objective:
 
 
 class Engine(ABC):
-    """A model, its optimizer and a pipeline schedule over the ranks of the job."""
+    """Model, optimizer and pipeline schedule over the ranks of the job."""
 
     place: Place
     micro_batch_multiple: int = 1
-    """What the number of micro-batches of a step or an evaluation must divide by."""
+    """Divisor of the number of micro-batches in a step or an evaluation."""
 
     @abstractmethod
     def train_step(
         self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
     ) -> bool:
-        """One optimizer step on this rank's part of a global batch (None where the stage reads no data).
+        """Takes one optimizer step on this rank's part of a global batch (None where the stage reads no data).
 
-        ``on_statistics`` is called exactly once, with this rank's int64 [K, C] sums of the step (zeros on a rank
-        without the loss), as soon as the last micro-batch has gone forward, so that their all-reduce runs beside the
-        backward pass.
+        Calls ``on_statistics`` exactly once, with this rank's int64 [K, C] sums of the step (zeros on a rank without
+        the loss), right after the last micro-batch's forward pass, so that their all-reduce overlaps the backward pass.
 
         Returns:
-            False where the engine has seen a loss or a gradient that is not finite; the same on all ranks. An engine
-            made with ``skip_non_finite`` looks at every step, and has then left weights and optimizer as they were;
-            else it tells only what it comes to know anyway, and what became of the weights is not said.
+            False if the engine saw a loss or a gradient that is not finite; the same on all ranks. With
+            ``skip_non_finite`` the engine checks every step, and such a step leaves weights and optimizer unchanged;
+            otherwise it reports only what it computes anyway, and the weights are undefined.
         """
 
     @abstractmethod
     def non_finite_counts(self) -> torch.Tensor | None:
-        """Tokens of each of this rank's samples whose loss was not finite, int32 [M, B] on the device; None on a rank
-        without the loss, or where another speaks for it.
+        """Tokens with a non-finite loss in each of this rank's samples, int32 [M, B] on the device; None on a rank
+        without the loss, or if another rank reports them.
 
-        Of the last training step, from its ``on_statistics`` on; a later step does not write over it.
+        Covers the last training step, from its ``on_statistics`` on; later steps do not overwrite the tensor.
         """
 
     @abstractmethod
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
-        """This rank's int64 [K, C] sums over a validation batch, without touching training state."""
+        """Returns this rank's int64 [K, C] sums over a validation batch; training state is unchanged."""
 
     @abstractmethod
     def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
-        """The loss of every token of this rank's part of a batch, float32 [M, B, S] (0 where the label is ignored);
+        """Returns the token losses of this rank's part of a batch, float32 [M, B, S] (0 where the label is ignored);
         None on a rank without the loss."""
 
     @abstractmethod
     def grad_norm(self) -> float | None:
-        """The global gradient norm of the last step, before clipping; waits for the device, so for log lines only."""
+        """Global gradient norm of the last step before clipping; waits for the device, so use it for log lines only."""
 
     @abstractmethod
     def layers(self) -> list[int]:
-        """The pipeline layers that live on this rank."""
+        """Indices of the pipeline layers on this rank."""
 
     @abstractmethod
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
-        """(Hugging Face name, state) of each whole parameter of a layer; every rank that holds a part of the layer must
-        take part."""
+        """Yields (Hugging Face name, state) of each whole parameter of a layer; collective over the ranks that hold a
+        part of the layer."""
 
     @abstractmethod
     def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:
-        """Sets what `layer_state` gave, whatever the layout it was taken from."""
+        """Loads the result of `layer_state`, taken in any layout."""
 
     @property
     @abstractmethod
     def optimizer_steps(self) -> int:
-        """Optimizer steps taken since the start of the run."""
+        """Optimizer steps since the start of the run. Setting it zeroes Adam's moments, for `load_layer_state`."""
 
     @optimizer_steps.setter
     @abstractmethod
@@ -138,26 +137,24 @@ class Engine(ABC):
 
 
 class OwnFormat(ABC):
-    """What such an engine adds to `Engine`."""
+    """Additional interface of an engine with its own checkpoint format."""
 
     own_format: str
-    """The name of the format, and of the folder of a checkpoint that holds it."""
+    """Name of the format, and of its folder in a checkpoint."""
 
     @property
     @abstractmethod
     def saves_own_format(self) -> bool:
-        """Whether checkpoints are to be written in it, instead of layer by layer."""
+        """Whether checkpoints use this format instead of layer files."""
 
     @abstractmethod
     def own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of what this rank holds of weights and moments, no copies; to look at before they are
-        written."""
+        """Yields (name, tensor) of this rank's weights and moments, without copies, for checks before a save."""
 
     @abstractmethod
     def save_own(self, folder: Path) -> None:
-        """Writes weights and optimizer state into an empty folder; every rank calls it."""
+        """Writes weights and optimizer state into an empty folder; collective."""
 
     @abstractmethod
     def load_own(self, folder: Path, steps: int) -> None:
-        """Sets them from a folder that `save_own` filled, in whatever layout, after ``steps`` optimizer steps; every
-        rank calls it."""
+        """Loads a folder that `save_own` wrote in any layout, after ``steps`` optimizer steps; collective."""

@@ -1,4 +1,4 @@
-"""The engine that a config names. Each is imported only where it is used: a Megatron user needs no DeepSpeed."""
+"""Choice of the engine by config. Imports are lazy, so Megatron users need no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megamix.engines.models.config import ModelConfig
 
 
 def start_distributed(config: EngineConfig) -> None:
-    """Joins the process group of the job (torchrun's environment), the way the engine wants it."""
+    """Joins the job's process group (torchrun's environment) as the engine requires."""
     if isinstance(config, MegatronConfig):
         from megamix.engines.megatron.engine import start_distributed as start
     else:
@@ -21,11 +21,11 @@ def start_distributed(config: EngineConfig) -> None:
 def make_engine(
     config: EngineConfig, model: ModelConfig, train: TrainConfig, *, reset_position_ids: bool = False, **options: Any
 ) -> Engine:
-    """The engine that ``config`` names, with the initial weights of the run's seed; `start_distributed` comes first.
+    """Builds the configured engine with the initial weights of the run's seed; call `start_distributed` first.
 
     Args:
-        reset_position_ids: whether batches will have positions.
-        options: seq_length, num_domains, vocab_size and loss_implementation, as of `DeepSpeedEngine`.
+        reset_position_ids: whether batches have positions.
+        options: keyword arguments of `DeepSpeedEngine`.
     """
     if isinstance(config, MegatronConfig):
         from megamix.engines.megatron.engine import MegatronEngine
@@ -33,5 +33,5 @@ def make_engine(
         return MegatronEngine(config, model, train, reset_position_ids=reset_position_ids, **options)
     from megamix.engines.deepspeed.engine import DeepSpeedEngine
 
-    # Here positions travel from stage to stage with the hidden states.
+    # Under DeepSpeed positions travel from stage to stage with the hidden states.
     return DeepSpeedEngine(config, model, train, **options)

@@ -1,4 +1,4 @@
-"""How the model is spread over ranks, and by which engine."""
+"""Engine settings (layout over ranks), and the batch and optimizer settings of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megamix.core.config import Config
 
 
 class _LayoutConfig(Config):
-    """What both engines have."""
+    """Settings of both engines."""
 
     pipeline: int = pydantic.Field(default=1, gt=0)
     """Pipeline stages."""
     data: int | None = pydantic.Field(default=None, gt=0)
-    """Data-parallel ranks; default: what the ranks of the job leave after the model's, or 1 when megamix starts its own
+    """Data-parallel ranks; default: the ranks of the job divided by the model's, or 1 when megamix starts its own
     ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights and gradients."""
@@ -27,26 +27,23 @@ class _LayoutConfig(Config):
 
     @property
     def layout(self) -> dict[str, int]:
-        """The factors of the ranks that share one copy of the model."""
+        """Parallel sizes whose product is `model_ranks`."""
         raise NotImplementedError
 
     @property
     def model_ranks(self) -> int:
         """Ranks that share one copy of the model."""
-        product = 1
-        for factor in self.layout.values():
-            product *= factor
-        return product
+        return math.prod(self.layout.values())
 
     def world_size(self) -> int:
-        """Ranks a job of this layout needs, with one data-parallel rank where ``data`` is left open."""
+        """Ranks that a job of this layout needs, with one data-parallel rank if ``data`` is not set."""
         return self.model_ranks * (self.data or 1)
 
     def data_size(self, world_size: int) -> int:
         """Data-parallel ranks in a job of ``world_size`` ranks.
 
         Raises:
-            ValueError: the layout does not fit the job.
+            ValueError: the layout does not match the job.
         """
         if world_size % self.model_ranks or (self.data is not None and self.world_size() != world_size):
             factors = " x ".join(f"{name} {factor}" for name, factor in self.layout.items())
@@ -123,12 +120,12 @@ EngineConfig = DeepSpeedConfig | MegatronConfig
 
 
 def with_default_engine(value: Any) -> Any:
-    """An ``engine`` section without a name is DeepSpeed's."""
+    """Adds ``name: deepspeed`` to an ``engine`` section without a name."""
     return {"name": "deepspeed", **value} if isinstance(value, dict) and "name" not in value else value
 
 
 class BatchConfig(Config):
-    """What of the optimisation decides which samples are read when."""
+    """Training settings that decide which samples are read when."""
 
     steps: int = pydantic.Field(gt=0)
     """Optimizer steps of the whole run."""
@@ -141,7 +138,7 @@ class BatchConfig(Config):
 
 
 class TrainConfig(BatchConfig):
-    """AdamW with linear warm-up and cosine decay."""
+    """Training settings: AdamW with linear warm-up and cosine decay."""
 
     stop_after: int | None = pydantic.Field(default=None, gt=0)
     """Stop, with a checkpoint, once this many steps are done; the schedule stays that of ``steps``, so a resume without

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megamix.engines.models import ModelConfig
-from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer
+from megamix.engines.models.layers import PipelineLayer, make_layer
 
 SEQ_LENGTH = 24
 SEED = 7
@@ -44,9 +44,7 @@ def model_config(architecture: str, **changes: Any) -> ModelConfig:
 
 
 def build(config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH) -> list[PipelineLayer]:
-    last = config.num_layers + 1
-    decoders = [Decoder(config, index, seed, seq_length) for index in range(1, last)]
-    return [Embedding(config, 0, seed), *decoders, Head(config, last, seed)]
+    return [make_layer(config, index, seed, seq_length) for index in range(config.num_layers + 2)]
 
 
 def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""The engine on DeepSpeed's pipeline."""
+"""Engine on DeepSpeed's pipeline."""

@@ -1,4 +1,4 @@
-"""DeepSpeed: its pipeline engine, ZeRO and gradient handling around our layers, loss and data."""
+"""DeepSpeed engine: its pipeline and ZeRO run megamix's layers, loss and data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megamix.engines.step_loss import StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
-    """Joins the process group of the job (torchrun's environment); quiet, and without compiling DeepSpeed's CPU
+    """Joins the job's process group (torchrun's environment), quietly and without compiling DeepSpeed's CPU
     collectives."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -41,7 +41,7 @@ def start_distributed() -> None:
 
 
 class DeepSpeedEngine(Engine):
-    """PP x DP x ZeRO-0/1 by DeepSpeed's `PipelineEngine`."""
+    """Pipeline and data parallelism with ZeRO 0 or 1, by DeepSpeed's `PipelineEngine`."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DeepSpeedEngine(Engine):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self._loss = StepLoss(num_domains, vocab_size, device, loss_implementation)
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers, whatever the log level
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level
             self._module = MixPipelineModule(
                 model,
                 seed=train.seed,
@@ -81,7 +81,7 @@ class DeepSpeedEngine(Engine):
             eps=train.epsilon,
             fused=torch.cuda.is_available(),
         )
-        # Untyped: what DeepSpeed returns depends on its config.
+        # Untyped: the class that DeepSpeed returns depends on its config.
         self._engine: Any = deepspeed.initialize(
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size)
         )[0]
@@ -108,19 +108,16 @@ class DeepSpeedEngine(Engine):
     ) -> bool:
         micro_batches = self._engine.gradient_accumulation_steps()
         if self.place.has_loss:
-            # DeepSpeed averages over micro-batches and data-parallel ranks; undone here, because ours is one sum over
-            # the whole step.
-            normaliser = objective.normaliser / (micro_batches * self.place.data_size)
-            # It divides each loss by the number of micro-batches before the backward pass.
-            self._loss.start_step(
-                micro_batches, replace(objective, normaliser=normaliser), 1.0 / micro_batches, on_statistics
-            )
+            # Undoes DeepSpeed's averages over micro-batches and data-parallel ranks: the objective is one sum.
+            scaled = replace(objective, normaliser=objective.normaliser / (micro_batches * self.place.data_size))
+            # DeepSpeed divides each loss by the number of micro-batches before the backward pass.
+            self._loss.start_step(micro_batches, scaled, 1.0 / micro_batches, on_statistics)
         else:
             on_statistics(self._empty_sums)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train_batch(_micro_batches(batch) if batch is not None else None)
-        # Under ZeRO, DeepSpeed leaves out a step whose norm is not finite, whatever it was told.
+        # Under ZeRO, DeepSpeed always skips a step whose norm is not finite.
         is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
         self._steps += is_finite
         return is_finite
@@ -147,14 +144,14 @@ class DeepSpeedEngine(Engine):
         return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def _take_step_if_finite(self, lr_kwargs: Any = None) -> None:
-        """Stands in for `DeepSpeedEngine._take_model_step`: clips, steps, passes the weights on and forgets the
-        gradients, but leaves out the step itself where it may not be taken."""
+        """Replaces `DeepSpeedEngine._take_model_step`: does the same, but skips the optimizer's step unless it is
+        finite."""
         self._is_finite = is_finite_everywhere(self._gradients(), self._loss.non_finite_tokens)
         with contextlib.nullcontext() if self._is_finite else _at_rest(self._adam):
             type(self._engine)._take_model_step(self._engine, lr_kwargs)
 
     def _gradients(self) -> list[torch.Tensor]:
-        """What this rank's part of the optimizer is about to use."""
+        """Gradients that this rank's optimizer is about to apply."""
         if hasattr(self._optimizer, "averaged_gradients"):  # ZeRO: this rank's share of every group
             return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
         if hasattr(self._optimizer, "fp32_groups_gradients_flat"):  # the same in bf16
@@ -163,12 +160,11 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _adam(self) -> torch.optim.AdamW:
-        """The optimizer that was given to DeepSpeed, wrapped or not."""
+        """Optimizer that DeepSpeed was given, without its wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def _clip_gradients(self) -> None:
-        """Stands in for `DeepSpeedEngine.clip_fp32_gradients`, which takes the norm of each pipeline stage for
-        itself."""
+        """Replaces `DeepSpeedEngine.clip_fp32_gradients`, which takes each pipeline stage's norm alone."""
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
         dist.all_reduce(squares, group=self._engine.grid.get_pipe_parallel_group())
@@ -186,7 +182,7 @@ class DeepSpeedEngine(Engine):
         names = module.hugging_face_names()
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "_hp_mapping"):
-                # What deepspeed.utils.safe_get_full_... call, which are typed as if they could return nothing.
+                # As in deepspeed.utils.safe_get_full_..., whose types allow None.
                 whole: Any = vars(parameter)["get_full_hp_param"]
                 yield names[name], ParameterState(whole(), whole("exp_avg"), whole("exp_avg_sq"))
             else:
@@ -217,7 +213,6 @@ class DeepSpeedEngine(Engine):
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
         self._steps = steps
         inner = self._adam
         for group in inner.param_groups:
@@ -228,16 +223,15 @@ class DeepSpeedEngine(Engine):
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         if inner is not self._optimizer:
-            # ZeRO links parameters to their fragments of Adam's state once, after the step of the first parameter
-            # group, when the state of the others does not exist yet; linked here, all groups are there, and a resumed
-            # run can fill them.
+            # ZeRO links parameters to their fragments of Adam's state once, after the first parameter group's step,
+            # when the other groups have no state yet; linking here, all groups have it, and a resumed run can fill it.
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @contextlib.contextmanager
 def _at_rest(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, stepping the optimizer does nothing."""
+    """Makes the optimizer's step do nothing."""
     vars(optimizer)["step"] = lambda: None
     try:
         yield
@@ -246,13 +240,13 @@ def _at_rest(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:
-    """(tokens, or tokens with positions; `StepLoss`'s targets) of each micro-batch."""
+    """Yields (tokens, or tokens with positions; targets of `StepLoss`) of each micro-batch."""
     inputs = batch.tokens if batch.positions is None else zip(batch.tokens, batch.positions, strict=True)
     return zip(inputs, zip(*batch.targets, strict=True), strict=True)
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not; a stage without one of the kinds has no group for it."""
+    """Returns the non-empty ones of two groups: matrices, which decay, and biases and norms, which do not."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -273,7 +267,7 @@ def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: in
         "zero_optimization": {"stage": engine.zero},
         "bf16": {"enabled": bf16},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
-        # Integer inputs (the tokens) have no gradient, which the reentrant form of checkpointing does not take.
+        # Reentrant checkpointing rejects inputs without a gradient, such as integer tokens.
         "pipeline": {"use_reentrant": False},
         "wall_clock_breakdown": False,
     }

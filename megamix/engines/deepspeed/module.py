@@ -1,4 +1,4 @@
-"""Our pipeline layers as a DeepSpeed `PipelineModule`, cut into stages of equal work."""
+"""Pipeline layers as a DeepSpeed `PipelineModule`, split into stages of equal work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamix.engines.step_loss import StepLoss
 
 
 class MixPipelineModule(PipelineModule):
-    """Embedding, decoder layers and head; each rank builds the layers of its stage only."""
+    """Embedding, decoder layers and head; each rank builds only its stage's layers."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class MixPipelineModule(PipelineModule):
         )
 
     def _count_layer_params(self) -> list[int]:
-        """The numbers that DeepSpeed balances over the stages: the work of each layer instead of its parameters."""
+        """Overrides the numbers that DeepSpeed balances over stages: work per layer instead of parameters."""
         return self._costs
 
     def own_layers(self) -> list[PipelineLayer]:
-        """The layers built on this rank."""
+        """Layers built on this rank."""
         return [layer for layer in self.forward_funcs if isinstance(layer, PipelineLayer)]
 
     def own_layer(self, index: int) -> PipelineLayer:

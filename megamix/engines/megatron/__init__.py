@@ -1,1 +1,1 @@
-"""The engine on megatron.core: tensor, pipeline, data and context parallelism."""
+"""Engine on megatron.core."""

@@ -1,9 +1,9 @@
-"""Model and optimizer through megatron.core.dist_checkpointing, in PyTorch's distributed format: every rank writes and
-reads its own parts, and another layout finds its parts by their place in the whole.
+"""Checkpoints of megatron.core.dist_checkpointing, in PyTorch's distributed format: every rank writes and reads its own
+parts, and another layout finds its parts by their place in the whole.
 
-Two of its files are pickles: ``common.pt``, which Megatron loads with torch's ``weights_only``, and ``.metadata``,
-which torch.distributed.checkpoint unpickles whole. The hashes that are checked first tell damage, not malice: of a
-checkpoint from somebody else, ask for the format ``layers``.
+Two of the files are pickles: ``common.pt``, which Megatron loads with torch's ``weights_only``, and ``.metadata``,
+which torch.distributed.checkpoint unpickles whole. The hashes that are checked first reveal damage, not malice: ask
+somebody else for a checkpoint in the format ``layers``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # see megatron_model
+    warnings.simplefilter("ignore")  # see model.py
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -22,9 +22,9 @@ from megamix.engines.megatron.model import MixChunk
 
 
 def save(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:
-    """Writes all into an empty folder; every rank calls it."""
-    # The results of a save that waits come back to the process that wrote them. Megatron would start a process to hold
-    # them, which takes seconds and runs the main script anew.
+    """Writes model and optimizer into an empty folder; collective."""
+    # A synchronous save needs its results in this process only. For them Megatron would start another process, which
+    # takes seconds and runs the main script again.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     with warnings.catch_warnings():
@@ -33,7 +33,7 @@ def save(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:
 
 
 def load(folder: Path, chunks: list[MixChunk], optimizer: Any) -> None:
-    """Sets all from a folder that `save` filled in any layout; every rank calls it."""
+    """Loads a folder that `save` wrote in any layout; collective."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: Any = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
@@ -50,7 +50,7 @@ def _named(chunks: list[MixChunk]) -> dict[str, MixChunk]:
 
 def _state(chunks: list[MixChunk], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
-        # Where the distributed optimizer is used: every piece under the place of its parameter, for any layout.
+        # With the distributed optimizer: every piece is stored by its parameter's place, for any layout.
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,

@@ -1,7 +1,7 @@
-"""Which tokens of a sample a context-parallel rank has.
+"""Parts of a sample under context parallelism.
 
-A sample is cut into 2C parts and rank r of C has parts r and 2C - 1 - r, so that under causal attention all ranks have
-the same work.
+A sample is cut into 2C parts and rank r of C has parts r and 2C - 1 - r: causal attention then costs all ranks the
+same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def context_part(samples: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """The tokens of ``samples`` [..., S] that context-parallel rank ``rank`` of ``size`` has, [..., S / size]."""
+    """Returns the tokens of ``samples`` [..., S] on context-parallel rank ``rank`` of ``size``, [..., S / size]."""
     if size == 1:
         return samples
     parts = samples.chunk(2 * size, dim=-1)
@@ -21,13 +21,13 @@ def context_part(samples: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def join_parts(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The samples from the parts of all ranks, in their order."""
+    """Joins the parts of all ranks, given in rank order."""
     halves = [part.chunk(2, dim=-1) for part in parts]
     return torch.cat([first for first, _ in halves] + [second for _, second in reversed(halves)], dim=-1)
 
 
 def whole_samples(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The samples [..., S] that the ranks of ``group`` have parts of; every one of them calls it and gets them."""
+    """Returns the whole samples [..., S] from the parts on the ranks of ``group``; collective."""
     part = part.contiguous()
     if group.size() == 1:
         return part

@@ -1,6 +1,6 @@
-"""Running megatron.core where there is no GPU: it names the device "cuda" in many places, and this answers for the CPU.
+"""Megatron-core without a GPU: inside `cpu_stand_ins`, its many uses of the device "cuda" mean the CPU.
 
-Only what the training step and the checkpoints of this package touch is stood in for, and only inside `cpu_stand_ins`.
+Covers only the calls of this package's training steps and checkpoints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends what asks for "cuda" to the CPU."""
+    """Redirects tensors for "cuda" to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -25,7 +25,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizer tells dtypes apart by names such as torch.cuda.FloatTensor.
+            # The optimizer distinguishes dtypes by names such as torch.cuda.FloatTensor.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
@@ -34,7 +34,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """What the CPU has for a stream: everything has happened by the time a call returns."""
+    """Stream of the CPU, on which every call has finished when it returns."""
 
     def wait_stream(self, _other: object) -> None: ...
 
@@ -66,11 +66,11 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def cpu_stand_ins() -> Iterator[None]:
-    """Where there is a GPU: nothing. Elsewhere megatron.core may be called inside."""
+    """Context in which megatron.core runs on a machine without a GPU; does nothing where there is one."""
     if torch.cuda.is_available():
         yield
         return
-    # Its generator of the GPU is the CPU's here, so that dropout changes "the CPU's" too, of which it warns each time.
+    # Megatron's GPU generator is the CPU's here, so dropout advances "the CPU's" too, and it would warn each time.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     replaced = [(owner, name, getattr(owner, name), value) for owner, name, value in _stand_ins()]
     for owner, name, _, value in replaced:

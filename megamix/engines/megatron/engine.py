@@ -1,4 +1,4 @@
-"""Megatron-core: its tensor, pipeline, context and data parallelism around our loss and data.
+"""Megatron-core engine: tensor, pipeline, context and data parallelism around megamix's loss and data.
 
 Legend: M micro-batches, B samples, S tokens, V vocabulary, T tensor-parallel ranks.
 """
@@ -27,13 +27,13 @@ from megamix.engines.megatron.model import MixChunk, build_chunks, transformer_c
 from megamix.engines.megatron.names import ParameterMap, parameter_maps
 from megamix.engines.megatron.setup import get_forward_backward_func, parallel_state, tensor_parallel
 from megamix.engines.models.config import ModelConfig
-from megamix.engines.models.layers import Decoder, Embedding, Head
+from megamix.engines.models.layers import make_layer
 from megamix.engines.step_loss import StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
-    """Joins the process group of the job (torchrun's environment)."""
-    # Megatron's overlap of reductions with matrix products relies on kernels starting in the order they were asked for.
+    """Joins the job's process group (torchrun's environment)."""
+    # Megatron's overlap of reductions with matrix products needs kernels to start in the order of their launches.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -44,7 +44,7 @@ def start_distributed() -> None:
 
 
 class MegatronEngine(Engine, OwnFormat):
-    """TP x PP (interleaved) x CP x DP by megatron.core."""
+    """Tensor, pipeline (also interleaved), context and data parallelism by megatron.core."""
 
     own_format = "megatron"
 
@@ -76,7 +76,7 @@ class MegatronEngine(Engine, OwnFormat):
             tensor_parallel.model_parallel_cuda_manual_seed(train.seed % 2**31)
             config = transformer_config(engine, model, seq_length)
             self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length)
-            # Before the optimizer exists: it copies them.
+            # Before the optimizer, which copies them.
             self._set_initial_weights()
             self._wrapped = setup.wrap(engine, config, self._chunks)
             self._optimizer: Any = setup.make_optimizer(engine, train, self._wrapped)
@@ -96,7 +96,7 @@ class MegatronEngine(Engine, OwnFormat):
         self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
     ) -> bool:
         if self.place.has_loss:
-            # Gradients are summed as they are: over micro-batches, and over data- and context-parallel ranks.
+            # Gradients are summed without scaling over micro-batches, and over data- and context-parallel ranks.
             self._loss.start_step(self._num_micro_batches, objective, 1.0, on_statistics)
         else:
             on_statistics(self._empty_sums)
@@ -113,20 +113,20 @@ class MegatronEngine(Engine, OwnFormat):
         return is_finite
 
     def _step_optimizer(self) -> bool:
-        """Takes the step unless it is to be left out; returns whether the step is known to be finite."""
+        """Takes the step unless it must be skipped; returns whether the step is known to be finite."""
         self._grad_norm = None
         if self._skip_non_finite:
             bad_tokens = self._loss.non_finite_tokens  # 0 where there is no loss
             if not is_finite_everywhere([p.main_grad for p in self._parameters_held()], bad_tokens):
                 return False
         _, norm, _ = self._optimizer.step()
-        # Megatron has read it on the host, whether it clips or not.
+        # Megatron has read the norm on the host, with or without clipping.
         is_finite = math.isfinite(norm)
         self._grad_norm = norm if is_finite else None
         return is_finite
 
     def _parameters_held(self) -> Iterator[Any]:
-        """All that this rank holds a part of, with the gradients that Megatron sums up."""
+        """Trained parameters of this rank, which hold the gradients that Megatron sums."""
         return (p for chunk in self._chunks for p in chunk.parameters() if p.requires_grad)
 
     def non_finite_counts(self) -> torch.Tensor | None:
@@ -165,7 +165,7 @@ class MegatronEngine(Engine, OwnFormat):
         )
 
     def _micro_batches(self, batch: Batch | None, number: int) -> Iterator[tuple[Any, ...]]:
-        """(tokens, positions, `StepLoss`'s targets) of each micro-batch: [B, S] each, of this rank's part of the
+        """Yields (tokens, positions, targets of `StepLoss`) of each micro-batch: [B, S] each, this rank's part of the
         samples."""
         if batch is None:
             return iter([(None, None, None)] * number)
@@ -191,11 +191,11 @@ class MegatronEngine(Engine, OwnFormat):
     def _sum_up(
         self, targets: Sequence[torch.Tensor], logits_SBV: torch.Tensor
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
-        """The scalar to differentiate, and two things for Megatron's own averages, which are not wanted."""
+        """Returns the scalar to differentiate, and two values for Megatron's averages, which are not used."""
         return self._loss(logits_SBV, tuple(target_BS.t().contiguous() for target_BS in targets)), 0, {}
 
     def _seed_dropout(self) -> None:
-        """The same random numbers for all tensor-parallel ranks where they compute the same, a function of the step."""
+        """Seeds dropout by the step, alike on the tensor-parallel ranks for what they all compute."""
         if self._model.dropout:
             place = self.place
             words = (self._train.seed, self._steps, place.data_rank, place.context_rank, place.stage)
@@ -228,14 +228,9 @@ class MegatronEngine(Engine, OwnFormat):
             parameter.data.copy_(held[0])
 
     def _set_initial_weights(self) -> None:
-        """Those that every engine starts from: each layer draws its own, on the CPU, one layer at a time."""
+        """Sets the initial weights of every engine: each layer draws its own, on the CPU, one layer at a time."""
         for index in self.layers():
-            if index == 0:
-                source = Embedding(self._model, index, self._train.seed)
-            elif index <= self._model.num_layers:
-                source = Decoder(self._model, index, self._train.seed, self._seq_length)
-            else:
-                source = Head(self._model, index, self._train.seed)
+            source = make_layer(self._model, index, self._train.seed, self._seq_length)
             names = source.hugging_face_names()
             weights = {names[name]: parameter.detach() for name, parameter in source.named_parameters()}
             for entry, parameter in self._parameters(index):
@@ -243,7 +238,7 @@ class MegatronEngine(Engine, OwnFormat):
                 parameter.data.copy_(self._shard(entry, whole))
 
     def _parameters(self, layer: int) -> Iterator[tuple[ParameterMap, torch.nn.Parameter]]:
-        """This rank's part of each parameter of a layer."""
+        """Yields this rank's part of each parameter of a layer."""
         module: torch.nn.Module
         if layer == 0:
             module = self._chunks[0]
@@ -271,7 +266,6 @@ class MegatronEngine(Engine, OwnFormat):
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        """Sets Adam's step count and zeroes its moments, so that `load_layer_state` can fill them."""
         self._steps = steps
         setup.reset_adam(self._optimizer, steps)
 

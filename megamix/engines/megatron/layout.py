@@ -1,4 +1,4 @@
-"""How a model is spread over Megatron's ranks, and what cannot be; all of it known before any process group exists."""
+"""Megatron's layout: layers per pipeline chunk, and checks before any process group exists."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def uses_transformer_engine(config: MegatronConfig) -> bool:
 
 
 def stage_layers(model: ModelConfig, num_chunks: int, seq_length: int) -> list[int]:
-    """The decoder layers of each pipeline chunk, in the order the data goes through them: at least one in each, and the
-    work (`ModelConfig.layer_costs`) of the busiest chunk as small as it can be."""
+    """Returns the decoder layers of each pipeline chunk, in data order: at least one, and the least possible work
+    (`ModelConfig.layer_costs`) in the busiest chunk."""
     costs = model.layer_costs(seq_length)
     layer, head = costs[1], costs[-1]
 
     @cache
     def best(layers: int, chunks: int) -> tuple[int, tuple[int, ...]]:
-        """Busiest chunk and sizes, where the last ``chunks`` chunks share the last ``layers`` layers."""
+        """Returns the busiest chunk's work and the sizes, for the last ``chunks`` chunks and ``layers`` layers."""
         if chunks == 1:
             return layers * layer + head, (layers,)
         options = []
         for first in range(1, layers - chunks + 2):
             busiest, others = best(layers - first, chunks - 1)
             options.append((max(first * layer, busiest), (first, *others)))
-        # Of equal ones, the one whose sizes differ least.
+        # Ties go to the sizes that differ least.
         return min(options, key=lambda option: (option[0], max(option[1]) - min(option[1])))
 
     return list(best(model.num_layers, num_chunks)[1])
@@ -43,11 +43,11 @@ def stage_layers(model: ModelConfig, num_chunks: int, seq_length: int) -> list[i
 def check_megatron_layout(
     config: MegatronConfig, model: ModelConfig, seq_length: int, micro_batches: int, vocab_size: int | None = None
 ) -> None:
-    """Refuses a layout that the model cannot have, on any machine.
+    """Checks that the model can have the layout, on any machine.
 
     Args:
-        micro_batches: of one data-parallel rank in a step.
-        vocab_size: rows of the embedding; None where they are not known yet.
+        micro_batches: micro-batches of one data-parallel rank in a step.
+        vocab_size: rows of the embedding; None if not known yet.
 
     Raises:
         InputError: with the arithmetic.
@@ -118,10 +118,10 @@ def _check_sequence(config: MegatronConfig, seq_length: int) -> None:
 
 
 def check_megatron_machine(config: MegatronConfig) -> None:
-    """Refuses a layout that needs Transformer Engine, Apex or a GPU where there is none.
+    """Checks that this machine has the GPU, Transformer Engine or Apex that the layout needs.
 
     Raises:
-        InputError: what is missing.
+        InputError: naming the missing part.
     """
     cuda, engine, apex = torch.cuda.is_available(), uses_transformer_engine(config), _installed("apex")
     if engine and not (cuda and _installed("transformer_engine")):

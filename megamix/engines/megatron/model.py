@@ -1,6 +1,5 @@
-"""The model as chunks of megatron.core's `GPTModel`: its config, its layers, and what the loss and the data ask of it.
-
-They compute the same function as the layers of `megamix.engines.models.layers`.
+"""The model as chunks of megatron.core's `GPTModel`, which compute the same function as
+`megamix.engines.models.layers`.
 
 Legend: B samples, S tokens, R rotary dimensions, V vocabulary, T tensor-parallel ranks.
 """
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # each module says once more that Transformer Engine and Apex are not installed
+    warnings.simplefilter("ignore")  # each module repeats that Transformer Engine and Apex are not installed
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
@@ -32,7 +31,7 @@ from megamix.engines.models.config import ModelConfig
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """A decoder layer whose feed-forward part reads the layer's input instead of the attention's output."""
+    """Decoder layer whose feed-forward part reads the layer's input instead of the attention's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden_SBH = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -41,18 +40,18 @@ class ParallelResidualLayer(TransformerLayer):
         with self.bias_dropout_add_exec_handler():
             add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
             output_SBH = add(output_with_bias, with_attention_SBH, self.hidden_dropout)
-        # The pipeline frees the memory of what it has sent, which a view would share.
+        # The pipeline frees tensors it has sent; a view would share their memory.
         return make_viewless_tensor(output_SBH, requires_grad=output_SBH.requires_grad, keep_graph=True), context
 
 
 class SampleRotary(RotaryEmbedding):
-    """Rotary angles by the positions of the micro-batch's tokens, where they are not those in the sample."""
+    """Rotary angles by the token positions of the micro-batch, where they are not 0 to S - 1."""
 
     positions_BS: torch.Tensor | None = None
 
-    # The class's own is wrapped in a cache of its integer arguments.
+    # The parent's method is wrapped in a cache by integer arguments.
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Angles [S, 1, 1, R], or [S, B, 1, R] where positions are set."""
+        """Returns angles [S, 1, 1, R], or [S, B, 1, R] with positions."""
         if self.positions_BS is None:
             return super().forward(*args, **kwargs)
         self.inv_freq = self.inv_freq.to(self.positions_BS.device)
@@ -61,7 +60,7 @@ class SampleRotary(RotaryEmbedding):
 
 
 class MixChunk(GPTModel):
-    """A chunk of the model. The last one returns its logits as they are computed, [S, B, V / T]."""
+    """Chunk of the model; the last one returns logits [S, B, V / T]."""
 
     def __init__(self, config: TransformerConfig, rotary_base: float, rotary_percent: float, **options: Any) -> None:
         rotary: dict[str, Any] = {"rotary_base": rotary_base, "rotary_percent": rotary_percent}
@@ -73,18 +72,18 @@ class MixChunk(GPTModel):
             **rotary,
         )
         if self.pre_process:
-            self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # dropout is of the layers only
+            self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # only the layers have dropout
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Where a forward pass with labels ends; the loss is `megamix.engines.step_loss`'s, outside of the model.
+        """Returns the logits at the end of a forward pass with labels; `StepLoss` computes the loss from them.
 
-        A pass without labels would end in a copy of the logits in the order [B, S].
+        A pass without labels would copy the logits to [B, S].
         """
         return logits
 
 
 def transformer_config(engine: MegatronConfig, model: ModelConfig, seq_length: int) -> TransformerConfig:
-    """Megatron's config of the model in that layout."""
+    """Returns Megatron's config of the model in the engine's layout."""
     cuda = torch.cuda.is_available()
     llama = model.architecture == "llama"
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
@@ -118,7 +117,7 @@ def transformer_config(engine: MegatronConfig, model: ModelConfig, seq_length: i
         pipeline_dtype=dtype,
         bf16=engine.precision == "bf16",
         gradient_accumulation_fusion=engine.gradient_accumulation_fusion,
-        # The fused GELU is the tanh approximation; the models here have the exact one.
+        # The fused GELU is the tanh approximation; these models use the exact one.
         bias_activation_fusion=cuda and llama,
         bias_dropout_fusion=cuda,
         calculate_per_token_loss=True,
@@ -129,7 +128,7 @@ def transformer_config(engine: MegatronConfig, model: ModelConfig, seq_length: i
         transformer_impl="transformer_engine" if uses_transformer_engine(engine) else "local",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of a default of its own
+        warnings.simplefilter("ignore")  # it warns of its own default
         return TransformerConfig(**options)
 
 
@@ -144,7 +143,7 @@ def _pipeline_layout(engine: MegatronConfig, model: ModelConfig, seq_length: int
 def build_chunks(
     engine: MegatronConfig, model: ModelConfig, config: TransformerConfig, seq_length: int
 ) -> list[MixChunk]:
-    """This rank's chunks, one unless the pipeline is interleaved; their weights are yet to be set."""
+    """Builds this rank's chunks, one unless the pipeline is interleaved; their weights are not set yet."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     last = engine.pipeline * engine.virtual_pipeline - 1

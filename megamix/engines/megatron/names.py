@@ -1,7 +1,6 @@
-"""The parameters of a megatron.core GPTModel in terms of the Hugging Face model's: names, layouts, and the part that
-each tensor-parallel rank holds.
+"""Map between Hugging Face's parameters and megatron.core's: names, layouts and tensor-parallel shards.
 
-    Hugging Face parameters --join--> one whole parameter of Megatron --shard--> the part of a tensor-parallel rank
+    Hugging Face parameters --join--> whole Megatron parameter --shard--> part of a tensor-parallel rank
 
 Legend: G groups of key/value heads, Q query heads in a group, D dimensions of a head.
 """
@@ -21,14 +20,14 @@ Split = Literal["whole", "rows", "columns", "both halves"]
 
 @dataclass(frozen=True)
 class ParameterMap:
-    """How one parameter of a `GPTModel` is made.
+    """Composition of one parameter of a `GPTModel`.
 
     Attributes:
-        name: in its module: the chunk, or the decoder layer.
-        sources: Hugging Face names of the parameters it consists of; three of them are joined group by group (query,
-            key, value), two one below the other (gate, up).
+        name: name in its module: the chunk, or the decoder layer.
+        sources: Hugging Face names of its parts; three are joined group by group (query, key, value), two one below the
+            other (gate, up).
         split: what tensor parallelism divides: nothing, rows, columns, or the rows of each half of a gate/up pair.
-        query_heads: Q, where ``sources`` are three.
+        query_heads: Q, with three ``sources``.
     """
 
     name: str
@@ -38,7 +37,7 @@ class ParameterMap:
     num_groups: int = 1
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole parameter from those of Hugging Face."""
+        """Joins Hugging Face's parameters to the whole parameter."""
         if len(parts) == 1:
             return parts[0]
         if len(parts) == 2:
@@ -47,7 +46,7 @@ class ParameterMap:
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def part(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """What `join` joined."""
+        """Inverse of `join`."""
         if len(self.sources) == 1:
             return [whole]
         if len(self.sources) == 2:
@@ -57,7 +56,7 @@ class ParameterMap:
         return [part.flatten(0, 1) for part in grouped.split([self.query_heads * head, head, head], dim=1)]
 
     def shard(self, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """The part of tensor-parallel rank ``rank`` of ``size``."""
+        """Returns the part of tensor-parallel rank ``rank`` of ``size``."""
         if self.split == "rows":
             return whole.chunk(size)[rank]
         if self.split == "columns":
@@ -67,7 +66,7 @@ class ParameterMap:
         return whole
 
     def gather(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole parameter from the parts of all tensor-parallel ranks, in their order."""
+        """Joins the parts of all tensor-parallel ranks, in rank order."""
         if len(shards) == 1 or self.split == "whole":
             return shards[0]
         if self.split == "both halves":
@@ -77,10 +76,10 @@ class ParameterMap:
 
 
 def parameter_maps(config: ModelConfig, layer: int, *, fused_norms: bool) -> list[ParameterMap]:
-    """The parameters of a pipeline layer: 0 the embedding, then decoder layers, ``num_layers + 1`` norm and output.
+    """Returns the parameters of a pipeline layer: 0 embedding, then decoder layers, ``num_layers + 1`` norm and output.
 
     Args:
-        fused_norms: Transformer Engine's modules hold a decoder layer's norms in the linear layers behind them.
+        fused_norms: whether a decoder layer's norms are in the linear layers behind them, as in Transformer Engine.
     """
     neox = config.architecture == "neox"
     if layer == 0:
@@ -108,7 +107,7 @@ def _norm(config: ModelConfig, name: str, source: str) -> list[ParameterMap]:
 
 
 def _neox(prefix: str) -> list[ParameterMap]:
-    """GPT-NeoX's joint query, key and value are laid out as Megatron's: head by head."""
+    """GPT-NeoX joins query, key and value head by head, as Megatron does."""
     modules: list[tuple[str, str, Split, Split]] = [
         ("self_attention.linear_qkv", "attention.query_key_value", "rows", "rows"),
         ("self_attention.linear_proj", "attention.dense", "columns", "whole"),

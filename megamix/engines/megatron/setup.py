@@ -1,4 +1,4 @@
-"""Putting megatron.core together: process groups, wrapped chunks, the optimizer and what it holds."""
+"""Set-up of megatron.core: process groups, wrapped chunks, and the optimizer with its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # see megatron_model
+    warnings.simplefilter("ignore")  # see model.py
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -25,7 +25,7 @@ __all__ = ["get_forward_backward_func", "parallel_state", "tensor_parallel"]
 
 
 def start_groups(engine: MegatronConfig) -> None:
-    """Makes Megatron's process groups; those of an earlier engine of this process are given up."""
+    """Creates Megatron's process groups; replaces an earlier engine's in this process."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -38,7 +38,7 @@ def start_groups(engine: MegatronConfig) -> None:
 
 
 def place(engine: MegatronConfig, *, reads_all_stages: bool) -> Place:
-    """Where this rank stands in them."""
+    """Returns this rank's place in the process groups."""
     cuda = torch.cuda.is_available()
     return Place(
         rank=dist.get_rank(),
@@ -55,8 +55,8 @@ def place(engine: MegatronConfig, *, reads_all_stages: bool) -> Place:
 
 
 def wrap(engine: MegatronConfig, config: TransformerConfig, chunks: list[MixChunk]) -> list[Any]:
-    """The chunks as the schedules run them: in bf16 where asked for, gradients summed in fp32 over data-parallel
-    ranks."""
+    """Wraps the chunks for the pipeline schedules: in bf16 if configured, with gradients summed in fp32 over
+    data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=True,
@@ -66,7 +66,7 @@ def wrap(engine: MegatronConfig, config: TransformerConfig, chunks: list[MixChun
     wrapped = []
     for index, chunk in enumerate(chunks):
         inner = Float16Module(config, chunk) if engine.precision == "bf16" else chunk
-        # Only the first chunk's gradients are ready early enough for more than one bucket to pay.
+        # Only the first chunk's gradients are ready early enough for several buckets to pay.
         wrapped.append(DistributedDataParallel(config, ddp_config, inner, disable_bucketing=index > 0))
     no_sync = [chunk.no_sync for chunk in wrapped]
     config.no_sync_func = cast(Any, no_sync if len(wrapped) > 1 else no_sync[0])
@@ -75,7 +75,7 @@ def wrap(engine: MegatronConfig, config: TransformerConfig, chunks: list[MixChun
 
 
 def _finish_gradients(chunks: list[Any], _num_tokens: torch.Tensor | None, **options: Any) -> None:
-    """Megatron's reductions without its division by the number of tokens: the loss is divided by it already."""
+    """Runs Megatron's reductions without its division by the number of tokens, which the loss includes."""
     finalize_model_grads(chunks, None, **options)
 
 
@@ -86,7 +86,7 @@ def unwrap(wrapped: Any) -> MixChunk:
 
 
 def make_optimizer(engine: MegatronConfig, train: TrainConfig, wrapped: list[Any]) -> Any:
-    """AdamW; matrices decay, biases and norms do not."""
+    """Builds AdamW; matrices decay, biases and norms do not."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -107,27 +107,27 @@ def make_optimizer(engine: MegatronConfig, train: TrainConfig, wrapped: list[Any
 
 
 def set_decay(optimizer: Any, train: TrainConfig) -> None:
-    """Gives each group of parameters what the config says; Megatron leaves the decay to its own schedule, and loading
-    a checkpoint brings back that run's."""
+    """Sets each parameter group's decay and Adam settings from the config: Megatron leaves the decay to its scheduler,
+    and loading a checkpoint restores the settings of its run."""
     for group in optimizer.param_groups:
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = (train.beta1, train.beta2), train.epsilon
 
 
 def held_state(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fp32 weight that is trained, and its moments in Adam: what the optimizer holds, not copies."""
+    """Returns the trained fp32 weight and its Adam moments, without copies."""
     weight = getattr(parameter, "main_param", parameter)
     state = optimizer.optimizer.state[weight]
     return weight.data, state["exp_avg"], state["exp_avg_sq"]
 
 
 def reset_adam(optimizer: Any, steps: int) -> None:
-    """Zero moments after ``steps`` steps, for every parameter."""
+    """Zeroes every parameter's moments and sets the step count."""
     adam = optimizer.optimizer
     for group in adam.param_groups:
         own_steps = isinstance(adam, torch.optim.AdamW)
         if not own_steps:
-            group["step"] = steps  # Transformer Engine's and Apex's count once for all
+            group["step"] = steps  # Transformer Engine's and Apex's Adam count once for all
         for parameter in group["params"]:
             adam.state[parameter] = {
                 **({"step": torch.tensor(float(steps))} if own_steps else {}),

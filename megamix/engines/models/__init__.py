@@ -1,4 +1,4 @@
-"""The models that are trained: GPT-NeoX and Llama decoders from transformers, cut into pipeline layers."""
+"""Models to train: GPT-NeoX and Llama decoders from transformers, as pipeline layers."""
 
 from megamix.engines.models.config import ModelConfig
 

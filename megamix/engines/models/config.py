@@ -1,4 +1,4 @@
-"""The dimensions of a model, spelt out or taken from a preset in ``configs/models/``."""
+"""Model dimensions, given directly or by a preset in ``configs/models/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megamix.engines.models.pretrained_config import read_pretrained_config
 
 
 class ModelConfig(Config):
-    """A decoder-only transformer. ``preset`` fills every key that is not given, ``from_pretrained`` those that make the
+    """Decoder-only transformer. ``preset`` fills every key that is not given, ``from_pretrained`` those that define the
     function."""
 
     preset: str | None = None
@@ -95,10 +95,10 @@ class ModelConfig(Config):
         return int(head_size * self.rotary_percent) if self.architecture == "neox" else head_size
 
     def with_vocabulary(self, tokenizer_size: int) -> ModelConfig:
-        """This config with ``vocab_size`` settled for a tokenizer of that many ids.
+        """Returns the config with ``vocab_size`` set for a tokenizer with ``tokenizer_size`` ids.
 
         Raises:
-            InputError: a given vocab_size that is too small for the tokenizer.
+            InputError: the configured vocab_size is too small for the tokenizer.
         """
         if self.vocab_size is None:
             return self.model_copy(update={"vocab_size": -(-tokenizer_size // 64) * 64})
@@ -110,19 +110,18 @@ class ModelConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What a run may not change in the middle, JSON-serialisable: not where the dimensions and the initial weights
-        came from."""
+        """Returns the dimensions that a resume must match, JSON-serialisable, without their source."""
         found = self.model_dump(mode="json", exclude={"preset", "from_pretrained"})
-        # Checkpoints from before there was this key are of models without.
+        # Older checkpoints lack this key; their models have no parallel residual.
         return found if self.parallel_residual else {k: v for k, v in found.items() if k != "parallel_residual"}
 
     def num_parameters(self) -> int:
-        """Parameters of the whole model; ``vocab_size`` must be settled."""
+        """Number of parameters of the whole model; ``vocab_size`` must be set."""
         return 2 * self.vocabulary * self.hidden_size + self.num_layers * self._layer_parameters() + self._norm_size()
 
     @property
     def vocabulary(self) -> int:
-        """``vocab_size`` once it is settled."""
+        """``vocab_size``, which must be set."""
         if self.vocab_size is None:
             raise InputError("model.vocab_size is not known before the data is. Give it, or prepare the data first.")
         return self.vocab_size
@@ -142,17 +141,16 @@ class ModelConfig(Config):
         return attention + feed_forward + 2 * self._norm_size()
 
     def layer_costs(self, seq_length: int) -> list[int]:
-        """Multiply-adds per token of each pipeline layer (embedding, decoder layers, head): what a stage split should
-        balance."""
+        """Multiply-adds per token of each pipeline layer (embedding, decoder layers, head), which stages balance."""
         layer = self._layer_parameters() + seq_length * self.hidden_size
         return [0, *[layer] * self.num_layers, self.hidden_size * self.vocabulary]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The keys of a preset, from configs/models/NAME.yaml.
+    """Returns the keys of configs/models/NAME.yaml.
 
     Raises:
-        InputError: no such preset.
+        InputError: the preset does not exist.
     """
     known = {path.stem: path for path in (shipped_folder("configs") / "models").glob("*.yaml")}
     if name not in known:
@@ -161,16 +159,16 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def _fill_from_pretrained(data: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a config with the dimensions that its ``from_pretrained`` has.
+    """Returns the config's keys with the dimensions of its ``from_pretrained``.
 
     Raises:
-        InputError: no such model, one that the engines do not compute, or a key that contradicts it.
+        InputError: the model does not exist, the engines do not support it, or a key contradicts it.
     """
     folder = Path(str(data["from_pretrained"]))
     given = {key: value for key, value in data.items() if value is not None}
     required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
     if not folder.exists() and required <= given.keys():
-        # The resolved config of a run whose starting point is gone, which only a start anew would need.
+        # A run's resolved config after its pretrained model was removed: only a fresh start needs the folder.
         return data
     dimensions = read_pretrained_config(folder).dimensions
     for key, value in dimensions.items():

@@ -1,9 +1,8 @@
-"""The model as a list of pipeline layers: an embedding, the decoder layers of transformers, and a norm with the output
-projection.
+"""Pipeline layers of a model: embedding, transformers' decoder layers, and norm with output projection.
 
-Every parameter knows the name it has in the Hugging Face model (`PipelineLayer.hugging_face_names`), and every layer
-draws its initial weights from its own generator, seeded by the run's seed and the layer's place, so the function that
-is trained does not depend on how the layers are cut into stages.
+Every parameter has its Hugging Face name (`PipelineLayer.hugging_face_names`). Every layer draws its initial weights
+from its own generator, seeded by the run's seed and the layer's index, so the trained function does not depend on the
+split into stages.
 
 Legend: B samples, S tokens, H hidden size, V vocabulary, R rotary dimensions.
 """
@@ -23,7 +22,7 @@ from megamix.engines.models.config import ModelConfig
 
 
 def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig | LlamaConfig:
-    """The transformers config of the same model."""
+    """Returns the transformers config of the same model."""
     shared = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.hidden_size,
@@ -55,25 +54,19 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, torch.Size]:
-    """Hugging Face name -> shape of every parameter of the pipeline layer ``index``; nothing is allocated."""
+    """Returns Hugging Face name -> shape of the parameters of pipeline layer ``index``, without allocating them."""
     with torch.device("meta"):
-        if index == 0:
-            layer: PipelineLayer = Embedding(config, index, seed=0)
-        elif index <= config.num_layers:
-            layer = Decoder(config, index, seed=0, seq_length=1)
-        else:
-            layer = Head(config, index, seed=0)
+        layer = make_layer(config, index, seed=0, seq_length=1)
     names = layer.hugging_face_names()
     return {names[name]: parameter.shape for name, parameter in layer.named_parameters()}
 
 
-# What goes from layer to layer: tokens or hidden states, where positions are not 0 to S - 1 together with them,
-# int64 [B, S].
+# Data between layers: tokens or hidden states, with their positions, int64 [B, S], where those are not 0 to S - 1.
 Flow = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class PipelineLayer(nn.Module, ABC):
-    """One layer of the pipeline: a tensor in, a tensor out; positions, where given, come along for the layers after."""
+    """Pipeline layer: a tensor in, a tensor out; positions, where given, pass through to later layers."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
         super().__init__()
@@ -86,7 +79,7 @@ class PipelineLayer(nn.Module, ABC):
         """Parameter name in this layer -> name in the Hugging Face model."""
 
     def initialise(self) -> None:
-        """Draws the initial weights: normal for matrices, zero for biases, one for norms."""
+        """Draws initial weights: normal for matrices, zero for biases, one for norms."""
         if next(self.parameters()).is_meta:
             return
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.index) % 2**63)
@@ -101,7 +94,7 @@ class PipelineLayer(nn.Module, ABC):
 
 
 class Embedding(PipelineLayer):
-    """tokens [B, S] -> hidden states [B, S, H]."""
+    """Embedding: tokens [B, S] -> hidden states [B, S, H]."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
         super().__init__(config, index, seed)
@@ -119,12 +112,12 @@ class Embedding(PipelineLayer):
 
 
 class Decoder(PipelineLayer):
-    """One decoder layer: hidden states [B, S, H] -> the same shape, causal attention over the whole sample."""
+    """Decoder layer: hidden states [B, S, H] -> the same shape; causal attention over the whole sample."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int, seq_length: int) -> None:
         super().__init__(config, index, seed)
         upstream = hugging_face_config(config, seq_length)
-        # In a tuple, so that it is not a submodule: casting the model to bf16 would round its frequencies.
+        # A tuple keeps it from being a submodule: casting the model to bf16 would round its frequencies.
         self._rotary: tuple[nn.Module]
         if isinstance(upstream, GPTNeoXConfig):
             self.layer, self._rotary = GPTNeoXLayer(upstream, index - 1), (GPTNeoXRotaryEmbedding(upstream),)
@@ -145,10 +138,10 @@ class Decoder(PipelineLayer):
         return self.layer(hidden, attention_mask=None, position_embeddings=self._rotary_table(hidden))
 
     def _rotary_table(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every position of a sample, [1, S, R] each."""
+        """Returns cosine and sine of every position of a sample, [1, S, R] each."""
         key = (hidden_BSH.shape[1], hidden_BSH.dtype, hidden_BSH.device)
         if self._rotary_of is None or self._rotary_of[0] != key:
-            # Kept for later passes, which may need gradients: an inference tensor would break their backward.
+            # Later passes may need gradients, and an inference tensor would break their backward pass.
             with torch.inference_mode(False):
                 positions = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
                 self._rotary_of = (key, self._rotary[0].to(hidden_BSH.device)(hidden_BSH, positions))
@@ -156,7 +149,7 @@ class Decoder(PipelineLayer):
 
 
 class Head(PipelineLayer):
-    """The last norm and the output projection: hidden states [B, S, H] -> logits [B, S, V]."""
+    """Last norm and output projection: hidden states [B, S, H] -> logits [B, S, V]."""
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
         super().__init__(config, index, seed)
@@ -175,3 +168,12 @@ class Head(PipelineLayer):
     def forward(self, hidden: Flow) -> torch.Tensor:
         hidden_BSH = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.output(self.norm(hidden_BSH))
+
+
+def make_layer(config: ModelConfig, index: int, seed: int, seq_length: int) -> PipelineLayer:
+    """Builds pipeline layer ``index``: 0 the embedding, 1 to num_layers decoder layers, num_layers + 1 the head."""
+    if index == 0:
+        return Embedding(config, index, seed)
+    if index <= config.num_layers:
+        return Decoder(config, index, seed, seq_length)
+    return Head(config, index, seed)

@@ -1,7 +1,7 @@
-"""The weights of a model in Hugging Face's form, by pipeline layer, and whether the data fit it.
+"""Pretrained weights in Hugging Face's format, by pipeline layer, and the check that the data have their tokenizer.
 
-Rows of the embedding and the output projection that only padding needs are zero: no token id reaches them, they join
-no softmax, so no gradient does either, and weight decay leaves them at zero.
+Padding rows of the embedding and the output projection are zero: no token id and no softmax reaches them, so they get
+no gradient, and weight decay keeps them zero.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from megamix.engines.models.pretrained_config import OUTPUT_NAMES, read_json_obj
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16", "F64")
-# Constants that older files of GPT-NeoX hold beside the parameters.
+# Constants beside the parameters in older files of GPT-NeoX.
 _CONSTANTS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 _PROBE = "Hello, world!  def f(x):\n\treturn x + 1  # 12345\n\nGrüße, 你好, здравствуйте "
-"""Text that tokenizers cut differently where only their rules of cutting differ."""
+"""Text that reveals different pre-tokenization rules."""
 
 
 class PretrainedWeights:
-    """The weights of a model, read a layer at a time.
+    """Pretrained weights, read one layer at a time.
 
     Args:
-        folder: config.json and ``model.safetensors``, or shards with their index.
-        model: with its vocabulary settled.
+        folder: holds config.json and ``model.safetensors``, or shards with their index.
+        model: has its vocabulary size set.
 
     Raises:
-        InputError: files are missing or damaged, or the tensors are not those of ``model``.
+        InputError: files are missing or damaged, or their tensors do not match ``model``.
     """
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
@@ -55,8 +55,8 @@ class PretrainedWeights:
         self._check()
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
-        """Hugging Face name -> float32 tensor on the CPU, of every parameter of the pipeline layer ``index`` (0: the
-        embedding, 1 to num_layers: the decoder layers, num_layers + 1: norm and output).
+        """Returns Hugging Face name -> float32 CPU tensor of pipeline layer ``index`` (0: embedding, 1 to num_layers:
+        decoder layers, num_layers + 1: norm and output).
 
         Raises:
             InputError: a file is damaged.
@@ -76,7 +76,7 @@ class PretrainedWeights:
         return tensors
 
     def _stored(self, name: str) -> str:
-        """The name that a parameter has in the files."""
+        """Returns the parameter's name in the files."""
         if name != "lm_head.weight":
             return name
         if self._tied:
@@ -85,14 +85,15 @@ class PretrainedWeights:
         return saved if saved in self._files else name
 
     def _check(self) -> None:
-        """Compares names, shapes and types with the model's, from the heads of the files."""
+        """Compares names, shapes and types in the file headers with the model."""
         wanted = {}
         for index in range(self._model.num_layers + 2):
             for name, shape in layer_shapes(self._model, index).items():
-                rows = self._vocab_size if _has_vocabulary(name, index, self._model) else shape[0]
+                rows = self._vocab_size if index == 0 or name == "lm_head.weight" else shape[0]
                 wanted[self._stored(name)] = (rows, *shape[1:])
         unused = {OUTPUT_NAMES[self._model.architecture], "lm_head.weight"} if self._tied else set()
-        stray = [name for name in self._files if name not in wanted and name not in unused and not _is_constant(name)]
+        known = wanted.keys() | unused
+        stray = [name for name in self._files if name not in known and not name.endswith(_CONSTANTS)]
         missing = [name for name in wanted if name not in self._files]
         if stray or missing:
             problem = f"has no tensor '{missing[0]}'" if missing else f"has a tensor '{stray[0]}'"
@@ -111,15 +112,15 @@ class PretrainedWeights:
 
 
 def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) -> PretrainedWeights:
-    """The weights that ``model.from_pretrained`` names, for data with this tokenizer.
+    """Returns the weights in ``model.from_pretrained`` for data with this tokenizer.
 
     Args:
-        model: with ``from_pretrained`` given and its vocabulary settled.
-        tokenizer: the tokenizer.json of the data.
-        tokenizer_size: its largest token id + 1.
+        model: has ``from_pretrained`` and its vocabulary size set.
+        tokenizer: the data's tokenizer.json.
+        tokenizer_size: the tokenizer's largest token id + 1.
 
     Raises:
-        InputError: the folder is no such model, or its tokenizer is another.
+        InputError: the folder holds no such model, or has another tokenizer.
     """
     folder = model.from_pretrained
     assert folder is not None
@@ -135,7 +136,7 @@ def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) ->
 
 
 def _find_tensors(folder: Path) -> dict[str, Path]:
-    """Name of a tensor -> the file that holds it."""
+    """Returns tensor name -> file."""
     if (folder / INDEX).is_file():
         files = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(files, dict):
@@ -172,25 +173,15 @@ def _check_tensor(head: Any, name: str, shape: Iterable[int], path: Path) -> Non
         )
 
 
-def _has_vocabulary(name: str, index: int, model: ModelConfig) -> bool:
-    return index == 0 or (index == model.num_layers + 1 and name == "lm_head.weight")
-
-
-def _is_constant(name: str) -> bool:
-    return name.endswith(_CONSTANTS)
-
-
 def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} cannot be read: {error}. Copy it again.")
 
 
 def _compare_tokenizers(folder: Path, of_data: Path) -> None:
-    """Refuses data that were cut by another tokenizer than the model's.
-
-    The files may be written differently, so ids, merges and what becomes of some text are compared.
+    """Compares the tokenizers of model and data by ids, merges and the tokens of a text: the files may differ in form.
 
     Raises:
-        InputError: they differ, or one of them cannot be read.
+        InputError: the tokenizers differ, or one of them cannot be read.
     """
     from tokenizers import Tokenizer
 
@@ -226,6 +217,6 @@ def _compare_tokenizers(folder: Path, of_data: Path) -> None:
 
 
 def _merges(path: Path) -> list[str]:
-    """The merges of a BPE tokenizer as "a b", which is one of two ways to write them."""
+    """Returns a BPE tokenizer's merges as "a b", one of the two forms in files."""
     model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]

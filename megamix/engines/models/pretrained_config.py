@@ -1,8 +1,7 @@
-"""The dimensions of a model in Hugging Face's form, from its config.json; what the engines do not compute is refused.
+"""Model dimensions from a Hugging Face config.json; models that the engines do not support are refused.
 
-Both spellings of the rotary embedding are read: ``rope_parameters`` (transformers 5) and ``rotary_pct``,
-``rotary_emb_base``, ``rope_theta``, ``rope_scaling`` (before). What only training uses (dropout, initial standard
-deviation) is not taken over.
+Reads both forms of the rotary embedding: ``rope_parameters`` (transformers 5) and ``rotary_pct``, ``rotary_emb_base``,
+``rope_theta``, ``rope_scaling`` (before). Ignores settings of training alone (dropout, initial standard deviation).
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from typing import Any
 from megamix.core.errors import InputError
 
 CLASSES = {"neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
-"""Our architecture -> the class of transformers that computes the same."""
+"""Architecture -> the equivalent class of transformers."""
 OUTPUT_NAMES = {"neox": "embed_out.weight", "llama": "lm_head.weight"}
-"""Our architecture -> the name of the output projection in files; in the model it is ``lm_head.weight`` in both."""
-# Key -> the one value that the engines compute, which is also what its absence means.
+"""Architecture -> name of the output projection in files; the model calls it ``lm_head.weight`` in both."""
+# Key -> the only value that the engines support, which is also the default of its absence.
 _FIXED: dict[str, dict[str, Any]] = {
     "neox": {"hidden_act": "gelu", "attention_bias": True},
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
@@ -29,12 +28,12 @@ _ABSENT = ("quantization_config", "sliding_window", "auto_map")
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """What config.json says.
+    """Contents of a config.json.
 
     Attributes:
-        dimensions: by the names of `ModelConfig`, all that make the function.
+        dimensions: keys of `ModelConfig` that define the function.
         vocab_size: rows of the embedding and the output projection.
-        tied: whether the two are one matrix.
+        tied: whether these two are one matrix.
     """
 
     dimensions: dict[str, Any]
@@ -46,7 +45,7 @@ def read_pretrained_config(folder: Path) -> PretrainedConfig:
     """Reads ``folder/config.json``.
 
     Raises:
-        InputError: no such file, or a model that the engines do not compute; the message names the key and its value.
+        InputError: the file is missing, or the engines do not support the model; names the key and its value.
     """
     path = Path(folder) / "config.json"
     raw = read_json_object(path)
@@ -75,10 +74,10 @@ def read_pretrained_config(folder: Path) -> PretrainedConfig:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: the file cannot be read, or holds no object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
