@@ -1,5 +1,6 @@
-"""What every engine must do alike: the same tests over DeepSpeed and Megatron-core, in the layouts that four ranks
-allow. Runs of the same number of ranks share one job.
+"""Behaviour that all engines share: the same tests for DeepSpeed and Megatron-core, in layouts of up to four ranks.
+
+Runs with equal numbers of ranks share one job.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ OTHER_SIZES = [
 
 @dataclass(frozen=True)
 class Runs:
-    """Where the runs of this module are, and how they are made."""
+    """Folder and configs of this module's runs."""
 
     folder: Path
     data: Path
@@ -98,8 +99,7 @@ class Runs:
         return path
 
 
-# Other ways to divide the same layers: loss weights meet nothing there that they do not meet in the other layouts. And
-# four ranks take turns on two cores.
+# Other splits of the same layers, where loss weights take no other path; and four ranks share two cores.
 ODM_ONLY = {"deepspeed pp2 without ZeRO", "megatron pp2", *LAYOUTS[4]}
 CASES = [(name, mixer) for name in ENGINES for mixer in MIXERS if mixer == "odm" or name not in ODM_ONLY]
 
@@ -143,8 +143,7 @@ def test_the_reference_run_learns_and_mixes(runs: Runs, mixer: str) -> None:
 
 @pytest.fixture(scope="module")
 def moved(runs: Runs) -> dict[tuple[str, str], Path]:
-    """Runs stopped after 6 of 12 steps under one layout and resumed under another; beside them, under (name, name) for
-    a name alone, whole ones."""
+    """Runs stopped after 6 of 12 steps in one layout and resumed in another, and whole runs under (name, "")."""
     done: dict[tuple[str, str], Path] = {}
     whole = {name: runs.path("whole", name) for name in {first for first, _ in [*MOVES, *OTHER_SIZES]}}
     jobs: dict[int, list[tuple[Path, tuple[str, ...]]]] = {1: [], 2: [], 4: []}

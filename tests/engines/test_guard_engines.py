@@ -1,5 +1,4 @@
-"""An engine leaves out a step whose loss or gradient is not finite, as if it had never been asked for, in every layout
-that two ranks have."""
+"""An engine skips a step whose loss or gradient is not finite, without a trace, in every layout of two ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def steps_of(*kinds: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank found, by layout."""
+    """Results of each rank, by layout."""
     folder = tmp_path_factory.mktemp("guard")
     run_ranks(SCRIPT, 2, folder, cwd=folder)
     return {name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(2)] for name in LAYOUTS}
@@ -57,8 +56,8 @@ def test_what_an_engine_tells_without_being_asked_to_look(trained: dict[str, lis
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bad_tokens_are_counted_by_sample(trained: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Only the sample with the token has any, at least all from that token on, or that with the bad reference, one; as
-    many as the sums leave out."""
+    """Only the sample with the bad token has any, at least all from that token on, and that with the bad reference one;
+    as many as the sums exclude."""
     for step in map(str, range(len(STEPS))):
         found = [rank["skipping"] for rank in trained[name]]
         given = [part["counts"][step] for part in found if part["counts"][step] is not None]

@@ -1,4 +1,4 @@
-"""The engine on megatron.core trains what plain PyTorch trains, in every layout that two ranks have."""
+"""The megatron.core engine trains what plain PyTorch trains, in every layout of two ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    """The reference of a scenario; the layout is nothing to it."""
+    """Plain PyTorch's result of a scenario, whatever its layout."""
     known: dict[tuple[Any, ...], Trained] = {}
 
     def of(scenario: Scenario) -> Trained:
@@ -47,7 +47,7 @@ def result(trained: Path, name: str) -> dict[str, Any]:
 
 
 def saved(trained: Path, name: str) -> dict[str, torch.Tensor]:
-    """The weights of the last checkpoint, which is in the common format."""
+    """Weights of the last checkpoint, which is in the common format."""
     folder = trained / name / f"step_{STEPS}" / "layers"
     tensors = {key: tensor for path in folder.iterdir() for key, tensor in load_file(path).items()}
     return {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")}

@@ -1,4 +1,4 @@
-"""What Megatron's layout refuses before any process group exists, and how layers are dealt to stages."""
+"""Layouts that Megatron refuses before any process group exists, and the split of layers into stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's parameters are made of Hugging Face's and taken apart again without a changed bit."""
+"""Hugging Face's parameters become Megatron's and come back without a changed bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models: the function, names and shapes of transformers, and the same initial weights however they are cut."""
+"""Models: function, names and shapes of transformers, and initial weights that do not depend on the split."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def test_rotary_stays_accurate_in_bf16(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_after_an_evaluation_without_gradients(architecture: str) -> None:
-    """What is remembered from a pass without gradients (of another length, or in inference mode) must not break the
-    backward pass that follows."""
+    """State kept from a pass without gradients (of another length, or in inference mode) must not break a later
+    backward pass."""
     config = model_config(architecture)
     layers = build(config)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The cache of reference losses is the same whatever engine and layout computes it.
+"""Every engine and layout fills the same cache of reference losses.
 
 As a script it is one rank: ``test_reference_engines.py CONFIG FOLDER``.
 """

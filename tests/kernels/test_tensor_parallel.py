@@ -22,7 +22,7 @@ PATHS = ["torch"] if triton_interpreter.why_not() else ["torch", "triton"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank computed."""
+    """Results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {
         **os.environ,
