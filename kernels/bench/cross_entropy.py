@@ -1,4 +1,4 @@
-"""Times the domain loss and the cross-entropies that are installed beside it, forward and backward.
+"""Benchmark of the domain loss and the other installed cross-entropies, forward and backward.
 
     python kernels/bench/cross_entropy.py                      # all shapes, all that is installed; minutes on a GPU
     python kernels/bench/cross_entropy.py --shapes 8192x50304 --only "megamix A,megamix B,liger-kernel"
@@ -6,11 +6,11 @@
 
 Prints tables and writes OUT/cross_entropy.csv, domains.csv and cross_entropy.png. Each figure is the median of several
 runs on fresh logits, timed with device events, after a write that empties the cache. The incoming gradient is 1/8, not
-1. GB/s is what the floor of one reading and one writing of the logits would have taken, over the time: the same bytes
-for all, so that ratios of GB/s are ratios of time. "% copy" compares it with a copy of the same bytes, timed here. Peak
-is all memory at the worst moment, in bytes per logit, the logits themselves included.
+1. GB/s divides the bytes of one reading and one writing of the logits by the time: the same bytes for all, so ratios of
+GB/s are ratios of time. "% copy" compares the rate with a copy of the same bytes, timed here. Peak is the largest
+memory use in bytes per logit, the logits included.
 
-On a CPU the shapes are small and the times mean nothing; that it runs is a check of the benchmark.
+On a CPU the shapes are small and the times mean nothing; the run only checks the benchmark.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FLUSH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Result:
-    """One implementation at one shape; times in ms, peak in bytes per logit. ``note`` says why there are none."""
+    """Result of one implementation at one shape; times in ms, peak in bytes per logit, or the reason for none."""
 
     shape: str
     name: str
@@ -54,7 +54,7 @@ class Result:
 
 
 class _Logits(torch.autograd.Function):
-    """Makes a buffer an inner tensor of a graph, as a model's logits are, and drops its gradient, at no cost."""
+    """Makes a buffer an inner tensor of a graph, like a model's logits, and drops its gradient, at no cost."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, buffer_NV: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _Logits(torch.autograd.Function):
 
 
 class Bench:
-    """One shape's logits, and how to time what is done with them."""
+    """Logits of one shape, and the timing of calls on them."""
 
     def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
         self.shape, self.device, self.repeats = shape, device, repeats
@@ -88,7 +88,7 @@ class Bench:
         return 2 * self.source_NV.numel() * self.source_NV.element_size()
 
     def measure(self, name: str, make: Callable[..., Loss]) -> Result:
-        """The result of one implementation; one that is missing or fails becomes a note."""
+        """Returns an implementation's result; a missing or failing one becomes a note."""
         try:
             loss = make(self.device)
         except ImportError as error:
@@ -142,7 +142,7 @@ class Bench:
         return (torch.cuda.max_memory_allocated() - beside) / self.buffer_NV.numel()
 
     def _median(self, run: Callable[[], list[Any]]) -> list[float]:
-        """Medians of the ms from the first mark to each of the others."""
+        """Returns median ms from the first mark to each later one."""
         for _ in range(3):
             run()
         marks = [run() for _ in range(self.repeats)]
@@ -163,7 +163,7 @@ class Bench:
 
 
 def statistics_cost(bench: Bench, mode: str, path: str) -> list[dict[str, Any]]:
-    """The time with domain statistics over the time without, for few and many domains."""
+    """Returns the time with and without domain statistics, for few and many domains."""
     rows = []
     for num_domains in (1, 22, 1024):
         loss = megamix(bench.device, implementation=path, promised=mode == "A", num_domains=num_domains)
@@ -177,7 +177,7 @@ def statistics_cost(bench: Bench, mode: str, path: str) -> list[dict[str, Any]]:
 
 
 def sweep(bench: Bench) -> None:
-    """Times both modes with other launches, the one in use first."""
+    """Times both modes with other launch configurations, the current one first."""
     from megamix_kernels import triton_loss
 
     element_size = bench.source_NV.element_size()
@@ -196,7 +196,7 @@ def sweep(bench: Bench) -> None:
 
 
 def show(result: Result) -> None:
-    """One line of the table."""
+    """Prints one line of the table."""
     if result.note:
         print(f"{result.shape:>13}  {result.name:<20} {result.note}")
         return
@@ -214,7 +214,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, results: list[Result], title: str) -> None:
-    """Bars of the percentage of the copy's bandwidth, one group a shape."""
+    """Plots bars of the percentage of the copy's bandwidth, one group per shape."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""Cross-entropies that the benchmark runs side by side, each as one function of logits and labels.
+"""Cross-entropies of the benchmark, each as a function of logits and labels.
 
-Every builder imports what it needs and raises ImportError where that is not installed. A loss is the mean over tokens;
-the benchmark multiplies it by 1/8, as gradient accumulation does, so that the incoming gradient is not 1.
+Every builder imports its package and raises ImportError if it is not installed. A loss is the mean over tokens; the
+benchmark multiplies it by 1/8, as gradient accumulation does, so that the incoming gradient is not 1.
 
 Shapes: N tokens, V logits a token, K domains.
 """
@@ -26,7 +26,7 @@ INCOMING = 0.125
 
 
 def megamix(device: torch.device, *, implementation: str, promised: bool, num_domains: int = 22) -> Loss:
-    """The loss of this package, with domain statistics; ``promised`` is mode A."""
+    """This package's loss, with domain statistics; ``promised`` is mode A."""
     sums = DomainSums(num_domains, device)
     domains: dict[int, Tensor] = {}  # made once for each number of rows, not in the time of every run
 
@@ -110,7 +110,7 @@ PEERS: dict[str, Callable[..., Loss]] = {
 
 
 def ours(device: torch.device) -> dict[str, Callable[..., Loss]]:
-    """This package's: both paths on a GPU, the torch path alone on a CPU."""
+    """Builders of this package: both paths on a GPU, the PyTorch path alone on a CPU."""
     paths = ("triton", "torch") if device.type == "cuda" else ("torch",)
     made: dict[str, Callable[..., Loss]] = {}
     for path in paths:

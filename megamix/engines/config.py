@@ -141,7 +141,7 @@ class TrainConfig(BatchConfig):
     """Training settings: AdamW with linear warm-up and cosine decay."""
 
     stop_after: int | None = pydantic.Field(default=None, gt=0)
-    """Stop, with a checkpoint, once this many steps are done; the schedule stays that of ``steps``, so a resume without
+    """Stop, with a checkpoint, once this many steps are done; the schedule still spans ``steps``, so a resume without
     it continues the run."""
     lr: float = pydantic.Field(gt=0, allow_inf_nan=False)
     """Peak learning rate."""
@@ -167,7 +167,7 @@ class TrainConfig(BatchConfig):
         return self
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 0."""
+        """Returns the learning rate of ``step``, counted from 0."""
         low = self.lr / 10 if self.min_lr is None else self.min_lr
         warmup_steps = round(self.warmup * self.steps)
         if step < warmup_steps:
