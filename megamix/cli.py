@@ -12,6 +12,17 @@ import typer
 
 from megamix.core.errors import EXIT_FAILED, MegamixError
 from megamix.interop.blend_files.cli import app as blend
+from megamix.studies.slurm.options import (
+    Account,
+    DryRun,
+    GpusPerNode,
+    Limit,
+    Nodes,
+    Partition,
+    Sbatch,
+    TasksPerNode,
+    Time,
+)
 from megamix.studies.swarm.cli import app as swarm
 
 app = typer.Typer(
@@ -128,10 +139,10 @@ def train(
     if help_config:
         from megamix.core.config import apply_overrides, read_yaml
         from megamix.core.config_help import config_help
-        from megamix.studies.doremi.config import DoremiJobConfig
+        from megamix.studies.doremi.config import DoremiRunConfig
 
         data = apply_overrides(read_yaml(config), overrides or []) if config else None
-        typer.echo(config_help(DoremiJobConfig, data=data))
+        typer.echo(config_help(DoremiRunConfig, data=data))
         return
     if config is None:
         raise typer.BadParameter("it is missing; name a YAML file, for example configs/demo.yaml.", param_hint="CONFIG")
@@ -150,36 +161,35 @@ def launch(
     chain: Annotated[
         Literal["train", "doremi", "swarm", "prepare"], typer.Option(help="What to submit; train: one run.")
     ] = "train",
-    nodes: Annotated[int | None, typer.Option(min=1, help="Of each job; default: as many as the ranks fill.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="And ranks on each node.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, without GPUs.")] = None,
-    time: Annotated[str | None, typer.Option(help="The time limit of each start, for example 24:00:00.")] = None,
-    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="The account.")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Members of an array that run at a time; 0: all.")] = 0,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    tasks_per_node: TasksPerNode = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    limit: Limit = 0,
     shards: Annotated[int | None, typer.Option(min=2, help="Of the chain prepare.")] = None,
     gather: Annotated[
         bool, typer.Option("--gather", help="Of a swarm: only write its ratios.csv and metrics.csv.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts, submit nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit a run, or a chain of runs, to Slurm. What is done or in the queue is not submitted again.
 
     Example: megamix launch configs/pile_1b_odm.yaml --nodes 1 --gpus-per-node 8 --time 24:00:00
 
-    --chain doremi CONFIG: the steps of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
+    --chain doremi CONFIG: the tasks of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
     --chain prepare --shards 8 -- INPUTS... --out OUT [...]: `megamix prepare` in shards, and their merge.
     """
-    from megamix.studies.slurm import PrepareJob, Resources
-    from megamix.studies.slurm import launch as run
+    from megamix.studies.launch import PrepareCommand
+    from megamix.studies.launch import launch as run
+    from megamix.studies.slurm.placement import Resources
 
-    rest, prepare_job = arguments or [], None
+    rest, sharded = arguments or [], None
     if chain == "prepare":
         command = typer.main.get_command(app).commands["prepare"]  # pyright: ignore[reportAttributeAccessIssue]
-        prepare_job = PrepareJob([source, *rest], command.make_context("prepare", [source, *rest]).params)
+        sharded = PrepareCommand([source, *rest], command.make_context("prepare", [source, *rest]).params)
     resources = Resources(nodes, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
     typer.echo(
         run(
@@ -189,7 +199,7 @@ def launch(
             chain=chain,
             limit=limit,
             shards=shards,
-            prepare=prepare_job,
+            prepare=sharded,
             only_gather=gather,
             dry_run=dry_run,
         ),
@@ -239,18 +249,35 @@ def doremi(
     overrides: Overrides = None,
     only: Annotated[
         Literal["configs", "reference", "cache", "proxy", "weights", "target"] | None,
-        typer.Option(help="Take this step alone; configs writes the configs of the runs."),
+        typer.Option(help="Run this task alone; configs writes the configs of the runs."),
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit all tasks as jobs that wait for each other.")] = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    tasks_per_node: TasksPerNode = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    dry_run: DryRun = False,
 ) -> None:
     """DoReMi in one command: reference run, its losses, proxy run, weights and, if asked for, the target run. What is
-    done is passed over; what was interrupted goes on. The config is a run's, with what each step changes under the key
-    doremi: reference, proxy, target (keys of a run), rounds, tolerance.
+    done is passed over; what was interrupted goes on. The config is a run's, with the changes for each run under the
+    key doremi: reference, proxy, target (keys of a run), rounds, tolerance.
 
     Example: megamix doremi configs/doremi/demo.yaml run_dir=runs/doremi doremi.target.train.steps=400
     """
-    from megamix.studies.doremi.steps import doremi as run
+    from megamix.studies.doremi.tasks import doremi as run
+    from megamix.studies.doremi.tasks import submit_doremi
+    from megamix.studies.slurm.placement import Resources
 
-    raise typer.Exit(run(config, overrides or [], only))
+    resources = Resources(nodes, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
+    if not slurm:
+        resources.refuse_without_slurm(dry_run)
+        raise typer.Exit(run(config, overrides or [], only))
+    if only is not None:
+        raise typer.BadParameter("a task alone runs here: leave out one of --only and --slurm.", param_hint="--only")
+    typer.echo(submit_doremi(config, overrides or [], resources, dry_run=dry_run), nl=False)
 
 
 @app.command()

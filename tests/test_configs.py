@@ -154,11 +154,11 @@ def test_the_engines_train_the_same_run(one: str, other: str) -> None:
 
 def doremi_runs(path: Path) -> list[RunConfig]:
     """Reference, proxy and target of a job."""
-    from megamix.studies.doremi.steps import DoremiSteps, Job
+    from megamix.studies.doremi.study import DoremiStudy, DoremiStudyConfig
 
     data = read_yaml(path)
-    steps = validate(DoremiSteps, data.pop("doremi"), path.name)
-    job = Job(data, steps, Path(data["run_dir"]), path.name)
+    steps = validate(DoremiStudyConfig, data.pop("doremi"), path.name)
+    job = DoremiStudy(data, steps, Path(data["run_dir"]), path.name)
     runs = (job.reference_run(1, None), job.proxy_run(1), job.target_run())
     return [validate(RunConfig, run, path.name) for run in runs]
 

@@ -21,7 +21,7 @@ from megamix.core.errors import EXIT_BAD_INPUT, InputError
 from megamix.core.files import shipped_folder
 from megamix.engines.models import ModelConfig
 from megamix.mixing.mixers import OdmConfig, StaticConfig
-from megamix.studies.doremi.config import DoremiJobConfig, DoremiSteps
+from megamix.studies.doremi.config import DoremiRunConfig, DoremiStudyConfig
 from megamix.training.config import RunConfig
 
 # The training config that the design document shows.
@@ -105,10 +105,10 @@ def test_configs_are_frozen() -> None:
 def test_every_field_has_a_docstring_and_is_printed() -> None:
     """Each field, at any depth, has a docstring of its own or, where it holds another config, that class's; the printed
     help has its name and docstring."""
-    printed = [line.strip() for line in config_help(DoremiJobConfig).splitlines()]
-    classes = set(config_classes(DoremiJobConfig))
-    assert {DoremiJobConfig, DoremiSteps, ModelConfig, OdmConfig, StaticConfig} < classes
-    assert set(RunConfig.model_fields) | {"doremi"} == set(DoremiJobConfig.model_fields)
+    printed = [line.strip() for line in config_help(DoremiRunConfig).splitlines()]
+    classes = set(config_classes(DoremiRunConfig))
+    assert {DoremiRunConfig, DoremiStudyConfig, ModelConfig, OdmConfig, StaticConfig} < classes
+    assert set(RunConfig.model_fields) | {"doremi"} == set(DoremiRunConfig.model_fields)
     undocumented = []
     for config_class in classes:
         assert config_class.__doc__
@@ -173,7 +173,7 @@ def test_help_config_needs_no_config_file() -> None:
     command = [sys.executable, "-m", "megamix", "train", "--help-config"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == config_help(DoremiJobConfig).strip()
+    assert done.stdout.strip() == config_help(DoremiRunConfig).strip()
 
 
 # Keys and values that are wrong

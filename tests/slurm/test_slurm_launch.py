@@ -14,6 +14,7 @@ import yaml
 from cluster import Cluster
 from json_lines import jsonl
 from on_cluster import SCRIPTS, STAND_IN, wait_until
+from tiny_swarm import swarm_config
 from typer.testing import CliRunner
 
 from megamix.cli import app
@@ -33,12 +34,14 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
     monkeypatch.setenv("STAND_IN", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> str:
-        done = CliRunner().invoke(app, ["launch", *map(str, arguments)], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.output
+    return lambda *arguments: command("launch", *arguments)
 
-    return run
+
+def command(*arguments: object) -> str:
+    """What ``megamix ARGUMENTS`` prints."""
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def commands(printed: str) -> dict[str, list[str]]:
@@ -88,7 +91,6 @@ def test_a_dry_run_shows_the_command_and_the_script_and_makes_nothing(
         ({"train": {"stepps": 3}}, (), "Did you mean 'steps'"),
         ({}, ("--shards", 2), "--shards goes with --chain prepare only"),
         ({}, ("--limit", 2), "--limit goes with the arrays"),
-        ({"doremi": {"rounds": 3}}, ("--chain", "doremi"), "doremi.rounds is 3"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_at_once(
@@ -251,6 +253,67 @@ def test_a_swarm_submits_members_that_are_not_done_nor_in_the_queue(
     assert sorted(after, key=str) == [0, 1, 2]
     assert (after[0], after[2]) == (before[0], before[2])
     assert after[1] != before[1]
+
+
+@pytest.mark.usefixtures("launch")
+def test_a_swarm_in_one_command_and_what_of_it_waits_for_a_member_submitted_again(
+    slurm: Cluster, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    keys = {"generate": {"members": 3, "min_strength": 4}, "target": {"engine": {"data": 2}}}
+    path = swarm_config(tiny_config, swarm=keys)
+    arguments = ("swarm", "all", path, "train.lr=1e-3", "--slurm", "--limit", 3, "--target-nodes", 2)
+    planned = commands(command(*arguments, "--dry-run"))
+    assert list(planned) == ["swarm", "collect", "fit", "propose", "target"]
+    assert "--array=0,1,2%3" in planned["swarm"]
+    for before, task in itertools.pairwise(planned):
+        assert f"--dependency=afterok:<{before}>,singleton" in planned[task]
+    for task in ("collect", "fit", "propose"):
+        assert planned[task][-6:] == ["swarm", "all", str(path), "train.lr=1e-3", "--only", task]
+    assert planned["target"][-2:] == [str(SCRIPTS / "train.sbatch"), f"{tmp_path}/run/target.yaml"]
+    assert ("--nodes=1" in planned["swarm"], "--nodes=2" in planned["target"]) == (True, True)
+    assert not slurm.run("squeue", "--noheader").stdout
+
+    def jobs() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for line in slurm.run("squeue", "--noheader", "--array", "--format=%j %i").stdout.splitlines():
+            name, job = line.split()
+            found.setdefault(name.split("-")[2], set()).add(job)
+        return found
+
+    command(*arguments)
+    first = jobs()
+    assert {name: len(found) for name, found in first.items()} == {
+        "swarm": 3, "collect": 1, "fit": 1, "propose": 1, "target": 1
+    }  # fmt: skip
+    (lost,) = {job for job in first["swarm"] if job.endswith("_1")}
+    wait_until("a member to run", lambda: slurm.field(lost, "JobState") == "RUNNING")
+    slurm.run("scancel", lost)
+    wait_until("its end", lambda: slurm.field(lost, "JobState") == "CANCELLED")
+    command(*arguments)
+    again = jobs()
+    (new,) = again["swarm"] - first["swarm"]
+    assert again["swarm"] == {*first["swarm"] - {lost}, new}
+    assert {name: len(found) for name, found in again.items()} == {name: len(found) for name, found in first.items()}
+    (collecting,) = again["collect"]
+    waits = slurm.field(collecting, "Dependency")
+    assert f"afterok:{new.split('_')[0]}" in waits
+    assert f"{lost}(" not in waits
+    (tmp_path / "finish").write_text("yes")
+    wait_until("an empty queue", lambda: not jobs())
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    ran = [(line["command"], line["arguments"][-1]) for line in events if line["event"] == "end"]
+    assert ran[-4:-1] == [("swarm", "collect"), ("swarm", "fit"), ("swarm", "propose")]
+    assert {name for name, _ in ran[:-4]} == {"train"}
+    assert len(ran[:-4]) == 3
+
+
+@pytest.mark.parametrize("study", [("doremi",), ("swarm", "all")])
+def test_options_of_slurm_without_it_are_refused(tiny_config: Callable[..., Path], study: tuple[str, ...]) -> None:
+    for option in ("--time=1:00:00", "--dry-run"):
+        with pytest.raises(InputError, match=f"{option} is an option of a Slurm job.*Add --slurm"):
+            command(*study, tiny_config(), option)
+    done = CliRunner().invoke(app, [*study, str(tiny_config()), "--slurm", "--only", "target"])
+    assert done.exit_code == 2
 
 
 def swarm_of(folder: Path, tiny_config: Callable[..., Path], number: int) -> Path:

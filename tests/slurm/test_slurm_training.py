@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, run_megamix
 from on_cluster import SCRIPTS, wait_until
 from records import lines, record, samples
 from safetensors.numpy import load_file
@@ -214,21 +214,57 @@ def test_of_a_swarm_only_the_run_that_failed_runs_again(
             assert float(row[f"loss:{name}"]) == loss
 
 
+def test_doremi_submits_its_next_round_and_goes_on_after_scancel(
+    real: Cluster, config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first of two proxy runs, without a reference, is cancelled; in the end all is that of ``megamix doremi``."""
+    train = {"steps": 60, "global_batch": 8, "micro_batch": 1, "lr": 3.0e-3}
+    keys = {"rounds": 2, "tolerance": 1e-12}
+    path = config(mixer={"name": "doremi", "reference": None, "eta": 0.1}, doremi=keys, train=train)
+    run, submit_all = tmp_path / "run", ("doremi", path, "--slurm")
+    command(*submit_all)
+    shown = [line.split() for line in real.run("squeue", "--noheader", "--format=%j %A").stdout.splitlines()]
+    first = {name.split("-")[2]: job for name, job in shown}
+    assert sorted(first) == ["proxy", "weights"]
+    wait_until("a step", lambda: reached(run / "proxy") > 5, SECONDS)
+    real.run("scancel", first["proxy"])
+    wait_until("an empty queue", lambda: not real.run("squeue", "--noheader").stdout, SECONDS)
+    stopped = reached(run / "proxy")
+    assert stopped < 60
+    command(*submit_all)
+    wait_until("an empty queue", lambda: not real.run("squeue", "--noheader").stdout, SECONDS)
+    command(*submit_all)
+    assert not real.run("squeue", "--noheader").stdout
+    for task in ("proxy-2", "weights"):
+        assert f"{task}: done" in caplog.text
+    run_megamix("doremi", path, f"run_dir={tmp_path}/alone")
+    assert (run / "weights.json").read_bytes() == (tmp_path / "alone" / "weights.json").read_bytes()
+    for folder in ("proxy", "round_2/proxy"):
+        assert record(run / folder) == record(tmp_path / "alone" / folder)
+        assert samples(run / folder) == samples(tmp_path / "alone" / folder)
+
+
 @pytest.mark.slow
-def test_a_swarm_from_mixtures_to_a_proposal(
+def test_a_swarm_runs_through_to_its_target_though_a_member_is_cancelled(
     real: Cluster, tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its members are one array, with the weights that were drawn; the tables it leaves are fitted as they are."""
-    keys = {"generate": {"members": 6, "min_strength": 4}, "fit": {"bootstrap": 3}, "propose": {"resamples": 0}}
+    """Its members are one array, with the weights that were drawn; the same command again is all that is needed."""
+    keys = {
+        "generate": {"members": 6, "min_strength": 4}, "fit": {"bootstrap": 3}, "propose": {"resamples": 0},
+        "target": {"train": {"steps": 9}},
+    }  # fmt: skip
     path = tiny_config(
         mixer={"name": "static"}, data={"domains": ["code", "tables", "topics"]}, checkpoint={"every": 0}, swarm=keys
     )
     run = tmp_path / "run"
-    command("swarm", "generate", path)
-    said = command("swarm", "run", path, "--slurm", "--limit", "2", "--dry-run")
-    assert "--array=0,1,2,3,4,5%2" in said
-    assert not (run / "runs").exists()
-    command("swarm", "run", path, "--slurm", "--limit", "2")
+    submit_all = ("swarm", "all", path, "--slurm", "--limit", "2")
+    command(*submit_all)
+    shown = real.run("squeue", "--noheader", "--array", "--format=%i %j").stdout.splitlines()
+    (member,) = {line.split()[0] for line in shown if line.split()[0].endswith("_1")}
+    wait_until("a member", lambda: real.field(member, "JobState") == "RUNNING", SECONDS)
+    real.run("scancel", member)
+    wait_until("its end", lambda: real.field(member, "JobState") == "CANCELLED", SECONDS)
+    command(*submit_all)
     wait_until("an empty queue", lambda: not real.run("squeue", "--noheader").stdout, SECONDS)
     with (run / "swarm.csv").open(encoding="utf-8", newline="") as file:
         drawn = {row["run"]: row for row in csv.DictReader(file)}
@@ -236,9 +272,15 @@ def test_a_swarm_from_mixtures_to_a_proposal(
     for name, row in results(run).items():
         for domain in ("code", "tables", "topics"):
             assert float(row[domain]) == pytest.approx(float(drawn[name][domain]))
-    command("swarm", "all", path)
-    assert "none of" not in capsys.readouterr().err
-    assert json.loads((run / "mixture.json").read_text(encoding="utf-8"))["fit"]["runs"] == 6
+    proposal = json.loads((run / "mixture.json").read_text(encoding="utf-8"))
+    assert proposal["fit"]["runs"] == 6
+    first = record(run / "target")[1][0]
+    assert dict(zip(first["domain_names"], first["domain_weights"], strict=True)) == pytest.approx(proposal["weights"])
+    capsys.readouterr()
+    command(*submit_all)
+    assert not real.run("squeue", "--noheader").stdout
+    # Here there is nothing left to do either.
+    assert "collect: done" in run_megamix("swarm", "all", path).stderr
 
 
 def results(folder: Path) -> dict[str, dict[str, str]]:

@@ -26,7 +26,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import InputError
 from megamix.data.reference_losses import ReferenceLosses, read_progress
 from megamix.engines.models.layers import hugging_face_config
-from megamix.studies.doremi.steps import swing_of
+from megamix.studies.doremi.tasks import swing_of
 from megamix.training.config import RunConfig
 from megamix.training.plan import Plan, make_plan
 from megamix.training.reference.cache import cache_key, samples_read
@@ -62,7 +62,7 @@ def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "proxy has taken 9 of its 24 steps" in stopped
     assert not (folder / "run" / "weights.json").exists()
     done = run("doremi", path)
-    assert "cache is done" in done
+    assert "cache: done" in done
     return folder / "run"
 
 
@@ -317,9 +317,9 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
         taken.append(str(path.relative_to(out)))
         return 0
 
-    monkeypatch.setattr("megamix.studies.doremi.steps._finished", finished)
-    monkeypatch.setattr("megamix.studies.doremi.steps.train", step)
-    monkeypatch.setattr("megamix.studies.doremi.steps.reference", step)
+    monkeypatch.setattr("megamix.studies.doremi.tasks._finished", finished)
+    monkeypatch.setattr("megamix.studies.runs.train", step)
+    monkeypatch.setattr("megamix.studies.doremi.tasks.reference", step)
     assert in_process("doremi", str(tiny_config()), "doremi.rounds=5", "doremi.target={}") == 0
     steps = ["reference.yaml", "reference", "proxy.yaml"]
     assert taken == [*steps, *(f"round_{n}/{step}" for n in (2, 3) for step in steps), "target.yaml"]

@@ -18,9 +18,9 @@ from megamix.core.errors import InputError
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import Floats, strength_of
 from megamix.studies.swarm.generate.mixtures import Sampler, sample
-from megamix.studies.swarm.job import read_job
 from megamix.studies.swarm.priors import priors_of
-from megamix.studies.swarm.steps import swarm
+from megamix.studies.swarm.study import read_study
+from megamix.studies.swarm.tasks import swarm
 from megamix.training.config import RunConfig
 
 FLAT = tuple(f"d{index}" for index in range(8))
@@ -301,7 +301,7 @@ def test_members_are_configs_of_runs_and_the_same_again(tiny_config: Callable[..
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == [f"{n:04}" for n in range(4)]
     assert {name: float(rows[2][name]) for name in ("code", "tables", "topics")} == member["mixture"]
-    natural = priors_of(read_job(config, []).plan.config.data.manifest, ["code", "tables", "topics"]).relative_sizes
+    natural = priors_of(read_study(config, []).plan.config.data.manifest, ["code", "tables", "topics"]).relative_sizes
     assert read_yaml(run / "members" / "0000.yaml")["mixture"] == pytest.approx(natural)
     assert swarm(config, [], "generate") == 0
     assert tree_of(run) == first
@@ -351,13 +351,13 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
     config = swarm_config(
         tiny_config, swarm={"target": {"train": {"steps": 5000}}, "generate": {"members": 3, "repetition": 1.0}}
     )
-    job = read_job(config, [])
+    job = read_study(config, [])
     tokens = job.token_counts
     assert job.sampler.repetition_tokens == 12 * 8 * 64
-    target = read_job(config, ["swarm.generate.repetition_tokens=1e6"])
+    target = read_study(config, ["swarm.generate.repetition_tokens=1e6"])
     assert target.sampler.caps.tolist() == pytest.approx([tokens[name] / 1e6 for name in tokens])
     with pytest.raises(InputError, match=r"a run has 2,560,000 tokens"):
-        read_job(config, ["swarm.generate.repetition_tokens=target"])
+        read_study(config, ["swarm.generate.repetition_tokens=target"])
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.fit.tables import read_table
-from megamix.studies.swarm.job import read_job
 from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
-from megamix.studies.swarm.steps import swarm
+from megamix.studies.swarm.study import read_study
+from megamix.studies.swarm.tasks import swarm
 from megamix.training.records.recorded_run import RecordedRun
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]
@@ -170,7 +170,7 @@ def test_an_update_swarms_what_it_touches(megamix: Megamix, tiny_config: Write, 
     table = read_table(run / "ratios.csv", run / "metrics.csv")
     assert table.domains == ("packages", "existing")
     assert len(table.metrics) == 4
-    counts = read_job(config, []).token_counts
+    counts = read_study(config, []).token_counts
     assert table.ratios_RK[0] == pytest.approx(
         [counts["packages"] / sum(counts.values()), 1 - counts["packages"] / sum(counts.values())]
     )

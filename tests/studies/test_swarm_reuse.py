@@ -25,7 +25,7 @@ from megamix.studies.swarm.propose.report import explain
 from megamix.studies.swarm.propose.report import report as told
 from megamix.studies.swarm.propose.solve import Problem, divergence, solve
 from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
-from megamix.studies.swarm.steps import cost, report
+from megamix.studies.swarm.update import cost, report
 
 OLD = {"web": 0.5, "code": 0.3, "mail": 0.2, "law": 0.0}
 TOKENS = {"web": 400.0, "code": 200.0, "mail": 100.0, "law": 100.0, "new": 200.0, "m1": 30.0, "m2": 70.0}

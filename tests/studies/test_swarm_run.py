@@ -21,11 +21,11 @@ from tiny_swarm import DOMAINS, swarm_config
 
 from megamix.core.config import read_yaml
 from megamix.core.errors import InputError
+from megamix.studies.runs import members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import read_table
 from megamix.studies.swarm.run.collect import collect
-from megamix.studies.swarm.run.members import members_of
-from megamix.studies.swarm.steps import swarm
+from megamix.studies.swarm.tasks import swarm
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -167,7 +167,7 @@ def test_a_second_swarm_does_not_work_in_the_same_place(megamix: Megamix, tiny_c
 
 
 def test_members_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tiny_config: Write, tmp_path: Path) -> None:
-    from megamix.studies.swarm.run.local_pool import _environment, default_at_once
+    from megamix.studies.pool import _environment, default_at_once
 
     config = swarm_config(tiny_config, engine={"pipeline": 2})
     assert swarm(config, [], "generate") == 0

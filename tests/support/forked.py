@@ -28,11 +28,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, ClassVar, Never
 
 # What may differ from the process that forks: nothing that is settled when a module is imported.
 FREE = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASK_RANK", "ASK_STEP"}
 SPARES = 4  # so many ranks can a starter have before it starts real ones
+SWARM_SPARES = 8  # and so many members a swarm
 IMPORTED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "megamix.cli",
@@ -178,14 +180,14 @@ class Ranks(subprocess.Popen[Any]):
     waiting: ClassVar[list[tuple[int, int]]] = []  # (process, file that tells it what to be)
 
     @classmethod
-    def prepare(cls) -> dict[str, Any] | None:
+    def prepare(cls, spares: int) -> dict[str, Any] | None:
         """Forks the processes that wait, from a starter that has done nothing yet.
 
         Returns:
             In the starter nothing; in a rank what it was told to be.
         """
         subprocess.Popen = cls
-        for _ in range(SPARES):
+        for _ in range(spares):
             read, write = os.pipe()
             pid = os.fork()
             if not pid:
@@ -197,20 +199,29 @@ class Ranks(subprocess.Popen[Any]):
                     said = told.read()
                 if not said:  # the starter has ended, and did not need it
                     os._exit(0)
-                return json.loads(said)
+                rank = json.loads(said)
+                for number, path in ((1, rank["stdout"]), (2, rank["stderr"])):
+                    if path is not None:
+                        file = os.open(path, os.O_APPEND | os.O_WRONLY)
+                        os.dup2(file, number)
+                        os.close(file)
+                return rank
             os.close(read)
             cls.waiting.append((pid, write))
         return None
 
     def _execute_child(self, *given: Any) -> None:
         call = inspect.signature(super()._execute_child).bind(*given).arguments  # pyright: ignore
-        piped = [call[name] != -1 for name in ("p2cwrite", "c2pwrite", "errwrite")]
-        if any(piped) or list(call["args"][:3]) != [sys.executable, "-m", "megamix"] or not self.waiting:
+        outputs = [call[name] for name in ("c2pwrite", "errwrite")]
+        piped = call["p2cwrite"] != -1 or any(file != -1 and not S_ISREG(os.fstat(file).st_mode) for file in outputs)
+        if piped or list(call["args"][:3]) != [sys.executable, "-m", "megamix"] or not self.waiting:
             super()._execute_child(*given)  # pyright: ignore
             return
         self.pid, file = self.waiting.pop()
         with os.fdopen(file, "w") as telling:
-            json.dump({"arguments": call["args"][1:], "environment": call["env"]}, telling)
+            paths = [None if output == -1 else os.readlink(f"/proc/self/fd/{output}") for output in outputs]
+            rank = {"arguments": call["args"][1:], "environment": call["env"], "stdout": paths[0], "stderr": paths[1]}
+            json.dump(rank, telling)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(call[name] for name in ends))  # pyright: ignore
@@ -282,7 +293,7 @@ def _main(connection: socket.socket) -> None:
     _redirect(command)
     arguments, environment = command.arguments, command.environment
     if arguments[:2] == ["-m", "megamix"] and "RANK" not in environment:
-        told = Ranks.prepare()
+        told = Ranks.prepare(SWARM_SPARES if "swarm" in arguments else SPARES)
         if told is not None:
             arguments, environment = told["arguments"], told["environment"]
     _become(arguments, environment)

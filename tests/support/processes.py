@@ -23,7 +23,8 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

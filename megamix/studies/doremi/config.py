@@ -1,4 +1,4 @@
-"""The config of ``megamix doremi``: a run's, with what each step changes of it under the key ``doremi``."""
+"""The config of ``megamix doremi``: a run's config, with the changes for each run under the key ``doremi``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megamix.core.config import Config
 from megamix.training.config import RunConfig
 
 
-class DoremiSteps(Config):
-    """What the steps of `megamix doremi` change; no other command knows this key."""
+class DoremiStudyConfig(Config):
+    """Keys of the runs that differ; no other command knows this key."""
 
     reference: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of the reference run that differ. Its mixer is static; its weights are ``mixture``."""
@@ -20,14 +20,14 @@ class DoremiSteps(Config):
     doremi, whose keys may stand here. With mixer.reference (a cache, or null) there is no reference run and no cache of
     its losses."""
     target: dict[str, Any] | None = None
-    """Keys of the target run that differ, {} for none; null: no target run. Its mixture are the weights found."""
+    """Keys of the target run that differ, {} for none; null: no target run. Its mixture is the weights found."""
     rounds: int = pydantic.Field(default=1, ge=1)
     """Rounds at most; each takes the result of the one before as reference weights."""
     tolerance: float = pydantic.Field(default=1e-3, gt=0)
     """A round that changes no weight by more than this is the last."""
 
 
-class DoremiJobConfig(RunConfig):
+class DoremiRunConfig(RunConfig):
     """Every key that a config may have, for `megamix train --help-config`."""
 
-    doremi: DoremiSteps = DoremiSteps()
+    doremi: DoremiStudyConfig = DoremiStudyConfig()

@@ -1,14 +1,7 @@
-"""``megamix launch``: runs, and chains of runs, as jobs of a Slurm cluster.
+"""Tasks as jobs of a Slurm cluster: resources, commands of Slurm, and submitting what is neither done nor queued.
 
-    config, resources --plan--> steps --submit--> sbatch slurm/SCRIPT --...--> megamix train, reference, prepare, ...
+    tasks, resources --submit--> sbatch slurm/SCRIPT --> megamix train, reference, prepare, ...
 
-The job scripts are those of ``slurm/``, which do as well without this package. What it adds: a plan that cannot work is
-said before anything waits in a queue, names of jobs follow from the run directory, and what is done or in the queue
-already is not submitted again.
+The job scripts in the folder ``slurm`` work without this package. It adds that a plan that cannot work is refused
+before anything waits in a queue, that jobs wait for each other, and that what is done or queued is not submitted again.
 """
-
-from megamix.studies.slurm.chains import PrepareJob
-from megamix.studies.slurm.launch import launch
-from megamix.studies.slurm.placement import Resources
-
-__all__ = ["PrepareJob", "Resources", "launch"]

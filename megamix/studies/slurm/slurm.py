@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as launching needs them."""
+"""Commands of Slurm."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ class Queued:
     member: int | None
     state: str
 
+    @property
+    def member_id(self) -> str:
+        """The name of the job in dependencies; of a member alone, for others of its array may have failed."""
+        return str(self.job) if self.member is None else f"{self.job}_{self.member}"
+
 
 def queued(name: str) -> list[Queued]:
-    """One's own jobs of a name that wait or run, members of arrays one by one.
+    """The user's jobs of a name that wait or run, members of arrays one by one.
 
-    A job that is coming to its end is none of them: what is submitted now waits for it (``--dependency=singleton``).
+    A job that is ending is left out: what is submitted now waits for it (``--dependency=singleton``).
     """
     # %A: a member's own number; %F: that of the array; %K: its index, N/A where there is no array.
     shown = _run(
@@ -40,7 +45,7 @@ def queued(name: str) -> list[Queued]:
 
 
 def check(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Whether the cluster would ever run what ``sbatch`` is asked to.
+    """Checks that the cluster can ever run a job.
 
     Raises:
         InputError: no such partition, account, number of nodes or GPUs; with Slurm's words.
@@ -63,6 +68,12 @@ def submit(command: Sequence[str], environment: Mapping[str, str]) -> int:
     if done.returncode:
         raise InputError(f"Slurm refuses this job: {_words(done.stderr)}.")
     return int(done.stdout.strip().split(";")[0])
+
+
+def wait_for(jobs: Sequence[Queued], dependency: str) -> None:
+    """Changes what waiting jobs wait for; one that has begun or gone meanwhile is left alone."""
+    for job in jobs:
+        _start(["scontrol", "update", f"JobId={job.member_id}", f"Dependency={dependency}"], None)
 
 
 def _run(command: Sequence[str]) -> str:

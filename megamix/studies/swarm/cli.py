@@ -1,4 +1,4 @@
-"""``megamix swarm``: the steps from token counts to a proposed mixture, each alone or all in one."""
+"""``megamix swarm``: from token counts to a proposed mixture, each task alone or all in one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from megamix.studies.slurm.options import Account, DryRun, GpusPerNode, Limit, Partition, Sbatch, TasksPerNode, Time
 
 app = typer.Typer(
     help="Mixtures from a swarm of proxy runs: sample, train, fit, propose; and keep them as the domains change.",
@@ -53,7 +55,7 @@ def generate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: megamix swarm generate configs/swarm/demo.yaml swarm.generate.members=32
     """
-    from megamix.studies.swarm.steps import swarm as take
+    from megamix.studies.swarm.tasks import swarm as take
 
     raise typer.Exit(take(config, overrides or [], "generate"))
 
@@ -64,33 +66,31 @@ def run(
     overrides: Overrides = None,
     at_once: AtOnce = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit those that are not done, as one array.")] = False,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Of a Slurm job, and ranks on each node.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node, without GPUs.")] = None,
-    time: Annotated[str | None, typer.Option(help="The time limit of each start of a Slurm job.")] = None,
-    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="The account.")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Members of the array that run at a time; 0: all.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+    gpus_per_node: GpusPerNode = None,
+    tasks_per_node: TasksPerNode = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    limit: Limit = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Run the members of a swarm that are not done: on this machine, or as a Slurm array (the same as `megamix launch
     --chain swarm RUN_DIR/members`).
 
     Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
     """
-    from megamix.studies.swarm.job import read_job
-    from megamix.studies.swarm.steps import swarm as take
+    from megamix.studies.slurm.placement import Resources
+    from megamix.studies.swarm.run.members import FOLDER
+    from megamix.studies.swarm.study import read_study
+    from megamix.studies.swarm.tasks import submit_members
+    from megamix.studies.swarm.tasks import swarm as take
 
     if not slurm:
         raise typer.Exit(take(config, overrides or [], "run", at_once=at_once))
-    from megamix.studies.slurm import Resources, launch
-    from megamix.studies.swarm.run.members import FOLDER
-
-    folder = read_job(config, overrides or []).run_dir / FOLDER
+    folder = read_study(config, overrides or []).run_dir / FOLDER
     resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
-    typer.echo(launch(str(folder), [], resources, chain="swarm", limit=limit, dry_run=dry_run), nl=False)
+    typer.echo(submit_members(folder, [], resources, limit, dry_run=dry_run), nl=False)
 
 
 @app.command()
@@ -101,36 +101,49 @@ def collect(
         bool, typer.Option("--partial", help="Of the members that are done, if others are not.")
     ] = False,
 ) -> None:
-    """Write what the members were trained on and what came of it: RUN_DIR/ratios.csv and metrics.csv.
+    """Write what the members were trained on and their results: RUN_DIR/ratios.csv and metrics.csv.
 
     Example: megamix swarm collect configs/swarm/demo.yaml
     """
-    from megamix.studies.swarm.job import read_job
     from megamix.studies.swarm.run.collect import collect as take
     from megamix.studies.swarm.run.members import FOLDER
+    from megamix.studies.swarm.study import read_study
 
-    job = read_job(config, overrides or [])
-    typer.echo(take(job.run_dir / FOLDER, [], job.steps.metrics, partial=partial))
+    study = read_study(config, overrides or [])
+    typer.echo(take(study.run_dir / FOLDER, [], study.config.metrics, partial=partial))
 
 
 def _swarm_keys(asked: bool) -> None:
     if asked:
         from megamix.core.config_help import config_help
-        from megamix.studies.swarm.config import SwarmSteps
+        from megamix.studies.swarm.config import SwarmStudyConfig
 
-        typer.echo(config_help(SwarmSteps))
+        typer.echo(config_help(SwarmStudyConfig))
         raise typer.Exit
 
 
 @app.command("all")
-def all_steps(
+def all_tasks(
     config: ConfigFile,
     overrides: Overrides = None,
     only: Annotated[
         Literal["priors", "generate", "run", "collect", "fit", "propose", "target"] | None,
-        typer.Option(help="Take this step alone."),
+        typer.Option(help="Run this task alone."),
     ] = None,
     at_once: AtOnce = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit all tasks as jobs that wait for each other.")] = False,
+    gpus_per_node: GpusPerNode = None,
+    tasks_per_node: TasksPerNode = None,
+    target_nodes: Annotated[int | None, typer.Option(min=1, help="Of the target run; default: as of others.")] = None,
+    target_gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Of the target run; default: --gpus-per-node.")
+    ] = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch: Sbatch = None,
+    limit: Limit = 0,
+    dry_run: DryRun = False,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -143,9 +156,20 @@ def all_steps(
 
     Example: megamix swarm all configs/swarm/demo.yaml run_dir=runs/swarm
     """
-    from megamix.studies.swarm.steps import swarm as take
+    from dataclasses import replace
 
-    raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
+    from megamix.studies.slurm.placement import Resources
+    from megamix.studies.swarm.tasks import submit_swarm
+    from megamix.studies.swarm.tasks import swarm as take
+
+    resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
+    target = replace(resources, nodes=target_nodes, gpus_per_node=target_gpus_per_node or gpus_per_node)
+    if not slurm:
+        target.refuse_without_slurm(dry_run)
+        raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
+    if only is not None:
+        raise typer.BadParameter("a task alone runs here: leave out one of --only and --slurm.", param_hint="--only")
+    typer.echo(submit_swarm(config, overrides or [], resources, target, limit, dry_run=dry_run), nl=False)
 
 
 def _fit_options(asked: bool) -> None:
@@ -243,7 +267,7 @@ def update(
 
     Example: megamix swarm update add_law.yaml data/new --out runs/swarm2
     """
-    from megamix.studies.swarm.steps import read_update, report, start_update
+    from megamix.studies.swarm.update import read_update, report, start_update
 
     plan = read_update(config, data, domains.split(",") if domains else None)
     report(plan, tokens_per_run).show()

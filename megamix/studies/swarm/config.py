@@ -1,4 +1,4 @@
-"""The config of ``megamix swarm``: a run's, with all that concerns the swarm under the key ``swarm``."""
+"""The config of ``megamix swarm``: a run's config, with the swarm's under the key ``swarm``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megamix.studies.swarm.propose.config import ProposeConfig, UpdateConfig
 
 
 class LocalConfig(Config):
-    """How members are run on this machine."""
+    """Members on this machine."""
 
     at_once: int | None = pydantic.Field(default=None, gt=0)
     """Members at a time. Default: as many as its GPUs, or its cores, are enough for."""
 
 
 class MetricsConfig(Config):
-    """What is collected of every run."""
+    """Metrics collected from every run."""
 
     validation: bool = True
     """loss:DOMAIN, the validation loss of each domain at the end, in nats per token."""
@@ -38,8 +38,8 @@ class MetricsConfig(Config):
         return self
 
 
-class SwarmSteps(Config):
-    """What makes a swarm of a run; no other command knows this key."""
+class SwarmStudyConfig(Config):
+    """Options of a swarm; no other command knows this key."""
 
     proxy: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of a run that differ in the proxies, for example {model: ..., train: {steps: 500}}. Their mixer is static;
@@ -50,9 +50,9 @@ class SwarmSteps(Config):
     generate: GenerateConfig = GenerateConfig()
     """The mixtures of the members."""
     run: LocalConfig = LocalConfig()
-    """How they are run."""
+    """Running them."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is collected of them."""
+    """Metrics collected from them."""
     fit: FitConfig = FitConfig()
     """The law."""
     propose: ProposeConfig = ProposeConfig()

@@ -21,10 +21,11 @@ import numpy as np
 from megamix.core.config import read_yaml, validate
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
+from megamix.studies.runs import Member, members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
 from megamix.studies.swarm.propose.update import UpdatePlan
-from megamix.studies.swarm.run.members import FOLDER, Member, members_of
+from megamix.studies.swarm.run.members import FOLDER
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 

@@ -11,13 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megamix.core.config import apply_overrides, merge, read_yaml, validate
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
 from megamix.mixing.mixers import normalise_weights
-from megamix.studies.swarm.config import SwarmSteps
+from megamix.studies.runs import write_yaml
+from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.levels import Floats
 from megamix.studies.swarm.generate.mixtures import Sampler
 from megamix.studies.swarm.propose.proposal import read_proposal
@@ -28,60 +26,53 @@ from megamix.training.config import RunConfig
 from megamix.training.plan import Plan, make_plan
 
 SETTLED = {"proxy": ("run_dir", "mixer", "mixture"), "target": ("run_dir", "mixture")}
-"""Keys of the runs that are not for a config to say."""
+"""Keys of each run that a config cannot set."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a config asks for.
+class SwarmStudy:
+    """Resolved config of ``megamix swarm``.
 
     Attributes:
         base: the run's config without the key ``swarm``, not validated.
-        source: where it came from, for messages.
+        source: of the config, for messages.
     """
 
     base: dict[str, Any]
-    steps: SwarmSteps
+    config: SwarmStudyConfig
     run_dir: Path
     source: str
 
     @cached_property
     def proxy(self) -> dict[str, Any]:
-        """What the configs of all members have in common."""
-        shared = merge(self.base, self.steps.proxy)
+        """Keys that the configs of all members share."""
+        shared = merge(self.base, self.config.proxy)
         return {**shared, "mixture": "natural", "mixer": {"name": "static"}}
 
     @cached_property
     def plan(self) -> Plan:
-        """That of a proxy, with another mixture."""
+        """Plan of a member, with the natural mixture."""
         return make_plan(validate(RunConfig, self.proxy, f"{self.source}, proxy run"))
 
     @cached_property
-    def target(self) -> dict[str, Any] | None:
-        """The config of the target run; None where there is none."""
-        if self.steps.target is None:
+    def target(self) -> RunConfig | None:
+        """Config of the target run; None without one."""
+        if self.config.target is None:
             return None
-        run = merge({**self.base, "mixer": {"name": "static"}}, self.steps.target)
-        mixer = self.steps.target.get("mixer", {"name": "static"})
-        return {
-            **run,
-            "mixer": mixer,
-            "mixture": {"from_swarm": str(self.run_dir)},
-            "run_dir": str(self.run_dir / "target"),
-        }
+        run = merge({**self.base, "mixer": {"name": "static"}}, self.config.target)
+        settled = {"mixture": {"from_swarm": str(self.run_dir)}, "run_dir": str(self.run_dir / "target")}
+        settled["mixer"] = self.config.target.get("mixer", {"name": "static"})
+        return validate(RunConfig, {**run, **settled}, f"{self.source}, target run")
 
     @cached_property
     def target_tokens(self) -> int | None:
         """Tokens of the target run."""
-        if self.target is None:
-            return None
-        config = validate(RunConfig, self.target, f"{self.source}, target run")
-        return tokens_of(config)
+        return None if self.target is None else tokens_of(self.target)
 
     @cached_property
     def update(self) -> UpdatePlan | None:
-        """What becomes of the mixture that the job brings up to date; None where it makes a new one."""
-        asked = self.steps.update
+        """The update of an old mixture; None where a new one is made."""
+        asked = self.config.update
         return None if asked is None else plan_update(asked, read_proposal(asked.previous), self.token_counts)
 
     @cached_property
@@ -91,13 +82,13 @@ class Job:
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
-        """The K domains whose weights are to be found: of an update the virtual ones."""
+        """The K domains whose weights the swarm finds: of an update the virtual ones."""
         return tuple(self.token_counts) if self.update is None else self.update.virtual
 
     @cached_property
     def sampler(self) -> Sampler:
-        """What draws the members."""
-        generate = self.steps.generate
+        """Draws the mixtures of the members."""
+        generate = self.config.generate
         tokens = {name: float(count) for name, count in self.token_counts.items()}
         bounds = tokens if self.update is None else self.update.caps(tokens)
         of_run: dict[object, float | None] = {"member": tokens_of(self.plan.config), "target": self.target_tokens}
@@ -111,10 +102,10 @@ class Job:
 
     @cached_property
     def num_members(self) -> int:
-        """How many mixtures are to be tried."""
+        """Number of mixtures to try."""
         if self.update is not None and self.update.settled:
             return 0
-        return self.steps.generate.members or default_members(len(self.domains))
+        return self.config.generate.members or default_members(len(self.domains))
 
     @cached_property
     def centre(self) -> dict[str, float]:
@@ -131,7 +122,7 @@ class Job:
     @cached_property
     def _given_shares(self) -> Mapping[str, float] | None:
         """The prior as the config gives it; None: natural."""
-        given = self.steps.priors
+        given = self.config.priors
         return None if given == "natural" else read_amounts(given).shares if isinstance(given, Path) else given
 
     @property
@@ -147,7 +138,7 @@ class Job:
             given = self.token_counts if update is None else update.prior
         elif update is not None and given.keys() == set(update.domains):
             given = update.contract_prior(given)
-        return normalise_weights(given, self.domains, f"{self.source}: swarm.priors ({self.steps.priors})")
+        return normalise_weights(given, self.domains, f"{self.source}: swarm.priors ({self.config.priors})")
 
 
 def tokens_of(config: RunConfig) -> int:
@@ -155,44 +146,30 @@ def tokens_of(config: RunConfig) -> int:
     return config.train.steps * config.train.global_batch * config.data.seq_length
 
 
-def read_job(config_path: Path, overrides: list[str]) -> Job:
-    """Reads a config and checks what it makes of the steps before the first of them begins; writes DIR/swarm.yaml.
+def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
+    """Reads a config and checks it before the first task begins; writes DIR/swarm.yaml.
 
     Raises:
-        InputError: a key or value that cannot be used, named with its step.
+        InputError: a key or value that cannot be used, named with its run.
     """
     data = apply_overrides(read_yaml(config_path), overrides)
     section = data.pop("swarm", None)
     source = str(config_path)
-    steps = validate(SwarmSteps, {} if section is None else section, f"{source}, swarm")
-    for step, keys in SETTLED.items():
+    config = validate(SwarmStudyConfig, {} if section is None else section, f"{source}, swarm")
+    for run, keys in SETTLED.items():
         for key in keys:
-            if key in (getattr(steps, step) or {}):
+            if key in (getattr(config, run) or {}):
                 raise InputError(
-                    f"{source}: swarm.{step}.{key} cannot be set: a swarm settles the mixtures of its runs, where they are, and "
+                    f"{source}: swarm.{run}.{key} cannot be set: a swarm settles the mixtures of its runs, where they are, and "
                     "that the proxies' mixer is static. Remove the key."
                 )
-    if steps.propose.worst:
+    if config.propose.worst:
         raise InputError(
             f"{source}: swarm.propose.worst cannot be set: the target would be trained on it. Remove it, and take `megamix swarm "
             "propose DIR --worst` after the swarm."
         )
     run_dir = validate(RunConfig, {**data, "mixture": "natural"}, source).run_dir
-    job = Job(data, steps, run_dir, source)
-    job.sampler.check()
-    content = {**job.base, "swarm": steps.model_dump(mode="json")}
-    write_config(run_dir / CONFIG, content)
-    return job
-
-
-def write_config(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a config.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, yaml.safe_dump(dict(content), sort_keys=False).encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another run_dir.") from error
+    study = SwarmStudy(data, config, run_dir, source)
+    study.sampler.check()
+    write_yaml(run_dir / CONFIG, {**study.base, "swarm": config.model_dump(mode="json")})
+    return study

@@ -1,0 +1,115 @@
+"""Runs as tasks of a study: one run, and the members of a folder of run configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megamix.core.config import load_config
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file
+from megamix.studies.slurm.placement import Resources
+from megamix.studies.tasks import Job, Task, is_run_done
+from megamix.training.config import RunConfig
+from megamix.training.run import train
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several runs that a study compares: an ordinary run with a config file."""
+
+    path: Path
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The name of its config file, by which tables and messages know it."""
+        return self.path.stem
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its last checkpoint is of its last step."""
+        return is_run_done(self.config)
+
+
+def members_of(folder: Path, overrides: Sequence[str]) -> list[Member]:
+    """The members in a folder, in the order of their array indices (that of the names' bytes).
+
+    Raises:
+        InputError: no config, one that cannot be read, or two of one run directory.
+    """
+    paths = sorted(folder.glob("*.yaml"), key=lambda path: path.name.encode())
+    if not paths:
+        raise InputError(f"{folder} holds no *.yaml: a swarm is a folder with one config for each run.")
+    members = [Member(path, load_config(RunConfig, path, list(overrides))) for path in paths]
+    taken: dict[Path, Path] = {}
+    for member in members:
+        run_dir = member.config.run_dir.absolute()
+        if run_dir in taken:
+            raise InputError(f"{member.path} and {taken[run_dir]} have the same run_dir, {run_dir}. Give each its own.")
+        taken[run_dir] = member.path
+    return members
+
+
+def members_job(
+    folder: Path, overrides: Sequence[str], members: Sequence[Member], resources: Resources, limit: int
+) -> Job:
+    """Array with an index for each member of a folder.
+
+    Raises:
+        InputError: a plan that cannot work, or members that need different numbers of ranks.
+    """
+    options = [resources.of_run(member.config, str(member.path)) for member in members]
+    odd = next((i for i, other in enumerate(options) if other != options[0]), None)
+    if odd is not None:
+        raise InputError(
+            f"{members[odd].path} is for {' '.join(options[odd][:2])}, and {members[0].path} for {' '.join(options[0][:2])}: "
+            "the jobs of an array are of one size. Put them into two folders."
+        )
+    left = tuple(index for index, member in enumerate(members) if not member.is_done)
+    return Job("swarm.sbatch", (str(folder.absolute()), *absolute(overrides)), options[0], left, limit)
+
+
+def run_task(name: str, path: Path, inputs: Sequence[Path] = (), resources: Resources | None = None) -> Task:
+    """Run of a config file that the study has written.
+
+    Args:
+        inputs: files beside the config that the run follows from.
+        resources: of its Slurm job; None: it runs here.
+    """
+    config = load_config(RunConfig, path)
+    job = None
+    if resources is not None:
+        # Its mixture may not be there yet; its data was checked when the config was written.
+        options = resources.of_run(config, str(path), check_data=False)
+        job = Job("train.sbatch", (str(path.absolute()),), options)
+    return Task(name, lambda: is_run_done(config, (path, *inputs)), lambda: train(path, []), job)
+
+
+def command_job(arguments: Sequence[str], resources: Resources | None, after: str = "afterok") -> Job | None:
+    """Job of one process, ``megamix ARGUMENTS``; None without resources."""
+    return None if resources is None else Job("command.sbatch", tuple(arguments), resources.of_process(), after=after)
+
+
+def absolute(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Overrides with the whole paths of those that are files."""
+    return tuple(item if "=" in item else str(Path(item).absolute()) for item in overrides)
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a config, unless the file holds it already: so it is newer than a run only where it has changed.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    data = yaml.safe_dump(dict(content), sort_keys=False).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != data:
+            replace_file(path, data)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another run_dir.") from error

@@ -1,0 +1,186 @@
+"""Submitting tasks as jobs that wait for each other.
+
+A job's name is ``megamix-FOLDER-TASK-HASH``, with the name and a hash of the absolute path of the study's folder. So a
+second submission finds the jobs of the first, and two that meet wait for each other (``--dependency=singleton``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamix.core.errors import InputError
+from megamix.core.files import shipped_folder
+from megamix.core.log import get_logger
+from megamix.studies.slurm import slurm
+from megamix.studies.tasks import Job, Task, run_tasks
+
+SLURM_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "PMI")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Tasks that follow on each other, and the folder of what they make.
+
+    Attributes:
+        tasks: read once, so that a task can be made of what those before it have made.
+    """
+
+    folder: Path
+    tasks: Iterable[Task]
+
+    def job_name(self, task: Task) -> str:
+        """The name of a task's job: the same for the same folder, from wherever it is submitted."""
+        folder = self.folder.absolute()
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        return f"megamix-{folder.name}-{task.name}-{digest}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the jobs' output."""
+        return self.folder.absolute() / "slurm"
+
+    def open_jobs(self) -> list[tuple[Task, Job | None]]:
+        """Each task with its job; None for one that is done. What follows a task that is not done is not done either,
+        but for the members of an array. Tasks without a job are run here."""
+        found: list[tuple[Task, Job | None]] = []
+        for task in self.tasks:
+            job = task.job
+            if job is None:
+                run_tasks([task])
+            elif job.members is not None:
+                found.append((task, job if job.members else None))
+            else:
+                done = all(other is None for _, other in found) and task.is_done()
+                found.append((task, None if done else job))
+        return found
+
+    def command(self, task: Task, job: Job, members: Sequence[int] | None, after: Sequence[str]) -> list[str]:
+        """The command line that submits a task.
+
+        Args:
+            after: the jobs of the task before.
+        """
+        pattern = "%x-%A_%a.out" if members is not None else "%x-%j.out"
+        options = [f"--job-name={self.job_name(task)}", f"--output={self.logs / pattern}", "--export=ALL"]
+        if members is not None:
+            limit = f"%{job.limit}" if job.limit else ""
+            options.append(f"--array={','.join(map(str, members))}{limit}")
+        if dependency := dependency_of(job, after):
+            options.append(f"--dependency={dependency}")
+        if after:
+            options.append("--kill-on-invalid-dep=yes")
+        return ["sbatch", *options, *job.options, str(shipped_folder("slurm") / job.script), *job.arguments]
+
+    def environment(self, job: Job) -> dict[str, str]:
+        """Variables of the job scripts."""
+        told = {"MEGAMIX_SLURM": str(shipped_folder("slurm")), "MEGAMIX_LOGS": str(self.logs), **job.environment}
+        if not os.environ.get("MEGAMIX_CONTAINER"):
+            told["MEGAMIX_PYTHON"] = os.environ.get("MEGAMIX_PYTHON", sys.executable)
+        return told
+
+
+def dependency_of(job: Job, after: Sequence[str]) -> str:
+    """What a job waits for; members of an array have one name, and would wait for each other."""
+    waits = [f"{job.after}:{':'.join(after)}"] if after else []
+    return ",".join(waits if job.members is not None else [*waits, "singleton"])
+
+
+def submit(chain: Chain) -> None:
+    """Submits what is neither done nor in the queue, after everything has been checked.
+
+    A job that waits already is made to wait for the new jobs of the task before it, too.
+
+    Raises:
+        InputError: something that Slurm refuses; nothing is submitted then.
+    """
+    log, inherited = get_logger(), _inherited()
+    jobs = chain.open_jobs()
+    queued = {task.name: slurm.queued(chain.job_name(task)) for task, job in jobs if job is not None}
+    for task, job in jobs:
+        if job is not None and not queued[task.name]:
+            slurm.check(chain.command(task, job, job.members, ()), {**inherited, **chain.environment(job)})
+    _make_logs(chain)
+    before: list[str] = []
+    is_new = False
+    for task, job in jobs:
+        if job is None:
+            log.info("%s: done", task.name)
+            continue
+        name, found = chain.job_name(task), queued[task.name]
+        after = sorted({one.member_id for one in found})
+        if found:
+            states = ", ".join(sorted({one.state.lower() for one in found}))
+            numbers = ", ".join(map(str, sorted({one.job for one in found})))
+            log.info("%s: not submitted again, job %s is %s (%s)", task.name, numbers, states, name)
+            if is_new:
+                slurm.wait_for([one for one in found if one.state == "PENDING"], dependency_of(job, before))
+        members = job.members
+        if members is not None:
+            members = tuple(member for member in members if member not in {one.member for one in found})
+        if members or (members is None and not found):
+            command = chain.command(task, job, members, before)
+            number = slurm.submit(command, {**inherited, **chain.environment(job)})
+            which = "" if members is None else f", members {', '.join(map(str, members))}"
+            log.info("%s: submitted as job %d (%s)%s", task.name, number, name, which)
+            after.append(str(number))
+            is_new = True
+        before = after
+
+
+def show(chain: Chain) -> str:
+    """What `submit` would do, without asking the cluster: the commands and the scripts they submit."""
+    lines: list[str] = []
+    before: list[str] = []
+    jobs = chain.open_jobs()
+    for task, job in jobs:
+        if job is None:
+            lines.append(f"# {task.name}: done")
+            continue
+        told = [f"{name}={shlex.quote(value)}" for name, value in chain.environment(job).items()]
+        command = shlex.join(chain.command(task, job, job.members, before))
+        for placeholder in before:
+            command = command.replace(f"'{placeholder}'", placeholder)
+        lines += [f"# {task.name}", " ".join([*told, command]), ""]
+        before = [f"<{task.name}>"]
+    for script in dict.fromkeys(job.script for _, job in jobs if job is not None):
+        text = (shipped_folder("slurm") / script).read_text(encoding="utf-8")
+        lines += [f"# ---- {shipped_folder('slurm') / script}", text]
+    if shutil.which("sbatch") is None:
+        lines.append("# There is no sbatch here: what the cluster has was not looked at.")
+    return "\n".join(lines)
+
+
+def submit_or_show(folder: Path, tasks: Iterable[Task], *, dry_run: bool) -> str:
+    """Submits tasks, or with ``dry_run`` only says what would be submitted; returns what to print."""
+    chain = Chain(folder, tasks)
+    if dry_run:
+        return show(chain)
+    submit(chain)
+    return ""
+
+
+def _inherited() -> dict[str, str]:
+    """The environment of a new job. Where a job submits it, without the variables that are that job's own."""
+    found = dict(os.environ)
+    if "SLURM_JOB_ID" not in found:
+        return found
+    if found.get("OMP_NUM_THREADS") == found.get("SLURM_CPUS_PER_TASK"):  # set by slurm/rank.sh
+        found.pop("OMP_NUM_THREADS", None)
+    return {
+        name: value for name, value in found.items() if name == "SLURM_CONF" or not name.startswith(SLURM_VARIABLES)
+    }
+
+
+def _make_logs(chain: Chain) -> None:
+    """Slurm does not make the folder of a job's output, and ends a job without one in silence."""
+    try:
+        chain.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {chain.logs}: {error.strerror or error}. Choose another run_dir.") from error

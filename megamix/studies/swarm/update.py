@@ -1,0 +1,85 @@
+"""``megamix swarm update``: what an update of the domains freezes, frees and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megamix.core.config import read_yaml, validate
+from megamix.core.errors import InputError
+from megamix.core.text import ABSENT, Report, Table, number, plural
+from megamix.studies.swarm.priors import priors_of
+from megamix.studies.swarm.propose.config import UpdateConfig
+from megamix.studies.swarm.propose.proposal import read_proposal
+from megamix.studies.swarm.propose.propose import propose_settled
+from megamix.studies.swarm.propose.question import read_amounts
+from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+
+
+def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> UpdatePlan:
+    """Works out the update in a YAML file.
+
+    Args:
+        path: keys of `UpdateConfig`.
+        data: a data set (its manifest or folder), or a file of priors with token counts.
+        domains: some of the data set's, in this order; None: all.
+
+    Raises:
+        InputError: either cannot be read, or they do not fit together or the old mixture (`plan_update`).
+    """
+    update = validate(UpdateConfig, read_yaml(path), str(path))
+    if data.is_dir() or data.name == "manifest.json":
+        tokens = {name: float(count) for name, count in priors_of(data, domains).token_counts.items()}
+    elif domains is not None:
+        raise InputError(f"domains are chosen from a data set, and {data} is none. Name its folder, or leave them out.")
+    else:
+        tokens = read_amounts(data).tokens
+        if not tokens:
+            raise InputError(f"{data} has no token_counts. Write it with `megamix swarm priors`, or name the data set.")
+    return plan_update(update, read_proposal(update.previous), tokens)
+
+
+def start_update(plan: UpdatePlan, out: Path) -> Path | None:
+    """Writes OUT/update.json, and OUT/mixture.json where nothing is to be found; its path then.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plan.save(out)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another directory.") from error
+    return propose_settled(out, plan)[1] if plan.settled else None
+
+
+def report(plan: UpdatePlan, tokens_per_run: float | None = None) -> Report:
+    """The domains to find weights for, what is frozen, and the cost."""
+    rows = [
+        (name, number(plan.prior[name]), plural(len(plan.inner), "domain") if name == EXISTING else "free")
+        for name in plan.virtual
+    ]
+    parts: list[str | Table] = [Table(("domain", "prior", "stands for"), rows, left=frozenset(["stands for"]))]
+    if plan.inner:
+        parts.append(Table((f"in {EXISTING}", "ratio"), [(name, number(ratio)) for name, ratio in plan.inner.items()]))
+    return Report([*parts, cost(plan, tokens_per_run)])
+
+
+def cost(plan: UpdatePlan, tokens_per_run: float | None = None, members: int | None = None) -> Table:
+    """Proxy runs and tokens of the update, and of finding all weights anew.
+
+    Args:
+        members: runs of the update, if not by `default_members`.
+    """
+    update = default_members(len(plan.virtual)) if members is None or plan.settled else members
+    full = default_members(len(plan.domains))
+
+    def row(what: str, domains: int, runs: int) -> tuple[str, ...]:
+        tokens = ABSENT if tokens_per_run is None else f"{runs * tokens_per_run:,.0f}"
+        return what, str(domains), str(runs), tokens, f"{runs / full:.0%}" if full else ABSENT
+
+    rows = [
+        row(f"this update (reuse: {plan.reuse})", len(plan.virtual), update),
+        row("full recomputation", len(plan.domains), full),
+    ]
+    return Table(("", "domains to weigh", "proxy runs", "tokens", "of the full cost"), rows)
