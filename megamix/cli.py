@@ -140,8 +140,9 @@ def train(
         from megamix.core.config import apply_overrides, read_yaml
         from megamix.core.config_help import config_help
         from megamix.studies.doremi.config import DoremiRunConfig
+        from megamix.training.config import KINDS
 
-        data = apply_overrides(read_yaml(config), overrides or []) if config else None
+        data = apply_overrides(read_yaml(config, KINDS), overrides or [], KINDS) if config else None
         typer.echo(config_help(DoremiRunConfig, data=data))
         return
     if config is None:

@@ -69,6 +69,7 @@ def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a model that trains in seconds; keyword arguments are merged over it, as an override is."""
     from megamix.core.config import merge
+    from megamix.training.config import KINDS
 
     def write(**sections: Any) -> Path:
         config: dict[str, Any] = {
@@ -83,7 +84,7 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
             "checkpoint": {"every": 4},
             "log": {"every": 1, "samples": True},
         }
-        config = merge(config, sections)
+        config = merge(config, sections, KINDS)
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path

@@ -16,7 +16,8 @@ from megamix.core.files import shipped_folder
 from megamix.data.sampler import Slice
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import Decoder, Embedding, Head
-from megamix.training.config import FileMixture, RunConfig
+from megamix.training.config import RunConfig
+from megamix.training.mixture import FileMixture
 
 CONFIGS = shipped_folder("configs")
 RUNS = sorted(CONFIGS.glob("*.yaml"))

@@ -26,9 +26,10 @@ from megamix.data.sampler import Slice
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import make_mixer, normalise_weights
-from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
+from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_world_size
 from megamix.training.mix_plan import MixPlan, planned_mix
+from megamix.training.mixture import bound_of, mixture_of
 from megamix.training.plan import Plan, check_layout, make_plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -210,24 +211,13 @@ def _other_sizes(config: RunConfig) -> str:
 
 def _mixture_line(shape: _Shape) -> str:
     """Where the weights come from and what bounds them."""
-    data, mixture = shape.config.data, shape.config.mixture
-    said = [mixture if isinstance(mixture, str) else "as given"]
-    if isinstance(mixture, FileMixture):
-        said = [f"from {mixture.file}"]
-    elif isinstance(mixture, RunMixture):
-        said = [f"{mixture.which} weights of the run {mixture.from_run}"]
-    elif isinstance(mixture, SwarmMixture):
-        said = [f"proposed by the swarm {mixture.from_swarm}"]
-    elif isinstance(mixture, StagedMixture):
-        said = [f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in mixture.stages)} tokens on"]
+    data, said = shape.config.data, [mixture_of(shape.config.mixture).describe()]
     if data.sampling == "iid":
         said.append("drawn independently")
     bounds = {"at least": (data.min_weight, 0.0), "at most": (data.max_weight, 1.0)}
     for words, (value, default) in bounds.items():
-        if isinstance(value, SwarmBound):
-            said.append(f"{words} {value.factor:g} times what the swarm {value.from_swarm} proposes")
-        elif value != default:
-            said.append(f"{words} {value}")
+        if value != default:
+            said.append(f"{words} {bound_of(value).describe()}")
     if data.max_epochs is not None:
         said.append(f"max_epochs {data.max_epochs}, then {data.on_exhausted}")
     return "; ".join(said)

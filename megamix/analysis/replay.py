@@ -32,8 +32,8 @@ from megamix.data.blend.blend import Blend
 from megamix.mixing.mixers import find_mixer, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.mixing.weight_policy import Stages, WeightPolicy
-from megamix.training.config import StagedMixture
 from megamix.training.mix_plan import read_constraints, read_stages
+from megamix.training.mixture import mixture_of
 from megamix.training.plan import domain_key
 from megamix.training.records.ledger import Ledger, segment_of
 from megamix.training.records.mean_weights import run_weights
@@ -162,7 +162,7 @@ def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
         InputError: they follow from the data set, which cannot be opened.
     """
     config = run.config
-    staged = isinstance(config.mixture, StagedMixture)
+    staged = mixture_of(config.mixture).has_stages
     if run.manifest is None:
         if staged or config.data.max_epochs is not None:
             raise InputError(

@@ -7,7 +7,8 @@ from typing import Any
 
 from megamix.core.errors import InputError
 from megamix.mixing.shadow import shadow_names
-from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmMixture
+from megamix.training.config import RunConfig
+from megamix.training.mixture import mixture_of
 from megamix.training.records.recorded_run import RecordedRun
 
 _WITHOUT_EFFECT = (
@@ -77,17 +78,7 @@ def variant_names(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def _plain_name(config: RunConfig) -> str:
-    mixture = config.mixture
-    if isinstance(mixture, FileMixture):
-        start = mixture.file.stem
-    elif isinstance(mixture, RunMixture):
-        start = f"{mixture.which} of {mixture.from_run.name}"
-    elif isinstance(mixture, SwarmMixture):
-        start = f"swarm {mixture.from_swarm.name}"
-    elif isinstance(mixture, StagedMixture):
-        start = "stages"
-    else:
-        start = mixture if isinstance(mixture, str) else "given weights"
+    start = mixture_of(config.mixture).label()
     if config.mixer.name == "static":
         return start
     (mixer,) = shadow_names([config.mixer])

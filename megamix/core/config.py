@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import core_schema
 
 from megamix.core.errors import InputError, did_you_mean
 
@@ -45,7 +46,34 @@ class Config(pydantic.BaseModel):
         return data
 
 
-class ByName:
+class Kinds:
+    """Marks a field whose mapping is of one of several kinds: ``Annotated[Union, mark]``.
+
+    A mapping of another kind replaces the one it is laid over; one of the same kind merges with it (`merge`).
+    """
+
+    def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether ``new`` is of another kind than ``old``, which it is laid over."""
+        raise NotImplementedError
+
+
+class DefaultName(Kinds):
+    """Marks a union told apart by ``name``, and names the kind of a mapping without one."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        return core_schema.no_info_before_validator_function(self._named, handler(source))
+
+    def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        return "name" in new and new["name"] != old.get("name", self._name)
+
+    def _named(self, value: Any) -> Any:
+        return {"name": self._name, **value} if isinstance(value, dict) else value
+
+
+class ByName(Kinds):
     """Marks a field whose config class follows from the value's ``name``: ``Annotated[AnyOfThese, ByName(find)]``.
 
     Unlike the branches of a pydantic union, the classes need not be known beforehand.
@@ -58,13 +86,16 @@ class ByName:
     def __init__(self, find: Callable[[object], type[Config]], installed: Callable[[], list[type[Config]]]) -> None:
         self._find = find
         self.installed = installed
-        # A config of its own, so that a name that cannot be used is reported under its key.
+        # A separate config, so that a name that cannot be used is reported under its key.
         self._name = pydantic.create_model(
             "Name", name=(typing.Annotated[Any, pydantic.AfterValidator(self._found)], ...)
         )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return handler.generate_schema(typing.Annotated[Any, pydantic.BeforeValidator(self._validate)])
+
+    def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        return "name" in new and new["name"] != old.get("name", new["name"])
 
     def class_of(self, value: object) -> Any:
         """The class for a value that stands in a config; Any where it has none."""
@@ -86,6 +117,63 @@ class ByName:
             return self._find(name)
         except InputError as error:
             raise ValueError(str(error)) from error
+
+
+class ByKey(Kinds):
+    """Marks a field whose config class follows from a key that only this class has, with text or a list as its value.
+
+    Args:
+        kinds: the class of each such key.
+        mapping: the type of any other mapping.
+        plain: the type of a value that is no mapping.
+
+    Attributes:
+        types: every type by the tag that pydantic's errors call it by.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[Config]], *, mapping: Any, plain: Any) -> None:
+        self._kinds = kinds
+        self.types: dict[object, Any] = {**kinds, "mapping": mapping, "plain": plain}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> Any:
+        choices = {tag: handler.generate_schema(kind) for tag, kind in self.types.items()}
+        return core_schema.tagged_union_schema(choices, self._tag)
+
+    def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """A mapping with only further keys of a kind is of that kind."""
+        for key, kind in self._kinds.items():
+            further = kind.model_fields.keys() - {key}
+            if (key in old) != (key in new) and (key in new or not further & new.keys()):
+                return True
+        return False
+
+    def _tag(self, value: object) -> str:
+        for key, kind in self._kinds.items():
+            chosen = isinstance(value, Mapping) and isinstance(value.get(key), str | Path | list | tuple)
+            if chosen or isinstance(value, kind):
+                return key
+        return "mapping" if isinstance(value, Mapping) else "plain"
+
+
+KindsByKey = Mapping[str, Kinds]
+NO_KINDS: KindsByKey = types.MappingProxyType({})
+
+
+def kinds_of(model: type[Config]) -> dict[str, Kinds]:
+    """The marks in a config class, at any depth, by key."""
+    found: dict[str, Kinds] = {}
+    for key, field in model.model_fields.items():
+        found.update((key, mark) for mark in field.metadata if isinstance(mark, Kinds))
+        for config in configs_in(field.annotation):
+            found |= kinds_of(config)
+    return found
+
+
+def configs_in(annotation: Any) -> list[type[Config]]:
+    """The config classes that an annotation names."""
+    if _is_config(annotation):
+        return [annotation]
+    return [config for argument in typing.get_args(annotation) for config in configs_in(argument)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,8 +245,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _check_keys(node: yaml.Node, done: set[int]) -> None:
-    """Makes every key of a tree of nodes text (a domain may be called ``no`` or ``2024``), and refuses one given
-    twice."""
+    """Makes every key of a tree of nodes text (also ``no`` and ``2024``), and refuses one given twice."""
     if id(node) in done or not isinstance(node, yaml.CollectionNode):
         return
     done.add(id(node))
@@ -179,12 +266,16 @@ def _check_keys(node: yaml.Node, done: set[int]) -> None:
         _check_keys(value, done)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping and the files it includes (depth first; the including file wins)."""
-    return _read_yaml(Path(path), (), {})
+def read_yaml(path: Path, kinds: KindsByKey = NO_KINDS) -> dict[str, Any]:
+    """Reads a YAML mapping and the files it includes (depth first; the including file wins).
+
+    Args:
+        kinds: see `merge`.
+    """
+    return _read_yaml(Path(path), kinds, {})
 
 
-def _read_yaml(path: Path, chain: tuple[Path, ...], origins: Origins) -> dict[str, Any]:
+def _read_yaml(path: Path, kinds: KindsByKey, origins: Origins, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in chain:
         raise InputError(f"{path} includes itself by way of {' -> '.join(str(p) for p in chain)}.")
@@ -206,9 +297,9 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], origins: Origins) -> dict[st
         raise InputError(f"{path}: include is {included!r}, expected a path or a list of paths.")
     merged: dict[str, Any] = {}
     for name in included:
-        merged = merge(merged, _read_yaml(path.parent / name, (*chain, path), origins))
+        merged = merge(merged, _read_yaml(path.parent / name, kinds, origins, (*chain, path)), kinds)
     origins.update(dict.fromkeys(_paths(data), path))
-    return merge(merged, data)
+    return merge(merged, data, kinds)
 
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -219,43 +310,42 @@ def _paths(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield from ((key, *rest) for rest in _paths(value))
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any], kinds: KindsByKey = NO_KINDS) -> dict[str, Any]:
     """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` is of another kind: then
-    none of the old keys apply."""
+    none of the old keys apply.
+
+    Args:
+        kinds: how mappings at a key, at any depth, are told apart; see `kinds_of`.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            result[key] = dict(value) if _another_kind(key, old, value) else merge(old, value)
+            replaces = key in kinds and kinds[key].differ(old, value)
+            result[key] = dict(value) if replaces else merge(old, value, kinds)
         else:
             result[key] = value
     return result
 
 
-def _another_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """A mixer and an engine have a ``name`` (an engine without one is DeepSpeed); a mixture, or bounds of
-    weights, are a mapping of domains, or come from a ``file``, a run or a swarm, or are ``stages``."""
-    if "name" in new:
-        return new["name"] != old.get("name", "deepspeed" if key == "engine" else new["name"])
-    if key in ("mixture", "weights", "min_weight", "max_weight"):
-        for word, beside in (("from_run", "which"), ("from_swarm", "factor")):
-            if (word in old) != (word in new) and (word in new or beside not in new):
-                return True
-    return any((word in old) != (word in new) for word in ("file", "stages"))
-
-
-def apply_overrides(data: dict[str, Any], overrides: list[str], origins: Origins | None = None) -> dict[str, Any]:
+def apply_overrides(
+    data: dict[str, Any],
+    overrides: list[str],
+    kinds: KindsByKey = NO_KINDS,
+    origins: Origins | None = None,
+) -> dict[str, Any]:
     """Applies ``key.path=value`` items and further YAML files, in their order.
 
-    Values are YAML, so ``train.steps=10`` is an int and ``mixture={web: 1}`` a mapping.
+    Values are YAML, so ``train.steps=10`` is an int and ``train={steps: 10}`` a mapping.
 
     Args:
+        kinds: see `merge`.
         origins: is told which keys the files have.
     """
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals and item.endswith((".yaml", ".yml")):
-            data = merge(data, _read_yaml(Path(item), (), {} if origins is None else origins))
+            data = merge(data, _read_yaml(Path(item), kinds, {} if origins is None else origins), kinds)
             continue
         keys = path.strip().split(".")
         if not equals or not all(keys):
@@ -265,7 +355,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str], origins: Origins
         value: Any = parse_yaml(text, f"override '{item}'") if text.strip() else None
         for key in reversed(keys):
             value = {key: value}
-        data = merge(data, value)
+        data = merge(data, value, kinds)
     return data
 
 
@@ -328,7 +418,7 @@ def _trace(model: type[Config], location: Sequence[int | str], data: Any) -> tup
         members = _members(here)
         in_union = len(members) > 1
         if in_union:
-            here = next((member for member in members if part in _names(member)), Any)
+            here = _branch(here, members, part)
             continue
         keys.append(str(part))
         data = _value_at(data, part)
@@ -354,7 +444,20 @@ def _type_at(owner: Any, part: str, value: Any) -> Any:
         marks = getattr(annotation, "__metadata__", ())
     else:
         annotation, marks = Any, ()
-    return next((mark.class_of(value) for mark in marks if isinstance(mark, ByName)), annotation)
+    for mark in marks:
+        if isinstance(mark, ByName):
+            return mark.class_of(value)
+        if isinstance(mark, ByKey):
+            return typing.Annotated[annotation, mark]
+    return annotation
+
+
+def _branch(union: Any, members: Sequence[Any], tag: object) -> Any:
+    """The member of a union that pydantic calls ``tag``."""
+    for mark in getattr(union, "__metadata__", ()):
+        if isinstance(mark, ByKey):
+            return mark.types.get(tag, Any)
+    return next((member for member in members if tag in _names(member)), Any)
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -380,8 +483,8 @@ def _names(member: Any) -> tuple[Any, ...]:
 
 def load_config(model: type[C], path: Path, overrides: list[str] | None = None) -> C:
     """Reads ``path`` with its includes, applies the overrides and validates the whole as ``model``."""
-    path, origins = Path(path), Origins()
-    data = apply_overrides(_read_yaml(path, (), origins), overrides or [], origins)
+    path, origins, kinds = Path(path), Origins(), kinds_of(model)
+    data = apply_overrides(_read_yaml(path, kinds, origins), overrides or [], kinds, origins)
     overridden = [tuple(item.partition("=")[0].strip().split(".")) for item in overrides or []]
     included = {
         keys: file

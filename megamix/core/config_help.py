@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from megamix.core.config import ByName, Config
+from megamix.core.config import ByName, Config, configs_in
 
 
 def config_help(model: type[Config], indent: int = 0, data: Mapping[str, Any] | None = None) -> str:
@@ -47,19 +47,13 @@ def _default(field: pydantic.fields.FieldInfo) -> str:
 
 def _choices(field: pydantic.fields.FieldInfo, value: object) -> list[type[Config]]:
     """The configs that may stand at a key where ``value`` stands now."""
-    found = _configs(field.annotation)
+    found = configs_in(field.annotation)
     for mark in field.metadata:
         if isinstance(mark, ByName):
             found += mark.installed()
             chosen = mark.class_of(value)
             found += [chosen] if chosen is not Any and chosen not in found else []
     return found
-
-
-def _configs(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [config for argument in typing.get_args(annotation) for config in _configs(argument)]
 
 
 def _type_name(annotation: Any) -> str:

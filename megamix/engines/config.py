@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
@@ -119,9 +119,8 @@ class MegatronConfig(_LayoutConfig):
 EngineConfig = DeepSpeedConfig | MegatronConfig
 
 
-def with_default_engine(value: Any) -> Any:
-    """Adds ``name: deepspeed`` to an ``engine`` section without a name."""
-    return {"name": "deepspeed", **value} if isinstance(value, dict) and "name" not in value else value
+DEFAULT_ENGINE = "deepspeed"
+"""The engine of an ``engine`` section without a name."""
 
 
 class BatchConfig(Config):

@@ -7,34 +7,11 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megamix.core.config import Config
-from megamix.engines.config import BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig, with_default_engine
+from megamix.core.config import Config, DefaultName, kinds_of
+from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import MixerConfig, StaticConfig, wants_evaluation
-
-
-class SwarmBound(Config):
-    """Bounds around a mixture that `megamix swarm propose` has found."""
-
-    from_swarm: Path
-    """The swarm's directory; its domains must be those of this run."""
-    factor: float = pydantic.Field(ge=0, allow_inf_nan=False)
-    """The bound of a domain is this many times its weight there, 1 at most; so 2 for max_weight, or 0.5 for
-    min_weight, keeps weights within a factor of 2 of the mixture."""
-
-
-def _kind_of_bound(value: object) -> str:
-    if isinstance(value, SwarmBound) or (isinstance(value, dict) and isinstance(value.get("from_swarm"), str | Path)):
-        return "from_swarm"
-    return "domains" if isinstance(value, dict) else "number"
-
-
-Bound = Annotated[
-    Annotated[float, pydantic.Tag("number")]
-    | Annotated[dict[str, float], pydantic.Tag("domains")]
-    | Annotated[SwarmBound, pydantic.Tag("from_swarm")],
-    pydantic.Discriminator(_kind_of_bound),
-]
+from megamix.training.mixture import BoundConfig, MixtureConfig
 
 
 class DataConfig(Config):
@@ -59,10 +36,10 @@ class DataConfig(Config):
     """What max_epochs does. cap: bounds each weight by what is left of its domain, so that none is used up before the
     run ends; repeat: the domain is read again, and doctor warns; stop: the run ends, with a checkpoint, before the step
     that would read a domain once more."""
-    min_weight: Bound = 0.0
+    min_weight: BoundConfig = 0.0
     """No weight falls below this: one number for all, {domain: number} (the others: 0), or {from_swarm: DIR, factor:
     NUMBER}, the weights that a swarm proposes times the factor. Default: 0."""
-    max_weight: Bound = 1.0
+    max_weight: BoundConfig = 1.0
     """No weight rises above this: one number for all, {domain: number} (the others: 1), or {from_swarm: DIR, factor:
     NUMBER}. Default: 1."""
     eod_mask_loss: bool = False
@@ -73,61 +50,6 @@ class DataConfig(Config):
     weight_lag: int = pydantic.Field(default=1, ge=1)
     """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
     hides behind."""
-
-
-class FileMixture(Config):
-    """Weights from a file."""
-
-    file: Path
-    """JSON: {domain: weight}, DoReMi's domain config, a line of weights.jsonl; or Megatron's blend as text or JSON."""
-
-
-class RunMixture(Config):
-    """Weights that a run has found."""
-
-    from_run: Path
-    """Its directory; its domains must be those of this run."""
-    which: Literal["mean", "final"] = "mean"
-    """mean: over the samples it has trained on, or DoReMi's mean of alpha; final: the last ones, or DoReMi's last
-    alpha."""
-
-
-class SwarmMixture(Config):
-    """Weights that a swarm of proxy runs has led to."""
-
-    from_swarm: Path
-    """Its directory, with the mixture.json of `megamix swarm propose`; its domains must be those of this run."""
-
-
-OneMixture = Literal["uniform", "natural"] | dict[str, float] | FileMixture | RunMixture | SwarmMixture
-
-
-class StageConfig(Config):
-    """One stretch of a staged mixture."""
-
-    from_tokens: float = pydantic.Field(ge=0)
-    """Tokens of the run before it."""
-    weights: OneMixture
-    """uniform, natural, {domain: weight}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
-
-
-class StagedMixture(Config):
-    """Weights that change at stated numbers of tokens."""
-
-    stages: tuple[StageConfig, ...]
-    """In rising order; the first has from_tokens 0."""
-
-
-def _kind_of_mixture(value: object) -> str:
-    if isinstance(value, StagedMixture) or (isinstance(value, dict) and isinstance(value.get("stages"), list | tuple)):
-        return "stages"
-    if isinstance(value, FileMixture) or (isinstance(value, dict) and isinstance(value.get("file"), str | Path)):
-        return "file"
-    if isinstance(value, RunMixture) or (isinstance(value, dict) and isinstance(value.get("from_run"), str | Path)):
-        return "from_run"
-    if isinstance(value, SwarmMixture) or (isinstance(value, dict) and isinstance(value.get("from_swarm"), str | Path)):
-        return "from_swarm"
-    return "weights" if isinstance(value, dict) else "word"
 
 
 class DomainChangeConfig(Config):
@@ -233,15 +155,7 @@ class MixConfig(Config):
     """What decides which samples are read when: all that a trainer of one's own needs of a run's config."""
 
     data: DataConfig
-    mixture: Annotated[
-        Annotated[Literal["uniform", "natural"], pydantic.Tag("word")]
-        | Annotated[dict[str, float], pydantic.Tag("weights")]
-        | Annotated[FileMixture, pydantic.Tag("file")]
-        | Annotated[RunMixture, pydantic.Tag("from_run")]
-        | Annotated[SwarmMixture, pydantic.Tag("from_swarm")]
-        | Annotated[StagedMixture, pydantic.Tag("stages")],
-        pydantic.Discriminator(_kind_of_mixture),
-    ] = "natural"
+    mixture: MixtureConfig = "natural"
     """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
     sum 1; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until
     the mixer first changes the weights."""
@@ -300,7 +214,7 @@ class RunConfig(MixConfig):
     engine: Annotated[
         DeepSpeedConfig | MegatronConfig,
         pydantic.Field(discriminator="name"),
-        pydantic.BeforeValidator(with_default_engine),
+        DefaultName(DEFAULT_ENGINE),
     ] = DeepSpeedConfig()
     """How the model is spread over ranks, and by which engine (name: deepspeed or megatron; default: deepspeed)."""
     train: TrainConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -310,3 +224,7 @@ class RunConfig(MixConfig):
     watchdog: WatchdogConfig = WatchdogConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
+
+
+KINDS = kinds_of(RunConfig)
+"""The keys of a run's config whose mappings are of several kinds; for `megamix.core.config.merge`."""

@@ -5,27 +5,17 @@ Needs no data, only the number of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.constraints import Constraints
-from megamix.mixing.mixers import normalise_weights
-from megamix.mixing.weight_files import read_swarm_weights, read_weights
 from megamix.mixing.weight_policy import Stages, WeightPolicy
-from megamix.training.config import (
-    DataConfig,
-    FileMixture,
-    MixConfig,
-    OneMixture,
-    RunMixture,
-    StagedMixture,
-    SwarmBound,
-    SwarmMixture,
-)
+from megamix.training.config import DataConfig, MixConfig
+from megamix.training.mixture import MixFrame, bound_of, mixture_of, read_bounds
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -131,78 +121,14 @@ def make_policy(
 
 
 def read_stages(config: MixConfig, names: tuple[str, ...], natural: Floats) -> Stages:
-    """Resolves ``mixture``.
-
-    A stage starts with the first step that begins at or after its ``from_tokens``.
-
-    Raises:
-        InputError: an unknown or missing domain, a weight that is none, a run without weights, or stages that do not
-            rise from 0.
-    """
-    if not isinstance(config.mixture, StagedMixture):
-        return Stages((0,), _weights(config.mixture, names, natural, "mixture")[None])
-    stages = config.mixture.stages
-    tokens_per_step = config.train.global_batch * config.data.seq_length
-    starts = [stage.from_tokens for stage in stages]
-    if not stages or starts[0] != 0:
-        first = f"starts at {starts[0]:g} tokens" if stages else "is missing"
-        raise InputError(f"mixture.stages: the first stage {first}, expected from_tokens: 0.")
-    steps = [-int(-start // tokens_per_step) for start in starts]
-    for number in range(1, len(stages)):
-        if steps[number] <= steps[number - 1]:
-            raise InputError(
-                f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens and the one before it at "
-                f"{starts[number - 1]:g}, which is not a step of {tokens_per_step} tokens earlier. Give stages in rising order."
-            )
-        if steps[number] >= config.train.steps:
-            raise InputError(
-                f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens, but the run ends after "
-                f"{config.train.steps * tokens_per_step} ({config.train.steps} steps). Leave the stage out or train longer."
-            )
-    rows = [
-        _weights(stage.weights, names, natural, f"mixture.stages, stage {number}")
-        for number, stage in enumerate(stages, start=1)
-    ]
-    return Stages(tuple(steps), np.stack(rows))
+    """Resolves ``mixture``; see `Mixture.resolve`."""
+    train = config.train
+    frame = MixFrame(names, natural, train.steps, train.global_batch * config.data.seq_length, _read_run)
+    return mixture_of(config.mixture).resolve(frame)
 
 
-def _weights(mixture: OneMixture, names: tuple[str, ...], natural: Floats, source: str) -> Floats:
-    if mixture == "natural":
-        return natural
-    if mixture == "uniform":
-        return np.full(len(names), 1 / len(names))
-    if isinstance(mixture, FileMixture):
-        return normalise_weights(read_weights(mixture.file, names), names, f"{source}, file {mixture.file}")
-    if isinstance(mixture, RunMixture):
-        found = run_weights(RecordedRun.open(mixture.from_run), mixture.which)
-        return normalise_weights(found, names, f"{source}, {mixture.which} weights of the run {mixture.from_run}")
-    if isinstance(mixture, SwarmMixture):
-        found = read_swarm_weights(mixture.from_swarm)
-        return normalise_weights(found, names, f"{source}, proposed by the swarm {mixture.from_swarm}")
-    assert isinstance(mixture, dict)
-    return normalise_weights(mixture, names, source)
-
-
-def _per_domain(
-    key: str, value: float | Mapping[str, float] | SwarmBound | None, names: tuple[str, ...], default: float
-) -> Floats:
-    """``value`` as float64 [K]; domains that a mapping leaves out have ``default``."""
-    if value is None:
-        return np.full(len(names), default)
-    if isinstance(value, SwarmBound):
-        source = f"data.{key}, proposed by the swarm {value.from_swarm}"
-        proposed = normalise_weights(read_swarm_weights(value.from_swarm), names, source)
-        return np.minimum(value.factor * proposed, 1.0)
-    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
-    for name, number in given.items():
-        if name not in names:
-            raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
-        low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
-        if not low <= number <= high or (key == "max_epochs" and number == 0):
-            where = f" of domain '{name}'" if isinstance(value, Mapping) else ""
-            wanted = "a number above 0" if key == "max_epochs" else "a number from 0 to 1"
-            raise InputError(f"data.{key}{where} is {number}, expected {wanted}.")
-    return np.array([given.get(name, default) for name in names], np.float64)
+def _read_run(run_dir: Path, which: str) -> dict[str, float]:
+    return run_weights(RecordedRun.open(run_dir), which)
 
 
 def read_constraints(
@@ -217,9 +143,9 @@ def read_constraints(
         names,
         num_samples,
         total_samples,
-        floor=_per_domain("min_weight", config.min_weight, names, 0.0),
-        cap=_per_domain("max_weight", config.max_weight, names, 1.0),
-        max_epochs=_per_domain("max_epochs", config.max_epochs, names, np.inf),
+        floor=bound_of(config.min_weight).resolve("min_weight", names, 0.0),
+        cap=bound_of(config.max_weight).resolve("max_weight", names, 1.0),
+        max_epochs=read_bounds("max_epochs", {} if config.max_epochs is None else config.max_epochs, names, np.inf),
         on_exhausted=config.on_exhausted,
     )
     found.check()

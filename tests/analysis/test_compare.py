@@ -19,6 +19,7 @@ from megamix.cli import app
 from megamix.core.config import merge
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
+from megamix.training.config import KINDS
 
 NAMES = ("web", "code", "books")
 STEPS, BATCH, SEQ = 40, 8, 16
@@ -44,7 +45,7 @@ def write_run(folder: Path, variant: str, seed: int, steps: int = STEPS, **secti
         "mixer": {"name": variant},
         "train": {"steps": steps, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": seed},
     }
-    (run / "config.resolved.yaml").write_text(yaml.safe_dump(merge(config, sections)), encoding="utf-8")
+    (run / "config.resolved.yaml").write_text(yaml.safe_dump(merge(config, sections, KINDS)), encoding="utf-8")
     segment = Blend([9, 9, 9], [0.5, 0.3, 0.2], seed).segment_at(0).to_json()
     line = {"step": 0, "position": 0, "domain_names": NAMES, "domain_weights": segment["weights"], "segment": segment}
     (run / "weights.jsonl").write_text(json.dumps(line) + "\n")

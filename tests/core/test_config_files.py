@@ -16,7 +16,7 @@ from megamix.core.config import apply_overrides, load_config, merge, parse_yaml,
 from megamix.core.errors import InputError
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
 from megamix.mixing.mixers import OdmConfig, StaticConfig
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -262,7 +262,7 @@ def test_another_engine_replaces_one_without_a_name() -> None:
     ],
 )
 def test_a_mixture_of_another_kind_replaces_the_mapping(old: dict[str, object], new: dict[str, object]) -> None:
-    assert merge({"mixture": old}, {"mixture": new}) == {"mixture": new}
+    assert merge({"mixture": old}, {"mixture": new}, KINDS) == {"mixture": new}
 
 
 def test_includes_merge_and_later_wins(tmp_path: Path) -> None:

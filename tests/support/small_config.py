@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megamix.core.config import apply_overrides, parse_yaml, validate
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 
 SMALL = """\
 run_dir: runs/small
@@ -15,4 +15,4 @@ train: {steps: 10, global_batch: 4, micro_batch: 2, lr: 1e-3}
 
 
 def small(*overrides: str, text: str = SMALL) -> RunConfig:
-    return validate(RunConfig, apply_overrides(parse_yaml(text, "small.yaml"), list(overrides)), "small.yaml")
+    return validate(RunConfig, apply_overrides(parse_yaml(text, "small.yaml"), list(overrides), KINDS), "small.yaml")

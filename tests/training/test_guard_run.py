@@ -16,6 +16,7 @@ from records import lines, record, samples
 
 from megamix.analysis.inspect import inspect_sample
 from megamix.core.config import merge
+from megamix.training.config import KINDS
 from megamix.training.guard import RECORD
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -194,7 +195,7 @@ def test_too_many_steps_left_out_in_a_row_end_the_run(
     sections = {**FIXED, "data": {"domains": ["code"]}, "guard": {"non_finite": "skip", "max_skips": 3}}
     sections |= {"checkpoint": {"every": 3}, "log": {"every": 1}}
     planted = plant(data_dir, tmp_path / "data", [[step[0] for step in read_by(tiny_config(**sections))]])
-    sections = merge(sections, poisoned(tmp_path, range(VOCAB) if all_tokens else planted))
+    sections = merge(sections, poisoned(tmp_path, range(VOCAB) if all_tokens else planted), KINDS)
     said = megamix("train", tiny_config(**sections), code=1).stderr
     assert "step 3: the loss is not finite in 'code'" in said
     assert ("which is all of the step: the weights are at fault" in said) == all_tokens

@@ -25,7 +25,7 @@ from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
-from megamix.training.config import MixConfig
+from megamix.training.config import KINDS, MixConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
 from megamix.training.records.run_record import RunRecord
@@ -47,7 +47,7 @@ def host_plan(
     Raises:
         InputError: anything that would stop the run later.
     """
-    sections = apply_overrides(read_yaml(Path(config)), list(overrides))
+    sections = apply_overrides(read_yaml(Path(config), KINDS), list(overrides), KINDS)
     if "train" in sections:
         raise InputError(f"{config}: steps, batches and seed are {host}'s here. Leave the section 'train' out.")
     checked = validate(MixConfig, {**sections, "train": dict(train)}, str(config))

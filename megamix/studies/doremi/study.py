@@ -10,7 +10,7 @@ from megamix.core.config import apply_overrides, load_config, merge, read_yaml, 
 from megamix.core.errors import InputError
 from megamix.studies.doremi.config import DoremiStudyConfig
 from megamix.studies.runs import write_yaml
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import make_plan
 from megamix.training.reference.run import check_same_data
 
@@ -92,7 +92,7 @@ def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
     Raises:
         InputError: a key or value that cannot be used, named with its run; a reference run of other data.
     """
-    data = apply_overrides(read_yaml(config_path), overrides)
+    data = apply_overrides(read_yaml(config_path, KINDS), overrides, KINDS)
     section = data.pop("doremi", None)
     config = validate(DoremiStudyConfig, {} if section is None else section, f"{config_path}, doremi")
     _refuse_settled(config, str(config_path))
@@ -121,4 +121,4 @@ def _refuse_settled(config: DoremiStudyConfig, source: str) -> None:
 def _with(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """``base`` with ``changes`` merged over it, but a mixer or a mixture replaced as a whole."""
     whole = {key: value for key, value in changes.items() if key in ("mixer", "mixture")}
-    return {**merge(base, changes), **whole}
+    return {**merge(base, changes, KINDS), **whole}

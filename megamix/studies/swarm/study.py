@@ -22,7 +22,7 @@ from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.question import read_amounts
 from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
 from megamix.studies.swarm.run.collect import CONFIG
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import Plan, make_plan
 
 SETTLED = {"proxy": ("run_dir", "mixer", "mixture"), "target": ("run_dir", "mixture")}
@@ -46,7 +46,7 @@ class SwarmStudy:
     @cached_property
     def proxy(self) -> dict[str, Any]:
         """Keys that the configs of all members share."""
-        shared = merge(self.base, self.config.proxy)
+        shared = merge(self.base, self.config.proxy, KINDS)
         return {**shared, "mixture": "natural", "mixer": {"name": "static"}}
 
     @cached_property
@@ -59,7 +59,7 @@ class SwarmStudy:
         """Config of the target run; None without one."""
         if self.config.target is None:
             return None
-        run = merge({**self.base, "mixer": {"name": "static"}}, self.config.target)
+        run = merge({**self.base, "mixer": {"name": "static"}}, self.config.target, KINDS)
         settled = {"mixture": {"from_swarm": str(self.run_dir)}, "run_dir": str(self.run_dir / "target")}
         settled["mixer"] = self.config.target.get("mixer", {"name": "static"})
         return validate(RunConfig, {**run, **settled}, f"{self.source}, target run")
@@ -152,7 +152,7 @@ def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
     Raises:
         InputError: a key or value that cannot be used, named with its run.
     """
-    data = apply_overrides(read_yaml(config_path), overrides)
+    data = apply_overrides(read_yaml(config_path, KINDS), overrides, KINDS)
     section = data.pop("swarm", None)
     source = str(config_path)
     config = validate(SwarmStudyConfig, {} if section is None else section, f"{source}, swarm")

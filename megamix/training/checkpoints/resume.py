@@ -19,8 +19,9 @@ from megamix.data.tokens.manifest import digest
 from megamix.mixing.mixers import Mixer
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.keeping import mend
-from megamix.training.config import FileMixture, RunConfig, RunMixture, StagedMixture, SwarmBound, SwarmMixture
+from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
+from megamix.training.mixture import bound_of, mixture_of
 from megamix.training.plan import DataPlan, Plan
 
 Floats = NDArray[np.float64]
@@ -256,7 +257,7 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
     return {
         "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
-        "mixture": {"mixture": _mixture(plan)},
+        "mixture": {"mixture": mixture_of(config.mixture).fingerprint(plan.domain_names, plan.policy.stages)},
         "mixer": {"mixer": plan.mixer_identity(config.mixer)},
         "constraints": _constraints(plan),
         "order": {
@@ -270,23 +271,11 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def _mixture(plan: DataPlan) -> object:
-    """The weights of a file, run or swarm rather than its path: it may move or change."""
-    mixture = plan.config.mixture
-    if isinstance(mixture, FileMixture | RunMixture | SwarmMixture | StagedMixture):
-        rows = [dict(zip(plan.domain_names, row, strict=True)) for row in plan.policy.stages.weights.tolist()]
-        return {"steps": list(plan.policy.stages.steps), "weights": rows}
-    return mixture
-
-
 def _constraints(plan: DataPlan) -> dict[str, Any]:
-    """Of bounds from a swarm the numbers that follow, like those of a mixture."""
     data, constraints = plan.config.data, plan.policy.constraints
-    bounds = {"min_weight": constraints.floor, "max_weight": constraints.cap}
-    found = data.model_dump(mode="json", include={"max_epochs", "on_exhausted", *bounds})
-    for key, values in bounds.items():
-        if isinstance(getattr(data, key), SwarmBound):
-            found[key] = dict(zip(plan.domain_names, values.tolist(), strict=True))
+    found = data.model_dump(mode="json", include={"max_epochs", "on_exhausted"})
+    for key, resolved in (("min_weight", constraints.floor), ("max_weight", constraints.cap)):
+        found[key] = bound_of(getattr(data, key)).fingerprint(plan.domain_names, resolved)
     return found
 
 

@@ -12,7 +12,7 @@ from megamix.core.config import merge, validate
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.studies.swarm.generate.levels import Floats
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 
 FOLDER = "members"
 RUNS = "runs"
@@ -37,7 +37,9 @@ def write_members(swarm: Path, base: dict[str, Any], domains: Sequence[str], wei
         name = f"{number:04}"
         changes = {"run_dir": str(swarm / RUNS / name), "mixer": {"name": "static"}}
         mixture = dict(zip(domains, row, strict=True))
-        config = validate(RunConfig, {**merge(base, changes), "mixer": changes["mixer"], "mixture": mixture}, source)
+        config = validate(
+            RunConfig, {**merge(base, changes, KINDS), "mixer": changes["mixer"], "mixture": mixture}, source
+        )
         wanted[folder / f"{name}.yaml"] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
     present = {path: path.read_bytes() for path in folder.glob("*.yaml")} if folder.is_dir() else {}
     for path, content in present.items():

@@ -1,0 +1,307 @@
+"""The kinds of ``mixture`` and of bounds around it; each resolves and describes itself.
+
+Legend: K domains, M stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from megamix.core.config import ByKey, Config
+from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.weight_files import read_swarm_weights, read_weights
+from megamix.mixing.weight_policy import Stages
+
+Floats = NDArray[np.float64]
+Names = tuple[str, ...]
+Word = Literal["uniform", "natural"]
+
+
+@dataclass(frozen=True)
+class MixFrame:
+    """The run that a mixture is resolved for.
+
+    Attributes:
+        natural: float64 [K], shares of the training tokens.
+        read_run: the weights of a run directory by domain: mean or final.
+    """
+
+    names: Names
+    natural: Floats
+    num_steps: int
+    tokens_per_step: int
+    read_run: Callable[[Path, str], Mapping[str, float]]
+
+
+class Mixture:
+    """One kind of mixture."""
+
+    has_stages: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        """Where the weights come from."""
+        raise NotImplementedError
+
+    def label(self) -> str:
+        """A short name for tables and plots."""
+        raise NotImplementedError
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        """float64 [K], sum 1.
+
+        Args:
+            source: the key, for messages.
+
+        Raises:
+            InputError: an unknown or missing domain, a weight that cannot be used, or a source without weights.
+        """
+        raise NotImplementedError
+
+    def resolve(self, frame: MixFrame) -> Stages:
+        """The weights over the whole run.
+
+        Raises:
+            InputError: see `weights`; or stages that do not rise from 0.
+        """
+        return Stages((0,), self.weights(frame, "mixture")[None])
+
+    def fingerprint(self, names: Names, stages: Stages) -> object:
+        """What must not change on resume, JSON-serialisable. A source may move, so its weights count, not its path."""
+        rows = [dict(zip(names, row, strict=True)) for row in stages.weights.tolist()]
+        return {"steps": list(stages.steps), "weights": rows}
+
+
+@dataclass(frozen=True)
+class _NamedMixture(Mixture):
+    """``uniform`` or ``natural``."""
+
+    name: str
+
+    def describe(self) -> str:
+        return self.name
+
+    label = describe
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        return frame.natural if self.name == "natural" else np.full(len(frame.names), 1 / len(frame.names))
+
+    def fingerprint(self, names: Names, stages: Stages) -> object:
+        return self.name
+
+
+@dataclass(frozen=True)
+class _GivenMixture(Mixture):
+    """``{domain: weight}``."""
+
+    given: Mapping[str, float]
+
+    def describe(self) -> str:
+        return "as given"
+
+    def label(self) -> str:
+        return "given weights"
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        return normalise_weights(self.given, frame.names, source)
+
+    def fingerprint(self, names: Names, stages: Stages) -> object:
+        return self.given
+
+
+class FileMixture(Config, Mixture):
+    """Weights from a file."""
+
+    file: Path
+    """JSON: {domain: weight}, DoReMi's domain config, a line of weights.jsonl; or Megatron's blend as text or JSON."""
+
+    def describe(self) -> str:
+        return f"from {self.file}"
+
+    def label(self) -> str:
+        return self.file.stem
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        found = read_weights(self.file, frame.names)
+        return normalise_weights(found, frame.names, f"{source}, file {self.file}")
+
+
+class RunMixture(Config, Mixture):
+    """Weights that a run has found."""
+
+    from_run: Path
+    """Its directory; its domains must be those of this run."""
+    which: Literal["mean", "final"] = "mean"
+    """mean: over the samples it has trained on, or DoReMi's mean of alpha; final: the last ones, or DoReMi's last
+    alpha."""
+
+    def describe(self) -> str:
+        return f"{self.which} weights of the run {self.from_run}"
+
+    def label(self) -> str:
+        return f"{self.which} of {self.from_run.name}"
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        found = frame.read_run(self.from_run, self.which)
+        return normalise_weights(found, frame.names, f"{source}, {self.describe()}")
+
+
+class SwarmMixture(Config, Mixture):
+    """Weights that a swarm of proxy runs has led to."""
+
+    from_swarm: Path
+    """Its directory, with the mixture.json of `megamix swarm propose`; its domains must be those of this run."""
+
+    def describe(self) -> str:
+        return f"proposed by the swarm {self.from_swarm}"
+
+    def label(self) -> str:
+        return f"swarm {self.from_swarm.name}"
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        found = read_swarm_weights(self.from_swarm)
+        return normalise_weights(found, frame.names, f"{source}, {self.describe()}")
+
+
+_FROM_ELSEWHERE = {"file": FileMixture, "from_run": RunMixture, "from_swarm": SwarmMixture}
+
+
+class StageConfig(Config):
+    """One stretch of a staged mixture."""
+
+    from_tokens: float = pydantic.Field(ge=0)
+    """Tokens of the run before it."""
+    weights: Annotated[
+        Word | dict[str, float] | FileMixture | RunMixture | SwarmMixture,
+        ByKey(_FROM_ELSEWHERE, mapping=dict[str, float], plain=Word),
+    ]
+    """uniform, natural, {domain: weight}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
+
+
+class StagedMixture(Config, Mixture):
+    """Weights that change at stated numbers of tokens."""
+
+    has_stages: ClassVar[bool] = True
+
+    stages: tuple[StageConfig, ...]
+    """In rising order; the first has from_tokens 0."""
+
+    def describe(self) -> str:
+        return f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in self.stages)} tokens on"
+
+    def label(self) -> str:
+        return "stages"
+
+    def resolve(self, frame: MixFrame) -> Stages:
+        """A stage starts with the first step that begins at or after its ``from_tokens``."""
+        starts, per_step = [stage.from_tokens for stage in self.stages], frame.tokens_per_step
+        if not starts or starts[0] != 0:
+            first = f"starts at {starts[0]:g} tokens" if starts else "is missing"
+            raise InputError(f"mixture.stages: the first stage {first}, expected from_tokens: 0.")
+        steps = [-int(-start // per_step) for start in starts]
+        for number in range(1, len(steps)):
+            if steps[number] <= steps[number - 1]:
+                raise InputError(
+                    f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens and the one before it at "
+                    f"{starts[number - 1]:g}, which is not a step of {per_step} tokens earlier. Give stages in rising order."
+                )
+            if steps[number] >= frame.num_steps:
+                raise InputError(
+                    f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens, but the run ends after "
+                    f"{frame.num_steps * per_step} ({frame.num_steps} steps). Leave the stage out or train longer."
+                )
+        rows = [
+            mixture_of(stage.weights).weights(frame, f"mixture.stages, stage {number}")
+            for number, stage in enumerate(self.stages, start=1)
+        ]
+        return Stages(tuple(steps), np.stack(rows))
+
+
+MixtureConfig = Annotated[
+    Word | dict[str, float] | FileMixture | RunMixture | SwarmMixture | StagedMixture,
+    ByKey({"stages": StagedMixture, **_FROM_ELSEWHERE}, mapping=dict[str, float], plain=Word),
+]
+
+
+def mixture_of(value: str | dict[str, float] | Mixture) -> Mixture:
+    """The kind of a value of ``mixture``, or of the ``weights`` of a stage."""
+    if isinstance(value, Mixture):
+        return value
+    return _NamedMixture(value) if isinstance(value, str) else _GivenMixture(value)
+
+
+def read_bounds(key: str, value: float | Mapping[str, float], names: Names, default: float) -> Floats:
+    """float64 [K]: ``value`` of the key ``data.KEY``; ``default`` for domains that a mapping leaves out.
+
+    Raises:
+        InputError: an unknown domain, or a number out of range.
+    """
+    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    for name, number in given.items():
+        if name not in names:
+            raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
+        low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
+        if not low <= number <= high or (key == "max_epochs" and number == 0):
+            where = f" of domain '{name}'" if isinstance(value, Mapping) else ""
+            wanted = "a number above 0" if key == "max_epochs" else "a number from 0 to 1"
+            raise InputError(f"data.{key}{where} is {number}, expected {wanted}.")
+    return np.array([given.get(name, default) for name in names], np.float64)
+
+
+@dataclass(frozen=True)
+class GivenBound:
+    """A bound of the weights: one number for all domains, or {domain: number}."""
+
+    value: float | dict[str, float]
+
+    def describe(self) -> str:
+        """The bound in words."""
+        return str(self.value)
+
+    def resolve(self, key: str, names: Names, default: float) -> Floats:
+        """float64 [K]; see `read_bounds`."""
+        return read_bounds(key, self.value, names, default)
+
+    def fingerprint(self, names: Names, resolved: Floats) -> object:
+        """What must not change on resume, JSON-serialisable."""
+        return self.value
+
+
+class SwarmBound(Config):
+    """Bounds around a mixture that `megamix swarm propose` has found."""
+
+    from_swarm: Path
+    """The swarm's directory; its domains must be those of this run."""
+    factor: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    """The bound of a domain is this many times its weight there, 1 at most; so 2 for max_weight, or 0.5 for
+    min_weight, keeps weights within a factor of 2 of the mixture."""
+
+    def describe(self) -> str:
+        return f"{self.factor:g} times what the swarm {self.from_swarm} proposes"
+
+    def resolve(self, key: str, names: Names, default: float) -> Floats:
+        source = f"data.{key}, proposed by the swarm {self.from_swarm}"
+        proposed = normalise_weights(read_swarm_weights(self.from_swarm), names, source)
+        return np.minimum(self.factor * proposed, 1.0)
+
+    def fingerprint(self, names: Names, resolved: Floats) -> object:
+        """The numbers rather than the path, as for a mixture."""
+        return dict(zip(names, resolved.tolist(), strict=True))
+
+
+BoundConfig = Annotated[
+    float | dict[str, float] | SwarmBound,
+    ByKey({"from_swarm": SwarmBound}, mapping=dict[str, float], plain=float),
+]
+
+
+def bound_of(value: float | dict[str, float] | SwarmBound) -> GivenBound | SwarmBound:
+    """The kind of a value of ``data.min_weight`` or ``data.max_weight``."""
+    return value if isinstance(value, SwarmBound) else GivenBound(value)
