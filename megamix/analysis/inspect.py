@@ -25,6 +25,7 @@ from megamix.data.tokens.manifest import FILE_NAME, Manifest
 from megamix.data.tokens.stream import DomainTokens
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.state import read_state
 from megamix.training.plan import domain_key
 from megamix.training.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
 from megamix.training.reference.cache import describe_cache
@@ -254,18 +255,18 @@ def _checkpoint(path: Path) -> Report:
     problem = _checkpoint_problem(path)
     if problem is not None:
         return Report([f"{path} is a checkpoint that cannot be used: {problem}."])
-    state = json.loads((path / store.STATE).read_text(encoding="utf-8"))
-    blend = Blend.from_state_dict(state["sampler"]["blend"])
-    prints = state["fingerprints"]
+    state = read_state(path)
+    blend = Blend.from_state_dict(state.sampler["blend"])
+    prints = state.fingerprints
     model, mixer = prints["model"], prints["mixer"]["mixer"]
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     head = (
         f"{path} is a complete checkpoint of {gib(size)}; every file has the hash it was written with.\n"
-        f"step        {state['step']}, {blend.position:,} samples taken\n"
+        f"step        {state.step}, {blend.position:,} samples taken\n"
         f"model       {model['architecture']}, {model['num_layers']} layers of width {model['hidden_size']}: "
         f"{_parameters(path):,} parameters\n"
-        f"mixer       {mixer['name']}; seed {state['seed']}\n"
-        f"data        {state['manifest']}\n"
+        f"mixer       {mixer['name']}; seed {state.seed}\n"
+        f"data        {state.manifest}\n"
         f"tokenizer   SHA-256 {prints['tokenizer']['sha256']}"
     )
     return Report([head, _blend_table(list(prints["data"]["domains"]), blend.counts, blend.weights, blend.epochs)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megamix.core.config import Config
@@ -23,6 +24,21 @@ from megamix.mixing.weight_policy import WeightPolicy
 
 REBASE_EVERY = 100
 """Steps after which a shadow lets go of the weights that lie behind."""
+
+
+@dataclass(frozen=True)
+class ShadowState:
+    """What a shadow continues from; JSON-serialisable.
+
+    Attributes:
+        config: ``identity`` of `Shadow`.
+        mixer: of `Mixer.state_dict`.
+        sampler: of `Sampler.state_dict`, had its blend been the run's.
+    """
+
+    config: dict[str, Any] | None
+    mixer: dict[str, Any]
+    sampler: dict[str, Any]
 
 
 class Shadow:
@@ -83,13 +99,10 @@ class Shadow:
             self._blend = Blend.from_state_dict(self._blend.state_dict(at=(step + 1) * self._batch))
         return changes
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """What to continue from with ``step``; JSON-serialisable."""
-        return {
-            "config": self._identity,
-            "mixer": self.mixer.state_dict(),
-            "sampler": {"blend": self._blend.state_dict(at=step * self._batch)},
-        }
+    def state(self, step: int) -> ShadowState:
+        """What to continue from with ``step``."""
+        blend = self._blend.state_dict(at=step * self._batch)
+        return ShadowState(self._identity, self.mixer.state_dict(), {"blend": blend})
 
     def _announcements(self, step: int, change: dict[str, Any] | None) -> list[ShadowChange]:
         """The weights to begin with, and those announced for later steps."""

@@ -21,7 +21,7 @@ from megamix.core.config import Config
 from megamix.core.errors import EXIT_OK
 from megamix.core.files import replace_file
 from megamix.core.log import get_logger
-from megamix.training.checkpoints import store
+from megamix.training.checkpoints.state import newest_state
 from megamix.training.config import RunConfig
 
 STAMPS = "steps.json"
@@ -82,8 +82,8 @@ def _run(task: Task) -> int:
 
 def is_run_done(config: RunConfig, inputs: Sequence[Path] = ()) -> bool:
     """Whether a run's last checkpoint is of its last step, and the run was started after ``inputs`` last changed."""
-    state = store.newest_state(config.run_dir / "checkpoints")
-    if state is None or state["step"] < config.train.steps:
+    state = newest_state(config.run_dir / "checkpoints")
+    if state is None or state.step < config.train.steps:
         return False
     return not inputs or is_newer(config.run_dir / "config.resolved.yaml", inputs)
 

@@ -22,6 +22,7 @@ from megamix.mixing.exchange import NO_WISHES, MixExchange, MixReport, Wishes, c
 from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
+from megamix.training.checkpoints.state import RunState
 from megamix.training.guard import Guard
 from megamix.training.plan import DataPlan
 from megamix.training.reference.cache import open_reference, reference_folder
@@ -67,7 +68,7 @@ class MixedData:
         self.plan = plan
         self.step = 0 if resumed is None else resumed.step
         self._device = device
-        self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.guard)
+        self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.state.guard)
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
         self.mixer: Mixer | None = None
         self.shadows: tuple[Shadow, ...] = ()
@@ -166,18 +167,18 @@ class MixedData:
         changes = [change for shadow in self.shadows for change in shadow.update(report.stats, report.step)]
         self._reports.append(replace(report, shadows=tuple(changes)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from step ``step``; JSON-serialisable, and whole on rank 0 only."""
+    def state(self) -> RunState:
+        """What to continue from with step ``step``."""
         self.exchange.settle(self.step)
-        return {
-            "step": self.step,
-            "fingerprints": data_fingerprints(self.plan),
-            "sampler": self.sampler.state_dict(self.step),
-            "mixer": self.mixer.state_dict() if self.mixer is not None else None,
-            "shadow": {shadow.name: shadow.state_dict(self.step) for shadow in self.shadows},
-            "guard": self.guard.state_dict(),
-            "manifest": str(self.plan.config.data.manifest.absolute()),
-        }
+        return RunState(
+            step=self.step,
+            fingerprints=data_fingerprints(self.plan),
+            sampler=self.sampler.state_dict(self.step),
+            mixer=self.mixer.state_dict() if self.mixer is not None else None,
+            shadow={shadow.name: shadow.state(self.step) for shadow in self.shadows},
+            guard=self.guard.state(),
+            manifest=str(self.plan.config.data.manifest.absolute()),
+        )
 
     def close(self) -> None:
         """Gives up what is under way, without waiting for it."""
@@ -204,12 +205,12 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
     Args:
         blend: the run's, as it stands.
     """
-    saved = {} if resumed is None else resumed.state.get("shadow", {})
+    saved = {} if resumed is None else resumed.state.shadow
     shadows = []
     for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
         own, identity = saved.get(name), plan.mixer_identity(config)
-        if resumed is not None and own is not None and own["config"] == identity:
-            part = replace(resumed, state={**resumed.state, **own})
+        if resumed is not None and own is not None and own.config == identity:
+            part = replace(resumed, state=replace(resumed.state, mixer=own.mixer, sampler=own.sampler))
             its_blend, change = part.blend(plan)
         else:
             part, its_blend = None, Blend.from_state_dict(blend.state_dict())

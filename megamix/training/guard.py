@@ -18,7 +18,6 @@ Legend: K domains, C statistics, M micro-batches, B samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from megamix.core.errors import MegamixError
 from megamix.core.files import AppendFile
 from megamix.core.log import get_logger
 from megamix.data.sampler import StepSamples
+from megamix.training.checkpoints.state import GuardState
 from megamix.training.checkpoints.store import complete_steps
 from megamix.training.config import GuardConfig, RunConfig
 from megamix.training.plan import DataPlan
@@ -78,7 +78,7 @@ class Guard:
         vocab_size: what a guess would choose from.
         run: the config of the run, for its messages and its record; None in a trainer of somebody else's.
         first: this rank's first sample within a global batch.
-        state: what `state_dict` gave.
+        state: of the run so far.
 
     Attributes:
         skips: steps left out so far.
@@ -92,7 +92,7 @@ class Guard:
         *,
         run: RunConfig | None = None,
         first: int = 0,
-        state: Mapping[str, int] | None = None,
+        state: GuardState | None = None,
     ) -> None:
         self._config = config
         self._domains = domains
@@ -102,10 +102,10 @@ class Guard:
         self._kept: dict[int, _Kept] = {}
         self._found: dict[int, str] = {}
         self._end: BadStep | None = None
-        self.skips, self._in_a_row = (0, 0) if state is None else (state["skips"], state["in_a_row"])
+        self.skips, self._in_a_row = (0, 0) if state is None else (state.skips, state.in_a_row)
 
     @classmethod
-    def of(cls, plan: DataPlan, data_rank: int, state: Mapping[str, int] | None) -> Guard:
+    def of(cls, plan: DataPlan, data_rank: int, state: GuardState | None) -> Guard:
         """The guard of a run; that of somebody else's trainer stops where a loss is not finite, and has no limit."""
         run = plan.config if isinstance(plan.config, RunConfig) else None
         return cls(
@@ -117,9 +117,9 @@ class Guard:
             state=state,
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state(self) -> GuardState:
         """What to keep with a checkpoint."""
-        return {"skips": self.skips, "in_a_row": self._in_a_row}
+        return GuardState(self.skips, self._in_a_row)
 
     def keep(self, step: int, samples: StepSamples | None, counts_MB: torch.Tensor | None) -> None:
         """Keeps what `judge` will name the samples of ``step`` by; before the step's sums are on their way.

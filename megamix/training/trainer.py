@@ -6,6 +6,7 @@ plan -> engine -> data -> [ batch -> train step -> sums -> mixer -> weights -> d
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Trainer:
         )
         self.place = self.engine.place
         if resumed is not None:
-            saving.load_engine(resumed.path, self.engine, resumed.optimizer_steps, verified=True)
+            saving.load_engine(resumed.path, self.engine, resumed.state.optimizer_steps, verified=True)
         elif (pretrained := plan.pretrained()) is not None:
             saving.load_weights(pretrained, self.engine)
         self._rewards = RewardEvaluation.of(plan, self.engine)
@@ -83,7 +84,7 @@ class Trainer:
         )
         self._clock = StepClock(self.place.device)
         self.validation = Validation(plan, self.engine)
-        self._log = IntervalLog(plan.domain_names, resumed.state["interval"] if resumed else None)
+        self._log = IntervalLog(plan.domain_names, resumed.state.interval if resumed else None)
         self.record = None
         if self.is_main:
             sinks = make_sinks(self.config, self.step + 1)
@@ -226,16 +227,17 @@ class Trainer:
         some time later."""
         self._watchdog.progress(self.step, "saving")
         self._saved_at = time.monotonic()
-        state: dict[str, Any] = {
-            **self.data.state_dict(),
-            "fingerprints": fingerprints(self.plan),
-            "seed": self.config.train.seed,
-        }
+        state = self.data.state()
         if self.record is not None:
             self._collect_reports()
             self.record.flush()
-        state["interval"] = self._log.state_dict()
-        self._writer.save(self.step, state)
+        state = replace(
+            state,
+            fingerprints=fingerprints(self.plan),
+            seed=self.config.train.seed,
+            interval=self._log.state_dict(),
+        )
+        self._writer.save(self.step, state.to_json())
 
     def _note(self, event: Event, text: str = "") -> None:
         if self.record is not None:

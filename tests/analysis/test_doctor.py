@@ -138,7 +138,9 @@ def test_a_run_dir_that_cannot_be(data: Path, tmp_path: Path) -> None:
 def test_another_runs_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step_5"
     path.mkdir(parents=True)
-    state = json.dumps({"fingerprints": {"data": {"domains": {"web": "other", "code": "other"}}}, "step": 5}).encode()
+    prints = {"data": {"domains": {"web": "other", "code": "other"}}}
+    content = {"fingerprints": prints, "step": 5, "sampler": {}, "mixer": {}, "manifest": "data"}
+    state = json.dumps(content).encode()
     (path / "state.json").write_bytes(state)
     files = {"state.json": {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
     listing = {"format": "megamix-checkpoint", "version": 1, "step": 5, "files": files}

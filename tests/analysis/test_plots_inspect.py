@@ -282,7 +282,7 @@ def save_checkpoint(run_dir: Path, step: int) -> Path:
     place = SimpleNamespace(data_rank=0, is_first_copy=True)
     engine: Any = SimpleNamespace(layers=lambda: [0, 1, 2], layer_state=layer_state, place=place)
     state = {"fingerprints": fingerprints(plan), "sampler": Sampler(blend, plan.share(0)).state_dict(step), "seed": 7}
-    state["manifest"] = str(plan.config.data.manifest)
+    state |= {"manifest": str(plan.config.data.manifest), "mixer": {}}
     store = run_dir / "store"
     dist.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=0, world_size=1)
     try:

@@ -318,7 +318,7 @@ def main() -> None:
         initialize(args)
         pretrain(mix.train_valid_test_datasets_provider, lambda: make_model(args), mix.forward_step, loop, record)
         run: Any = mix._run
-        state = run.state()
+        state = run.state().to_json()
     mix.close()
     lines = {"record": record, "samples": samples, "state": state if dist.get_rank() == 0 else None}
     Path(f"{record_to}{dist.get_rank()}.json").write_text(json.dumps(lines))

@@ -20,6 +20,7 @@ from megamix.core.config import validate
 from megamix.data.sampler import StepSamples
 from megamix.interop.trainers.host import HostRun
 from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.training.checkpoints.state import GuardState
 from megamix.training.config import MixConfig, RunConfig
 from megamix.training.guard import RECORD, BadStep, Guard
 from megamix.training.plan import make_data_plan
@@ -65,7 +66,7 @@ def test_finite_steps_leave_nothing_behind(group: Any, tmp_path: Path) -> None:
     guard.judge(0, sums((0, 3.0), (1, 4.0)), NOTHING, group)
     guard.took()
     assert not (tmp_path / RECORD).exists()
-    assert guard.state_dict() == {"skips": 0, "in_a_row": 0}
+    assert guard.state() == GuardState(skips=0, in_a_row=0)
 
 
 def test_stop_names_domains_samples_and_tokens(group: Any, tmp_path: Path) -> None:
@@ -145,8 +146,8 @@ def test_skip_counts_and_gives_up(group: Any, tmp_path: Path) -> None:
     assert said[0].startswith("step 1 left out, 1 in a row: the loss is not finite in 'web' (1 tokens)")
     assert said[1] == "step 2 left out, 2 in a row: the gradient is not finite, though every loss is"
     assert said[2].startswith("step 4 left out, 1 in a row: the loss")
-    state = json.loads(json.dumps(guard.state_dict()))
-    assert state == {"skips": 3, "in_a_row": 1}
+    state = guard.state()
+    assert state == GuardState(skips=3, in_a_row=1)
     guard = make(run, *overrides, state=state)
     guard.judge(4, sums((0, math.nan)), NOTHING, group)
     guard.left_out(4)

@@ -35,6 +35,7 @@ from megamix.engines.models.layers import hugging_face_config, layer_shapes
 from megamix.engines.models.pretrained_config import CLASSES, OUTPUT_NAMES
 from megamix.interop.hugging_face.tensor_files import TensorSpec, write_tensors
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.state import RunState, read_state
 from megamix.training.records.recorded_run import CONFIG, RecordedRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,14 +80,14 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     out = out.absolute()
     _check_out(out)
     source, run = _find(path)
-    state = store.read_state(source)
+    state = read_state(source)
     if (holds := store.kind(source)) != store.LAYERS:
         raise InputError(
             f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which export does not "
             "read. Resume the run, also one that is done, with engine.checkpoint_format=layers, and export what it writes."
         )
     manifest = _manifest(run, state, source)
-    fingerprints = state["fingerprints"]
+    fingerprints = state.fingerprints
     model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
     partial = _start(out)
     try:
@@ -135,13 +136,13 @@ def _find(path: Path) -> tuple[Path, RecordedRun]:
     return path, RecordedRun.open(path.absolute().parent.parent)
 
 
-def _manifest(run: RecordedRun, state: dict[str, Any], source: Path) -> Manifest:
+def _manifest(run: RecordedRun, state: RunState, source: Path) -> Manifest:
     """The data set, which has the tokenizer; the run may have moved on to another than the checkpoint's."""
     if run.manifest is None:
         raise InputError(
             f"the tokenizer is with the data, and the data of {run.run_dir} cannot be opened: {run.missing_data}"
         )
-    wanted, seen = state["fingerprints"]["tokenizer"]["sha256"], run.manifest.tokenizer.sha256
+    wanted, seen = state.fingerprints["tokenizer"]["sha256"], run.manifest.tokenizer.sha256
     if wanted != seen:
         raise InputError(
             f"{source} was trained with a tokenizer of hash {wanted[:12]}, but {run.config.data.manifest} has {seen[:12]}. "
@@ -225,9 +226,9 @@ def _write_tokenizer(folder: Path, manifest: Manifest, seq_length: int) -> None:
     _write_json(folder / "tokenizer_config.json", described)
 
 
-def _provenance(run: RecordedRun, state: dict[str, Any], source: Path, dtype: str) -> dict[str, Any]:
+def _provenance(run: RecordedRun, state: RunState, source: Path, dtype: str) -> dict[str, Any]:
     """Where the model is from, and on which blend it was trained."""
-    position = state["step"] * run.config.train.global_batch
+    position = state.step * run.config.train.global_batch
     line = run.ledger.line_at(position)
     return {
         "format": "megamix-export",
@@ -235,12 +236,12 @@ def _provenance(run: RecordedRun, state: dict[str, Any], source: Path, dtype: st
         "megamix": megamix.__version__,
         "run": str(run.config.run_dir),
         "checkpoint": source.name,
-        "step": state["step"],
+        "step": state.step,
         "tokens": position * run.config.data.seq_length,
         "dtype": dtype,
         "weights": dict(zip(line["domain_names"], line["domain_weights"], strict=True)),
         "samples": {name: int(count) for name, count in run.ledger.counts(position).items()},
-        "fingerprints": state["fingerprints"],
+        "fingerprints": state.fingerprints,
         "config": run.config.model_dump(mode="json"),
     }
 

@@ -25,6 +25,7 @@ from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
+from megamix.training.checkpoints.state import RunState
 from megamix.training.config import KINDS, MixConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
@@ -149,13 +150,13 @@ class HostRun:
         self.data.guard.keep(self.data.step, samples, self.loss.non_finite_counts)
         self.data.submit(sums_KC)
 
-    def state(self) -> dict[str, Any]:
-        """What to keep with the host's checkpoint of step `step`: JSON-serialisable, whole on rank 0 only."""
+    def state(self) -> RunState:
+        """What to keep with the host's checkpoint of step `step`; whole on rank 0 only."""
         self.data.settle()
         if self._record is not None:
             self._write_reports()
             self._record.flush()
-        return self.data.state_dict()
+        return self.data.state()
 
     def close(self) -> None:
         """Ends the background threads and the record."""
@@ -182,10 +183,10 @@ class HostRun:
                 self._record.weights(report, report.effective_step * self.plan.config.train.global_batch)
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
+def save_state(path: Path, state: RunState) -> None:
     """Writes what `HostRun.state` gave, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(state, allow_nan=False) + "\n").encode())
+    replace_file(path, (json.dumps(state.to_json(), allow_nan=False) + "\n").encode())
 
 
 def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
@@ -213,11 +214,12 @@ def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
     return check_state(found[0], plan, path, step)
 
 
-def check_state(state: dict[str, Any], plan: DataPlan, path: Path, step: int) -> Resumed:
-    """What a run continues from with ``state``; see `load_state`."""
-    if state["step"] != step:
+def check_state(saved: Mapping[str, Any], plan: DataPlan, path: Path, step: int) -> Resumed:
+    """What a run continues from with the JSON of a state; see `load_state`."""
+    state = RunState.from_json(saved, path)
+    if state.step != step:
         raise ResumeRefused(
-            f"{path} holds the data's state after step {state['step']}, but the checkpoint is of step {step}. Continue "
+            f"{path} holds the data's state after step {state.step}, but the checkpoint is of step {step}. Continue "
             "from a checkpoint whose parts belong together."
         )
     return resume_from(state, plan, path, data_fingerprints(plan))

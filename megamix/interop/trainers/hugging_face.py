@@ -164,7 +164,7 @@ class MixCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps; called on the rank that writes it."""
-        return {"args": {}, "attributes": {"mix": None if self._run is None else self._run.state()}}
+        return {"args": {}, "attributes": {"mix": None if self._run is None else self._run.state().to_json()}}
 
 
 class MixDataset(Dataset[dict[str, torch.Tensor]]):

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from megamix.studies.slurm.placement import Resources
 from megamix.studies.slurm.submit import submit_or_show
 from megamix.studies.tasks import Task, is_newer, run_tasks
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.state import RunState, newest_state
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_world_size
 from megamix.training.plan import make_plan
@@ -213,20 +214,21 @@ def swing_of(proxy: Path) -> float:
 
 def _found(folder: Path) -> Weights:
     """The mean weights of a round's proxy run."""
-    mixer = _finished(load_config(RunConfig, folder / "proxy.yaml"))["mixer"]
+    mixer = _finished(load_config(RunConfig, folder / "proxy.yaml")).mixer
+    assert mixer is not None
     return dict(zip(mixer["domains"], mixer["average_weights"], strict=True))
 
 
-def _finished(config: RunConfig) -> dict[str, Any]:
+def _finished(config: RunConfig) -> RunState:
     """The state in the last checkpoint of a run.
 
     Raises:
         InputError: the run is not done.
     """
-    state = store.newest_state(config.run_dir / "checkpoints")
-    if state is None or state["step"] < config.train.steps:
+    state = newest_state(config.run_dir / "checkpoints")
+    if state is None or state.step < config.train.steps:
         raise InputError(
-            f"the run {config.run_dir} has taken {0 if state is None else state['step']} of its {config.train.steps} "
+            f"the run {config.run_dir} has taken {0 if state is None else state.step} of its {config.train.steps} "
             "steps. Let it end first: `megamix doremi` without --only, and without train.stop_after."
         )
     return state

@@ -19,6 +19,7 @@ from megamix.data.tokens.manifest import digest
 from megamix.mixing.mixers import Mixer
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.keeping import mend
+from megamix.training.checkpoints.state import RunState, read_state
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
 from megamix.training.mixture import bound_of, mixture_of
@@ -33,30 +34,19 @@ class Resumed:
     """A checkpoint that a run continues from.
 
     Attributes:
-        state: state.json.
         domains: how its domains differ from the plan's; None where they do not.
         changed: the accepted parts (see `fingerprints`) that differ.
     """
 
     path: Path
-    state: dict[str, Any]
+    state: RunState
     domains: DomainChange | None
     changed: tuple[str, ...]
 
     @property
     def step(self) -> int:
         """Steps taken."""
-        return int(self.state["step"])
-
-    @property
-    def guard(self) -> dict[str, int] | None:
-        """State of the run's guard; None in a checkpoint from before there were guards."""
-        return self.state.get("guard")
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Steps that the optimizer has taken: those of the run but for what the guard left out."""
-        return self.step - (0 if self.guard is None else self.guard["skips"])
+        return self.state.step
 
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
         """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
@@ -64,7 +54,7 @@ class Resumed:
         Weights follow from those in effect by the rules of `megamix.training.domain_change`, or are the mixture's where
         that was changed and accepted; then the constraints are applied.
         """
-        blend = Blend.from_state_dict(self.state["sampler"]["blend"])
+        blend = Blend.from_state_dict(self.state.sampler["blend"])
         changed = [part for part in ("mixture", "constraints", "data") if part in self.changed]
         if self.domains is None and not changed:
             return blend, None
@@ -81,7 +71,7 @@ class Resumed:
             return plan.policy.allowed(wanted, kept, blend.position)
 
         record = {"parts": changed, "domains": None if change is None else change.record()}
-        record["manifest"] = self.state["manifest"]
+        record["manifest"] = self.state.manifest
         return blend.with_domains(plan.num_samples, plan.domain_keys, sources, rescale, restarted=restarted), record
 
     def set_mixer(self, mixer: Mixer) -> None:
@@ -89,8 +79,8 @@ class Resumed:
 
         Another mixer (accepted by ``checkpoint.accept_changed``) starts afresh from the weights in effect.
         """
-        state = self.state["mixer"]
-        if state["mixer"] != mixer.name:
+        state = self.state.mixer
+        if state is None or state["mixer"] != mixer.name:
             return
         if self.domains is None:
             mixer.load_state_dict(state)
@@ -111,7 +101,7 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     path = find_checkpoint(plan.config)
     if path is None:
         return None
-    return resume_from(store.read_state(path), plan, path, fingerprints(plan))
+    return resume_from(read_state(path), plan, path, fingerprints(plan))
 
 
 def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
@@ -179,7 +169,7 @@ class _Search:
             get_logger().warning("passing over %s: %s", path, problem)
 
     def _open(self, path: Path) -> tuple[Resumed, store.Listing]:
-        state = store.read_state(path, store.PATIENCE_SECONDS)
+        state = read_state(path, store.PATIENCE_SECONDS)
         resumed = resume_from(state, self._plan, path, fingerprints(self._plan))
         return resumed, store.read_listing(path)
 
@@ -218,7 +208,7 @@ def _shared_reading(path: Path, listing: store.Listing, group: Any) -> str | Non
     return next((problem for problem in problems if problem is not None), None)
 
 
-def resume_from(state: dict[str, Any], plan: DataPlan, path: Path, present: Mapping[str, Mapping[str, Any]]) -> Resumed:
+def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[str, Mapping[str, Any]]) -> Resumed:
     """What ``plan`` continues from with the ``state`` read from ``path``.
 
     Args:
@@ -228,7 +218,7 @@ def resume_from(state: dict[str, Any], plan: DataPlan, path: Path, present: Mapp
         InputError, ResumeRefused: see `open_checkpoint`.
     """
     accepted = plan.config.checkpoint.accept_changed
-    saved = state["fingerprints"]
+    saved = state.fingerprints
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
     changed = _changed_parts(saved, present)
     if domains is not None:

@@ -86,16 +86,6 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
     return None
 
 
-def newest_state(folder: Path) -> dict[str, Any] | None:
-    """What `read_state` says of the `newest` checkpoint in ``folder``; None where there is none.
-
-    Raises:
-        ResumeRefused: there are checkpoints, and all are damaged.
-    """
-    path = newest(folder)
-    return None if path is None else read_state(path)
-
-
 def candidates(folder: Path) -> list[Path]:
     """The directories that may be checkpoints, newest first.
 
@@ -229,7 +219,7 @@ def wait_for(path: Path, deadline: float) -> bool:
 
 
 def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
-    """state.json of a checkpoint.
+    """state.json of a checkpoint, as JSON (`megamix.training.checkpoints.state`).
 
     Args:
         patience: see `damage`.

@@ -28,6 +28,7 @@ from megamix.data.reference_losses import (
     save_progress,
 )
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.state import read_state
 from megamix.training.checkpoints.store import LISTING, describe
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_rank, job_world_size, run_local
@@ -106,10 +107,10 @@ def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size:
     run_dir, path = _find_checkpoint(source)
     config = load_config(RunConfig, run_dir / "config.resolved.yaml", overrides)
     plan = make_plan(config, world_size, verify=job_rank() == 0)
-    state = store.read_state(path)
-    _check_model(state["fingerprints"], plan, path)
-    if state["step"] < config.train.steps and job_world_size() is None:
-        get_logger().warning("%s is of step %d of %d: the run is not done", path, state["step"], config.train.steps)
+    state = read_state(path)
+    _check_model(state.fingerprints, plan, path)
+    if state.step < config.train.steps and job_world_size() is None:
+        get_logger().warning("%s is of step %d of %d: the run is not done", path, state.step, config.train.steps)
     key = cache_key(plan)
     selection = whole_domains(plan) if proxy is None else _samples_of(proxy, plan)
     info = CacheInfo(

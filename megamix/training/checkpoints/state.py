@@ -1,0 +1,103 @@
+"""State of a run in a checkpoint: state.json, or the part of a host's checkpoint that is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megamix.core.errors import ResumeRefused
+from megamix.mixing.shadow import ShadowState
+from megamix.training.checkpoints import store
+
+VERSION = 1
+"""Of the state. What megamix 0.1 wrote has none."""
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """Steps that the guard left out.
+
+    Attributes:
+        skips: in all.
+        in_a_row: the last ones, up to this step.
+    """
+
+    skips: int = 0
+    in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything a run continues from but the weights of its model; whole on rank 0 only.
+
+    Attributes:
+        step: steps taken.
+        fingerprints: what the run is made of, by the names that ``checkpoint.accept_changed`` takes.
+        sampler: of `Sampler.state_dict`.
+        mixer: of `Mixer.state_dict`; None on other ranks.
+        shadow: by name.
+        manifest: path of the data set.
+        seed, interval: ``train.seed`` and the sums of the log's interval; None in a trainer that is not ours.
+    """
+
+    step: int
+    fingerprints: dict[str, dict[str, Any]]
+    sampler: dict[str, Any]
+    mixer: dict[str, Any] | None
+    shadow: dict[str, ShadowState]
+    guard: GuardState
+    manifest: str
+    seed: int | None = None
+    interval: dict[str, Any] | None = None
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the optimizer has taken: all but those that the guard left out."""
+        return self.step - self.guard.skips
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-serialisable; see `from_json`."""
+        return {"version": VERSION, **{key: value for key, value in asdict(self).items() if value is not None}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: Path) -> RunState:
+        """The state that `to_json`, or megamix 0.1, has written.
+
+        Args:
+            where: file or checkpoint, for messages.
+
+        Raises:
+            ResumeRefused: it is of a newer version, or is no such state.
+        """
+        version = data.get("version", 0)
+        if version not in range(VERSION + 1):
+            raise ResumeRefused(
+                f"the state in {where} is of version {version!r}; this megamix reads versions up to {VERSION}. Continue "
+                "with the megamix that wrote it, or a newer one."
+            )
+        found = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        try:
+            found["shadow"] = {name: ShadowState(**each) for name, each in data.get("shadow", {}).items()}
+            found["guard"] = GuardState(**data.get("guard", {}))
+            return cls(**found)
+        except TypeError as problem:
+            raise ResumeRefused(
+                f"{where} holds no state of a run ({problem}). Continue from another checkpoint."
+            ) from problem
+
+
+def read_state(path: Path, patience: float = 0.0) -> RunState:
+    """The state in a checkpoint; see `store.read_state`."""
+    return RunState.from_json(store.read_state(path, patience), path)
+
+
+def newest_state(folder: Path) -> RunState | None:
+    """The state in the `store.newest` checkpoint in ``folder``; None where there is none.
+
+    Raises:
+        ResumeRefused: there are checkpoints, and all are damaged.
+    """
+    path = store.newest(folder)
+    return None if path is None else read_state(path)
