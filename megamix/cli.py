@@ -324,7 +324,7 @@ def replay(
     Example: megamix replay runs/demo --mixer '{name: odm, preset: paper}' --mixer '{name: doremi}'
     """
     from megamix.analysis.replay import replay as run_replay
-    from megamix.core.config import parse_yaml
+    from megamix.core.yaml_text import parse_yaml
 
     run_replay(run, [parse_yaml(text, "--mixer") for text in mixer or []], out).report().show()
 

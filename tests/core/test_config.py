@@ -15,10 +15,11 @@ import yaml
 from commands import ROOT
 from small_config import SMALL, small
 
-from megamix.core.config import Config, load_config, parse_yaml, read_yaml, validate
+from megamix.core.config import Config, load_config, read_yaml, validate
 from megamix.core.config_help import config_help
 from megamix.core.errors import EXIT_BAD_INPUT, InputError
 from megamix.core.files import shipped_folder
+from megamix.core.yaml_text import parse_yaml
 from megamix.engines.models import ModelConfig
 from megamix.mixing.mixers import OdmConfig, StaticConfig
 from megamix.studies.doremi.config import DoremiRunConfig, DoremiStudyConfig

@@ -12,8 +12,9 @@ import pytest
 from commands import ENVIRONMENT
 from small_config import SMALL, small
 
-from megamix.core.config import apply_overrides, load_config, merge, parse_yaml, read_yaml
+from megamix.core.config import apply_overrides, load_config, merge, read_yaml
 from megamix.core.errors import InputError
+from megamix.core.yaml_text import parse_yaml
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
 from megamix.mixing.mixers import OdmConfig, StaticConfig
 from megamix.training.config import KINDS, RunConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megamix.core.config import apply_overrides, parse_yaml, validate
+from megamix.core.config import apply_overrides, validate
+from megamix.core.yaml_text import parse_yaml
 from megamix.training.config import KINDS, RunConfig
 
 SMALL = """\

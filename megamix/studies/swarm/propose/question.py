@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.config import parse_yaml
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.yaml_text import parse_yaml
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.priors import FILE as PRIORS_FILE
 from megamix.studies.swarm.propose.config import ProposeConfig
