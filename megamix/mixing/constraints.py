@@ -1,12 +1,12 @@
-"""What weights a run allows: bounds, epochs, and what happens to a domain that is used up.
+"""Constraints of a run's weights: bounds, epochs, and the policy for a domain that is used up.
 
-Any mixer's weights pass through here before they are sampled with. They are brought to the nearest that satisfy
-floor <= w <= cap and sum 1 (`project_to_capped_simplex`), where the cap of a domain falls as it is used up:
+The weights of any mixer are projected onto floor <= w <= cap with sum 1 (`project_to_capped_simplex`), where the cap of
+a domain falls as it is used up:
 
     cap_i = min(max_weight_i, (max_epochs_i * samples_i - given_i) / samples left in the run)
 
-A domain that is sampled at no more than its cap keeps or raises the cap, so what can be met at the start can be met to
-the end, up to the K samples by which the blend's whole samples differ from its weights.
+A domain that is sampled at no more than its cap keeps or raises the cap, so constraints that can be met at the start
+can be met to the end, up to the K samples by which the blend's whole samples differ from its weights.
 
 Legend: K domains.
 """
@@ -34,7 +34,7 @@ class Constraints:
         num_samples: int64 [K], training samples per domain and epoch.
         total_samples: samples of the whole run.
         floor, cap: float64 [K], ``min_weight`` and ``max_weight``.
-        max_epochs: float64 [K], infinite where nothing was said.
+        max_epochs: float64 [K], infinite by default.
         on_exhausted: cap, repeat or stop.
     """
 
@@ -48,7 +48,7 @@ class Constraints:
 
     @property
     def limits(self) -> Ints | None:
-        """int64 [K]: the samples each domain may give before the run stops; None where it does not stop for that."""
+        """int64 [K]: samples of each domain after which the run stops; None where it does not stop for that."""
         if self.on_exhausted != "stop":
             return None
         allowed = self.max_epochs * self.num_samples
@@ -61,7 +61,7 @@ class Constraints:
         return not capped and not self.floor.any() and bool((self.cap >= 1.0).all())
 
     def apply(self, weights: Floats, counts: ArrayLike, position: float) -> Floats:
-        """The weights nearest to ``weights`` (float64 [K]) that the run allows from ``position`` on.
+        """The allowed weights nearest to ``weights`` (float64 [K]) from ``position`` on.
 
         Args:
             counts: [K], samples taken from each domain before ``position``.

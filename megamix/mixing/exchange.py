@@ -1,13 +1,12 @@
-"""How a step's sums reach the mixer and the new weights reach every rank, beside the training step.
+"""Exchange between ranks and mixer: sums up, weights down, beside the training step.
 
     last stage: sums of the step --all-reduce (starts before the backward pass)--> rank 0: mixer --broadcast--> every
         rank: sampler, and the next step's loss weights where the mixer has such
 
-The all-reduce is launched by the training thread; everything that waits (for it, for the mixer, for the broadcast)
-happens on one background thread per rank, so the training thread neither blocks nor synchronises with its device. The
-weights of step s take effect at the start of step s + 1 + weight_lag on every rank, because that is where the sampler
-is told to change, not because of when they arrive. Loss weights (DoReMi's alpha) need no reading ahead and act in
-step s + 1.
+The training thread launches the all-reduce. One background thread per rank waits for it, for the mixer and for the
+broadcast, so the training thread neither blocks nor synchronises with its device. The weights of step s take effect at
+the start of step s + 1 + weight_lag on every rank, whenever they arrive. Loss weights (DoReMi's alpha) act one
+step later, in s + 1.
 
 Legend: K domains, C statistics.
 """
@@ -37,11 +36,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What ranks would like to happen at a step boundary soon.
+    """Requests of ranks for a step boundary.
 
     Attributes:
-        stop: end the run there, with a checkpoint.
-        save: write a checkpoint there.
+        stop: end the run, with a checkpoint.
+        save: write a checkpoint.
     """
 
     stop: bool = False
@@ -56,12 +55,12 @@ class ShadowChange:
     """New weights of a mixer that only logs (`megamix.mixing.shadow`).
 
     Attributes:
-        name: which one.
+        name: of the shadow.
         step: steps taken before they were computed.
-        effective_step: the first that they would be sampled in.
-        position: where that begins.
+        effective_step: the first step with these weights.
+        position: its first sample.
         segment: the stretch of constant weights there.
-        record: what the mixer shows of itself, and the sums of the step.
+        record: `Mixer.record` and the sums of the step.
     """
 
     name: str
@@ -74,13 +73,13 @@ class ShadowChange:
 
 @dataclass(frozen=True)
 class MixReport:
-    """What rank 0 knows once the mixer has seen a step; ``step`` counts from 0.
+    """Result of a step on rank 0 once the mixer has seen it; ``step`` counts from 0.
 
     Attributes:
         stats: the sums of the step over the whole world.
-        effective_step: the first that is sampled with the weights that follow from it.
+        effective_step: the first step with the weights that follow from it.
         segment: the stretch of constant weights that ``effective_step`` starts in.
-        record: what the mixer shows of itself.
+        record: `Mixer.record`.
         updated: whether new weights were computed, by the mixer or by a staged mixture.
         shadows: new weights of mixers that only log.
     """
@@ -95,17 +94,18 @@ class MixReport:
 
 
 class MixExchange:
-    """Carries sums up and weights down, once per step, in step order; and the wishes of any rank to all.
+    """Carries sums to the mixer, weights to the samplers, and requests of any rank to all; once per step, in step
+    order.
 
     Args:
         mixer: on rank 0 the mixer; None elsewhere.
         sampler: told of every weight change.
         policy: which weights follow from a step, and from where on they hold.
-        loss_weights: float64 [K], those of ``first_step``, the same on every rank; None: the mixer has none.
-        has_reference: whether losses are summed against a reference; without, excess sums say nothing.
-        rewards_evaluation: whether the mixer sees the sums of evaluations instead of those of training.
-        judge: called on every rank with (step, int64 [K, C] sums of the step, those of its evaluation or int64 [0, C],
-            a group of all ranks on the CPU); may raise to end the run, on every rank alike.
+        loss_weights: float64 [K], of ``first_step``, the same on every rank; None: the mixer has none.
+        has_reference: whether losses are summed against a reference; without one, excess sums are meaningless.
+        rewards_evaluation: whether the mixer sees the sums of evaluations instead of training.
+        judge: called on every rank with (step, int64 [K, C] sums of the step, int64 [K, C] sums of its evaluation or
+            [0, C], a group of all ranks on the CPU); may raise to end the run, on every rank alike.
         on_report: called on rank 0 for every step, from the background thread.
     """
 
@@ -146,7 +146,7 @@ class MixExchange:
 
         Args:
             evaluated_KC: the sums of the evaluation that the mixer wants after this step; on all ranks or on none.
-            wishes: this rank's; all ranks hear of them by `wishes_at`.
+            wishes: of this rank; every rank learns of them by `wishes_at`.
         """
         wishes_1C = sums_KC.new_zeros(1, sums_KC.shape[1])
         if wishes != NO_WISHES:
@@ -160,7 +160,7 @@ class MixExchange:
         """Waits until the weights that follow from all steps before ``step`` are known to the sampler.
 
         Raises:
-            MegamixError: the guard ends the run (on every rank, at the same step), or whatever the mixer raised.
+            MegamixError: raised by the guard (on every rank, at the same step) or by the mixer.
         """
         with self._settle_lock:
             while self._settled < step:
@@ -170,19 +170,19 @@ class MixExchange:
                 self._settled += 1
 
     def wishes_at(self, step: int) -> Wishes:
-        """What any rank wished for in the step whose weights take effect in ``step``; the same on all ranks.
+        """The requests of any rank in the step whose weights take effect in ``step``; the same on all ranks.
 
-        That is the earliest boundary for which every rank waits for that step's answer anyway, to know what to read.
+        This is the earliest boundary before which every rank waits for that step's weights anyway.
         """
         heard = step - self._policy.weight_lag
         self.settle(heard)
         return self._wishes.pop(heard - 1, NO_WISHES)
 
     def loss_weights(self, step: int) -> Floats | None:
-        """float64 [K], those of ``step``, which must not have been submitted; None: the mixer has none.
+        """float64 [K], of ``step``, which must not have been submitted; None: the mixer has none.
 
-        Waits for the mixer's answer to the step before, whose sums are summed before its backward pass: the device has
-        that to do meanwhile.
+        Waits for the mixer's update with the step before. Its sums are complete before its backward pass, which the
+        device computes meanwhile.
         """
         if self._loss_weights is None:
             return None
@@ -228,7 +228,7 @@ class MixExchange:
         if not reduced.is_cuda:
             work.wait()
             return reduced
-        # On a stream of its own: the training thread's holds the backward pass and the optimizer by now.
+        # On a separate stream: the training thread's holds the backward pass and the optimizer by now.
         if self._stream is None:
             self._stream = torch.cuda.Stream(reduced.device)
         with torch.cuda.stream(self._stream):
@@ -246,8 +246,7 @@ class MixExchange:
         )
 
     def _rewards(self, step: int, stats: DomainStats, evaluated: torch.Tensor) -> DomainStats:
-        """What the mixer is to see of ``step``: the sums of the step, or those of its evaluation, none where there was
-        none."""
+        """The statistics for the mixer: of the step, or of its evaluation, which are empty where there was none."""
         if not self._rewards_evaluation:
             return stats
         if evaluated.numel():
@@ -267,12 +266,12 @@ class MixExchange:
 
 
 def statistics_record(stats: DomainStats) -> dict[str, object]:
-    """What a line of weights.jsonl says of the sums of its step."""
+    """The sums of a step in a line of weights.jsonl."""
     return {"statistics": {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}}
 
 
 def checked_loss_weights(mixer: Mixer) -> Floats | None:
-    """The mixer's loss weights, which nobody else has looked at.
+    """The mixer's loss weights, checked.
 
     Raises:
         InputError: not one for every domain, or one that is negative or not finite.

@@ -1,11 +1,11 @@
-"""Mixers that only log: what each would have asked for, had it been the run's.
+"""Shadows: mixers that log the weights they would have asked for, and change nothing.
 
-A `Shadow` is a mixer with a blend of its own, to which its weights are given as the run gives those of its mixer: after
-the run's constraints, from the same position on. No sample is taken from that blend. The key ``shadow`` of a config
-makes some beside a run, on rank 0's mixing thread; `megamix replay` makes them from a record.
+A `Shadow` has a separate blend, from which no sample is taken. Its weights pass the run's constraints and take effect
+at the run's positions. The key ``shadow`` of a config adds shadows to a run, on rank 0's mixing thread; `megamix
+replay` makes them from a record.
 
-The statistics are those of the run: their tokens were drawn with its weights, which is what importance weighting
-divides by, and its model has learnt from its data.
+A shadow sees the run's statistics. Their tokens were drawn with the run's weights, by which importance weighting
+divides, and the model has learnt from the run's data.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megamix.mixing.mixers import DomainStats, Mixer, wants_evaluation
 from megamix.mixing.weight_policy import WeightPolicy
 
 REBASE_EVERY = 100
-"""Steps after which a shadow lets go of the weights that lie behind."""
+"""Steps after which a shadow drops past weights."""
 
 
 @dataclass(frozen=True)
 class ShadowState:
-    """What a shadow continues from; JSON-serialisable.
+    """State of a shadow in a checkpoint, JSON-serialisable.
 
     Attributes:
         config: ``identity`` of `Shadow`.
         mixer: of `Mixer.state_dict`.
-        sampler: of `Sampler.state_dict`, had its blend been the run's.
+        sampler: as of `Sampler.state_dict`.
     """
 
     config: dict[str, Any] | None
@@ -42,16 +42,16 @@ class ShadowState:
 
 
 class Shadow:
-    """A mixer, and the blend that would follow it.
+    """A mixer and the blend that would follow it.
 
     Args:
         name: in files and messages.
-        blend: the blend at the first step, with what is announced for later ones.
+        blend: at the first step, with the changes announced for later ones.
         policy: of the run.
         first_step: counts from 0.
-        change: what the first lines are to say, where the run did not begin with this mixer; None where it did.
-        announce: whether the weights it begins with are still to be told.
-        identity: what of its config must be the same for it to go on after a resume; see `DataPlan.mixer_identity`.
+        change: the ``change`` of its first lines where the run did not begin with this mixer; None where it did.
+        announce: whether its first weights are not logged yet.
+        identity: the config, as far as it must stay the same on resume (`DataPlan.mixer_identity`).
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Shadow:
         self._untold = self._announcements(first_step, change) if announce else []
 
     def update(self, stats: DomainStats, step: int) -> list[ShadowChange]:
-        """Takes in the sums of ``step``, which counts from 0; returns what there is to log.
+        """Updates the mixer with the sums of ``step``, which counts from 0; returns the changes to log.
 
         Raises:
-            InputError: whatever the mixer raised.
+            InputError: raised by the mixer.
         """
         effective_step = self._policy.effective_step(step)
         position = effective_step * self._batch
@@ -100,12 +100,12 @@ class Shadow:
         return changes
 
     def state(self, step: int) -> ShadowState:
-        """What to continue from with ``step``."""
+        """The state before ``step``."""
         blend = self._blend.state_dict(at=step * self._batch)
         return ShadowState(self._identity, self.mixer.state_dict(), {"blend": blend})
 
     def _announcements(self, step: int, change: dict[str, Any] | None) -> list[ShadowChange]:
-        """The weights to begin with, and those announced for later steps."""
+        """The first weights, and the changes announced for later steps."""
         extra = {} if change is None else {"change": change}
         start = step * self._batch
         later = [position for position, _ in self._blend.ledger if position > start]
@@ -117,7 +117,7 @@ class Shadow:
 
 
 def shadow_names(configs: Sequence[Config]) -> list[str]:
-    """Names for files, all different: the mixer's and its preset's, with a number where that is taken."""
+    """Unique names for files: mixer and preset, with a number where that is taken."""
     names: list[str] = []
     for config in configs:
         parts = [str(getattr(config, key)) for key in ("name", "preset") if getattr(config, key, None) is not None]

@@ -77,7 +77,7 @@ class EvaluateConfig(Config):
 
 
 class ResumeConfig(Config):
-    """What may differ between a run and the checkpoint it continues from."""
+    """What may differ between a run and the checkpoint that it continues from."""
 
     accept_changed: tuple[
         Literal["data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision"], ...
@@ -152,7 +152,7 @@ class LogConfig(Config):
 
 
 class MixConfig(Config):
-    """What decides which samples are read when: all that a trainer of one's own needs of a run's config."""
+    """The part of a run's config that decides which samples are read when; enough for a custom trainer."""
 
     data: DataConfig
     mixture: MixtureConfig = "natural"

@@ -1,8 +1,8 @@
-"""The data side of training on one rank: which samples come next, and what their losses do to the weights.
+"""Data loop of one rank: batches out, loss sums in, new weights to the sampler.
 
     sampler -> loader -> batch --(any trainer)--> sums of the step -> exchange -> mixer on rank 0 -> all samplers
 
-`megamix.training.trainer` is made of this, and so are the adapters for other people's trainers.
+`megamix.training.trainer` uses it, and so do the adapters for other trainers (`megamix.interop.trainers`).
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from megamix.training.reference.cache import open_reference, reference_folder
 
 
 class MixedData:
-    """One rank's batches, in order, and the way back from losses to weights. Every rank of the job makes one.
+    """Data loop of one rank; every rank of the job makes one.
 
     For each step: `next_batch`, `objective`, then `submit` once the step's losses are summed.
 
     Args:
         data_rank: which of the data-parallel slices of every global batch this rank reads.
         reads_data: False on a rank that needs no tokens, such as a pipeline stage in the middle.
-        device: where the model is; batches stay on the CPU, pinned where this is a GPU.
-        resumed: what to continue from, the same on all ranks (rank 0's: they may see the file system at different
-            moments); None starts anew.
-        evaluates: whether `submit` is given the sums of evaluations where the mixer wants them.
+        device: of the model; batches stay on the CPU, pinned where it is a GPU.
+        resumed: the checkpoint to continue from, as rank 0 sees it; None starts anew.
+        evaluates: whether the trainer submits sums of evaluations where the mixer wants them.
 
     Attributes:
         step: steps submitted.
         mixer: on rank 0; None elsewhere.
         guard: judges the sums of every step.
         shadows: mixers that only log, on rank 0.
-        change: what weights.jsonl is to say of a resume that changed the blend; None where nothing changed.
+        change: the ``change`` of weights.jsonl after a resume that changed the blend; None where nothing changed.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class MixedData:
             self.shadows = open_shadows(plan, blend, self.step, resumed)
             shared = [({"blend": blend.state_dict()}, checked_loss_weights(self.mixer))]
         # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
-        # Through a group of its own: small objects must not need the accelerator.
+        # Through a separate group: small objects must not need the accelerator.
         group: Any = dist.new_group(backend="gloo")
         dist.broadcast_object_list(shared, src=0, group=group)
         state, loss_weights = shared[0]
@@ -104,7 +103,7 @@ class MixedData:
             self.loader.request()
 
     def next_batch(self) -> tuple[Batch | None, float]:
-        """This rank's part of the next step (None on a rank that reads no data) and the seconds it was waited for.
+        """This rank's part of the next step (None on a rank that reads no data), and the seconds of waiting.
 
         The first call gives step ``step``; up to ``weight_lag`` steps may be taken ahead of it.
 
@@ -114,7 +113,7 @@ class MixedData:
         return self.loader.get()
 
     def objective(self, batch: Batch | None) -> Objective:
-        """What the step is to differentiate; of no meaning on a rank that reads no data."""
+        """The objective of the step; meaningless on a rank that reads no data."""
         config = self.plan.config.mixer
         loss_weights = self.exchange.loss_weights(self.step)
         if batch is None:
@@ -127,22 +126,22 @@ class MixedData:
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
     def wishes(self) -> Wishes:
-        """What ranks wish for at the boundary before step ``step``, the same on all ranks; once per step.
+        """Requests of any rank for the boundary before step ``step``, the same on all ranks; call once per step.
 
-        A wish is heard of 1 + weight_lag steps after the one that it was submitted with.
+        A request arrives 1 + weight_lag steps after the step that it was submitted with.
         """
         return self.exchange.wishes_at(self.step)
 
     def submit(
         self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, wishes: Wishes = NO_WISHES
     ) -> None:
-        """Takes this rank's int64 [K, C] sums of step ``step`` (zeros where it has no loss), which is then over.
+        """Ends step ``step`` with this rank's int64 [K, C] sums (zeros where it has no loss).
 
         Returns at once; the sums may be overwritten.
 
         Args:
             evaluated_KC: this rank's sums of the evaluation after the step; on all ranks or on none.
-            wishes: this rank's.
+            wishes: of this rank.
         """
         self.exchange.submit(self.step, sums_KC, evaluated_KC, wishes)
         self.step += 1
@@ -151,24 +150,24 @@ class MixedData:
         self.loader.request(lambda: self.exchange.settle(step))
 
     def settle(self) -> None:
-        """Waits until everything that follows from the steps submitted is known; then lets go of what lies before."""
+        """Waits for the weights that follow from all submitted steps; then drops past weights."""
         self.exchange.settle(self.step)
         self.sampler.forget_before(self.step)
 
     def take_reports(self) -> list[MixReport]:
-        """What became of the steps since the last call, on rank 0."""
+        """Reports of the steps since the last call, on rank 0."""
         taken = []
         while self._reports:
             taken.append(self._reports.pop(0))
         return taken
 
     def _report(self, report: MixReport) -> None:
-        """On the mixing thread of rank 0, once the weights of the step are on their way."""
+        """On the mixing thread of rank 0, once the weights of the step are sent."""
         changes = [change for shadow in self.shadows for change in shadow.update(report.stats, report.step)]
         self._reports.append(replace(report, shadows=tuple(changes)))
 
     def state(self) -> RunState:
-        """What to continue from with step ``step``."""
+        """The state before step ``step``."""
         self.exchange.settle(self.step)
         return RunState(
             step=self.step,
@@ -181,7 +180,7 @@ class MixedData:
         )
 
     def close(self) -> None:
-        """Gives up what is under way, without waiting for it."""
+        """Cancels pending work, without waiting for it."""
         self.loader.close()
         self.exchange.close()
 
@@ -200,10 +199,10 @@ class MixedData:
 def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
     """The shadows of a run, before ``step``.
 
-    Each goes on from its own part of the checkpoint. One that is new, or has another config now, begins here.
+    Each continues from its part of the checkpoint. A new one, or one with another config, begins here.
 
     Args:
-        blend: the run's, as it stands.
+        blend: of the run.
     """
     saved = {} if resumed is None else resumed.state.shadow
     shadows = []

@@ -1,4 +1,4 @@
-"""Another set of domains in mid-run: what changed, whether it was asked for, and what becomes of weights and state.
+"""Domain changes on resume: what changed, whether the config asks for it, and the new weights.
 
 Rules for the weights w of the run so far:
 
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DomainChange:
-    """From one set of domains to another.
+    """Change from one set of domains to another.
 
     Attributes:
         before, after: the names, [K] and [K'].
@@ -51,7 +51,7 @@ class DomainChange:
     restarted: tuple[str, ...] = ()
 
     def rescale(self, weights: Floats) -> Floats:
-        """float64 [K'], sum 1: what ``weights`` (float64 [K]) become.
+        """float64 [K'], sum 1: the new weights for ``weights`` (float64 [K]).
 
         Raises:
             InputError: nothing is left of them.
@@ -67,7 +67,7 @@ class DomainChange:
         return kept * (room / total if total else 0.0) + self.added
 
     def record(self) -> dict[str, Any]:
-        """What weights.jsonl keeps of it; JSON-serialisable."""
+        """The change for weights.jsonl, JSON-serialisable."""
         parts: dict[str, list[str]] = {}
         for name, source, parent in zip(self.after, self.sources, self.parents, strict=True):
             if source is None and parent is not None:
@@ -83,11 +83,11 @@ class DomainChange:
 
 
 def find_change(saved: Mapping[str, str], plan: DataPlan, accept_data: bool, where: str) -> DomainChange | None:
-    """How the domains of ``plan`` differ from those that a checkpoint names.
+    """The change from the domains of a checkpoint to the domains of ``plan``; None where there is none.
 
     Args:
         saved: `digest` of every domain by name, in their order.
-        accept_data: go on with a domain that has other data as if it had the old.
+        accept_data: continue with changed data of a domain as if it were the old.
         where: the checkpoint, for messages.
 
     Raises:
@@ -135,7 +135,7 @@ def _problems(
     changed: tuple[str, ...],
     accept_data: bool,
 ) -> list[str]:
-    """Differences that nobody asked for, each with the override that allows it."""
+    """Differences that the config does not ask for, each with the override that allows it."""
     parts = {part for whole, given in asked.split.items() if whole in saved for part in given}
     found = [
         f"domain '{name}' is new (checkpoint.domains.add={{{name}: WEIGHT}})"
@@ -182,7 +182,7 @@ def _check_asked(saved: Mapping[str, str], present: Mapping[str, str], asked: Do
 
 
 def _shares(saved: Mapping[str, str], plan: DataPlan, asked: DomainChangeConfig) -> dict[str, tuple[str, float]]:
-    """Part -> (its whole, its share of the whole's weight), for splits that are still to be made."""
+    """Part -> (its whole, its share of the whole's weight), for splits that are not made yet."""
     tokens = {entry.name: float(entry.train.tokens) for entry in plan.entries}
     found: dict[str, tuple[str, float]] = {}
     for whole, parts in asked.split.items():

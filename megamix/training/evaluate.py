@@ -1,5 +1,5 @@
-"""Per-domain loss of the same windows every time, through the engine's own pipeline: validation, and the rewards of
-mixers that ask for an evaluation.
+"""Evaluation: per-domain loss of fixed samples, through the engine's pipeline; for validation and for mixers that
+reward it.
 
 Legend: K domains, B samples in a micro-batch, S tokens in a sample.
 """
@@ -26,9 +26,8 @@ from megamix_kernels import DomainSums
 class EvaluationSamples:
     """Samples of every domain, the same at every call, sliced over data-parallel ranks.
 
-    Each domain gives up to ``wanted`` samples, spread evenly over its tokens (all of them where it has fewer). All
-    domains' samples follow each other in one list, whose last micro-batches are filled up with rows that count for
-    nothing.
+    Each domain gives up to ``wanted`` samples, spread evenly over its tokens (all of them where it has fewer). The
+    samples of all domains form one list; its last micro-batches are filled with rows that are not counted.
 
     Args:
         streams: each domain's tokens, training or validation.
@@ -83,8 +82,7 @@ class Validation:
         self._natural = plan.natural_weights
 
     def run(self, engine: Engine) -> dict[str, Any]:
-        """One evaluation; every rank calls it and gets the same numbers (the ``evaluate`` line of metrics.jsonl,
-        without step and tokens)."""
+        """The ``evaluate`` line of metrics.jsonl without step and tokens; every rank calls it and gets the same."""
         buffer = self._samples.sums(engine)
         dist.all_reduce(buffer)
         sums = DomainSums.from_buffer(buffer.cpu())
@@ -103,10 +101,9 @@ class Validation:
 
 
 class RewardEvaluation:
-    """The evaluation phase of a mixer whose rewards are not the training losses (``mixer.reward_from: evaluation``).
+    """Evaluation for a mixer with ``reward_from: evaluation``.
 
-    Its samples are training data, not validation data: a mixer that follows the held-out losses would make them say
-    less of how well a mixture does.
+    Its samples are training data: a mixer that follows the held-out losses would bias them as a measure of a mixture.
     """
 
     def __init__(self, plan: Plan, engine: Engine, config: OdmConfig) -> None:
@@ -116,7 +113,7 @@ class RewardEvaluation:
 
     @classmethod
     def of(cls, plan: Plan, engine: Engine) -> RewardEvaluation | None:
-        """None for a mixer that has no such phase."""
+        """None for a mixer that rewards training losses."""
         config = plan.config.mixer
         return cls(plan, engine, config) if isinstance(config, OdmConfig) and wants_evaluation(config) else None
 

@@ -1,14 +1,13 @@
-"""What happens when a loss goes wrong: a step that is not finite, and a loss that explodes (the config's ``guard``).
+"""Guard against steps that are not finite and losses that explode (the config's ``guard``).
 
     engine: tokens of each sample that are not finite --kept--> Guard.judge, once the step's sums are there: names them
     engine: was the step finite? --at its end, the same on all ranks--> Guard.took or Guard.left_out
 
-Every rank has one and is given the same sums, so that all come to the same end at the same point of the run: no rank
-goes on to wait for another, and each can say the whole reason. Nothing is read from the device for this before a step
-has gone wrong.
+Every rank has a guard with the same sums, so all ranks end at the same step and each can say the whole reason. Nothing
+is read from the device before a step has gone wrong.
 
-A step that is left out is seen by the mixer all the same, by its finite tokens: their losses are true of the model as
-it stood before the step, whether the step is taken or not; and the mixer is told of them before the gradient is known.
+The mixer sees a step that is left out too, by its finite tokens: their losses are those of the model before the step,
+and the mixer has them before the gradient is known.
 
 ``RUN/non_finite.jsonl`` has a line for every such step, with all its samples. It is never cut back on resume.
 
@@ -40,7 +39,7 @@ SHOWN = 4  # samples in a message
 
 
 class BadStep(MegamixError):
-    """A step that ends the run. Every rank raises it, before the same step."""
+    """A step that ends the run; every rank raises it before the same step."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class BadSample:
         position: its place in the run, as ``megamix inspect RUN --sample`` takes it.
         domain: a name.
         sample: its number in the domain.
-        tokens: how many of its tokens.
+        tokens: number of its tokens that were not finite.
     """
 
     position: int
@@ -62,7 +61,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a rank with the loss keeps of a step until its sums are there."""
+    """Samples and counts of a step on a rank with the loss, until its sums are there."""
 
     samples: StepSamples
     first: int
@@ -75,8 +74,8 @@ class Guard:
     Args:
         config: the policy.
         domains: K names.
-        vocab_size: what a guess would choose from.
-        run: the config of the run, for its messages and its record; None in a trainer of somebody else's.
+        vocab_size: a uniform guess has the loss ln(vocab_size).
+        run: the config, for messages and the record; None in another trainer than megamix's.
         first: this rank's first sample within a global batch.
         state: of the run so far.
 
@@ -106,7 +105,7 @@ class Guard:
 
     @classmethod
     def of(cls, plan: DataPlan, data_rank: int, state: GuardState | None) -> Guard:
-        """The guard of a run; that of somebody else's trainer stops where a loss is not finite, and has no limit."""
+        """The guard of a plan; in another trainer than megamix's it stops at a non-finite loss and has no limit."""
         run = plan.config if isinstance(plan.config, RunConfig) else None
         return cls(
             GuardConfig(explosion=0) if run is None else run.guard,
@@ -118,26 +117,26 @@ class Guard:
         )
 
     def state(self) -> GuardState:
-        """What to keep with a checkpoint."""
+        """The state for a checkpoint."""
         return GuardState(self.skips, self._in_a_row)
 
     def keep(self, step: int, samples: StepSamples | None, counts_MB: torch.Tensor | None) -> None:
-        """Keeps what `judge` will name the samples of ``step`` by; before the step's sums are on their way.
+        """Keeps the samples of ``step`` for the messages of `judge`; called before the step's sums are submitted.
 
         Args:
-            samples: what this rank reads in the step; None where it reads nothing.
+            samples: of this rank; None where it reads nothing.
             counts_MB: int32, on the device: tokens of each that are not finite; None where it has no loss.
         """
         if samples is not None and counts_MB is not None:
             self._kept[step] = _Kept(samples, self._first, counts_MB)
 
     def judge(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor, group: Any) -> None:
-        """Looks at the sums of ``step`` over all ranks, in the order of steps; every rank calls it with the same.
+        """Judges the sums of ``step`` over all ranks, in step order; every rank calls it with the same.
 
         Args:
             sums_KC: int64, on the CPU.
             evaluated_KC: the same of the evaluation after the step; [0, C] where there was none.
-            group: a process group of all ranks with a CPU backend, which nobody else uses meanwhile.
+            group: a process group of all ranks with a CPU backend, not used elsewhere meanwhile.
 
         Raises:
             BadStep: the run ends here; also for every step after it.
@@ -160,7 +159,7 @@ class Guard:
         self._in_a_row = 0
 
     def left_out(self, step: int) -> str:
-        """The engine says that ``step``, which has been judged, was not finite; all ranks know it. Says what it was.
+        """Counts ``step``, which the engine found not finite on all ranks, after it was judged; returns the reason.
 
         Raises:
             BadStep: such a step, or so many in a row, end the run.
@@ -181,7 +180,7 @@ class Guard:
         return f"step {step + 1} left out, {self._in_a_row} in a row: {what}"
 
     def _problem(self, step: int, sums: DomainSums, evaluated_KC: torch.Tensor) -> str | None:
-        """Why the run must end, or None."""
+        """The reason to end the run, or None."""
         if self._config.non_finite == "stop":
             if step in self._found:
                 return f"step {step + 1}: {self._found[step]}. {self._remedy()}"

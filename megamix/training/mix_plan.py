@@ -1,7 +1,4 @@
-"""What a mixture comes to over a run: how much of each domain is read, how often, and what of that is to be warned of.
-
-Needs no data, only the number of its tokens.
-"""
+"""Resolved mixture of a run: samples and epochs of each domain, and warnings. Needs token counts, no data."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ from megamix.training.records.recorded_run import RecordedRun
 
 Floats = NDArray[np.float64]
 MANY_EPOCHS = 4.0
-"""More repetitions than this of a domain are worth a warning: up to about 4, repeated data is nearly as good as new
+"""More epochs of a domain than this give a warning: up to about 4, repeated data is nearly as good as new
 (Muennighoff et al., 2023)."""
 
 
 @dataclass(frozen=True)
 class MixPlan:
-    """The mixture of a run, resolved for K domains.
+    """Resolved mixture of a run of K domains.
 
     Attributes:
         domain_names: in the order of every array with one entry a domain.
@@ -53,7 +50,7 @@ class MixPlan:
         return self.policy.planned_samples / self.num_samples
 
     def warnings(self) -> list[str]:
-        """Things that will work and are probably not meant."""
+        """Settings that work and are probably not meant."""
         found = []
         weights, limits = self.policy.planned_samples / self.total_samples, self.policy.constraints.max_epochs
         used_up = self.epochs > limits * (1 + 1e-9)
@@ -83,8 +80,8 @@ def planned_mix(config: MixConfig) -> MixPlan | None:
     """The mixture of a run whose data is not there, by ``data.token_counts``; None where that is not given.
 
     Raises:
-        InputError: a domain that is not in ``token_counts`` or has less than one sample there, and whatever a mixture
-            or constraint can be refused for.
+        InputError: a domain that is not in ``token_counts`` or has less than one sample there, and errors
+            of the mixture and the constraints.
     """
     counts = config.data.token_counts
     if counts is None:

@@ -1,8 +1,7 @@
-"""What a config comes to with this data on this many ranks, checked before any time is spent.
+"""Resolved run plan: a config with its data and ranks, checked before any time is spent.
 
-A `DataPlan` is all that a trainer of one's own needs; a `Plan` adds the model and the ranks. `make_plan` reads the
-manifest and the heads of the data files, neither torch nor a GPU; `megamix doctor` prints it,
-`megamix train` starts from it.
+A `DataPlan` serves any trainer; a `Plan` adds the model and the ranks. `make_plan` reads the manifest and the heads of
+the data files and needs neither torch nor a GPU. `megamix doctor` prints a plan, `megamix train` starts from one.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DataPlan(MixPlan):
-    """The data side of a run, resolved.
+    """Resolved data plan.
 
     Attributes:
         manifest: of the data set.
         data_size: data-parallel ranks.
-        entries: what the manifest says of each domain.
+        entries: of the manifest, one a domain.
         domains, validation: their opened token streams.
     """
 
@@ -53,12 +52,12 @@ class DataPlan(MixPlan):
 
     @property
     def domain_keys(self) -> list[int]:
-        """What names each domain to the random order."""
+        """Keys of the domains in the random order."""
         return [domain_key(name) for name in self.domain_names]
 
     @cached_property
     def reference_sha256(self) -> str | None:
-        """Of the checkpoint whose losses the mixer reads; None where it reads none. Read once.
+        """SHA-256 of the checkpoint whose losses the mixer reads; None where it reads none.
 
         Raises:
             InputError: these losses are not there, or not finished.
@@ -67,14 +66,14 @@ class DataPlan(MixPlan):
         return None if folder is None else read_info(folder).checkpoint_sha256
 
     def mixer_identity(self, mixer: Config) -> dict[str, Any]:
-        """The config of the run's mixer, or of one that sees the same, with the reference model in place of the folder
-        that its losses lie in: that may move. JSON-serialisable."""
+        """The config of the run's mixer or of a shadow, JSON-serialisable. The folder of reference losses may move, so
+        the hash of the reference model stands in its place."""
         found = mixer.model_dump(mode="json")
         return found if found.get("reference") is None else {**found, "reference": self.reference_sha256}
 
     @property
     def vocab_size(self) -> int:
-        """Token ids the tokenizer knows: what joins the softmax."""
+        """Token ids of the tokenizer: the width of the softmax."""
         return self.manifest.tokenizer.vocab_size
 
     def share(self, data_rank: int) -> Slice:
@@ -90,10 +89,10 @@ class DataPlan(MixPlan):
 
 @dataclass(frozen=True)
 class Plan(DataPlan):
-    """A run, resolved.
+    """Resolved run plan.
 
     Attributes:
-        model: with its vocabulary settled.
+        model: with its vocabulary resolved.
         world_size: ranks of the job.
     """
 
@@ -116,7 +115,7 @@ class Plan(DataPlan):
 
 
 def domain_key(name: str) -> int:
-    """The integer that names a domain to the random order, whatever its place in the manifest."""
+    """The key of a domain in the random order, independent of its place in the manifest."""
     return int(hash_words(*name.encode()))
 
 
@@ -124,7 +123,7 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
     """Resolves ``config`` for a job of ``world_size`` ranks (default: the fewest that its layout needs).
 
     Args:
-        verify: also go through every index once (`IndexedTokens`); of many ranks, one does.
+        verify: also check every index (`IndexedTokens`); on one rank of a job.
 
     Raises:
         InputError: anything that would stop the run later.

@@ -1,4 +1,4 @@
-"""``megamix train``: checks the plan, then is a rank of the job or starts the ranks."""
+"""``megamix train``: checks the plan, then runs as a rank of the job or starts the ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     """Runs the training job that a config describes; returns its exit code.
 
     Raises:
-        MegamixError: anything a user can mend; the command line prints it.
+        MegamixError: any error that a user can fix; the command line prints it.
     """
     world_size = job_world_size()
     if world_size is not None:
@@ -58,13 +58,13 @@ def train(config_path: Path, overrides: list[str]) -> int:
 
 
 def train_rank(plan: Plan) -> None:
-    """One rank's part of a run, in a process group that is there.
+    """One rank of a run; the process group exists.
 
-    Rank 0 looks at everything first; what it finds wrong ends the job before the others begin.
+    Rank 0 checks everything first; an error ends the job before the others begin.
 
     Raises:
         Preempted: a rank was asked to stop; the run is saved.
-        MegamixError: anything a user can mend.
+        MegamixError: any error that a user can fix.
     """
     import torch.distributed as dist
 
@@ -84,9 +84,9 @@ def train_rank(plan: Plan) -> None:
 
 
 def _open_sources(plan: Plan, resumed: Resumed | None) -> None:
-    """Looks at what a run reads beside its data, before ranks are started for it.
+    """Checks the sources of a run beside its data, before its ranks start.
 
-    A resumed run has its weights: the folder they began with may be gone.
+    A resumed run has its weights; the folder of the pretrained model may be gone.
 
     Raises:
         InputError: initial weights or reference losses that are not there or not of this run.

@@ -1,4 +1,4 @@
-"""The training run of one rank, in the order in which the data flows.
+"""Trainer: the run of one rank, in the order in which the data flows.
 
 plan -> engine -> data -> [ batch -> train step -> sums -> mixer -> weights -> data ] ... -> record, checkpoints
 """
@@ -41,8 +41,8 @@ class Trainer:
     def __init__(self, plan: Plan, resumed: Resumed | None, watchdog: Watchdog) -> None:
         """
         Args:
-            resumed: what the ranks agreed to continue from, its files checked; None starts anew.
-            watchdog: is told what this rank does.
+            resumed: the checkpoint that the ranks agreed on, its files checked; None starts anew.
+            watchdog: told of this rank's progress.
         """
         self.plan = plan
         self.config: RunConfig = plan.config
@@ -142,7 +142,7 @@ class Trainer:
                 self.save()
 
     def _grant_wishes(self) -> None:
-        """At a boundary: saves, or saves and ends the run, where ranks have agreed on it.
+        """At a boundary: saves, or saves and ends the run, where any rank has requested it.
 
         Raises:
             Preempted: a rank was asked to stop.
@@ -158,7 +158,7 @@ class Trainer:
             )
 
     def _wishes(self) -> Wishes:
-        """This rank's, to be submitted with a step."""
+        """This rank's requests, submitted with a step."""
         minutes = self.config.checkpoint.every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         return Wishes(stop=asked_to_stop(), save=late and self.is_main)
@@ -182,7 +182,7 @@ class Trainer:
             self._log_interval(lr)
 
     def _engine_step(self, batch: Batch | None, objective: Objective, lr: float) -> bool:
-        """Trains, and submits the step's sums; returns what the engine knows of whether it was finite."""
+        """Trains and submits the step's sums; returns whether the step was finite, as far as the engine knows."""
         evaluates = self._rewards is not None and self._rewards.due_after(self.step)
         kept: list[torch.Tensor] = []
 
@@ -197,13 +197,13 @@ class Trainer:
             is_finite = self.engine.train_step(batch, objective, lr, self._clock.as_mixing(on_statistics))
         if evaluates:
             assert self._rewards is not None
-            # The mixer hears of the step and of the evaluation that follows it at once.
+            # The mixer gets the step and the evaluation that follows it at once.
             with self._clock.mixing():
                 self.data.submit(kept[0], self._rewards.sums(), self._wishes())
         return is_finite
 
     def _judge(self, step: int, is_finite: bool) -> None:
-        """Hears from the engine whether ``step``, which is over, was finite, as far as it knows."""
+        """Tells the guard whether ``step``, which is over, was finite, as far as the engine knows."""
         if is_finite:
             self.guard.took()
             return
@@ -223,8 +223,7 @@ class Trainer:
             get_logger().info("step %d: validation loss %s (mean over domains), worst %s", self.step, macro, worst)
 
     def save(self) -> None:
-        """A checkpoint of the run as it stands before step ``self.step``; with checkpoint.asynchronous it is on disk
-        some time later."""
+        """Takes a checkpoint before step ``self.step``; with checkpoint.asynchronous it is on disk later."""
         self._watchdog.progress(self.step, "saving")
         self._saved_at = time.monotonic()
         state = self.data.state()
@@ -244,7 +243,7 @@ class Trainer:
             self.record.note(event, self.step, text)
 
     def _announce_weights(self, change: dict[str, Any] | None) -> None:
-        """The weights that the run starts with, or goes on with after a change on resume."""
+        """Logs the weights that the run starts with, or continues with after a change on resume."""
         assert self.record is not None
         assert self.data.mixer is not None
         batch = self.config.train.global_batch
@@ -301,8 +300,7 @@ class Trainer:
         return batch if self.place.device.type == "cpu" else batch.to(self.place.device)
 
     def _seed_step(self, step: int) -> None:
-        """Makes what is random in a step (dropout) a function of seed, step and rank, so that no generator's state
-        needs saving."""
+        """Makes dropout a function of seed, step and rank, so that no generator's state needs saving."""
         torch.manual_seed(int(hash_words(self.config.train.seed, step, self.place.rank)) % 2**63)
 
     def _tokens(self) -> int:

@@ -3,8 +3,8 @@
     mixer = make_mixer({"name": "odm", "preset": "official"}, domains=["web", "code"], initial_weights=[0.7, 0.3])
     weights = mixer.update(DomainStats(nats=[310.0, 95.0], tokens=[100, 40]), step=1)
 
-A new mixer is added here and nowhere else: its config class to `MixerConfig`, its class to `MIXERS`. One that is not
-part of megamix needs neither: see `megamix.mixing.mixers.own`.
+A new mixer of megamix is added here alone: its config class to `MixerConfig`, its class to `MIXERS`. A custom mixer
+needs neither: see `megamix.mixing.mixers.own`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
 
 
 def find_mixer(name: object) -> tuple[type[Config], type[Mixer]]:
-    """Config class and mixer class by name, of our mixers and of others' (see `megamix.mixing.mixers.own`).
+    """Config class and mixer class by name, custom mixers included.
 
     Raises:
-        InputError: no name, an unknown one, or one whose class cannot be had.
+        InputError: no name, an unknown one, or one whose class cannot be imported.
     """
     if name is None:
         raise InputError("a mixer needs the key 'name'." + did_you_mean("", MIXERS))
@@ -62,11 +62,11 @@ MixerConfig = Annotated[
     StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig,
     ByName(lambda name: find_mixer(name)[0], _installed_configs),
 ]
-"""The config of any mixer, told apart by ``name``; those listed are the ones whose classes are known beforehand."""
+"""The config of any mixer, told apart by ``name``."""
 
 
 class RecordedConfig(Config):
-    """The config of a mixer that is not ours, as the record of a run has it."""
+    """The config of a custom mixer in the record of a run."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -75,7 +75,8 @@ class RecordedConfig(Config):
 
 
 def without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded config whose mixers need not be imported: a run is to be looked at where others' code is not."""
+    """A recorded config that validates without its custom mixers: a run can be inspected where their code is
+    missing."""
 
     def readable(mixer: Any) -> Any:
         is_own = isinstance(mixer, dict) and isinstance(mixer.get("name"), str) and mixer["name"] not in MIXERS

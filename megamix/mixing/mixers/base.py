@@ -1,4 +1,4 @@
-"""The frame every mixer runs in: schedule, checks, state and record (the statistics it reads are in `stats`).
+"""Base of all mixers: update steps, checks, state and record.
 
 A mixer is a deterministic function from the statistics of a run so far to sampling weights. It knows nothing of
 devices, processes or data: one process calls `Mixer.update` after every optimizer step and tells the others the result.
@@ -23,8 +23,7 @@ from megamix.mixing.mixers.weights import FloatArray, normalise_weights
 
 
 class ScheduleConfig(Config):
-    """When a mixer changes the weights, and what its loss weights mean; the base of the configs of all mixers that do
-    so."""
+    """Base of the configs of mixers that change weights: when they do, and how their loss weights enter the loss."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps during which the weights stay the initial ones while statistics are already collected; the first change can
@@ -39,10 +38,10 @@ class ScheduleConfig(Config):
     def objective(
         self, loss_weights_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray, /
     ) -> tuple[FloatArray, float]:
-        """What a step differentiates under a mixer with loss weights: the sum over its tokens of factor[domain] * loss,
-        divided by a normaliser. Here the weighted mean over tokens, so that equal weights change nothing.
+        """Objective of a step under a mixer with loss weights: the sum over its tokens of factor[domain] * loss,
+        divided by a normaliser. By default the weighted mean over tokens, so that equal weights change nothing.
 
-        Every rank asks, so this must follow from the config and the arguments alone.
+        Every rank calls it, so the result must depend on the config and the arguments alone.
 
         Args:
             loss_weights_K: the mixer's `loss_weights`.
@@ -52,20 +51,20 @@ class ScheduleConfig(Config):
         Returns:
             The factors and the normaliser, above 0.
         """
-        # Where only domains of weight 0 came, the sum is 0 and so is the loss, whatever it is divided by.
+        # Where only domains of weight 0 came, the sum is 0 and so is the loss, with any normaliser.
         return loss_weights_K, float(loss_weights_K @ tokens_K) or 1.0
 
 
 class Mixer(ABC):
     """Maps the statistics of a run to sampling weights.
 
-    A mixer of one's own overrides `_new_weights`, and `_observe`, `_extra_state`, `_load_extra_state` and
+    A custom mixer overrides `_new_weights`, and `_observe`, `_extra_state`, `_load_extra_state` and
     `_extra_record` where it keeps estimates, and `loss_weights` where it weighs losses. The base sums statistics
-    between updates, keeps the schedule, checks and normalises the weights, and saves its own part.
+    between updates, decides which steps update, checks and normalises the weights, and saves its part of the state.
 
     Args:
-        config: The mixer's config; the schedule is read from it where it derives from `ScheduleConfig`, otherwise the
-            mixer updates at every step.
+        config: The mixer's config; where it derives from `ScheduleConfig` it says which steps update, otherwise every
+            step does.
         domains: The K domain names, all different.
         initial_weights: K relative weights in that order (or by name); normalised here.
 
@@ -74,7 +73,7 @@ class Mixer(ABC):
     """
 
     name: str = ""
-    """The mixer's name in messages and states; where a class gives none, the one that its config chose it by."""
+    """The mixer's name in messages and states; default: the name that the config chose it by."""
 
     def __init__(
         self,
@@ -100,26 +99,26 @@ class Mixer(ABC):
         self._num_updates = 0
         self._last_update = 0
 
-    # What a mixer of one's own provides.
+    # For custom mixers.
 
     @abstractmethod
     def _new_weights(self, step: int) -> FloatArray | None:
         """New weights, float64 [K], not negative, normalised later; None keeps the present ones. Not in warm-up."""
 
     def _observe(self, stats: DomainStats, step: int) -> None:  # noqa: B027 - not every mixer keeps estimates
-        """Takes in the sums of one interval, ``stats.weights`` always set; called in the warm-up too."""
+        """Observes the sums of one interval, ``stats.weights`` always set; called in the warm-up too."""
 
     def _extra_state(self) -> dict[str, Any]:
         """The mixer's own state as plain numbers, strings, lists and mappings; JSON knows no NaN and no infinity."""
         return {}
 
-    def _load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nor a state of its own
-        """Takes back what `_extra_state` gave; a missing key may simply raise KeyError."""
+    def _load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - nor a state
+        """Restores `_extra_state`; a missing key may raise KeyError."""
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
-        """What of ``state`` (a `state_dict` over other domains) has one entry a domain, for these domains.
+        """The entries of ``state`` (a `state_dict` over other domains) with one value a domain, for these domains.
 
-        Here: of every list with a number for each domain the parent's, or for a new domain the mean. See `adopt_state`.
+        By default every list of K numbers: the parent's number, or for a new domain the mean. See `adopt_state`.
         """
         number = len(state["domains"])
         lists = {
@@ -133,10 +132,10 @@ class Mixer(ABC):
         }
 
     def _extra_record(self) -> dict[str, Any]:
-        """What weights.jsonl shows beyond the base's keys, JSON-serialisable."""
+        """Further keys of `record`, JSON-serialisable."""
         return {}
 
-    # What a trainer uses.
+    # For trainers.
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -155,8 +154,8 @@ class Mixer(ABC):
 
     @property
     def loss_weights(self) -> FloatArray | None:
-        """float64 [K], what each domain's losses are to be weighted with in the next step, as the config's `objective`
-        has it; None: all alike, and then always None."""
+        """float64 [K], weights of each domain's losses in the next step (see `ScheduleConfig.objective`); None in every
+        step where the mixer has none."""
         return None
 
     @property
@@ -174,7 +173,7 @@ class Mixer(ABC):
         return self._num_updates > 0 and self._last_update == step
 
     def update(self, stats: DomainStats, step: int) -> FloatArray:
-        """Takes in the statistics of one optimizer step and returns the weights to sample with from here on.
+        """Updates the mixer with the statistics of one optimizer step; returns the weights to sample with from here on.
 
         Args:
             stats: The sums over the step's tokens of the whole data-parallel world.
@@ -184,8 +183,7 @@ class Mixer(ABC):
             float64 [K], summing to 1: a copy of `weights`.
 
         Raises:
-            InputError: Another number of domains, a step that does not follow, or weights that the mixer computed and
-                nobody could sample with.
+            InputError: Another number of domains, a step that does not follow, or computed weights that cannot be used.
         """
         step = self._checked_step(step)
         if stats.num_domains != self.num_domains:
@@ -224,7 +222,7 @@ class Mixer(ABC):
     def _apply(self, weights: FloatArray | None, step: int) -> None:
         if weights is None:
             return
-        # Dividing by a sum of 1 in all but the last bit would change weights that are to stay as they are.
+        # Dividing by a sum of 1 in all but the last bit would change weights that should stay as they are.
         if not np.array_equal(weights, self._weights):
             source = f"mixer '{self.name}', weights of step {step}"
             self._weights = normalise_weights(np.asarray(weights, dtype=np.float64), self._domains, source)
@@ -232,7 +230,7 @@ class Mixer(ABC):
         self._last_update = step
 
     def record(self) -> dict[str, Any]:
-        """What weights.jsonl shows of the mixer beside step, names and weights; JSON-serialisable."""
+        """The mixer's keys in a line of weights.jsonl, JSON-serialisable."""
         return {"is_warmup": self.is_warmup, **self._extra_record()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Mixers of one's own: a class given by its import path, or installed under a name.
+"""Custom mixers: a class given by its import path, or installed under a name.
 
     mixer: {name: my_package.my_module:MyMixer, temperature: 0.5}
     mixer: {name: my_mixer, temperature: 0.5}       where a package has an entry point ``my_mixer`` of `GROUP`
@@ -95,14 +95,14 @@ def _installed_path(name: str, taken: Sequence[str]) -> str:
 
 
 def _imported(path: str, name: str) -> Any:
-    """What an import path leads to."""
+    """The object at an import path."""
     module_name, _, attribute = path.partition(":")
     said = f"the mixer {path}" + ("" if path == name else f" (entry point '{name}' of {_listed(installed()[name])})")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise InputError(f"{said}: expected an import path of the form package.module:Class.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the file raises is its author's to mend
+    except Exception as error:  # any error of the file is for its author to fix
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise InputError(
                 f"{said}: there is no module '{error.name}'. Install its package, or put the folder that holds it on "

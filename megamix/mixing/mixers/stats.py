@@ -1,4 +1,4 @@
-"""Domain statistics: what a training step tells the mixer.
+"""Domain statistics: the mixer's input from a training step.
 
 Shapes: K is the number of domains; every array is [K].
 """
@@ -28,8 +28,7 @@ class DomainStats:
     Every field accepts any sequence of K numbers and is kept as a read-only copy.
 
     Attributes:
-        nats: float64 [K], the losses of each domain's tokens, summed, in nats; 0 for a domain without tokens, whatever
-            was given.
+        nats: float64 [K], the losses of each domain's tokens, summed, in nats; set to 0 for a domain without tokens.
         tokens: int64 [K], how many tokens were counted; 0 means the domain was absent.
         excess_nats: float64 [K] or None, the sums of max(loss - reference loss, 0), where a reference was used.
         weights: float64 [K] or None, the sampling weights these tokens were drawn with; they sum to 1. The sampler
@@ -99,9 +98,9 @@ class DomainStats:
         """The statistics of both intervals together.
 
         Sums add. The weights become the mean of both, each counted by its interval's total tokens: that is the
-        probability that a token of the whole interval was drawn from the domain, which is what importance weighting of
-        the interval's mean loss has to divide by (the latest weights alone would be wrong for the older tokens). Sums
-        beyond float64 stop at its largest number.
+        probability that a token of the whole interval was drawn from the domain, which is the divisor of
+        importance weighting for the interval's mean loss (the latest weights alone would be wrong for the older
+        tokens). Sums beyond float64 stop at its largest number.
 
         Raises:
             InputError: K differs, or only one side has excess losses or weights.

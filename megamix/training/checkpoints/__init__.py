@@ -1,8 +1,8 @@
 """Checkpoints of a run.
 
-store         the folder of one: whole or not at all, every file with its hash
-saving        taking one while the run goes on, in any engine's layout; loading it into an engine
-tensor_files  safetensors written piece by piece
-keeping       which ones stay
-resume        which one a run goes on from, and whether it may
+store    folder of a checkpoint: complete or absent, every file with its hash
+state    what it keeps beside model and optimizer
+saving   writing one beside training, in any engine's layout; loading it into an engine
+keeping  which ones stay
+resume   which one a run continues from, and whether it may
 """

@@ -1,13 +1,13 @@
-"""The folder of a run's checkpoints: by which renames one gets its name, which stay, and what a killed run leaves.
+"""Keeping: renames in the folder of a run's checkpoints, and which checkpoints stay.
 
     step_N              a checkpoint
-    step_N.partial      one that is being written
-    step_N.before       the step_N that was there, while step_N.partial gets its name
-    step_N.removed      one that is being removed
+    step_N.partial      being written
+    step_N.before       an older step_N, while step_N.partial is renamed
+    step_N.removed      being removed
 
-Only rank 0 of a run renames and removes. A run that is killed between two of the renames below leaves a folder in which
-`megamix.training.checkpoints.store.candidates` still finds each checkpoint that was there, and the next start, or the
-next checkpoint, clears away the rest (`mend`).
+Only rank 0 of a run renames and removes. If a run is killed between two renames,
+`megamix.training.checkpoints.store.candidates` still finds every checkpoint; the next start, or the next checkpoint,
+clears away the rest (`mend`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REMOVED = ".removed"
 
 
 def mend(folder: Path) -> None:
-    """Finishes what a killed run left half done. Not to be called while a checkpoint is being written there.
+    """Completes the renames of a killed run. Must not be called while a checkpoint is being written there.
 
     Raises:
         OSError: it cannot be done.
@@ -45,7 +45,7 @@ def mend(folder: Path) -> None:
 
 
 def give_name(partial: Path) -> Path:
-    """Makes a finished ``step_N.partial`` the checkpoint ``step_N``; one of that name from before is there until then.
+    """Renames a finished ``step_N.partial`` to ``step_N``; an older ``step_N`` stays until then.
 
     Raises:
         OSError: it cannot be done.
@@ -62,14 +62,14 @@ def give_name(partial: Path) -> Path:
 
 
 def drop_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Removes the checkpoints that need not stay, now that there is one of ``step``.
+    """Removes old checkpoints once the one of ``step`` is there.
 
-    Those of later steps are of a course that the run has left: it was resumed from a checkpoint before them, because
-    they were damaged or because the user said so, and its record goes on from there.
+    Checkpoints of later steps go too: the run was resumed from one before them, because they were damaged or because
+    the user said so, and its record continues from there.
 
     Args:
-        keep: how many of the newest stay.
-        keep_every: those of steps that divide by this stay too; 0 for none.
+        keep: number of the newest that stay.
+        keep_every: multiples of this stay too; 0 for none.
     """
     found = steps_in(folder)
     later = [other for other in found if other > step]
@@ -84,7 +84,7 @@ def drop_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a directory, under another name first: half of it must not look like a damaged checkpoint."""
+    """Removes a directory after renaming it: half of it must not look like a damaged checkpoint."""
     gone = path.with_name(path.name + REMOVED)
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)

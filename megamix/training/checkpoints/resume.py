@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint, from which, and what is different from there on."""
+"""Resume: which checkpoint a run continues from, whether it may, and what changes from there on."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a run continues from.
+    """A checkpoint that a run may continue from.
 
     Attributes:
-        domains: how its domains differ from the plan's; None where they do not.
+        domains: the change to the plan's domains; None where there is none.
         changed: the accepted parts (see `fingerprints`) that differ.
     """
 
@@ -49,7 +49,7 @@ class Resumed:
         return self.state.step
 
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
-        """The blend to go on with, and what weights.jsonl keeps of the change; None where nothing changed in it.
+        """The blend to continue with, and its change for weights.jsonl; None where nothing changed.
 
         Weights follow from those in effect by the rules of `megamix.training.domain_change`, or are the mixture's where
         that was changed and accepted; then the constraints are applied.
@@ -75,7 +75,7 @@ class Resumed:
         return blend.with_domains(plan.num_samples, plan.domain_keys, sources, rescale, restarted=restarted), record
 
     def set_mixer(self, mixer: Mixer) -> None:
-        """Gives ``mixer`` the state it was saved with, by name where the domains differ.
+        """Loads the saved state into ``mixer``, by domain name where the domains differ.
 
         Another mixer (accepted by ``checkpoint.accept_changed``) starts afresh from the weights in effect.
         """
@@ -90,9 +90,9 @@ class Resumed:
 
 
 def open_checkpoint(plan: Plan) -> Resumed | None:
-    """The checkpoint that the run would continue from, as one process sees it; None to start anew.
+    """The checkpoint that the run would continue from, as this process sees it; None to start anew.
 
-    Weights are not read. The ranks of a run call `agree_on_checkpoint`, which says what is passed over.
+    Weights are not read. The ranks of a run call `agree_on_checkpoint`, which logs what is passed over.
 
     Raises:
         InputError: a given path is no checkpoint, or the config asks for changes that cannot be made.
@@ -107,9 +107,9 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
 def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
     """The checkpoint that the run continues from, the same on all ranks, each of which calls this; None to start anew.
 
-    The ranks share the reading of a checkpoint's files, whose hashes must hold. A damaged one is passed over for the
-    next older one, unless it was asked for by its path. Rank 0 says which, and first clears away what a killed run left
-    in the folder, so no other run may be writing there.
+    The ranks share the work of checking the files' hashes. A damaged checkpoint is passed over for the next older one,
+    unless the config names its path. Rank 0 first clears away what a killed run left in the folder, so no other run may
+    be writing there.
 
     Args:
         group: a process group of all ranks with a CPU backend.
@@ -130,14 +130,14 @@ def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
 
 
 class _Search:
-    """Rank 0's way through the checkpoints of a run; the other ranks know only what was passed over."""
+    """Search through the checkpoints of a run, on rank 0; the other ranks know what was passed over."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._passed_over: list[tuple[Path, str]] = []
 
     def next(self) -> tuple[Resumed, store.Listing] | None:
-        """The newest checkpoint that was not passed over and may be continued from; None to start anew."""
+        """The newest usable checkpoint that was not passed over; None to start anew."""
         config = self._plan.config
         folder = config.run_dir / "checkpoints"
         if config.checkpoint.resume != "auto":
@@ -157,10 +157,10 @@ class _Search:
         return None
 
     def pass_over(self, path: Path, problem: str) -> None:
-        """Does not offer a damaged checkpoint again.
+        """Excludes a damaged checkpoint.
 
         Raises:
-            ResumeRefused: it was asked for by its path.
+            ResumeRefused: the config names its path.
         """
         if self._plan.config.checkpoint.resume != "auto":
             raise store.refusal(path, problem)
@@ -185,7 +185,7 @@ def _mend(folder: Path) -> None:
 
 
 def _from_main(look: Callable[[], T], group: Any) -> T:
-    """What rank 0 finds, or the error it meets, on every rank."""
+    """The result of ``look`` on rank 0, or its error, on every rank."""
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -199,7 +199,7 @@ def _from_main(look: Callable[[], T], group: Any) -> T:
 
 
 def _shared_reading(path: Path, listing: store.Listing, group: Any) -> str | None:
-    """Reads every file of a checkpoint once, on some rank; what is wrong with the first damaged one, on all."""
+    """Checks every file of a checkpoint on one of the ranks; returns the problem of the first damaged one on all."""
     by_size = sorted(listing.files, key=lambda name: (listing.files[name]["bytes"], name))
     mine = by_size[dist.get_rank() :: dist.get_world_size()]
     deadline = time.monotonic() + store.PATIENCE_SECONDS
@@ -209,10 +209,10 @@ def _shared_reading(path: Path, listing: store.Listing, group: Any) -> str | Non
 
 
 def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[str, Mapping[str, Any]]) -> Resumed:
-    """What ``plan`` continues from with the ``state`` read from ``path``.
+    """The checkpoint with ``state`` at ``path``, checked against ``plan``.
 
     Args:
-        present: `fingerprints` of what is to go on, or, for a trainer of one's own, its `data_fingerprints`.
+        present: `fingerprints` of the run now, or in another trainer its `data_fingerprints`.
 
     Raises:
         InputError, ResumeRefused: see `open_checkpoint`.
@@ -230,7 +230,8 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
 
 
 def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What the run is made of, by the names that ``checkpoint.accept_changed`` takes; JSON-serialisable."""
+    """Settings that must not change on resume, by the names that ``checkpoint.accept_changed`` takes;
+    JSON-serialisable."""
     data = data_fingerprints(plan)
     train = plan.config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
     return {

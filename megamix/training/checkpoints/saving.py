@@ -1,4 +1,4 @@
-"""Writing checkpoints from all ranks at once, beside training, and setting an engine from one."""
+"""Saving: writing checkpoints from all ranks, beside training, and loading them into an engine."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ from megamix.training.config import CheckpointConfig
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 LEAVE_SECONDS = 30.0
-"""How long a run that fails waits for the checkpoint under way, which may well come to its end."""
+"""How long a failing run waits for the checkpoint under way, which may still finish."""
 
 Layers = Iterable[tuple[int, dict[str, torch.Tensor]]]
 Outcome = tuple[Files, str | None]
-"""What each rank reports: the files it wrote or hashed, and what went wrong."""
+"""Report of a rank: the files it wrote or hashed, and its error."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run. Every rank has one and makes the same calls.
+    """Writer of the checkpoints of a run. Every rank has one and makes the same calls.
 
-    With ``checkpoint.asynchronous``, `save` returns once this rank has copied what it is to write into host memory; a
-    thread writes it, agrees with the other ranks and gives the checkpoint its name while training goes on. An engine's
-    own format is written before `save` returns: its collectives are the main thread's.
+    With ``checkpoint.asynchronous``, `save` returns once this rank has copied its part into host memory; a thread
+    writes it, agrees with the other ranks and renames the checkpoint while training goes on. An engine's own format is
+    written before `save` returns, because its collectives run on the main thread.
 
-    As a context manager it waits at the end of the block for what is under way, for `LEAVE_SECONDS` where the block
-    fails. If it was the writing that failed, that is the error of the block.
+    As a context manager it waits at the end of the block for the checkpoint under way, for `LEAVE_SECONDS` where the
+    block fails. An error in writing becomes the error of the block.
 
     Args:
         folder: the run's ``checkpoints`` directory.
-        group: a process group of the ranks of the job. Nothing is sent over it: the writer makes one like it, so that
-            what the thread sends meets no collective of the main thread.
+        group: a process group of the ranks of the job. The writer makes another like it, so that its thread meets no
+            collective of the main thread.
 
     Attributes:
         last_step: the step of the last call of `save`; None before the first.
@@ -81,14 +81,14 @@ class CheckpointWriter:
         self.last_step: int | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Takes the checkpoint of ``step`` (steps taken), after waiting for the one before.
+        """Saves the checkpoint of ``step`` (steps taken), after waiting for the one before.
 
         Args:
             state: JSON-serialisable; rank 0's is written.
 
         Raises:
             MegamixError: this checkpoint, or with ``checkpoint.asynchronous`` the one before, could not be written, or
-                the model is not finite. Every rank raises, and no checkpoint of that step has come to be.
+                the model is not finite. Every rank raises, and there is no checkpoint of that step.
         """
         self.wait()
         self.last_step = step
@@ -102,12 +102,12 @@ class CheckpointWriter:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what has gone wrong in the background so far, without waiting."""
+        """Raises an error of the background thread, without waiting."""
         if self._error is not None:
             raise self._error
 
     def wait(self) -> None:
-        """Returns when every checkpoint is on disk under its name; raises what went wrong."""
+        """Waits until every checkpoint is on disk under its name; raises an error of the thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -123,7 +123,7 @@ class CheckpointWriter:
             self.wait()
         elif isinstance(error, Exception) and self._thread is not None:
             self._thread.join(LEAVE_SECONDS)
-            # All ranks know of a failure in writing; the first to raise it takes the others' connections with it.
+            # All ranks know of a failure in writing; the first to raise it closes the others' connections.
             if self._error is not None and not isinstance(error, MegamixError):
                 raise self._error from error
 
@@ -189,13 +189,13 @@ class CheckpointWriter:
             return {}, _cannot_write(partial / STATE, problem)
 
     def _ruined_own(self) -> str | None:
-        """What is NaN or infinite of what the engine is about to write, on this rank."""
+        """What is NaN or infinite in this rank's part of the own format, or None."""
         return None if self._own is None else _not_finite(f"rank {dist.get_rank()}", self._own.own_tensors())
 
     def _write_own(self, step: int, partial: Path, engine: OwnFormat) -> Outcome:
         """The engine writes, then each file is hashed by one rank.
 
-        A rank that cannot write raises by itself: the others may be waiting for it inside the engine.
+        A rank that cannot write raises at once: the others may be waiting for it inside the engine.
         """
         folder = partial / engine.own_format
         try:
@@ -212,7 +212,7 @@ class CheckpointWriter:
             return {}, f"cannot read back {folder}: {problem.strerror or problem}"
 
     def _on_main(self, act: Callable[[], None], path: Path) -> str | None:
-        """Lets rank 0 do something to ``path``; what went wrong."""
+        """Runs ``act``, which changes ``path``, on rank 0; returns its error."""
         try:
             if self._is_main:
                 act()
@@ -224,7 +224,7 @@ class CheckpointWriter:
         """The files of all ranks.
 
         Raises:
-            MegamixError: on every rank, what went wrong on one.
+            MegamixError: on every rank, the error of one.
             RankFailed: a rank is gone.
         """
         outcomes = self._gather(step, outcome)
@@ -265,7 +265,7 @@ def _cannot_write(path: Path, problem: BaseException) -> str:
 
 
 def _write_layers(partial: Path, layers: Layers) -> Outcome:
-    """Writes the layers that are given, to the first that cannot be written."""
+    """Writes layers, up to the first that cannot be written."""
     files: Files = {}
     error: str | None = None
     for layer, tensors in layers:
@@ -297,7 +297,7 @@ def _not_finite(where: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str 
 
 
 def _shared_out(seen: list[list[str]]) -> dict[str, int]:
-    """File -> a rank that sees it; no rank is given many more than others that see the same."""
+    """File -> a rank that sees it, balanced over ranks."""
     shared: dict[str, int] = {}
     load = [0] * len(seen)
     for name in sorted({name for names in seen for name in names}):
@@ -310,8 +310,8 @@ def _shared_out(seen: list[list[str]]) -> dict[str, int]:
 def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: bool = False) -> None:
     """Sets the engine's weights and optimizer state; each rank reads the layers it holds.
 
-    Layers are safetensors files. An own format is read by its engine; Megatron's holds pickled files, which it opens
-    only after their hashes were found right (`megamix.engines.megatron.checkpoint`).
+    Layers are safetensors files. A own format is read by its engine; Megatron's holds pickled files, which it opens
+    only after their hashes are checked (`megamix.engines.megatron.checkpoint`).
 
     Args:
         verified: whether all hashes were checked just now (`megamix.training.checkpoints.resume.agree_on_checkpoint`).
@@ -351,12 +351,12 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
 
 
 def format_of(engine: Engine) -> str:
-    """What the engine's checkpoints will hold, see `megamix.training.checkpoints.store.Listing`."""
+    """The form of the engine's checkpoints, see `megamix.training.checkpoints.store.Listing.holds`."""
     return engine.own_format if isinstance(engine, OwnFormat) and engine.saves_own_format else LAYERS
 
 
 def load_weights(weights: PretrainedWeights, engine: Engine) -> None:
-    """Sets the engine's weights to a given model's, with a fresh optimizer; each rank reads the layers it holds."""
+    """Loads pretrained weights with a fresh optimizer; each rank reads the layers it holds."""
     engine.optimizer_steps = 0
     for layer in engine.layers():
         state = {

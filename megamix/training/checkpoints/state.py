@@ -1,4 +1,4 @@
-"""State of a run in a checkpoint: state.json, or the part of a host's checkpoint that is ours."""
+"""State of a run in a checkpoint: state.json, or megamix's part of another trainer's checkpoint."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class GuardState:
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a run continues from but the weights of its model; whole on rank 0 only.
+    """State of a run but for its model and optimizer; complete on rank 0 only.
 
     Attributes:
         step: steps taken.
-        fingerprints: what the run is made of, by the names that ``checkpoint.accept_changed`` takes.
+        fingerprints: settings that must not change, see `megamix.training.checkpoints.resume.fingerprints`.
         sampler: of `Sampler.state_dict`.
         mixer: of `Mixer.state_dict`; None on other ranks.
         shadow: by name.
         manifest: path of the data set.
-        seed, interval: ``train.seed`` and the sums of the log's interval; None in a trainer that is not ours.
+        seed, interval: ``train.seed`` and the sums of the log's interval; None in another trainer than megamix's.
     """
 
     step: int

@@ -8,7 +8,7 @@
         checkpoint.json             every file's size and SHA-256, and a SHA-256 of this list; written last, before the
                                     directory gets its name
 
-An engine that writes a format of its own has a folder of its name in the place of ``layers``, which it alone reads.
+An engine with a own format has a folder of its name in place of ``layers``, which it alone reads.
 
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
 (`megamix.training.checkpoints.saving`, `megamix.training.checkpoints.keeping`). Nothing but an engine's own format is
@@ -38,17 +38,17 @@ FORMAT = "megamix-checkpoint"
 VERSION = 2  # 1 had no SHA-256 of the list itself
 PARTIAL = ".partial"
 BEFORE = ".before"
-"""What a checkpoint is called while another takes its name (`megamix.training.checkpoints.keeping`)."""
+"""Suffix of a checkpoint while another takes its name (`megamix.training.checkpoints.keeping`)."""
 LAYERS = "layers"
 LISTING = "checkpoint.json"
 STATE = "state.json"
 PATIENCE_SECONDS = 30.0
-"""How long a reader waits for a file that ought to be there. A machine of a shared file system may remember for as long
-that there was none when it looked last (NFS: acdirmin, 30 s)."""
+"""How long a reader waits for a file that should be there: a shared file system may cache its absence for as long (NFS:
+acdirmin, 30 s)."""
 _POLL_SECONDS = 0.1
 
 Files = dict[str, dict[str, Any]]
-"""By name in the checkpoint, what `describe` says of a file."""
+"""`describe` of every file, by its name in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Listing:
 
 
 def newest(folder: Path, *, quiet: bool = False) -> Path | None:
-    """The newest checkpoint in ``folder`` that `damage` finds nothing wrong with; None where there is none at all.
+    """The newest undamaged checkpoint in ``folder``; None where there is none at all.
 
     Args:
-        quiet: not to say which newer ones were passed over, and why.
+        quiet: do not log which newer ones are passed over, and why.
 
     Raises:
         ResumeRefused: there are checkpoints, and all are damaged.
@@ -89,8 +89,8 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
 def candidates(folder: Path) -> list[Path]:
     """The directories that may be checkpoints, newest first.
 
-    These are ``step_N``, and of a step of which a run was killed while one checkpoint took the name of another: the new
-    one, which was finished, else the old one.
+    These are ``step_N``; and where a run was killed while one checkpoint took the name of another, the new one if it is
+    complete, else the old one.
     """
     found = steps_in(folder)
     for step, before in steps_in(folder, BEFORE).items():
@@ -101,7 +101,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def refuse_damaged(folder: Path, passed_over: Sequence[tuple[Path, str]]) -> None:
-    """Refuses to start anew where there was something to continue from.
+    """Refuses to start anew where all checkpoints are damaged.
 
     Raises:
         ResumeRefused: ``passed_over``, checkpoints and what is wrong with them, is not empty.
@@ -160,7 +160,7 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def damage(path: Path, patience: float = 0.0) -> str | None:
-    """What is wrong with a checkpoint, as far as can be said without reading its weights, or None.
+    """The damage of a checkpoint, found without reading its weights, or None.
 
     checkpoint.json and state.json are checked by their hashes, the other files by presence and size.
 
@@ -179,11 +179,11 @@ def damage(path: Path, patience: float = 0.0) -> str | None:
 def damage_of_files(
     path: Path, listing: Listing, names: Iterable[str], deadline: float, *, hashes: bool = True
 ) -> str | None:
-    """What is wrong with the first damaged one of some files of a checkpoint, or None.
+    """The damage of the first damaged one of some files of a checkpoint, or None.
 
     Args:
-        deadline: on the clock of `time.monotonic`, when a file that is not there is missing.
-        hashes: whether to read the files, or only look at their sizes.
+        deadline: by `time.monotonic`; a file that is absent then is missing.
+        hashes: whether to check hashes, or only sizes.
     """
     for name in names:
         expected = listing.files.get(name)
@@ -204,9 +204,9 @@ def damage_of_files(
 
 
 def wait_for(path: Path, deadline: float) -> bool:
-    """Whether there is such a file, at the latest when the clock of `time.monotonic` reads ``deadline``."""
+    """Whether the file exists, waiting until ``deadline`` by `time.monotonic`."""
     while True:
-        # What cannot be asked for (a stale handle, say) may be there the next time.
+        # A stale handle may be gone the next time.
         with suppress(OSError):
             if path.is_file():
                 return True
@@ -234,14 +234,14 @@ def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
 
 
 def refusal(path: Path, problem: str) -> ResumeRefused:
-    """The error for a damaged checkpoint that was asked for by its path."""
+    """The error for a damaged checkpoint that was named by its path."""
     return ResumeRefused(
         f"the checkpoint {path} is damaged: {problem}. Resume from another (checkpoint.resume=PATH, or auto for the newest whole one)."
     )
 
 
 def kind(path: Path) -> str:
-    """What holds the weights of a checkpoint, see `Listing`.
+    """The form of the weights of a checkpoint, see `Listing.holds`.
 
     Raises:
         ResumeRefused: its checkpoint.json is damaged.
@@ -261,7 +261,7 @@ def verify(path: Path, name: str) -> None:
     """Checks the hash of one file of a checkpoint.
 
     Raises:
-        ResumeRefused: it is not what was written.
+        ResumeRefused: it is damaged.
     """
     try:
         listing = read_listing(path)
@@ -284,6 +284,6 @@ def describe(path: Path, sync: bool = True) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a file of a checkpoint; returns what `describe` says of it."""
+    """Writes a file of a checkpoint; returns its `describe`."""
     path.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
     return describe(path)

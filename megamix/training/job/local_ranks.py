@@ -1,4 +1,4 @@
-"""Ranks on this machine: where a process stands in its job, and starting the ranks when nobody else does.
+"""Local ranks: the place of a process in its job, and starting the ranks where no launcher has.
 
 torchrun and srun start one process per rank, and their environment says which one this is. Otherwise `run_local` starts
 the ranks, watches them, and ends all of them when one dies.
@@ -27,7 +27,7 @@ REPORTS = "MEGAMIX_FAILURE_REPORTS"
 
 
 def job_world_size() -> int | None:
-    """The ranks of the job this process is a rank of; None when nobody has started ranks.
+    """Ranks of the job of this process; None where no launcher has started ranks.
 
     Puts Slurm's view of the job into the variables that torchrun sets.
     """
@@ -73,7 +73,7 @@ def run_local(
         variables: of their environment.
 
     Returns:
-        The exit code of the job: 0, that of the rank that failed first, or 75 where it was asked to stop.
+        The exit code of the job: 0, the code of the rank that failed first, or 75 where it was asked to stop.
 
     Raises:
         RankFailed: a rank was ended by a signal, or this process was asked to stop twice.

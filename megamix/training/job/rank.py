@@ -18,7 +18,7 @@ def run_rank(engine: EngineConfig, work: Callable[[], None]) -> None:
 
     Raises:
         Preempted: ``work`` was asked to stop.
-        Exception: whatever else it raised; its process group is then left as it is, as others may wait in it.
+        Exception: any other error; the process group is left as it is, as other ranks may wait in it.
     """
     import torch.distributed as dist
 

@@ -1,6 +1,6 @@
-"""Being asked to stop: the signals that Slurm, a terminal or an administrator sends, turned into a wish.
+"""Signals of Slurm, a terminal or an administrator, turned into a request to stop.
 
-A rank that is asked goes on working. Its wish travels with the sums of its next step (`megamix.mixing.exchange`), so
+A rank that gets one goes on working. Its request travels with the sums of its next step (`megamix.mixing.exchange`), so
 that all ranks learn of it in the same step, stop at the same boundary and leave a checkpoint there.
 """
 

@@ -1,8 +1,8 @@
-"""``RUN/events.jsonl``: what happened to a run, in the order in which it happened.
+"""Events of a run: ``RUN/events.jsonl``, in the order in which they happened.
 
 A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
 ``resumed``, ``skipped`` (a step, by the guard), ``preempted``, ``failed`` and ``ended`` (as its config says).
-Unlike the run's record it is never cut back on resume: it also tells what was done twice.
+Unlike the record it is never cut back on resume, so it shows steps that were done twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Event = Literal["started", "resumed", "skipped", "preempted", "failed", "ended"]
 
 
 class EventLog:
-    """Adds to the events of a run; rank 0 only."""
+    """Writer of the events of a run; rank 0 only."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = AppendFile(run_dir / EVENTS)
 
     def note(self, event: Event, step: int, text: str = "") -> None:
-        """Adds one; where it cannot be written there is a warning: what it tells of matters more."""
+        """Adds an event; a failure to write is only a warning, as the event itself matters more."""
         line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text}
         try:
             self._file.write_line(line)

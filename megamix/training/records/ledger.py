@@ -1,4 +1,4 @@
-"""weights.jsonl, read back: which weights were in effect where, and what stood at any position of a run.
+"""Ledger: weights.jsonl, read back; the weights and counts at any position of a run.
 
 Every line carries the blend's counts and deficits where its stretch of weights starts, so a position is found from one
 line, in O(K), without replaying the run.
@@ -28,10 +28,10 @@ KEYS = ("step", "position", "domain_names", "domain_weights", "segment")
 
 @dataclass(frozen=True)
 class Ledger:
-    """The weights of a run by position; what follows from all lines is worked out once.
+    """Weights of a run by position.
 
     Attributes:
-        lines: those of weights.jsonl that hold, by rising position; at least one, the initial weights first.
+        lines: the lines of weights.jsonl in force, by rising position; at least one, the initial weights first.
         seed, sampling: of the run.
     """
 
@@ -64,7 +64,7 @@ class Ledger:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The N domains: those of the last line, then those that were there before."""
+        """The N domains: of the last line, then earlier ones."""
         names = dict.fromkeys(self.lines[-1]["domain_names"])
         for line in reversed(self.lines):
             names |= dict.fromkeys(line["domain_names"])

@@ -1,4 +1,4 @@
-"""What a run's weights came to, over all of it or a stretch: exact integrals of its ledger."""
+"""Mean weights of a run or of a part of it: exact integrals of its ledger."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A run as its directory tells it: config.resolved.yaml, metrics.jsonl and weights.jsonl.
+"""Recorded run: config.resolved.yaml, metrics.jsonl and weights.jsonl, read back.
 
-What only the data set knows (natural shares, epochs) is left out where the data set is no longer there.
+Natural shares and epochs need the data set; they are empty where it is gone.
 
-Legend: N domains, those of the end of the run and those it had before.
+Legend: N domains, of the end of the run and of any time before.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class RunRecord:
         self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
 
     def note(self, event: Event, step: int, text: str = "") -> None:
-        """Something that happened to the run (`megamix.training.records.events`)."""
+        """Adds an event (`megamix.training.records.events`)."""
         self._events.note(event, step, text)
 
     def announce(
@@ -80,19 +80,19 @@ class RunRecord:
         mixer_record: Mapping[str, object],
         change: Mapping[str, Any] | None = None,
     ) -> None:
-        """The weights a run starts or goes on with, which follow from no step's statistics.
+        """Logs weights that a run starts or continues with and that follow from no step's statistics.
 
         Args:
             step: steps taken.
             segments: (effective step, stretch), rising.
-            change: what is different from the run before, on resume.
+            change: difference from the run before, on resume.
         """
         extra = {} if change is None else {"change": dict(change)}
         for effective_step, segment in segments:
             self._write_weights(step, effective_step, segment.start, segment, {**mixer_record, **extra})
 
     def step(self, report: MixReport) -> None:
-        """The sums of one step, and what mixers that only log make of them; every step in turn."""
+        """Logs the sums of a step and the changes of shadows; called for every step in turn."""
         self._statistics.write(report.step + 1, report.stats)
         for change in report.shadows:
             if change.name not in self._shadows:
@@ -100,7 +100,7 @@ class RunRecord:
             self._shadows[change.name].write_line(shadow_line(self._domains, change))
 
     def weights(self, report: MixReport, position: int) -> None:
-        """The weights that follow from a step."""
+        """Logs the weights that follow from a step."""
         record = {**report.record, **statistics_record(report.stats)}
         self._write_weights(report.step + 1, report.effective_step, position, report.segment, record)
 
@@ -141,7 +141,7 @@ class RunRecord:
 
 
 def shadow_line(domains: tuple[str, ...], change: ShadowChange) -> dict[str, Any]:
-    """The line of a mixer that only logs: that of weights.jsonl, had it been the run's."""
+    """The line of a shadow, in the format of weights.jsonl."""
     return _weights_line(domains, change.step, change.effective_step, change.position, change.segment, change.record)
 
 
@@ -180,8 +180,7 @@ class SampleLog:
 
     @classmethod
     def drop_after(cls, run_dir: Path, resumed_step: int) -> None:
-        """Drops the lines past ``resumed_step`` (0: all) of every rank there ever was; before any of them opens its
-        file."""
+        """Drops the lines past ``resumed_step`` (0: all) of every rank; called before any rank opens its file."""
         for path in (run_dir / cls.FOLDER).glob("data_*.jsonl"):
             _drop_lines_after(path, resumed_step)
 
@@ -199,8 +198,8 @@ class SampleLog:
 
 
 class IntervalLog:
-    """Sums over the steps since the last ``train`` line; its state is part of the checkpoint, so that no line depends
-    on a restart."""
+    """Sums over the steps since the last ``train`` line; part of the checkpoint, so that no line depends on a
+    restart."""
 
     def __init__(self, domains: tuple[str, ...], state: Mapping[str, Any] | None = None) -> None:
         self._domains = domains
@@ -257,7 +256,7 @@ def _open(path: Path, resumed_step: int | None) -> AppendFile:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Drops the lines past ``step``, and a last one that was cut off in writing.
+    """Drops lines past ``step`` and a cut-off last one.
 
     Raises:
         MegamixError: the disk is full; the file is as it was then.

@@ -1,4 +1,4 @@
-"""Optional places to look at a run while it goes on, beside its own record: TensorBoard and Weights & Biases."""
+"""Sinks: TensorBoard and Weights & Biases, optional beside the run's record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamix.training.config import RunConfig
 
 
 class Sink(Protocol):
-    """Takes named numbers at steps; steps of one name grow, those of different names may interleave."""
+    """Logs named numbers at steps. The steps of one name rise; names may interleave."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -36,7 +36,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of a Weights & Biases project; resumed under the same name by a resumed run."""
+    """A run of a Weights & Biases project; a resumed run continues it under the same name."""
 
     def __init__(self, project: str, config: RunConfig) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -70,7 +70,7 @@ def check_sinks(config: RunConfig) -> None:
 
 
 def make_sinks(config: RunConfig, first_step: int) -> list[Sink]:
-    """The sinks that the config asks for; ``first_step`` is the first one that will be logged."""
+    """The sinks of the config; ``first_step`` is the first step to log."""
     sinks: list[Sink] = []
     if config.log.tensorboard:
         sinks.append(TensorBoardSink(config.run_dir, first_step))

@@ -1,4 +1,4 @@
-"""``RUN/statistics``: the sums of every step, as the mixer saw them; what `megamix replay` reads.
+"""Step statistics: ``RUN/statistics``, the sums of every step as the mixer saw them; `megamix replay` reads them.
 
 A file ``from_STEP.bin`` begins with one line of JSON (``first_step``, ``domain_names``, ``columns``) and goes on with a
 row a step: for each column K numbers of eight bytes, little-endian, ``nats`` and ``excess_nats`` as floats and
@@ -37,7 +37,7 @@ class StatisticsFile:
         first_step: the step of the first row.
         columns: nats, tokens and, where losses were summed against a reference, excess_nats.
         start: bytes before the first row.
-        num_rows: whole rows; one that was cut off in writing does not count.
+        num_rows: complete rows; a cut-off one does not count.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class StatisticsFile:
 
 
 class StatisticsWriter:
-    """Appends rows; what a run that is resumed had written past its checkpoint is dropped first.
+    """Appends rows; on resume, rows past the checkpoint are dropped first.
 
     Args:
         resumed_step: steps taken; None starts anew.
@@ -159,7 +159,7 @@ class RecordedStatistics:
         return len(self.tokens)
 
     def step(self, step: int, weights: NDArray[np.float64]) -> DomainStats:
-        """What the mixer saw of ``step``, 1 to T; ``weights`` (float64 [K]) are those its tokens were drawn with."""
+        """The mixer's statistics of ``step``, 1 to T; its tokens were drawn with ``weights`` (float64 [K])."""
         excess = None if self.excess_nats is None else self.excess_nats[step - 1]
         return DomainStats(self.nats[step - 1], self.tokens[step - 1], excess, weights)
 
@@ -209,7 +209,7 @@ def _row_type(domains: Sequence[str], columns: Sequence[str]) -> np.dtype[Any]:
 
 
 def _keep_until(path: Path, step: int) -> StatisticsFile | None:
-    """Drops the rows past ``step``, and a cut-off one; returns what is left, None for nothing."""
+    """Drops rows past ``step`` and a cut-off one; returns the rest, None where nothing is left."""
     file = StatisticsFile.open(path)
     kept = min(file.num_rows, max(step + 1 - file.first_step, 0))
     if kept == 0:

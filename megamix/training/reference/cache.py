@@ -1,4 +1,4 @@
-"""The reference losses of a plan: what a cache of them must fit, and which samples a run will read.
+"""Reference losses of a plan: the key of their cache, and the samples that a run will read.
 
 Legend: K domains, n samples.
 """
@@ -87,7 +87,7 @@ def samples_read(plan: DataPlan) -> Selection:
     the weights, so that these are the first ones of it.
     """
     mixer, stages = plan.config.mixer, len(plan.policy.stages.steps)
-    # DoReMi's sampling weights are those of its start, whatever later stages say.
+    # DoReMi samples with its initial weights.
     loss_only = isinstance(mixer, DoremiConfig) and mixer.apply == "loss" and stages == 1
     fixed = isinstance(mixer, StaticConfig) or loss_only
     most_K = _counts(plan) if fixed else np.ceil(plan.policy.constraints.cap * plan.total_samples).astype(np.int64)
