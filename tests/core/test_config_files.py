@@ -211,7 +211,7 @@ def test_a_file_among_the_overrides_is_laid_over(tmp_path: Path) -> None:
     (tmp_path / "over.yaml").write_text("include: part.yaml\ntrain: {steps: 5}\nengine: {name: megatron, tensor: 2}\n")
     data = read_yaml(tmp_path / "base.yaml")
     over = str(tmp_path / "over.yaml")
-    assert apply_overrides(data, ["train.steps=3", over, "train.lr=2"]) == {
+    assert apply_overrides(data, ["train.steps=3", over, "train.lr=2"], KINDS) == {
         "train": {"steps": 5, "lr": 2, "warmup": 0.5},
         "engine": {"name": "megatron", "tensor": 2},
     }
