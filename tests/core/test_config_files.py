@@ -107,7 +107,7 @@ def test_merges_are_the_same_with_every_pyyaml(version: str, tmp_path: Path) -> 
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     subprocess.run([*install, f"pyyaml=={version}"], check=True)
     code = (
-        "import json, sys, yaml\nfrom megamix.core.config import parse_yaml\n"
+        "import json, sys, yaml\nfrom megamix.core.yaml_text import parse_yaml\n"
         f"assert yaml.__version__ == {version!r}\n"
         "print(json.dumps([parse_yaml(text, 't') for text in json.loads(sys.argv[1])]))"
     )
