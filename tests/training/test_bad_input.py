@@ -35,16 +35,10 @@ def message(done: subprocess.CompletedProcess[str]) -> str:
         ("mixer={name: odm, alhpa: 0.5}", ["mixer.alhpa", "alpha"]),
         ("mixer={name: odn}", ["odn", "odm"]),
         ("mixture={code: 1, packages: 1, tables: 1, topics: -1}", ["topics", "-1"]),
-        ("mixture={code: 1, packages: .nan, tables: 1, topics: 1}", ["packages", "nan"]),
-        ("mixture={code: 1, packages: 1, tables: 1}", ["topics"]),
-        ("mixture={code: 1, packages: 1, tables: 1, topic: 1}", ["topic", "topics"]),
         ("train.global_batch=9", ["global_batch", "9", "2"]),
-        ("engine={pipeline: 3}", ["pipeline", "3", "2 decoder layers"]),
         ("engine={tensor: 2}", ["tensor", "2"]),
-        ("model.vocab_size=100", ["vocab_size", "100", "512"]),
         ("model.preset=neox-3m", ["neox-3m", "neox-2m"]),
         ("data.seq_length=1000000", ["domain", "1000000"]),
-        ("data.max_epochs=0.001", ["max_epochs", "0.001"]),
         ("train.lr=fast", ["train.lr", "fast"]),
         ("data.manifest=nowhere", ["nowhere", "prepare"]),
         ("steps", ["key.path=value"]),
@@ -132,26 +126,6 @@ def test_resumes_that_would_not_continue_the_run_are_refused(
     assert "step_99" in message(megamix("train", config, "--resume", stopped_run / "checkpoints/step_99", code=2))
     assert times() == before
     megamix("train", config, "train.steps=10", "checkpoint.accept_changed=[train]")
-
-
-def test_damaged_checkpoints(megamix: Run, tiny_config: Write, stopped_run: Path) -> None:
-    """An unfinished or truncated checkpoint is passed over, with the reason; a flipped bit is noticed."""
-    checkpoints = stopped_run / "checkpoints"
-    (checkpoints / "step_12.partial").mkdir()
-    layer = checkpoints / "step_8" / "layers" / "00001.safetensors"
-    whole = layer.read_bytes()
-    layer.write_bytes(whole[:-10])
-    log = megamix("train", tiny_config(), "train.stop_after=5").stderr
-    assert "passing over" in log
-    assert "step_12.partial" in log
-    assert "step_8: layers/00001.safetensors" in log
-    layer = checkpoints / "step_5" / "layers" / "00001.safetensors"
-    flipped = bytearray(layer.read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    layer.write_bytes(bytes(flipped))
-    text = message(megamix("train", tiny_config(), "--resume", checkpoints / "step_5", code=3))
-    assert "00001.safetensors" in text
-    assert "SHA-256" in text
 
 
 def test_prepare_names_what_is_wrong(megamix: Run, tmp_path: Path) -> None:

@@ -1,19 +1,15 @@
-"""The main job with real DeepSpeed: stopping and resuming, dying ranks. Every run is a process of its own. What both
+"""The main job with real DeepSpeed: stopping and resuming. Every run is a process of its own. What both
 engines do alike is in test_engines.py."""
 
 from __future__ import annotations
 
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from commands import ENVIRONMENT, ROOT
-from processes import children, gone, start, wait_for_step
 from records import lines, record, samples
 
 from megamix.analysis.inspect import inspect_sample
@@ -55,43 +51,6 @@ def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Wri
         shown = inspect_sample(whole, (step - 1) * 8 + 5).text()
         assert f"domain      {weights[0]['domain_names'][domain]} " in shown
         assert f"sample      {sample} of " in shown
-
-
-def test_a_run_that_is_killed_leaves_no_process_and_resumes(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
-    """SIGKILL of the last rank in mid-run: the rest end within 60 s, the reason is said, no process is left. SIGKILL of
-    the starter of the resumed run: no rank is left behind. The next start finishes the very run that was never
-    disturbed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sections = {"engine": layout(2, 1), "train": {"steps": 80}, "checkpoint": {"every": 10}}
-    megamix("train", tiny_config(run_dir=str(whole), **sections))
-    config = tiny_config(run_dir=str(killed), **sections)
-    process = start(config)
-    wait_for_step(killed, 15, process)
-    ranks = children(process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
-    died = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - died < 60
-    assert process.returncode == 1
-    assert "rank 1 of 2 was ended by signal SIGKILL" in stderr
-    assert gone(ranks)
-
-    process = start(config)
-    wait_for_step(killed, 40, process)
-    ranks = children(process.pid)
-    assert len(ranks) == 2
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not gone(ranks):
-        time.sleep(0.1)
-    assert gone(ranks)
-
-    resumed = megamix("train", config)  # ranks that had lived on would have finished the run
-    assert re.search(r"resuming from .*step_\d0", resumed.stderr)
-    assert record(killed) == record(whole)
-    assert samples(killed) == samples(whole)
 
 
 def test_joins_ranks_that_torchrun_starts(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
