@@ -78,6 +78,7 @@ class MixReport:
     Attributes:
         stats: the sums of the step over the whole world.
         effective_step: the first step with the weights that follow from it.
+        position: its first sample.
         segment: the stretch of constant weights that ``effective_step`` starts in.
         record: `Mixer.record`.
         updated: whether new weights were computed, by the mixer or by a staged mixture.
@@ -87,6 +88,7 @@ class MixReport:
     step: int
     stats: DomainStats
     effective_step: int
+    position: int
     segment: Segment
     record: dict[str, object]
     updated: bool
@@ -220,8 +222,8 @@ class MixExchange:
         if kinds == 2:
             self._loss_weights = weights[1].numpy()
         if self._mixer is not None and stats is not None:
-            segment = self._sampler.segment_at(effective_step)
-            self._on_report(MixReport(step, stats, effective_step, segment, self._mixer.record(), updated))
+            position, segment = effective_step * self._policy.global_batch, self._sampler.segment_at(effective_step)
+            self._on_report(MixReport(step, stats, effective_step, position, segment, self._mixer.record(), updated))
 
     def _on_host(self, reduced: torch.Tensor, work: Any) -> torch.Tensor:
         """The sums once they are reduced, on the CPU."""

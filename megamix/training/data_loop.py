@@ -25,6 +25,7 @@ from megamix.training.checkpoints.resume import Resumed, data_fingerprints
 from megamix.training.checkpoints.state import RunState
 from megamix.training.guard import Guard
 from megamix.training.plan import DataPlan
+from megamix.training.records.run_record import RunRecord
 from megamix.training.reference.cache import open_reference, reference_folder
 
 
@@ -66,6 +67,7 @@ class MixedData:
             )
         self.plan = plan
         self.step = 0 if resumed is None else resumed.step
+        self._is_new = resumed is None
         self._device = device
         self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.state.guard)
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
@@ -153,6 +155,13 @@ class MixedData:
         """Waits for the weights that follow from all submitted steps; then drops past weights."""
         self.exchange.settle(self.step)
         self.sampler.forget_before(self.step)
+
+    def announce(self, record: RunRecord) -> None:
+        """Logs the weights that the run starts with, or continues with after a change on resume; on rank 0."""
+        if self.mixer is not None and (self._is_new or self.change is not None):
+            batch = self.plan.config.train.global_batch
+            segments = [(segment.start // batch, segment) for segment in self.sampler.segments_from(self.step)]
+            record.announce(self.step, segments, self.mixer.record(), self.change)
 
     def take_reports(self) -> list[MixReport]:
         """Reports of the steps since the last call, on rank 0."""

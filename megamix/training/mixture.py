@@ -80,40 +80,24 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class _NamedMixture(Mixture):
-    """``uniform`` or ``natural``."""
+class _PlainMixture(Mixture):
+    """``uniform``, ``natural`` or ``{domain: weight}``."""
 
-    name: str
-
-    def describe(self) -> str:
-        return self.name
-
-    label = describe
-
-    def weights(self, frame: MixFrame, source: str) -> Floats:
-        return frame.natural if self.name == "natural" else np.full(len(frame.names), 1 / len(frame.names))
-
-    def fingerprint(self, names: Names, stages: Stages) -> object:
-        return self.name
-
-
-@dataclass(frozen=True)
-class _GivenMixture(Mixture):
-    """``{domain: weight}``."""
-
-    given: Mapping[str, float]
+    value: str | dict[str, float]
 
     def describe(self) -> str:
-        return "as given"
+        return self.value if isinstance(self.value, str) else "as given"
 
     def label(self) -> str:
-        return "given weights"
+        return self.value if isinstance(self.value, str) else "given weights"
 
     def weights(self, frame: MixFrame, source: str) -> Floats:
-        return normalise_weights(self.given, frame.names, source)
+        if isinstance(self.value, dict):
+            return normalise_weights(self.value, frame.names, source)
+        return frame.natural if self.value == "natural" else np.full(len(frame.names), 1 / len(frame.names))
 
     def fingerprint(self, names: Names, stages: Stages) -> object:
-        return self.given
+        return self.value
 
 
 class FileMixture(Config, Mixture):
@@ -232,9 +216,7 @@ MixtureConfig = Annotated[
 
 def mixture_of(value: str | dict[str, float] | Mixture) -> Mixture:
     """The kind of a value of ``mixture``, or of the ``weights`` of a stage."""
-    if isinstance(value, Mixture):
-        return value
-    return _NamedMixture(value) if isinstance(value, str) else _GivenMixture(value)
+    return value if isinstance(value, Mixture) else _PlainMixture(value)
 
 
 def read_bounds(key: str, value: float | Mapping[str, float], names: Names, default: float) -> Floats:

@@ -89,8 +89,7 @@ class Trainer:
         if self.is_main:
             sinks = make_sinks(self.config, self.step + 1)
             self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks)
-            if resumed is None or self.data.change is not None:
-                self._announce_weights(self.data.change)
+            self.data.announce(self.record)
         self._sample_log = self._open_sample_log()
         if resumed is not None:
             get_logger().info("resuming from %s", resumed.path)
@@ -242,14 +241,6 @@ class Trainer:
         if self.record is not None:
             self.record.note(event, self.step, text)
 
-    def _announce_weights(self, change: dict[str, Any] | None) -> None:
-        """Logs the weights that the run starts with, or continues with after a change on resume."""
-        assert self.record is not None
-        assert self.data.mixer is not None
-        batch = self.config.train.global_batch
-        segments = [(segment.start // batch, segment) for segment in self.data.sampler.segments_from(self.step)]
-        self.record.announce(self.step, segments, self.data.mixer.record(), change)
-
     def _stop_exhausted(self, end: DataExhausted) -> None:
         """Ends the run before a step that would read a domain too often (``data.on_exhausted: stop``)."""
         if self.step > self._first_step:  # else it had ended here before
@@ -293,8 +284,6 @@ class Trainer:
         for report in self.data.take_reports():
             self._log.add_stats(report.stats)
             self.record.step(report)
-            if report.updated:
-                self.record.weights(report, report.effective_step * self.config.train.global_batch)
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch if self.place.device.type == "cpu" else batch.to(self.place.device)

@@ -96,7 +96,7 @@ def write_run(run_dir: Path, manifest: Path, steps: int = STEPS, recorded_as: Pa
             sampler.set_weights(weights, step + 2)
             stats = DomainStats(nats=np.ones(3), tokens=np.full(3, 4))
             segment = sampler.segment_at(step + 2)
-            record.weights(MixReport(step, stats, step + 2, segment, {"is_warmup": False}, True), (step + 2) * BATCH)
+            record.weights(MixReport(step, stats, step + 2, (step + 2) * BATCH, segment, {"is_warmup": False}, True))
             line = {"step": step + 1, "tokens": (step + 1) * BATCH * SEQ, "loss": 5.0, "tokens_per_second": 1.0}
             losses = {"web": 6.0 - step / 20, "c_$1$": None, "_books": 6.0 - step / 80}
             record.train({**line, "domain_loss": losses})

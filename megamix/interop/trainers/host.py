@@ -168,19 +168,13 @@ class HostRun:
     def _open_record(self, folder: Path, resumed: Resumed | None) -> RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(folder, self.plan.domain_names, None if resumed is None else resumed.step)
-        if resumed is None or self.data.change is not None:
-            assert self.data.mixer is not None
-            batch = self.plan.config.train.global_batch
-            segments = [(segment.start // batch, segment) for segment in self.data.sampler.segments_from(self.step)]
-            record.announce(self.step, segments, self.data.mixer.record(), self.data.change)
+        self.data.announce(record)
         return record
 
     def _write_reports(self) -> None:
         assert self._record is not None
         for report in self.data.take_reports():
             self._record.step(report)
-            if report.updated:
-                self._record.weights(report, report.effective_step * self.plan.config.train.global_batch)
 
 
 def save_state(path: Path, state: RunState) -> None:

@@ -92,17 +92,19 @@ class RunRecord:
             self._write_weights(step, effective_step, segment.start, segment, {**mixer_record, **extra})
 
     def step(self, report: MixReport) -> None:
-        """Logs the sums of a step and the changes of shadows; called for every step in turn."""
+        """Logs the sums of a step, new weights and the changes of shadows; called for every step in turn."""
         self._statistics.write(report.step + 1, report.stats)
         for change in report.shadows:
             if change.name not in self._shadows:
                 self._shadows[change.name] = _open(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
             self._shadows[change.name].write_line(shadow_line(self._domains, change))
+        if report.updated:
+            self.weights(report)
 
-    def weights(self, report: MixReport, position: int) -> None:
+    def weights(self, report: MixReport) -> None:
         """Logs the weights that follow from a step."""
         record = {**report.record, **statistics_record(report.stats)}
-        self._write_weights(report.step + 1, report.effective_step, position, report.segment, record)
+        self._write_weights(report.step + 1, report.effective_step, report.position, report.segment, record)
 
     def train(self, line: dict[str, Any]) -> None:
         self._metrics.write_line({"event": "train", **line})
