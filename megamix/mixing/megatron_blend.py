@@ -1,4 +1,4 @@
-"""Megatron-LM's ways to name a blend of token files, read and written.
+"""Megatron-LM's formats of a blend of token files, read and written.
 
     --data-path "0.3 /data/web 0.7 /data/code"    weights and prefixes in turn, or prefixes alone
     --data-args-path FILE                          the same string in a file
@@ -29,7 +29,7 @@ from megamix.core.errors import InputError, did_you_mean
 MegatronSplit = Literal["train", "valid", "test"]
 SPLITS: tuple[MegatronSplit, ...] = ("train", "valid", "test")
 DEFAULT_SPLIT = "969,30,1"
-"""What Megatron takes where ``--split`` is not given."""
+"""Megatron's default of ``--split``."""
 PER_SPLIT_KEYS = frozenset(SPLITS)
 
 _SUFFIXES = ("_text_document", "_text_sentence")
@@ -221,7 +221,7 @@ def domain_name(prefix: str) -> str:
 def domains_of(
     prefixes: Sequence[str], source: str, named: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, list[int]]:
-    """Which files belong to which domain: the numbers of the prefixes by name, names in order of first appearance.
+    """Files by domain: the numbers of the prefixes by name, names in order of first appearance.
 
     Args:
         named: prefixes by domain, where the user has named them; the others are named by `domain_name`. Shards of one

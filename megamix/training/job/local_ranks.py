@@ -110,8 +110,7 @@ def run_local(
 
 
 def report_failure(message: str) -> None:
-    """Says why this process fails: to whoever started the ranks, who prints one rank's reason, else to standard
-    error."""
+    """Reports why this process fails: to the starter of the ranks, which prints one reason, else to standard error."""
     folder = os.environ.get(REPORTS)
     if folder and Path(folder).is_dir():
         (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
@@ -142,7 +141,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], received: list[int], report
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], reports: Path) -> int:
-    """Prints the reason of the rank that failed first, as far as can be told, and returns its exit code."""
+    """Prints the reason of the rank that probably failed first; returns its exit code."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
@@ -176,7 +175,7 @@ def _blame(code: int) -> int:
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ends whatever still runs, for good: it heeds other signals by going on to the next step, which never comes.
+    """Kills the ranks that still run: other signals only make them wait for the next step, which never comes.
 
     Nothing is lost by that, as files are there whole or not at all.
     """

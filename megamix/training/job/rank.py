@@ -1,4 +1,4 @@
-"""What the ranks of every job have in common: they join, watch each other, keep other jobs out, and leave together."""
+"""Life of a rank in any job: joining, the watchdog, the lock on the folder, leaving."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_rank(engine: EngineConfig, work: Callable[[], None]) -> None:
 
 @contextmanager
 def watched(config: WatchdogConfig, folder: Path) -> Iterator[Watchdog]:
-    """Inside, the ranks of the process group watch each other, and rank 0 holds the lock on ``folder``.
+    """A block in which the ranks of the process group watch each other, and rank 0 holds the lock on ``folder``.
 
     Raises:
         InputError: another job works there.

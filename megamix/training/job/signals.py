@@ -15,11 +15,11 @@ _received: list[signal.Signals] = []
 
 
 def heed_signals() -> None:
-    """From here on `SIGNALS` are remembered instead of ending this process; in a main thread only."""
+    """Makes `SIGNALS` requests to stop instead of ending this process; in a main thread only."""
     for number in SIGNALS:
         signal.signal(number, lambda number, _frame: _received.append(signal.Signals(number)))
 
 
 def asked_to_stop() -> bool:
-    """Whether this process has been sent one of `SIGNALS`."""
+    """Whether this process has received one of `SIGNALS`."""
     return bool(_received)

@@ -1,1 +1,2 @@
-"""A reference model's loss of every training token: computed once, read by runs that need excess losses."""
+"""Reference losses: a reference model's loss of every training token, computed once for runs that need excess
+losses."""

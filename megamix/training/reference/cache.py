@@ -31,12 +31,12 @@ def open_reference(plan: DataPlan) -> ReferenceLosses | None:
 
 
 def reference_folder(plan: DataPlan) -> Path | None:
-    """The key ``reference`` of the mixer's config; None where it has none, or no value."""
+    """The key ``reference`` of the mixer's config, or None."""
     return getattr(plan.config.mixer, "reference", None)
 
 
 def describe_cache(folder: Path) -> Report:
-    """What a folder of reference losses holds, for `megamix inspect`.
+    """Describes a folder of reference losses, for `megamix inspect`.
 
     Raises:
         InputError: it is damaged.
@@ -61,7 +61,7 @@ def describe_cache(folder: Path) -> Report:
 
 
 def cache_key(plan: DataPlan) -> CacheKey:
-    """What a cache must be of to be read by the run; no row is computed yet."""
+    """The key that a cache must have for the run; no row counts as computed."""
     data = plan.config.data
     return CacheKey(
         seq_length=data.seq_length,
@@ -82,9 +82,8 @@ def whole_domains(plan: DataPlan) -> Selection:
 def samples_read(plan: DataPlan) -> Selection:
     """The samples that a run may read, from its first step to its last.
 
-    With weights that are known beforehand, the blend says how many each domain gives; a mixer that moves them may take
-    up to ``data.max_weight`` of all samples from any. A domain gives its samples in an order that does not depend on
-    the weights, so that these are the first ones of it.
+    With fixed weights the blend says how many samples each domain gives; a mixer may take up to ``data.max_weight`` of
+    all samples from any. The order of a domain's samples does not depend on the weights, so these are its first ones.
     """
     mixer, stages = plan.config.mixer, len(plan.policy.stages.steps)
     # DoReMi samples with its initial weights.

@@ -1,7 +1,7 @@
-"""``megamix reference``: a trained model's loss of every training label, written once for DoReMi's proxy to read.
+"""``megamix reference``: a trained model's loss of every training label, computed once for DoReMi's proxy.
 
-The job runs like ``train``, on the layout of the reference run's config or on another: ranks share the samples out,
-and each writes the rows of its own. Killed at any moment, it goes on from the last safe point.
+The job runs like ``train``, on the layout of the reference run's config or on another. Ranks divide the samples, and
+each writes its rows. Killed at any moment, the job continues from the last safe point.
 
 Legend: M micro-batches, B samples in one, S tokens in a sample, n samples.
 """
@@ -49,12 +49,12 @@ LOG_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """What a job computes.
+    """Reference job.
 
     Attributes:
-        plan: the reference run's, of the domains whose losses are wanted.
+        plan: of the reference run, with the domains whose losses are wanted.
         path: the checkpoint.
-        info: what reference.json will say.
+        info: the contents of reference.json.
         selection: the windows to compute.
     """
 
@@ -73,11 +73,11 @@ def reference(
         source: a run directory, or a checkpoint in one.
         out: the folder of the losses.
         overrides: ``key=value`` changes to the reference run's config: other data, another layout.
-        proxy: the config of the only run that will read the losses: what it does not read is not computed.
+        proxy: the config of the only run that will read the losses; other samples are not computed.
         save_every: tokens a data-parallel rank computes between safe points; None: `SAVE_EVERY`.
 
     Raises:
-        MegamixError: anything a user can mend.
+        MegamixError: any error that a user can fix.
     """
     world_size = job_world_size()
     if world_size is not None:
@@ -98,7 +98,7 @@ def reference(
 
 
 def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size: int | None) -> ReferenceJob:
-    """Looks everything up and checks it.
+    """Resolves and checks a reference job.
 
     Raises:
         InputError: no checkpoint, another model or tokenizer than it has, or a proxy of other data.
@@ -171,17 +171,17 @@ def check_same_data(proxy: Plan, plan: Plan, where: str) -> None:
 
 
 def _samples_of(proxy: Path, plan: Plan) -> Selection:
-    """What the run of ``proxy`` reads of the plan's data."""
+    """The samples of the plan's data that the run of ``proxy`` reads."""
     other = make_plan(load_config(RunConfig, proxy), verify=False)
     check_same_data(other, plan, f"--for {proxy}")
     return samples_read(other)
 
 
 def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> None:
-    """Computes what is missing of a cache; every rank of a started process group calls it.
+    """Computes the missing rows of a cache; every rank of a started process group calls it.
 
     Raises:
-        Preempted: a rank was asked to stop; what was computed is safe.
+        Preempted: a rank was asked to stop; the computed rows are safe.
     """
     import torch.distributed as dist
 
@@ -213,8 +213,8 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
 class _Filler:
     """Computes rows in rounds: one forward pass of the pipeline on every data-parallel rank.
 
-    A round's samples are the next ones of the selection, each rank's in one stretch; places past its end are filled
-    with its last sample and not written.
+    A round takes the next samples of the selection, one stretch a rank. Past the end it repeats the last sample, whose
+    losses are not written.
     """
 
     def __init__(self, job: ReferenceJob, engine: Engine, out: Path, control: Any, save_every: int) -> None:
@@ -287,7 +287,7 @@ class _Filler:
             self._writer.write(domain_n[mine], sample_n[mine], loss_nS[mine])
 
     def _is_any_asked_to_stop(self) -> bool:
-        """Whether any rank was, the same on all."""
+        """Whether any rank was asked to stop, the same on all."""
         import torch
         import torch.distributed as dist
 

@@ -1,6 +1,6 @@
-"""Ends every rank of a job, with the reason, when one of them is gone, silent or failed, or when nothing advances.
+"""Watchdog: ends every rank of a job, with the reason, when one is gone, silent or failed, or when nothing advances.
 
-rank.py is one rank's part, judge.py who is well and why the job ends, heartbeat.py what they say to each other.
+rank.py is the part of each rank, judge.py decides whether and why the job ends, heartbeat.py has the messages.
 """
 
 from megamix.training.job.watchdog.rank import Watchdog

@@ -1,4 +1,4 @@
-"""Messages between ranks beside the process groups: one JSON object a line, over a connection to rank 0."""
+"""Heartbeats: messages between ranks beside the process groups, one JSON object a line, over a connection to rank 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JOIN_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Invitation:
-    """Where the hub is. The secret keeps out whoever else finds the port."""
+    """Address of the hub. The secret keeps strangers out."""
 
     hosts: tuple[str, ...]
     port: int
@@ -44,7 +44,7 @@ class Connection:
         return self._stream.fileno()
 
     def send(self, message: dict[str, Any] | None = None) -> None:
-        """Sends a message, and what is left of those before it."""
+        """Sends a message, after unsent parts of earlier ones."""
         if message is not None:
             self._out += json.dumps(message).encode() + b"\n"
         try:
@@ -56,7 +56,7 @@ class Connection:
             self._out = b""  # `receive` says that it is closed, after what came before
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come since; sets ``is_closed`` once there will be no more."""
+        """New messages; sets ``is_closed`` once there will be no more."""
         try:
             while data := self._stream.recv(1 << 16):
                 self._in += data

@@ -1,4 +1,4 @@
-"""Who of a job's ranks is well, and why the job ends: rank 0's `Hub` judges the others, a `Member` judges rank 0.
+"""Judging whether and why a job ends: rank 0's `Hub` judges the other ranks, a `Member` judges rank 0.
 
     member -> hub    {"hello": rank, "secret", "host", "process"}, {"state": [...]}, {"bye"},
                      {"fail", "code", "stated", "step"}
@@ -20,7 +20,7 @@ from megamix.core.errors import EXIT_FAILED
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.watchdog.heartbeat import Connection, Invitation, drain, wait_for
 
-# Whoever loses its connection to a failing rank fails too; the cause gets this long to be heard.
+# A rank that loses its connection to a failing one fails too; the cause gets this long to be reported.
 UNSURE_SECONDS = 2.0
 PART_SECONDS = 1.0
 GATHER_SECONDS = 0.05
@@ -29,12 +29,12 @@ _NEXT = "The same command resumes the run from its last checkpoint."
 
 @dataclass(frozen=True)
 class State:
-    """What a rank says of itself.
+    """State of a rank, in its words.
 
     Attributes:
         step: steps taken.
-        idle: seconds for which it has been doing what it does.
-        place: where in its code it is.
+        idle: seconds since its last progress.
+        place: its place in the code.
     """
 
     step: int = 0
@@ -48,7 +48,7 @@ class State:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends.
+    """Reason for the end of the job.
 
     Attributes:
         rank: the one that is the cause; None where there is no single one.
@@ -66,7 +66,7 @@ class Verdict:
 
 @dataclass
 class _Peer:
-    """What is known of a rank."""
+    """A rank, as another one knows it."""
 
     rank: int
     heard: float
@@ -107,12 +107,12 @@ class Member:
         self.is_over = False
 
     def hear_self(self, word: dict[str, Any]) -> None:
-        """Something that this rank has to say."""
+        """Sends a message of this rank."""
         self._is_leaving |= "bye" in word
         self._connection.send(word)
 
     def turn(self, state: State, wake: socket.socket, interval: float) -> Verdict | None:
-        """Says how this rank is, and listens for ``interval`` seconds, or until ``wake``."""
+        """Sends the state of this rank, and listens for ``interval`` seconds, or until ``wake``."""
         self._connection.send({"state": list(asdict(state).values())})
         deadline = time.monotonic() + interval
         while (left := deadline - time.monotonic()) > 0:
@@ -139,7 +139,7 @@ class Member:
         return self._hub.silence(since, self._world_size) if 0 < self._silence < since else None
 
     def part(self) -> None:
-        """Nothing to be done: what was sent needs nobody's help."""
+        """Nothing to do: sent messages need no help."""
 
     def close(self) -> None:
         self._connection.close()
@@ -163,13 +163,13 @@ class Hub:
         self.is_over = False
 
     def hear_self(self, word: dict[str, Any]) -> None:
-        """Something that rank 0 has to say."""
+        """Sends a message of rank 0."""
         self._hear(self._peers[0], word)
         if "bye" in word:
             self._tell(word)
 
     def turn(self, state: State, wake: socket.socket, interval: float) -> Verdict | None:
-        """Says how rank 0 is, and listens for ``interval`` seconds, or until ``wake``."""
+        """Sends the state of rank 0, and listens for ``interval`` seconds, or until ``wake``."""
         self._tell({"state": list(asdict(state).values())})
         self._note_state(self._peers[0], state)
         deadline = time.monotonic() + interval
@@ -253,7 +253,7 @@ class Hub:
         self._suspects.append((likelihood, verdict))
 
     def _judge(self) -> Verdict | None:
-        """The verdict, once it is sure; every member is told."""
+        """The verdict once it is certain, sent to every member."""
         verdict = self._likeliest() if self._suspects else self._silent_or_still()
         if verdict is not None:
             self._tell({"verdict": asdict(verdict)})
@@ -278,7 +278,7 @@ class Hub:
         return None
 
     def _standstill(self) -> str:
-        """Who stands where, the few before the many."""
+        """The places of all ranks, the smallest groups first."""
         groups: dict[tuple[int, str, str], list[int]] = {}
         for peer in self._peers:
             groups.setdefault((peer.state.step, peer.state.doing, peer.state.place), []).append(peer.rank)
@@ -296,7 +296,7 @@ class Hub:
                 peer.connection.send(message)
 
     def part(self) -> None:
-        """Waits until the members have heard the verdict and are gone, for a moment."""
+        """Waits briefly until the members have the verdict and are gone."""
         deadline = time.monotonic() + PART_SECONDS
         left = [peer.connection for peer in self._peers if peer.connection is not None]
         while left and time.monotonic() < deadline:

@@ -1,18 +1,17 @@
-"""One rank's part of the watchdog.
+"""The watchdog's part on each rank.
 
 torchrun and srun start ranks on many nodes, and none of them sees a rank die on another: its peers would wait in a
 collective until that times out. Here one thread per rank keeps a connection to rank 0
-(`megamix.training.job.watchdog.judge`), apart from process groups and devices, so that a step has nothing to do with
-it:
+(`megamix.training.job.watchdog.judge`), apart from process groups, devices and steps:
 
-- a process that ends closes its connection, so that the kernel says at once that a rank is gone;
+- a process that ends closes its connection, so the kernel tells at once that a rank is gone;
 - a rank that is stopped, or whose node is gone, is silent: no heartbeat for ``watchdog.silence_seconds``;
-- heartbeats say how long a rank has been doing what it does: when every rank has been for
-  ``watchdog.stall_minutes``, the job hangs, and the reason says where in its code each rank is;
-- a rank that fails says why, so that the others need not guess it from closed connections.
+- heartbeats carry the time since a rank's last progress: when it exceeds ``watchdog.stall_minutes`` on every rank, the
+  job hangs, and the reason says where in its code each rank is;
+- a rank that fails sends its reason, so the others need not guess it from closed connections.
 
-Rank 0 judges and tells all others; of rank 0 they judge by themselves. Each says the reason and ends its process,
-whatever its main thread is waiting for. A rank that cannot even do that, as C code holds Python's lock, is ended by
+Rank 0 judges and tells all others; they judge rank 0 themselves. Each prints the reason and ends its process, whatever
+its main thread waits for. A rank that cannot do that, as C code holds Python's lock, is ended by
 Python's own timer (`faulthandler`), with its traceback, after twice the silence; so is a job that was suspended.
 """
 
@@ -41,7 +40,7 @@ LONGEST_INTERVAL = 2.0
 
 
 class Watchdog:
-    """One rank's part: `start`, `progress` as often as it does something else, and in the end `fail` or `close`.
+    """The watchdog of one rank: `start`, `progress` at every new activity, and at the end `fail` or `close`.
 
     With ``silence_seconds`` and ``stall_minutes`` both 0 it does nothing.
     """
@@ -80,7 +79,7 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, step: int, doing: str) -> None:
-        """Says that this rank now begins something else.
+        """Reports a new activity of this rank.
 
         Args:
             step: steps taken.
@@ -105,7 +104,7 @@ class Watchdog:
             self._is_cause.wait(ANSWER_SECONDS)
 
     def close(self) -> None:
-        """This rank is done. Its thread goes on until all ranks are, so that the last ones are not left alone."""
+        """Ends this rank's part. Its thread runs until all ranks are done, so that the last ones are still watched."""
         self._say({"bye": True})
 
     def _say(self, word: dict[str, Any]) -> None:
@@ -140,7 +139,7 @@ class Watchdog:
         return State(self._step, self._doing, time.monotonic() - self._since, _place(self._main))
 
     def _obey(self, verdict: Verdict, link: Hub | Member) -> None:
-        """Ends this process, unless it is the cause and says so itself."""
+        """Ends this process, unless it is the cause and reports it."""
         if verdict.rank == self._rank and verdict.is_told:
             link.part()
             link.is_over = True
@@ -165,7 +164,7 @@ def _broadcast(invitation: Any) -> Any:
 
 
 def _place(thread: int) -> str:
-    """Where in its code a thread is."""
+    """The place in the code of a thread."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "an unknown place"
