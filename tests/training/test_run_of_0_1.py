@@ -28,7 +28,8 @@ SAVED, STEPS = 12, 20
 # with a relative error of at most (error of g) / |g|, so that two processors part by N x lr x (error of g) a step. With
 # N = 2e4, lr = 3e-3 and g (of order 0.1) off by 8 roundings of fp32, that is 3e-6; eight steps stay below 3e-5.
 LOSS = 1e-4
-# ODM's log weights move by exploration rate (1/3 at most) x loss / probability (1/10 at least).
+# ODM's log weights move by exploration rate (1/3 at most) x loss / probability (1/10 at least). A hundred random
+# changes of this size to the weights of this run dealt the very same samples.
 WEIGHT = 4 * LOSS
 
 
