@@ -72,7 +72,7 @@ def install(path: Path, package: str, **points: str) -> None:
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     lines = [f"{name} = {value}" for name, value in points.items()]
-    (folder / "entry_points.txt").write_text("\n".join(["[megamix.mixing.mixers]", *lines, ""]))
+    (folder / "entry_points.txt").write_text("\n".join(["[megamix.mixers]", *lines, ""]))
     own.installed.cache_clear()
 
 
@@ -196,7 +196,7 @@ FILE = "from megamix.mixing.mixers import Mixer, ScheduleConfig\nclass Mine(Mixe
         (FILE, "name: bad:Mien", r"the module bad has no 'Mien'\. Did you mean 'Mine'"),
         (FILE, "name: bad.Mine", r"unknown mixer 'bad\.Mine'\. Did you mean 'bad:Mine'"),
         (FILE, "name: bad:a b", r"expected an import path of the form package\.module:Class"),
-        ("Mine = 3", "name: bad:Mine", r"bad:Mine is of type int, expected a class that derives from megamix\.mixers\.Mixer"),
+        ("Mine = 3", "name: bad:Mine", r"bad:Mine is of type int, expected a class that derives from megamix\.mixing\.Mixer"),
         ("Mine = dict", "name: bad:Mine", r"bad:Mine is the class dict, expected a class that derives"),
         ("from megamix.mixing.mixers import Mixer as Mine", "name: bad:Mine", r"does not define _new_weights\. Add it"),
         (FILE.format("config: dict"), "name: bad:Mine", r"config is annotated as the class dict, expected .*ScheduleConfig"),

@@ -23,7 +23,7 @@ import pydantic
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 
-GROUP = "megamix.mixing.mixers"
+GROUP = "megamix.mixers"
 """Entry points of this group are mixers."""
 
 Found = tuple[type[ScheduleConfig], type[Mixer]]
@@ -53,7 +53,7 @@ def own_mixer(name: str, taken: tuple[str, ...]) -> Found:
     path = name if ":" in name else _installed_path(name, taken)
     mixer = _imported(path, name)
     if not (isinstance(mixer, type) and issubclass(mixer, Mixer)):
-        raise InputError(f"{path} is {_kind(mixer)}, expected a class that derives from megamix.mixing.mixers.Mixer.")
+        raise InputError(f"{path} is {_kind(mixer)}, expected a class that derives from megamix.mixing.Mixer.")
     missing = sorted(mixer.__abstractmethods__)
     if missing:
         raise InputError(f"the mixer {path} does not define {' and '.join(missing)}. Add it to the class.")
@@ -129,7 +129,7 @@ def _config_class(mixer: type[Mixer], path: str) -> type[ScheduleConfig]:
     if not (isinstance(found, type) and issubclass(found, ScheduleConfig)):
         raise InputError(
             f"the mixer {path}: config is annotated as {_kind(found)}, expected a class that derives from "
-            "megamix.mixing.mixers.ScheduleConfig."
+            "megamix.mixing.ScheduleConfig."
         )
     return found
 
