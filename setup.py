@@ -41,6 +41,7 @@ EXTRAS = {
         "hypothesis",
         "import-linter",
         "lightgbm>=4.6",
+        "markdown-it-py",
         "megatron-core>=0.16.1",
         "packaging",
         "pyarrow",

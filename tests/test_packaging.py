@@ -21,7 +21,12 @@ import megamix
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "deepspeed", "transformers", "matplotlib"}
 # Where the name of the package to install is not that of the module.
-DISTRIBUTIONS = {"yaml": "pyyaml", "megatron": "megatron-core", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "megatron": "megatron-core",
+    "sklearn": "scikit-learn",
+    "markdown_it": "markdown-it-py",
+}
 
 # transformers looks for a distribution of this name, of a version it likes, and imports names from it; these decorators
 # change nothing.

@@ -1,5 +1,5 @@
-"""The README's DistributedDataParallel loop, run as it stands: against a loop in plain PyTorch, on one rank and on
-two, and stopped and started again."""
+"""The DistributedDataParallel loop of interop's page, run as it stands: against a loop in plain PyTorch, on one rank
+and on two, and stopped and started again."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from megamix.mixing.mixers import DomainStats, make_mixer
 
 STEPS, BATCH, SEQ, RATE = 6, 8, 32, 5.0
 
-# What the README leaves to the reader, and a log of what passes by.
+# What the page leaves to the reader, and a log of what passes by.
 BEFORE = f"""\
 import sys
 import torch
-import megamix.mixing.mixers
+import megamix.mixing
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_ddp_loop import make_model
 steps, save_every, global_batch, seq_length, device = int(sys.argv[1]), 3, {BATCH}, {SEQ}, torch.device("cpu")
 model = make_model()
 optimizer = torch.optim.SGD(model.parameters(), lr={RATE})
 log = []
-class Logged(megamix.mixing.mixers.DomainStats):
+class Logged(megamix.mixing.DomainStats):
     def __init__(self, nats, tokens):
         super().__init__(nats, tokens)
         log.append({{"nats": nats.tolist(), "tokens": tokens.tolist()}})
-megamix.mixing.mixers.DomainStats = Logged
+megamix.mixing.DomainStats = Logged
 """
 AFTER = """
 import json
@@ -55,7 +55,7 @@ def make_model() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def loop(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs the loop on some ranks in a folder of its own, or in one where it ran before; returns each rank's record."""
-    code = readme_code("DistributedDataParallel")
+    code = readme_code("interop", "DistributedDataParallel")
     assert 'Manifest.load("data/mine")' in code
 
     def run(num_ranks: int, steps: int, folder: Path | None = None) -> tuple[list[dict[str, Any]], Path]:

@@ -1,4 +1,5 @@
-"""A mixer of one's own, as somebody else would write and use it: the README's file, an installed package, mistakes."""
+"""A custom mixer, as somebody else would write and use it: the file that mixing's page shows, an installed package,
+mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from megamix.mixing.mixers import DomainStats, OdmMixer, ScheduleConfig, make_mi
 from megamix.training.config import RunConfig
 from megamix.training.records.recorded_run import RecordedRun
 
-README = readme_code("class Progress(Mixer)")
+README = readme_code("mixing", "class Progress(Mixer)")
 TILT = """\
 import numpy as np
 from megamix.mixing.mixers import Mixer, ScheduleConfig
