@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 import torch
 from commands import SUPPORT
-from megatron_scenarios import SCENARIOS, STEPS, TRAIN, Scenario, Trained, train_plainly
+from megatron_scenarios import LR, SCENARIOS, SEQ_LENGTH, STEPS, TRAIN, Scenario, Trained, train_plainly
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tolerance import assert_alike, rounding
 
 pytest.importorskip("megatron.core")
 
 SCRIPT = SUPPORT / "megatron_scenarios.py"
 BF16 = [name for name, scenario in SCENARIOS.items() if "precision" in scenario.engine]
 EXACT = [name for name, scenario in SCENARIOS.items() if name not in BF16 and "dropout" not in scenario.changes]
+
+# An embedding, four layers and a head; nine of ten labels count.
+TOKENS = TRAIN.global_batch * SEQ_LENGTH
+TOLERANCE = rounding(terms=TOKENS, layers=6, steps=STEPS)
+OF_MEANS = rounding(terms=TOKENS, layers=6, steps=STEPS, mean_of=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +66,24 @@ def ranks_of(trained: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", EXACT)
 def test_losses_norms_and_weights_are_those_of_plain_pytorch(trained: Path, plain: Any, name: str) -> None:
     expected, found = plain(SCENARIOS[name]), result(trained, name)
-    assert found["losses"] == pytest.approx(expected.losses, abs=2e-6)
-    assert found["grad_norms"] == pytest.approx(expected.grad_norms, rel=2e-5)
+    assert found["losses"] == pytest.approx(expected.losses, rel=OF_MEANS)
+    assert found["grad_norms"] == pytest.approx(expected.grad_norms, rel=TOLERANCE)
     assert max(expected.grad_norms) > TRAIN.clip, "clipping is on"
     for rank in ranks_of(trained, name):
         token_losses, place = rank["token_losses"], rank["place"]
         assert (token_losses is not None) == place.has_loss
         if token_losses is not None:
             whole = expected.token_losses.view(-1, place.data_size, *expected.token_losses.shape[1:])
-            torch.testing.assert_close(token_losses, whole[:, place.data_rank], atol=2e-5, rtol=0)
+            assert_alike(token_losses, whole[:, place.data_rank], TOLERANCE)
     if "layers" in {path.name for path in (trained / name / f"step_{STEPS}").iterdir()}:
         weights = saved(trained, name)
         assert weights.keys() == expected.weights.keys()
         for key, weight in weights.items():
-            # Adam makes as much of a gradient that is rounding noise as of any other: single numbers may differ more.
-            difference = float((weight - expected.weights[key]).norm() / expected.weights[key].norm())
-            assert difference < 1e-3, key
+            # Adam makes as much of a gradient that is rounding noise as of any other, so a single number may be a step
+            # up where it is a step down in the other; a typical one is not.
+            difference, largest = weight - expected.weights[key], expected.weights[key].abs().max()
+            assert difference.abs().median() <= TOLERANCE * largest, key
+            assert difference.norm() <= 2 * LR, key
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -84,7 +92,7 @@ def test_evaluation_sums_the_token_losses(trained: Path, plain: Any, name: str) 
 
     ranks = ranks_of(trained, name)
     found = DomainSums.from_buffer(ranks[0]["sums"])
-    assert float(found.nats.sum()) == pytest.approx(float(plain(SCENARIOS[name]).token_losses.sum()), rel=1e-5)
+    assert float(found.nats.sum()) == pytest.approx(float(plain(SCENARIOS[name]).token_losses.sum()), rel=OF_MEANS)
 
 
 @pytest.mark.parametrize("name", BF16)

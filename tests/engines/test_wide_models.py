@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from records import lines
+from tolerance import rounding
 
 from megamix.core.files import shipped_folder
 
@@ -43,4 +44,5 @@ def test_wide_layers_take_real_steps(megamix: Run, data_dir: Path, tmp_path: Pat
         losses[engine] += [before, after]
         assert len(losses[engine]) == STEPS + 2
     for one, other in zip(losses["deepspeed"], losses[engines[-1]], strict=True):
-        assert one == pytest.approx(other, abs=1e-3)
+        # The widest sum has 8192 terms; two layers between embedding and head; 256 tokens a step.
+        assert one == pytest.approx(other, rel=rounding(terms=8192, layers=4, steps=STEPS, mean_of=256))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from ranks import run_ranks
+from tolerance import assert_alike, rounding
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
@@ -26,6 +27,9 @@ from megamix.mixing.mixers import DomainStats, make_mixer
 from megamix.training.plan import domain_key
 
 STEPS, BATCH, SEQ, RATE = 6, 8, 32, 0.5
+# An embedding, a layer and a head. A mean loss is over at least one sample, and weights follow such means.
+TOLERANCE = rounding(terms=BATCH * SEQ, layers=3, steps=STEPS)
+OF_MEANS = rounding(terms=BATCH * SEQ, layers=3, steps=STEPS, mean_of=SEQ)
 MIXER = {"name": "odm", "preset": "official"}
 
 
@@ -156,15 +160,16 @@ def reference(data_dir: Path) -> dict[str, Any]:
 
 
 def check(seen: dict[str, Any], reference: dict[str, Any]) -> None:
-    np.testing.assert_allclose(seen["losses"], reference["losses"], rtol=2e-5)
+    np.testing.assert_allclose(seen["losses"], reference["losses"], rtol=OF_MEANS)
     for step, row in reference["weights"].items():
         if step != 1:  # no step's losses decide on step 1: the initial weights go on
-            np.testing.assert_allclose(seen["weights"][str(step)], row, atol=1e-6)
+            np.testing.assert_allclose(seen["weights"][str(step)], row, rtol=0, atol=OF_MEANS)
 
 
 def check_model(model: Any, reference: dict[str, Any]) -> None:
+    start = make_model().state_dict()
     for name, value in reference["model"].state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        assert_alike(model.state_dict()[name], value, TOLERANCE, start=start[name])
 
 
 def record(trainer: Trainer, rows: list[Any], folder: Path) -> dict[str, Any]:
@@ -208,11 +213,11 @@ def test_weights_on_the_loss(config: Path, data_dir: Path, tmp_path: Path) -> No
     expected = plain_loop(data_dir, mixer)
     assert np.abs(expected["mixer"].loss_weights - expected["weights"][0]).max() > 0.01, "they moved"
     trainer, _ = train(config, make_args(tmp_path), f"mixer={json.dumps(mixer)}")
-    np.testing.assert_allclose(losses(trainer), expected["losses"], rtol=2e-5)
+    np.testing.assert_allclose(losses(trainer), expected["losses"], rtol=OF_MEANS)
     check_model(trainer.model, expected)
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     kept = state["stateful_callbacks"]["MixCallback"]["attributes"]["mix"]["mixer"]
-    np.testing.assert_allclose(kept["alpha"], expected["mixer"].loss_weights, atol=1e-6)
+    np.testing.assert_allclose(kept["alpha"], expected["mixer"].loss_weights, rtol=0, atol=OF_MEANS)
 
 
 def test_a_longer_lag(config: Path, tmp_path: Path) -> None:
@@ -258,7 +263,7 @@ def test_evaluates_every_domain(
         with torch.no_grad():
             logits_BSV = trainer.model(input_ids=window_BT[:, :-1]).logits
         expected = F.cross_entropy(logits_BSV.transpose(1, 2), label_BS).item()
-        assert found[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-5)
+        assert found[f"eval_{name}_loss"] == pytest.approx(expected, rel=rounding(terms=32, layers=3))
 
 
 # Refusals

@@ -18,14 +18,17 @@ from commands import SUPPORT
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-from megatron_loop import make_args
+from megatron_loop import LAYERS, make_args
 from ranks import run_ranks
+from tolerance import rounding
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.engines.megatron.cpu import cpu_stand_ins
 from megamix.interop.trainers.megatron_lm import MegatronMix
 
 COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
+# Embedding and head are two more layers. A mean loss is over one sample of 32 tokens or more, and weights follow it.
+TOLERANCE = rounding(terms=8 * 32, layers=LAYERS + 2, steps=COMMON["train_iters"], mean_of=32)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def read_samples(ranks: list[dict[str, Any]], per_step: int) -> list[list[Any]]:
 def check(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     """The last rank's losses and the weights that follow from them are the reference's."""
     for line, expected in zip(ranks[-1]["record"], reference["record"], strict=True):
-        assert line == pytest.approx(expected, rel=2e-5)
+        assert line == pytest.approx(expected, rel=TOLERANCE)
     check_weights(ranks, reference)
 
 
@@ -87,7 +90,7 @@ def check_weights(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> Non
     blend = ranks[0]["state"]["sampler"]["blend"]
     assert blend["position"] == COMMON["train_iters"] * 8
     assert np.abs(np.array(reference["weights"][-1]) - reference["weights"][0]).max() > 0.01, "the weights moved"
-    np.testing.assert_allclose(ranks[0]["state"]["mixer"]["weights"], reference["last"], atol=1e-6)
+    np.testing.assert_allclose(ranks[0]["state"]["mixer"]["weights"], reference["last"], rtol=0, atol=TOLERANCE)
 
 
 def test_interleaved_pipeline(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_interleaved_pipeline(config: Path, reference: dict[str, Any], tmp_path:
     by_step = {line["effective_step"]: line["domain_weights"] for line in lines}
     for step, weights in enumerate(reference["weights"]):
         if step != 1:  # nothing is decided at step 1 yet: those of step 0 go on
-            np.testing.assert_allclose(by_step[step], weights, atol=1e-6)
+            np.testing.assert_allclose(by_step[step], weights, rtol=0, atol=TOLERANCE)
 
 
 def test_tensor_parallel_with_per_token_loss(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, 
     second = job(config, tmp_path, 2, **save, load=str(tmp_path))
     losses = [line for line in reference["record"] if "iteration" in line]
     for line, expected in zip(first[1]["record"] + second[1]["record"], losses, strict=True):
-        assert line == pytest.approx(expected, rel=2e-5)
+        assert line == pytest.approx(expected, rel=TOLERANCE)
     assert read_samples(first[:1], 4) == read_samples(first[1:], 4) == reference["samples"][:3]
     assert read_samples(second, 2) == reference["samples"][3:]
     check_weights(second, reference)
