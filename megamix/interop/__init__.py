@@ -1,1 +1,1 @@
-"""Other projects' files: Megatron's token files and blends, DoReMi's domain weights; read here, and written."""
+"""Exchange with other projects: their trainers, models in Hugging Face's form, blend files of Megatron and DoReMi."""

@@ -1,1 +1,1 @@
-"""``megamix blend``: token files and blends of Megatron and DoReMi, adopted and exported."""
+"""``megamix blend``: import and export of token files and blends of Megatron and DoReMi."""

@@ -1,10 +1,10 @@
-"""A manifest for token files that Megatron has made: not a token is copied.
+"""Manifest for existing token files of Megatron, without a copy of the tokens.
 
     blend or NAME=PREFIX,...  ->  files by domain and split  ->  one pass: hashes, counts  ->  manifest.json
 
-Validation data are the files of a blend's valid list, or a range of documents of every file by Megatron's ``--split``.
-Megatron cuts a file between sequences; where a document has several, the cut is moved to the end of the document, so
-that no document is in two splits. What ``--split`` gives to test belongs to neither split here.
+Validation data are the files of a blend's valid list, or by Megatron's ``--split`` a range of documents of every file.
+Megatron cuts a file between sequences. Here the cut moves to the end of the document, so that no document is in two
+splits. The test share of ``--split`` is not used.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ _SAMPLED_DOCUMENTS = 100
 
 @dataclass(frozen=True)
 class Adopted:
-    """What `adopt` wrote.
+    """Adopted data set.
 
     Attributes:
-        manifest: the data set.
-        weights: what mixture.json says, by domain, summing to 1.
-        endings: (documents looked at, how many of them end with the end-of-document token), by domain.
+        weights: content of mixture.json: weights by domain, with sum 1.
+        endings: by domain, (documents sampled, number of them that end with the end-of-document token).
     """
 
     manifest: Manifest
@@ -56,7 +55,7 @@ class Adopted:
     endings: dict[str, tuple[int, int]]
 
     def report(self) -> Report:
-        """The domains in a table, and what to do with them."""
+        """Table of the domains, and the next command."""
         columns = ("domain", "files", "documents", "tokens", "weight", "validation documents", "validation tokens")
         rows = []
         for entry in self.manifest.domains:
@@ -78,7 +77,7 @@ class Adopted:
 
 @dataclass(frozen=True)
 class _Part:
-    """Documents [first, end) of a file, for one split; ``whole`` where these are all of them."""
+    """Documents [first, end) of a file, for one split; ``whole`` if the file has no others."""
 
     file: IndexedTokens
     first: int
@@ -93,7 +92,7 @@ class _Domain:
     validation: tuple[_Part, ...]
 
     def files(self) -> list[IndexedTokens]:
-        """Every file once."""
+        """Distinct files."""
         return list({id(part.file): part.file for part in (*self.train, *self.validation)}.values())
 
 
@@ -110,15 +109,14 @@ def adopt(
     """Writes manifest.json, tokenizer.json and mixture.json into ``out``.
 
     Args:
-        sources: the files of every domain, and their weights.
-        tokenizer: the tokenizer.json that the files were made with, or its folder.
-        eod: the end-of-document token; None looks for the usual names.
-        split: Megatron's ``--split``, by default Megatron's own default; not where ``sources`` has validation files.
+        tokenizer: tokenizer.json of the files, or its folder.
+        eod: end-of-document token; None looks for the usual names.
+        split: Megatron's ``--split``, by default Megatron's default; None where ``sources`` has validation files.
         workers: files read at a time; None: one for each core, at most 8.
 
     Raises:
-        InputError: damaged or missing files, another tokenizer's token ids, a split that leaves a domain without
-            training or validation tokens or that has nothing to split, or a folder that already holds a data set.
+        InputError: damaged or missing files, token ids of another tokenizer, a split that does not fit or leaves a
+            domain without training or validation tokens, or an ``out`` that holds a data set.
     """
     if sources.valid is None:
         split = split or DEFAULT_SPLIT
@@ -191,13 +189,12 @@ def _open_file(name: str, prefix: str) -> IndexedTokens:
 
 
 def _document_from(file: IndexedTokens, sequence: int) -> int:
-    """The first document that begins at or after a sequence."""
+    """First document that begins at or after a sequence."""
     return bisect.bisect_left(file._bounds, sequence, hi=file.num_documents)
 
 
 def _scan(domains: Sequence[_Domain], vocab_size: int, workers: int, progress: bool) -> dict[int, FileScan]:
-    """The scan of every file, by id(file); its parts are those of train and of validation that the file has, in that
-    order."""
+    """Scan of every file, by id(file), with the parts of `_parts_of`."""
     jobs = [
         FileJob(domain.name, file, tuple(_tokens_of(part) for part in _parts_of(domain, file)))
         for domain in domains
@@ -208,6 +205,7 @@ def _scan(domains: Sequence[_Domain], vocab_size: int, workers: int, progress: b
 
 
 def _parts_of(domain: _Domain, file: IndexedTokens) -> list[_Part]:
+    """Parts of a file, first for training, then for validation."""
     return [part for part in (*domain.train, *domain.validation) if part.file is file]
 
 
@@ -256,13 +254,13 @@ def _split_fields(
 
 
 def _written(prefix: Path, out: Path) -> str:
-    """Relative to ``out`` where the file lies in it, so that the folder can be moved; else absolute."""
+    """Path for the manifest: relative to ``out`` for a file in it, so that the folder can move; else absolute."""
     here, folder = prefix.resolve(), out.resolve()
     return str(here.relative_to(folder)) if here.is_relative_to(folder) else os.path.abspath(prefix)
 
 
 def _endings(domain: _Domain, eod_id: int) -> tuple[int, int]:
-    """How many documents were looked at, spread over every file, and how many of them end with ``eod_id``."""
+    """Number of documents sampled from every file, and number of them that end with ``eod_id``."""
     looked = ended = 0
     for file in domain.files():
         number = min(file.num_documents, _SAMPLED_DOCUMENTS)

@@ -82,63 +82,40 @@ def export(
 
     Example: megamix blend export runs/demo --stages 4 --out phases
     """
-
     if stages is None and stages_at is None:
-        lines, notes = export_to(path, format or "megatron", which, weights, out)
+        blend = export_blend(path, format or "megatron", which, weights)
+        notes = blend.notes
+        if out is None:
+            lines = [blend.text.rstrip("\n")]
+        else:
+            write_text(out, blend.text)
+            lines = [str(out)]
     else:
-        lines, notes = export_phases_to(path, format or "per-split-json", which, weights, stages, stages_at, out)
+        _check_phase_options(path, which, weights, stages, stages_at)
+        if out is None:
+            raise InputError(f"{_option(stages)} writes several files. Give their folder with --out.")
+        run = RecordedRun.open(path)
+        cuts = equal_cuts(run, stages) if stages is not None else cuts_at(run, stages_at or "")
+        written, notes = export_phases(run, cuts, format or "per-split-json", out)
+        lines = [str(file) for file in written]
     for line in lines:
         typer.echo(line)
     for note in notes:
         typer.echo(note, err=True)
 
 
-def export_to(
-    path: Path, format: str, which: str | None, weights: Path | None, out: Path | None
-) -> tuple[list[str], list[str]]:
-    """Writes one mixture to ``out``, or hands its text out.
-
-    Returns:
-        Lines to print, and notes.
-
-    Raises:
-        InputError: see `export_blend`.
-    """
-    blend = export_blend(path, format, which, weights)
-    if out is None:
-        return [blend.text.rstrip("\n")], blend.notes
-    write_text(out, blend.text)
-    return [str(out)], blend.notes
+def _option(stages: int | None) -> str:
+    return "--stages" if stages is not None else "--stages-at"
 
 
-def export_phases_to(
-    path: Path,
-    format: str,
-    which: str | None,
-    weights: Path | None,
-    stages: int | None,
-    stages_at: str | None,
-    out: Path | None,
-) -> tuple[list[str], list[str]]:
-    """Writes phases into the folder ``out``.
-
-    Returns:
-        Lines to print, and notes.
-
-    Raises:
-        InputError: see `export_phases`, or options that do not go together.
-    """
+def _check_phase_options(
+    path: Path, which: str | None, weights: Path | None, stages: int | None, stages_at: str | None
+) -> None:
     if stages is not None and stages_at is not None:
         raise InputError("--stages and --stages-at are both given. Give one of them.")
-    option = "--stages" if stages is not None else "--stages-at"
+    option = _option(stages)
     if not is_run(path):
         raise InputError(f"{option} is for runs, but {path} is a data set, whose weights do not change. Leave it out.")
     if which is not None or weights is not None:
         other = f"--which {which}" if which is not None else "--weights"
         raise InputError(f"{option} exports the mean weights of each phase; {other} does not go with it. Leave it out.")
-    if out is None:
-        raise InputError(f"{option} writes several files. Give their folder with --out.")
-    run = RecordedRun.open(path)
-    cuts = equal_cuts(run, stages) if stages is not None else cuts_at(run, stages_at or "")
-    written, notes = export_phases(run, cuts, format, out)
-    return [str(path) for path in written], notes

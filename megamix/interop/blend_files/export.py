@@ -1,14 +1,13 @@
-"""A run's or a data set's blend in the formats of other projects.
+"""Export of the blend of a run or a data set to the formats of other projects.
 
     megatron         "W PREFIX W PREFIX ...", for --data-path or --data-args-path: training files
     per-split-json   for --per-split-data-args-path: training files with the weights, validation files with natural ones
-    doremi           DoReMi's domain config: the weights, and natural ones to evaluate with
+    doremi           DoReMi's domain config: the weights, and natural ones for evaluation
     json             {domain: weight}
 
-A domain of several files shares its weight among them by their tokens. Megatron divides the weights by their sum and
-gives file i the next sample whenever its count lags its weight most, so its counts stay within a few samples of weight
-times length; its weights have all their digits here. It has no weight 0 (a bare AssertionError): such a domain is left
-out of the two Megatron formats, and a note says so.
+The files of a domain share its weight by their tokens. Weights keep all digits: Megatron divides them by their sum and
+gives the next sample to the file whose count lags its weight most, so counts stay within a few samples of weight times
+length. Megatron refuses weight 0 (a bare AssertionError), so its two formats omit such a domain, and a note says so.
 """
 
 from __future__ import annotations
@@ -30,17 +29,12 @@ from megamix.training.records.recorded_run import CONFIG, RecordedRun
 
 FORMATS = ("megatron", "per-split-json", "doremi", "json")
 WHOLE_SPLIT = "100,0,0"
-"""Megatron's ``--split`` where validation lies in files of its own."""
+"""Megatron's ``--split`` for files without validation data."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A blend as text.
-
-    Attributes:
-        text: ends with a newline.
-        notes: what whoever uses it has to know.
-    """
+    """Blend as text, which ends with a newline, and notes for its user."""
 
     text: str
     notes: list[str]
@@ -48,13 +42,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where the files of an exported blend are.
+    """Files of an exported blend.
 
     Attributes:
-        source: what is exported, for messages.
-        manifest: None where there is none.
-        natural: each domain's share of the training tokens.
-        missing: why there is no manifest.
+        source: name of the run or data set, for messages.
+        natural: share of the training tokens by domain.
+        missing: reason for a manifest of None.
     """
 
     source: str
@@ -64,23 +57,22 @@ class DataSet:
 
     @classmethod
     def of_run(cls, run: RecordedRun) -> DataSet:
-        """The data set of a run, with the domains that are in the run at its end."""
+        """Data set of a run, with its domains at the end of the run."""
         return cls(str(run.run_dir), run.manifest, run.natural_shares(), run.missing_data)
 
 
 def export_blend(
     path: Path, format: str = "megatron", which: str | None = None, weights: Path | None = None
 ) -> Exported:
-    """The blend of a run or a data set as one static mixture.
+    """Static mixture of a run or a data set.
 
     Args:
         path: a run directory, or a manifest or its folder.
-        format: see the module.
-        which: of a run, see `run_weights`; default: mean.
-        weights: for a data set, a file that `read_weights` reads; None: natural weights.
+        which: for a run, see `run_weights`; default: mean.
+        weights: for a data set, a file for `read_weights`; None: natural weights.
 
     Raises:
-        InputError: neither a run nor a data set, an option that does not fit it, or a format that cannot say it.
+        InputError: ``path`` is neither, an option does not fit it, or the format cannot express it.
     """
     path = Path(path)
     if not is_run(path):
@@ -114,8 +106,7 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
     """Weights by domain as text.
 
     Raises:
-        InputError: an unknown format, no data set, a domain that it does not have, or files that the format cannot
-            name.
+        InputError: an unknown format, no data set, a domain without files, or files that the format cannot express.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format}: no such format." + did_you_mean(format, FORMATS))
@@ -149,7 +140,7 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; makes its folder.
+    """Writes a file and its folder, whole or not at all.
 
     Raises:
         InputError: it cannot be written.
@@ -162,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _files(manifest: Manifest, weights: Mapping[str, float], split: Split) -> list[tuple[float, str]]:
-    """(weight, absolute prefix) of every file that holds tokens."""
+    """(weight, absolute prefix) of every file with tokens."""
     files = []
     for name, weight in weights.items():
         entry = manifest.domain(name).train if split == "train" else manifest.domain(name).validation

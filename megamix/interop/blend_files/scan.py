@@ -1,4 +1,4 @@
-"""One pass over adopted token files: the hash of each, how often every token occurs in each split, and progress."""
+"""Scan of adopted token files in one pass: hash of each file, counts of every token in each split."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ _LOG_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class FileJob:
-    """A file to read.
+    """File to read.
 
     Attributes:
-        domain: whose it is, for messages.
-        file: the opened file.
-        parts: token ranges [start, end) to count by themselves, one after the other, in rising order.
+        domain: name for messages.
+        parts: token ranges [start, end) to count separately, in rising order, without overlap.
     """
 
     domain: str
@@ -39,11 +38,11 @@ class FileJob:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What a file holds.
+    """Content of a file.
 
     Attributes:
-        sha256: of the .bin file, hexadecimal.
-        counts_PV: how often every token id occurs in each part, int64 [parts, vocab_size].
+        sha256: hash of the .bin file, hexadecimal.
+        counts_PV: number of occurrences of every token id in each part, int64 [parts, vocab_size].
     """
 
     sha256: str
@@ -55,7 +54,7 @@ def scan_files(jobs: Sequence[FileJob], vocab_size: int, workers: int, *, progre
 
     Args:
         vocab_size: V; every token id must lie below.
-        workers: threads, each with a file of its own.
+        workers: threads, one per file.
         progress: a bar on a terminal, else a log line every half minute.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which token files make up which domain: from a Megatron blend, from ``NAME=PREFIX,...``, or from both."""
+"""Token files by domain: from a Megatron blend, from ``NAME=PREFIX,...``, or from both."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Sources:
     """Token files by domain.
 
     Attributes:
-        train: the prefixes of every domain.
-        valid: the same for validation, for the same domains; None where it is to be split off ``train``.
-        weights: relative weight of every domain; None where files count by their length.
+        train: prefixes by domain.
+        valid: validation prefixes of the same domains; None if a part of ``train`` is held out.
+        weights: relative weights by domain; None where files count by their length.
     """
 
     train: dict[str, list[str]]
@@ -35,18 +35,18 @@ def find_sources(
     train_path: str | None = None,
     valid_path: str | None = None,
 ) -> Sources:
-    """Reads one blend, or takes the named files alone; beside a blend, ``named`` says which domain its files are.
+    """Files of one blend, or the named files alone; beside a blend, ``named`` gives the domains of its files.
 
     Args:
         named: ``NAME=PREFIX[,PREFIX...]``, each.
         data_path: Megatron's ``--data-path`` string.
-        data_args_path: a file with that string.
-        per_split: a ``--per-split-data-args-path`` file.
-        train_path, valid_path: the strings of ``--train-data-path`` and ``--valid-data-path``.
+        data_args_path: file with that string.
+        per_split: ``--per-split-data-args-path`` file.
+        train_path, valid_path: strings of ``--train-data-path`` and ``--valid-data-path``.
 
     Raises:
-        InputError: no files or more than one blend, names that cannot be used, a file in two places, or a domain that
-            has training and no validation files or the other way round.
+        InputError: no files, more than one blend, a bad name, a file in two places, or a domain with files for only
+            one of training and validation.
     """
     separate = train_path if train_path is not None else valid_path
     given = [value for value in (data_path, data_args_path, per_split, separate) if value is not None]

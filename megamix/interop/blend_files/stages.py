@@ -1,9 +1,9 @@
-"""A run exported as phases of constant weights, as Megatron trains them.
+"""Export of a run as phases of constant weights for Megatron.
 
-Megatron cannot change a blend while it runs. With ``--phase-transition-iterations`` it saves and ends itself at each
-of these iterations, and the restarted job reads another blend. Each phase's samples are counted from 0: a phase begins
-anew in every file, in an order of its own, so a domain's samples may come again in a later phase before all of them
-came once. The batch size must not change between phases.
+Megatron cannot change a blend while it runs. With ``--phase-transition-iterations`` it saves and ends at each of these
+iterations, and the restarted job reads another blend. A phase counts its samples from 0 and begins every file anew, in
+another order, so a sample may come again in a later phase before all samples of its domain came once. The batch size
+must not change between phases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megamix.training.records.recorded_run import RecordedRun
 
 @dataclass(frozen=True)
 class Phase:
-    """Iterations [first, end), counted from 0, and the mean of the weights over them."""
+    """Iterations [first, end), counted from 0, with the mean of the weights over them."""
 
     first: int
     end: int
@@ -32,7 +32,7 @@ class Phase:
 
 
 def make_phases(run: RecordedRun, cuts: Sequence[int]) -> list[Phase]:
-    """The phases between ``cuts``, iterations that rise and lie inside the run."""
+    """Phases between ``cuts``, rising iterations inside the run."""
     batch, bounds = run.config.train.global_batch, [0, *cuts, run.steps]
     return [
         Phase(first, end, mean_weights(run.ledger, first * batch, end * batch))
@@ -41,7 +41,7 @@ def make_phases(run: RecordedRun, cuts: Sequence[int]) -> list[Phase]:
 
 
 def equal_cuts(run: RecordedRun, stages: int) -> list[int]:
-    """The iterations that cut the run as it stands into equal phases, to the nearest iteration.
+    """Iterations that cut the recorded run into equal phases, to the nearest iteration.
 
     Raises:
         InputError: more phases than iterations, or fewer than 1.
@@ -54,10 +54,10 @@ def equal_cuts(run: RecordedRun, stages: int) -> list[int]:
 
 
 def cuts_at(run: RecordedRun, tokens: str) -> list[int]:
-    """The iterations nearest to numbers of tokens, "1e9,2e9".
+    """Iterations nearest to numbers of tokens, as "1e9,2e9".
 
     Raises:
-        InputError: no numbers, or phases without an iteration.
+        InputError: no numbers, or a phase without an iteration.
     """
     per_step = run.config.train.global_batch * run.config.data.seq_length
     try:
@@ -90,7 +90,7 @@ def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path)
     suffix = "txt" if format == "megatron" else "json"
     batch, seq_length = run.config.train.global_batch, run.config.data.seq_length
     data, written, entries = DataSet.of_run(run), [], []
-    notes: dict[str, list[int]] = {}  # and the phases that each is about
+    notes: dict[str, list[int]] = {}  # phases by note
     for number, phase in enumerate(make_phases(run, cuts), start=1):
         source = f"{run.run_dir}, phase {number} (iterations {phase.first} to {phase.end})"
         blend = render(phase.weights, format, dataclasses.replace(data, source=source))
@@ -129,7 +129,7 @@ def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path)
 
 
 def _shell(run: RecordedRun, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:
-    """Sets PHASE_ARGS, Megatron's arguments for the phase that a checkpoint's iteration lies in."""
+    """Shell functions that set PHASE_ARGS, Megatron's arguments for the phase of a checkpoint's iteration."""
     data = f"--split {split} --data-args-path" if format == "megatron" else "--per-split-data-args-path"
     transitions = f" --phase-transition-iterations {','.join(map(str, cuts))}" if cuts else ""
     cases = [

@@ -1,1 +1,1 @@
-"""Models in Hugging Face's form, written."""
+"""Export of models in Hugging Face's form."""

@@ -1,14 +1,14 @@
-"""``megamix export``: the model of a run in Hugging Face's form, read from a checkpoint without engine or ranks.
+"""``megamix export``: the model of a checkpoint in Hugging Face's form, without engine or ranks.
 
-    OUT/model.safetensors             (or shards and their index) the weights
+    OUT/model.safetensors             weights (or shards and their index)
         config.json                   GPTNeoXConfig or LlamaConfig
-        generation_config.json        which token ends a text
-        tokenizer.json                that of the data, byte for byte
-        tokenizer_config.json         what transformers wants to know of it
+        generation_config.json        end-of-text token
+        tokenizer.json                the data's tokenizer, byte for byte
+        tokenizer_config.json         its special tokens
         megamix.json                  run, step, config and mixture
 
-The rows of the embedding and the output projection beyond the tokenizer's ids are left out. One tensor is in memory at
-a time. OUT is there whole or not at all.
+The export omits the rows of embedding and output projection beyond the tokenizer's ids, and holds one tensor in memory
+at a time. OUT is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Exported model.
 
     Attributes:
         source: the checkpoint.
-        num_bytes: of the weights.
+        num_bytes: size of the weights.
     """
 
     out: Path
@@ -65,14 +65,14 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     """Writes the model of a run to the folder ``out``.
 
     Args:
-        path: a run directory (its newest complete checkpoint is taken) or a checkpoint in one.
+        path: a checkpoint, or a run directory, for its newest complete checkpoint.
         out: new or empty.
         dtype: fp32 or bf16; checkpoints hold fp32.
-        max_shard_bytes: weights beyond this are cut into several files.
+        max_shard_bytes: size beyond which the weights go to several files.
 
     Raises:
-        InputError: no run or checkpoint, one in another form, a data set that is not there or not the checkpoint's, or
-            an ``out`` that is not empty.
+        InputError: ``path`` is no run or checkpoint or is in an engine's format, the data set is missing or another
+            one, or ``out`` is not empty.
         ResumeRefused: the checkpoint is damaged.
     """
     if dtype not in DTYPES:
@@ -111,7 +111,7 @@ def _check_out(out: Path) -> None:
 
 
 def _start(out: Path) -> Path:
-    """Makes the folder that is filled, then renamed to ``out``."""
+    """Makes the partial folder, which is renamed to ``out`` at the end."""
     partial = out.with_name(out.name + store.PARTIAL)
     try:
         partial.mkdir(parents=True)
@@ -125,7 +125,7 @@ def _start(out: Path) -> Path:
 
 
 def _find(path: Path) -> tuple[Path, RecordedRun]:
-    """The checkpoint to export, and the run it is of."""
+    """Checkpoint to export, and its run."""
     if (path / CONFIG).is_file():
         source = store.newest(path / "checkpoints")
         if source is None:
@@ -137,7 +137,7 @@ def _find(path: Path) -> tuple[Path, RecordedRun]:
 
 
 def _manifest(run: RecordedRun, state: RunState, source: Path) -> Manifest:
-    """The data set, which has the tokenizer; the run may have moved on to another than the checkpoint's."""
+    """Data set of the checkpoint, for its tokenizer; the run may have gone on with another one."""
     if run.manifest is None:
         raise InputError(
             f"the tokenizer is with the data, and the data of {run.run_dir} cannot be opened: {run.missing_data}"
@@ -154,7 +154,7 @@ def _manifest(run: RecordedRun, state: RunState, source: Path) -> Manifest:
 def _weights(
     source: Path, out: Path, model: ModelConfig, vocab_size: int, dtype: torch.dtype, max_bytes: int
 ) -> tuple[int, int]:
-    """Writes the tensor files; returns parameters and bytes."""
+    """Writes the tensor files; returns the numbers of parameters and bytes."""
     layers = [layer_shapes(model, index) for index in range(model.num_layers + 2)]
     ends = (0, model.num_layers + 1)
     specs = []
@@ -174,7 +174,7 @@ def _weights(
 
 
 def _layer(source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: int | None) -> Iterator[torch.Tensor]:
-    """The weights of a layer of a checkpoint, matrices cut to ``vocab_size`` rows where it is given.
+    """Weights of a layer of a checkpoint, with matrices cut to ``vocab_size`` rows where it is given.
 
     Raises:
         ResumeRefused: the file is damaged, or of another model.
@@ -200,10 +200,10 @@ def _write_config(folder: Path, model: ModelConfig, seq_length: int, vocab_size:
     upstream.architectures = [CLASSES[model.architecture]]
     upstream.dtype = DTYPES[dtype]
     upstream.use_cache = True
-    # A document follows the token that ended the one before, so that token also begins one.
+    # A document follows the end-of-document token of the previous one, so that token also begins a document.
     upstream.bos_token_id = upstream.eos_token_id = eod
     config = json.loads(upstream.to_json_string())
-    # What transformers before 5 and programs made for it read instead of rope_parameters.
+    # Keys that transformers before 5, and programs made for it, read instead of rope_parameters.
     if model.architecture == "neox":
         config.update(rotary_pct=model.rotary_percent, rotary_emb_base=model.rotary_base)
     else:
@@ -227,7 +227,7 @@ def _write_tokenizer(folder: Path, manifest: Manifest, seq_length: int) -> None:
 
 
 def _provenance(run: RecordedRun, state: RunState, source: Path, dtype: str) -> dict[str, Any]:
-    """Where the model is from, and on which blend it was trained."""
+    """Origin of the model, and the blend that it was trained on."""
     position = state.step * run.config.train.global_batch
     line = run.ledger.line_at(position)
     return {

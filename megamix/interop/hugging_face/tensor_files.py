@@ -1,8 +1,7 @@
-"""Writing safetensors files of which one tensor at a time is in memory.
+"""Writer of safetensors files with one tensor in memory at a time.
 
-The library's ``save_file`` wants all tensors of a file at once. The format is simple enough to stream: the length of
-the head (8 bytes, little-endian), the head (JSON: type, shape and place of every tensor, padded with spaces), the
-bytes.
+The library's ``save_file`` needs all tensors of a file at once. A file is the length of the head (8 bytes,
+little-endian), the head (JSON: type, shape and place of every tensor, padded with spaces), and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """Name and shape of a tensor to write."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Its elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -41,15 +40,12 @@ def write_tensors(
     tensors: Iterator[torch.Tensor],
     dtype: torch.dtype,
     max_bytes: int,
-) -> list[Path]:
+) -> None:
     """Writes ``model.safetensors``, or shards of at most ``max_bytes`` with their index, as transformers reads them.
 
     Args:
-        tensors: in the order of ``specs``, of these shapes; each is converted to ``dtype``.
-        max_bytes: a tensor that is larger has a shard of its own.
-
-    Returns:
-        The tensor files.
+        tensors: in the order and shapes of ``specs``; each is converted to ``dtype``.
+        max_bytes: limit of a shard; a larger tensor has its own shard.
     """
     shards = _cut(specs, dtype.itemsize, max_bytes)
     if len(shards) == 1:
@@ -62,7 +58,6 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
         _write(folder / name, shard, tensors, dtype)
-    return [folder / name for name in names]
 
 
 def _cut(specs: Sequence[TensorSpec], itemsize: int, max_bytes: int) -> list[list[TensorSpec]]:

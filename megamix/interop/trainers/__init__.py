@@ -1,1 +1,1 @@
-"""megamix inside other people's trainers: Megatron-LM's (`megatron_lm`) and Hugging Face's (`hugging_face`)."""
+"""Adapters for other trainers: Megatron-LM (`megatron_lm`) and Hugging Face (`hugging_face`), over `host`."""

@@ -1,9 +1,9 @@
-"""What every trainer that is not ours needs on each of its ranks: the plan, the data and the loss, behind four calls.
+"""Data, loss and mixing for one rank of a host trainer.
 
     next_batch -> begin_step -> loss, once a micro-batch -> (the sums go to the mixer) -> save_state, load_state
 
-Steps, batches and seed are the host's; data, mixture and mixer come from a YAML file with these sections (and
-``checkpoint``, where a resume is to change something).
+The host sets steps, batches and seed. A YAML file sets data, mixture and mixer (and ``checkpoint``, where a resume
+changes the domains).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megamix.core.config import apply_overrides, read_yaml, validate
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
-from megamix.data.loader import Batch
+from megamix.data.loader import Batch, WindowReader
 from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
@@ -32,21 +32,21 @@ from megamix.training.plan import DataPlan, make_data_plan
 from megamix.training.records.run_record import RunRecord
 
 SETTLE_EVERY = 100
-"""Steps after which what lies behind is let go of; to know it, the training thread waits for the mixer once."""
+"""Steps between two calls of `MixedData.settle`, at which the training thread waits for the mixer."""
 
 
 def host_plan(
     config: str | Path, overrides: Sequence[str], train: Mapping[str, int], data_size: int, host: str
 ) -> DataPlan:
-    """What a config comes to with the host's steps and batches.
+    """Resolved data plan for the host's steps and batches.
 
     Args:
         config: YAML with the sections data, mixture and mixer.
         train: the host's ``steps``, ``global_batch``, ``micro_batch`` and ``seed``.
-        host: its name, for messages.
+        host: name for messages.
 
     Raises:
-        InputError: anything that would stop the run later.
+        InputError: the config is wrong, or does not fit the host or the data.
     """
     sections = apply_overrides(read_yaml(Path(config), KINDS), list(overrides), KINDS)
     if "train" in sections:
@@ -60,26 +60,33 @@ def host_plan(
 
 
 def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: str) -> None:
-    """Raises InputError unless an option of the host is as it must be."""
+    """Raises InputError unless an option of the host has the value that the adapter needs."""
     if seen != wanted:
         raise InputError(f"{host}'s {option} is {seen!r}, expected {wanted!r}. {remedy}")
 
 
+def validation_reader(plan: DataPlan) -> WindowReader:
+    """Reader of the plan's validation samples."""
+    data = plan.config.data
+    options = {"eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids}
+    return WindowReader(plan.validation, data.seq_length, plan.vocab_size, **options)
+
+
 class HostRun:
-    """The data and the loss of one rank. Every rank of the job makes one, once the process group is there.
+    """Data and loss of one rank. Every rank of the job makes one, after the process group.
 
     Args:
-        data_rank: which of the data-parallel slices of every global batch this rank reads.
+        data_rank: number of the data-parallel slice that this rank reads of every global batch.
         reads_data: False on a rank that needs no tokens.
-        has_loss: whether `loss` is called on this rank, once per micro-batch of every step.
-        record_dir: where rank 0 keeps ``weights.jsonl``; None keeps none.
-        resumed: what to continue from (see `load_state`); None starts anew.
-        process_group: the ranks that share the vocabulary; None: the logits hold all of it.
+        has_loss: whether this rank calls `loss`, once per micro-batch of every step.
+        record_dir: folder in which rank 0 writes ``weights.jsonl``; None for no record.
+        resumed: state to continue from (see `load_state`); None for a new run.
+        process_group: ranks that share the vocabulary; None where the logits hold all of it.
 
     Attributes:
-        num_micro_batches: of this rank in every step.
-        loss: takes the logits [B, S, V] and the targets of one micro-batch and returns what to differentiate.
-        begun: steps begun.
+        num_micro_batches: micro-batches of this rank in every step.
+        loss: maps the logits [B, S, V] and the targets of one micro-batch to the scalar to differentiate.
+        begun: number of steps begun.
     """
 
     def __init__(
@@ -107,25 +114,24 @@ class HostRun:
 
     @property
     def step(self) -> int:
-        """Steps whose sums have gone to the mixer."""
+        """Number of steps whose sums have gone to the mixer."""
         return self.data.step
 
     def next_batch(self) -> Batch | None:
         """This rank's part of the next step, on the CPU; None on a rank that reads no data.
 
-        Up to ``data.weight_lag`` steps may be taken ahead of the one that was submitted last.
+        At most ``data.weight_lag`` steps ahead of the last one submitted.
         """
         return self.data.next_batch()[0]
 
     def begin_step(self, batch: Batch | None, divided_by: float) -> None:
-        """Makes `loss` ready for the micro-batches of ``batch``; a rank without a loss is done with the step here.
+        """Prepares `loss` for the micro-batches of ``batch``; a rank without a loss submits its zeros here.
 
         Args:
-            divided_by: what the host makes of the losses: their sum over micro-batches and data-parallel ranks, divided
-                by this.
+            divided_by: divisor that the host applies to the sum of losses over micro-batches and data-parallel ranks.
 
         Raises:
-            MegamixError: the step before has not had all its losses.
+            MegamixError: a loss of the previous step is missing.
         """
         if self.data.step != self.begun:
             raise MegamixError(
@@ -146,12 +152,12 @@ class HostRun:
         self.loss.start_step(self.num_micro_batches, objective, None, submit)
 
     def _submit(self, samples: StepSamples | None, sums_KC: torch.Tensor) -> None:
-        """Hands the step's sums on, and what names the samples of a loss that is not finite."""
+        """Submits the sums of the step, and keeps its samples so that the guard can name one with a bad loss."""
         self.data.guard.keep(self.data.step, samples, self.loss.non_finite_counts)
         self.data.submit(sums_KC)
 
     def state(self) -> RunState:
-        """What to keep with the host's checkpoint of step `step`; whole on rank 0 only."""
+        """State for the host's checkpoint of step `step`; complete on rank 0 only."""
         self.data.settle()
         if self._record is not None:
             self._write_reports()
@@ -159,7 +165,7 @@ class HostRun:
         return self.data.state()
 
     def close(self) -> None:
-        """Ends the background threads and the record."""
+        """Stops the background threads and closes the record."""
         self.data.close()
         if self._record is not None:
             self._write_reports()
@@ -178,19 +184,19 @@ class HostRun:
 
 
 def save_state(path: Path, state: RunState) -> None:
-    """Writes what `HostRun.state` gave, whole or not at all."""
+    """Writes the result of `HostRun.state`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(state.to_json(), allow_nan=False) + "\n").encode())
 
 
 def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
-    """What a run continues from, read by rank 0 for all; every rank calls it.
+    """State to continue from, read by rank 0 for all ranks. Every rank calls it.
 
     Args:
-        step: steps that the host's checkpoint has taken.
+        step: step of the host's checkpoint.
 
     Raises:
-        ResumeRefused: there is no such state, it cannot be read, or it is of another run or step.
+        ResumeRefused: the state is missing, unreadable, or of another run or step.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -209,7 +215,7 @@ def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
 
 
 def check_state(saved: Mapping[str, Any], plan: DataPlan, path: Path, step: int) -> Resumed:
-    """What a run continues from with the JSON of a state; see `load_state`."""
+    """Checked form of the JSON of a state; see `load_state`."""
     state = RunState.from_json(saved, path)
     if state.step != step:
         raise ResumeRefused(

@@ -1,16 +1,16 @@
-"""megamix in Hugging Face's ``Trainer``, for those who continue pretraining or fine-tune there.
+"""Adapter for Hugging Face's ``Trainer``, for continued pretraining and fine-tuning.
 
     args = TrainingArguments(max_steps=1000, train_sampling_strategy="sequential", ...)
     mix = MixCallback("mix.yaml", args)
     trainer = Trainer(model, args, train_dataset=mix.dataset, compute_loss_func=mix.loss, callbacks=[mix])
     trainer.train(resume_from_checkpoint=...)
 
-Conforms to transformers 5.17 and later with accelerate. Steps, batches and seed are the Trainer's arguments. The domain
-of a token travels in its label, as ``label + domain * vocabulary``, so that nothing of the Trainer needs to know of it.
-State of data and mixer is part of ``trainer_state.json`` in every checkpoint.
+Conforms to transformers 5.17 and later with accelerate. The Trainer's arguments set steps, batches and seed. A label
+carries the domain of its token, as ``label + domain * vocabulary``, so that the Trainer handles labels as usual. Every
+checkpoint holds the state of data and mixer in ``trainer_state.json``.
 
-The Trainer reads one micro-batch ahead, so at ``data.weight_lag: 1`` it waits at the beginning of a step for the
-mixer's answer to the step before; 2 hides that.
+The Trainer reads one micro-batch ahead. At ``data.weight_lag: 1`` each step therefore waits for the mixer's answer to
+the previous step; 2 hides the wait.
 
 Legend: B samples, S tokens, V vocabulary.
 """
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,21 +31,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
-from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike
+from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike, validation_reader
 from megamix.training.plan import DataPlan
 
 HOST = "the Trainer"
 FOLDER = "megamix"
-"""In ``output_dir``: where weights.jsonl is kept."""
+"""Folder of weights.jsonl in ``output_dir``."""
 
 
 class MixCallback(TrainerCallback, ExportableState):
-    """The Trainer's data, its loss, and the state behind them.
+    """Data set, loss and callback of the Trainer, with their common state.
 
     Args:
         config: YAML with the sections data, mixture and mixer.
-        args: the Trainer's arguments.
         overrides: ``key.path=value`` over the config.
         loss_implementation: ``auto``, ``triton`` or ``torch``.
 
@@ -52,7 +52,7 @@ class MixCallback(TrainerCallback, ExportableState):
         dataset: for ``train_dataset``: all samples of the run, in order.
 
     Raises:
-        InputError: arguments that do not fit the config or the callback.
+        InputError: the arguments do not fit the config or the callback.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MixCallback(TrainerCallback, ExportableState):
         }
         self._plan = host_plan(config, overrides, train, args.world_size, HOST)
         self._loss_implementation = loss_implementation
-        # What the Trainer makes of the losses of a step: their mean over ranks, unless it undoes that by itself.
+        # The Trainer takes the mean of a step's losses over ranks, unless it undoes that by itself.
         self._divided_by = 1.0 if args.average_tokens_across_devices else float(args.world_size)
         self._num_ranks = args.world_size
         self._folder = Path(args.output_dir or ".")
@@ -82,7 +82,7 @@ class MixCallback(TrainerCallback, ExportableState):
         self.dataset = MixDataset(self._plan, args.process_index)
 
     def validation(self, samples: int | None = None) -> dict[str, Dataset[dict[str, torch.Tensor]]]:
-        """For ``eval_dataset``: the validation samples of every domain by its name, at most ``samples`` of each."""
+        """For ``eval_dataset``: validation samples by domain name, at most ``samples`` of each."""
         return {
             name: _ValidationDataset(self._plan, index, samples) for index, name in enumerate(self._plan.domain_names)
         }
@@ -90,11 +90,11 @@ class MixCallback(TrainerCallback, ExportableState):
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """For ``compute_loss_func``: the loss of a micro-batch, whose sums go to the mixer after a step's last one.
+        """For ``compute_loss_func``: loss of a micro-batch. After the last one of a step the sums go to the mixer.
 
         Args:
-            outputs: the model's, with ``logits`` [B, S, V]; they predict the next token without being shifted.
-            labels: int64 [B, S], as `MixDataset` has them.
+            outputs: of the model, with ``logits`` [B, S, V], which predict the next token without a shift.
+            labels: int64 [B, S], as in `MixDataset`.
         """
         vocabulary = self._plan.vocab_size
         counted_BS = labels >= 0
@@ -108,12 +108,12 @@ class MixCallback(TrainerCallback, ExportableState):
         loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL)
         return loss * self._divided_by / self._num_ranks
 
-    # What the Trainer calls.
+    # Called by the Trainer.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the data, where the checkpoint left off if there is one."""
+        """Opens the data, at the position of the checkpoint if the Trainer continues from one."""
         _check_model(kwargs.get("model"), self._plan)
         resumed = None
         if state.global_step > 0:
@@ -126,7 +126,7 @@ class MixCallback(TrainerCallback, ExportableState):
                 )
             resumed = check_state(mix, self._plan, self._folder, state.global_step)
         if not dist.is_initialized():
-            # A Trainer of one process has no process group; the way from losses to weights goes through one.
+            # A Trainer of one process has no process group; the exchange of losses and weights needs one.
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
             self._made_group = True
         self._run = HostRun(
@@ -163,14 +163,14 @@ class MixCallback(TrainerCallback, ExportableState):
             self._made_group = False
 
     def state(self) -> dict[str, Any]:
-        """What ``trainer_state.json`` keeps; called on the rank that writes it."""
+        """Entry of ``trainer_state.json``; called on the rank that writes it."""
         return {"args": {}, "attributes": {"mix": None if self._run is None else self._run.state().to_json()}}
 
 
 class MixDataset(Dataset[dict[str, torch.Tensor]]):
-    """All samples of a run in the order in which the Trainer asks for them: micro-batch i goes to rank i mod R of R.
+    """Samples of a run in the Trainer's order: micro-batch i goes to rank i mod R of R.
 
-    Which sample an index stands for is known when its step is due, so they can be asked for in order only.
+    The sample of an index is known only when its step is due, so the indices must be read in order.
     """
 
     def __init__(self, plan: DataPlan, rank: int) -> None:
@@ -178,18 +178,18 @@ class MixDataset(Dataset[dict[str, torch.Tensor]]):
         self._rank = rank
         self._run: HostRun | None = None
         self._batches: deque[Batch] = deque()
-        self._first = 0  # the step of the first of them
+        self._first = 0  # step of the first of these batches
 
     def open(self, run: HostRun) -> None:
-        """Reads from ``run`` from here on."""
+        """Reads from ``run`` from now on."""
         self._run, self._first = run, run.step
         self._batches.clear()
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of a step; those before it are let go.
+        """This rank's part of a step; drops the steps before it.
 
         Raises:
-            MegamixError: a step that is not due yet, or was let go.
+            MegamixError: the step is not due yet, or was dropped.
         """
         while step > self._first and self._batches:
             self._batches.popleft()
@@ -229,21 +229,13 @@ class MixDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
-    """The validation samples of one domain."""
+    """Validation samples of one domain."""
 
     def __init__(self, plan: DataPlan, index: int, samples: int | None) -> None:
-        data = plan.config.data
-        self._domain = plan.validation[index]
         self._index, self._vocab_size = index, plan.vocab_size
-        available = self._domain.num_windows(data.seq_length)
+        available = plan.validation[index].num_windows(plan.config.data.seq_length)
         self._num_samples = available if samples is None else min(samples, available)
-        self._reader = WindowReader(
-            plan.validation,
-            data.seq_length,
-            plan.vocab_size,
-            eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
-        )
+        self._reader = validation_reader(plan)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -251,13 +243,13 @@ class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self._num_samples:
             raise IndexError(index)
-        place = torch.tensor([[self._index], [index]]).numpy()
-        batch = self._reader.batch(place[0], place[1], torch.zeros(1, dtype=torch.int64).numpy(), (1, 1))
+        domain, sample, row = np.array([[self._index], [index], [0]])
+        batch = self._reader.batch(domain, sample, row, (1, 1))
         return _sample(batch, (0, 0), self._vocab_size)
 
 
 def _sample(batch: Batch, place: tuple[int, int], vocab_size: int) -> dict[str, torch.Tensor]:
-    """One row of a batch as the Trainer's collators take it."""
+    """One row of a batch, in the form that the Trainer's collators take."""
     labels_S = batch.labels[place]
     coded_S = torch.where(labels_S >= 0, labels_S + batch.domains[place] * vocab_size, labels_S)
     sample = {"input_ids": batch.tokens[place], "labels": coded_S}
@@ -265,7 +257,7 @@ def _sample(batch: Batch, place: tuple[int, int], vocab_size: int) -> dict[str, 
 
 
 def _check_args(args: TrainingArguments) -> None:
-    """Refuses what would read the samples in another order, or skip the callback."""
+    """Refuses arguments that would change the order of the samples or skip the callback."""
     if args.max_steps <= 0:
         raise InputError(
             f"{HOST}'s max_steps is {args.max_steps}, expected the steps of the run: an online mixture has no epochs."

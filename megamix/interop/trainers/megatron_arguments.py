@@ -1,4 +1,4 @@
-"""Which of Megatron-LM's arguments its adapter cannot go along with."""
+"""Megatron-LM arguments that the adapter refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOST = "Megatron-LM"
 
 
 def check_args(args: Any) -> None:
-    """Refuses what the adapter cannot go along with."""
+    """Refuses arguments that the adapter does not support."""
     wanted = {
         "dataloader_type": ("external", "Give --dataloader-type external: the batches come from megamix."),
         "rampup_batch_size": (None, "Leave --rampup-batch-size out: a step is one global batch, always of one size."),
@@ -28,7 +28,7 @@ def check_args(args: Any) -> None:
 
 
 def check_plan(args: Any, plan: DataPlan) -> None:
-    """Refuses arguments that say something else of the data than the config."""
+    """Refuses arguments that contradict the config about the data."""
     data = plan.config.data
     for option in ("seq_length", "eod_mask_loss", "reset_position_ids"):
         ours = getattr(data, option)

@@ -1,4 +1,4 @@
-"""megamix in Megatron-LM's training loop, at the places of ``pretrain_gpt.py``.
+"""Adapter for Megatron-LM's training loop, at the places of ``pretrain_gpt.py``.
 
 Conforms to Megatron-LM core_v0.16 (``pretrain_gpt.py``, ``megatron/training/training.py``):
 
@@ -11,11 +11,11 @@ Conforms to Megatron-LM core_v0.16 (``pretrain_gpt.py``, ``megatron/training/tra
         mix.forward_step,
     )
 
-with ``--dataloader-type external``. Steps, batches, seed and sample length are Megatron's arguments. Every rank reads
-for itself, as the samples are a function of the position: nothing is sent through the tensor-parallel group. All
-stages, also those in the middle, have iterators, which tell where a step begins; every rank takes part in one
-all-reduce of integers a step, launched by the last micro-batch's loss (elsewhere when the step begins). Validation
-reads all domains alike, and reports the loss of each.
+with ``--dataloader-type external``. Megatron's arguments set steps, batches, seed and sample length. Samples are a
+function of the position, so every rank reads for itself and nothing goes through the tensor-parallel group. All stages
+have iterators, which mark the beginning of a step. Every rank takes part in one all-reduce of integers a step: the loss
+of the last micro-batch starts it, or the beginning of the step where there is no loss. Validation reads all domains in
+equal shares and reports the loss of each.
 
 Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains.
 """
@@ -28,31 +28,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megamix.core.errors import InputError, MegamixError
 from megamix.data.blend.blend import Blend
-from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
-from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state
+from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state, validation_reader
 from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
 from megamix.training.plan import DataPlan
 
 FOLDER = "megamix"
-"""In the folder of Megatron's checkpoints: the state of the data, one file a checkpoint, and weights.jsonl."""
+"""Folder, beside Megatron's checkpoints, of weights.jsonl and of one state of the data for each checkpoint."""
 
 
 class MicroBatch(NamedTuple):
-    """What `MegatronMix.get_batch` returns: the five of ``pretrain_gpt.py``, then ours; all None on a stage that needs
-    none of them.
+    """Tensors of a micro-batch: the five of ``pretrain_gpt.py``, then two more; all None on a stage that needs none.
 
     Attributes:
-        tokens, labels: int64 [B, S]; a label that does not count is ``IGNORED_LABEL``.
+        tokens, labels: int64 [B, S]; ``IGNORED_LABEL`` where the label does not count.
         loss_mask: float32 [B, S], 1 where the label counts.
         attention_mask: None: causal.
         position_ids: int64 [B, S].
         domains: int32 [B, S].
-        reference: float32 [B, S], a reference model's losses in nats; None without one.
+        reference: float32 [B, S], losses of a reference model in nats; None without one.
     """
 
     tokens: torch.Tensor | None = None
@@ -66,14 +66,14 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Item:
-    """A micro-batch on its way from an iterator to `MegatronMix.get_batch`; without a batch where none is read."""
+    """Micro-batch between an iterator and `MegatronMix.get_batch`; no batch on a rank that reads none."""
 
     batch: Batch | None
     index: int
 
 
 class MegatronMix:
-    """The functions that Megatron-LM's ``pretrain`` is given, and the state behind them.
+    """Functions for Megatron-LM's ``pretrain``, with their common state.
 
     Args:
         config: YAML with the sections data, mixture and mixer.
@@ -98,16 +98,16 @@ class MegatronMix:
         self._batch: Batch | None = None
         self._normaliser = 1.0
 
-    # What pretrain() is given.
+    # Arguments of pretrain().
 
     def train_valid_test_datasets_provider(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None
     ) -> tuple[Iterator[_Item], Iterator[_Item] | None, None]:
-        """Iterators over the micro-batches of training and of validation, for one chunk of the model; no test data.
+        """Iterators over training and validation micro-batches for one chunk of the model; no test data.
 
         Raises:
-            InputError: arguments of Megatron's that do not fit the config or the adapter.
-            ResumeRefused: Megatron continues from a checkpoint that has no state of the data, or another's.
+            InputError: Megatron's arguments do not fit the config or the adapter.
+            ResumeRefused: the checkpoint to continue from has no state of the data, or has another run's.
         """
         args = self._get_args()
         if self._run is None:
@@ -124,7 +124,7 @@ class MegatronMix:
     train_valid_test_datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def get_batch(self, data_iterator: Iterator[_Item], vp_stage: int | None = None) -> MicroBatch:
-        """This rank's part of the next micro-batch: with context parallelism, its tokens of every sample."""
+        """Next micro-batch of this rank; with context parallelism, its part of every sample."""
         from megatron.core import parallel_state
         from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -151,14 +151,14 @@ class MegatronMix:
     def forward_step(
         self, data_iterator: Iterator[_Item], model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-        """The model's output for the next micro-batch, and what makes a loss of it on the last stage."""
+        """Output of the model for the next micro-batch, and the function that computes its loss on the last stage."""
         from megatron.core.utils import get_attr_wrapped_model
 
         if return_schedule_plan:
             raise InputError(f"{HOST}'s --overlap-moe-expert-parallel-comm is not supported here. Leave it out.")
         vp_stage: Any = get_attr_wrapped_model(model, "vp_stage")
         micro = self.get_batch(data_iterator, vp_stage)
-        # Without labels the last stage answers with logits, this rank's part of the vocabulary.
+        # Without labels the last stage returns logits, for this rank's part of the vocabulary.
         output = model(micro.tokens, micro.position_ids, micro.attention_mask)
         return output, functools.partial(self.loss_func, micro.loss_mask, model=model, micro=micro)
 
@@ -170,10 +170,10 @@ class MegatronMix:
         *,
         micro: MicroBatch,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a micro-batch, from logits [B, S, V / T].
+        """Loss of a micro-batch, from logits [B, S, V / T].
 
         Returns:
-            The scalar to differentiate; the tokens that Megatron is to divide it by; sums and tokens to report.
+            The scalar to differentiate; the number of tokens by which Megatron divides it; sums and tokens to report.
         """
         assert self._run is not None
         assert loss_mask is not None
@@ -193,8 +193,7 @@ class MegatronMix:
     # Checkpoints.
 
     def saving(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's ``save_checkpoint(iteration, ...)`` that writes the state of the data first, so that no checkpoint
-        is without it."""
+        """Wraps Megatron's ``save_checkpoint(iteration, ...)`` so that the state of the data is written first."""
 
         @functools.wraps(save_checkpoint)
         def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +206,7 @@ class MegatronMix:
         """Writes the state of the data after ``iteration`` steps to ``SAVE/megamix/iter_ITERATION.json``, on rank 0.
 
         Raises:
-            MegamixError: a checkpoint of another step than the one just taken.
+            MegamixError: ``iteration`` is not the step just taken.
         """
         if self._run is None or dist.get_rank() != 0:
             return
@@ -218,12 +217,12 @@ class MegatronMix:
         save_state(_state_path(self._get_args().save, iteration), self._run.state())
 
     def close(self) -> None:
-        """Ends the background threads; call it when ``pretrain`` returns."""
+        """Stops the background threads; call it when ``pretrain`` returns."""
         if self._run is not None:
             self._run.close()
             self._run = None
 
-    # Behind them.
+    # Internal.
 
     def _open(self, args: Any) -> HostRun:
         from megatron.core import parallel_state
@@ -253,7 +252,7 @@ class MegatronMix:
         )
 
     def _train_item(self, first_step: int, index: int) -> _Item:
-        """Micro-batch ``index`` since ``first_step``; the first of a step, in whichever chunk, begins it."""
+        """Micro-batch ``index`` since ``first_step``. The first call for a step, in any chunk, begins the step."""
         assert self._run is not None
         step, micro_batch = divmod(index, self._run.num_micro_batches)
         if first_step + step == self._run.begun:
@@ -270,7 +269,7 @@ class MegatronMix:
             # Megatron counts the tokens that `loss_func` returns over micro-batches and ranks.
             divided_by = float(max(batch.num_tokens, 1))
         elif batch is not None:
-            # It divides by the micro-batches, and takes the mean over the ranks that hold copies of the parameters.
+            # Megatron divides by the micro-batches, and averages over the ranks that hold copies of the parameters.
             copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
             divided_by = float(run.num_micro_batches * copies)
         self._normaliser = 1.0 if batch is None else max(batch.num_tokens, 1) / divided_by
@@ -281,7 +280,7 @@ class MegatronMix:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """As `loss_func`, with a report for every domain.
 
-        From the token losses, which all tensor-parallel ranks have; the sums are on the first of them only.
+        Uses the token losses, which all tensor-parallel ranks have; only the first of these ranks has the sums.
         """
         assert self._run is not None
         names = self._run.plan.domain_names
@@ -297,7 +296,7 @@ class MegatronMix:
 
 
 class _TrainIterator(Iterator[_Item]):
-    """Counts the micro-batches of one chunk of the model."""
+    """Iterator over the micro-batches of one chunk of the model."""
 
     def __init__(self, item: Callable[[int], _Item]) -> None:
         self._item = item
@@ -310,19 +309,13 @@ class _TrainIterator(Iterator[_Item]):
 
 
 def _validation(plan: DataPlan, consumed: int, data_rank: int, reads_data: bool) -> Iterator[_Item]:
-    """Micro-batches of validation samples, of all domains in equal shares, for ever."""
+    """Endless micro-batches of validation samples, from all domains in equal shares."""
     data, share = plan.config.data, plan.share(data_rank)
     windows = [domain.num_windows(data.seq_length) for domain in plan.validation]
     blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
     blend.take(consumed)
-    reader = WindowReader(
-        plan.validation,
-        data.seq_length,
-        plan.vocab_size,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-    )
-    rows = torch.arange(share.global_batch).numpy()[share.samples]
+    reader = validation_reader(plan)
+    rows = np.arange(share.global_batch)[share.samples]
     device = _device()
     while True:
         domain_n, sample_n = blend.take(share.global_batch)
