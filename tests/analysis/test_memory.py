@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, RUN_SECONDS
 
 from megamix.analysis.memory import StageMemory, activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
@@ -232,7 +232,7 @@ def test_activations_of_megatrons_own_layers_are_what_autograd_keeps(tmp_path: P
         "128",
         *(m.model_dump_json() for m in models),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("result")]
     for model, (parameters, real) in zip(models, results, strict=True):

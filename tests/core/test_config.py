@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 import pytest
 import yaml
-from commands import ROOT
+from commands import ROOT, RUN_SECONDS
 from small_config import SMALL, small
 
 from megamix.core.config import Config, load_config, read_yaml, validate
@@ -172,7 +172,7 @@ def test_help_of_a_small_config() -> None:
 
 def test_help_config_needs_no_config_file() -> None:
     command = [sys.executable, "-m", "megamix", "train", "--help-config"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == config_help(DoremiRunConfig).strip()
 

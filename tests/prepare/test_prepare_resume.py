@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, RUN_SECONDS
 from json_lines import jsonl
 from prepared import contents, stdlib_texts, tree, write_corpus
 
@@ -86,7 +86,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + RUN_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[1].decode()
@@ -116,7 +116,7 @@ def test_killed_at_random_moments(corpus: Path, prepared: Path, tmp_path: Path) 
             process,
         )
         try:
-            process.wait(chance.uniform(0, 0.4) if attempt < 14 else 60)
+            process.wait(chance.uniform(0, 0.4) if attempt < 14 else RUN_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
@@ -141,7 +141,7 @@ def test_kept_work_is_not_done_again_and_workers_end(corpus: Path, prepared: Pat
     assert below
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + RUN_SECONDS
     while any(alive(pid) for pid in below):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.05)
@@ -152,7 +152,7 @@ def test_kept_work_is_not_done_again_and_workers_end(corpus: Path, prepared: Pat
     head = (out / "code" / "train.bin.tmp").read_bytes()[:safe_bytes]
     assert head == (prepared / "code" / "train.bin").read_bytes()[:safe_bytes]
     second = start(corpus, out, prepared / "tokenizer.json", seconds=0.0)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=RUN_SECONDS)
     assert second.returncode == 0
     assert f"code: going on after {done['file_bytes'] / 1e6:.1f} MB" in errors.decode()
     assert "books: unchanged, kept" in errors.decode()
@@ -241,7 +241,7 @@ def test_killed_worker_is_an_error_that_keeps_work(corpus: Path, prepared: Path,
                 os.kill(pid, signal.SIGKILL)
         except OSError:
             continue
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 1
     assert RankFailed.__name__ in errors.decode()
     assert "tokenising processes died" in errors.decode()
@@ -274,7 +274,7 @@ def test_two_at_once(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     wait_for((tmp_path / "out" / "books").exists, process)
     with pytest.raises(InputError, match="another prepare is writing"):
         prepare([str(corpus)], tmp_path / "out", workers=1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0
     assert "3 of 3 domains" in errors.decode()
 

@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import ENVIRONMENT
-from processes import children, gone, wait_for_step
+from commands import ENVIRONMENT, RUN_SECONDS
+from processes import children, wait_for_step, wait_until_gone
 from records import lines, record
 from tiny_swarm import DOMAINS, swarm_config
 
@@ -70,7 +69,7 @@ def test_nothing_is_lost_when_members_are_stopped_killed_and_fail(
     process = start(config)
     wait_for_step(run / "runs" / "0000", 5, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 75, said
     assert "of 4 members are done. The same command goes on." in said
     stopped = max(line["step"] for line in lines(run / "runs" / "0000" / "metrics.jsonl"))
@@ -82,11 +81,8 @@ def test_nothing_is_lost_when_members_are_stopped_killed_and_fail(
     members = children(process.pid)
     assert len(members) == 2
     process.kill()
-    process.communicate(timeout=120)
-    deadline = time.monotonic() + 30
-    while not gone(members) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert gone(members)
+    process.communicate(timeout=RUN_SECONDS)
+    wait_until_gone(members)
     assert not all(member.is_done for member in members_of(run / "members", [])[:3])
 
     said = megamix("swarm", "run", config, code=1).stderr

@@ -21,11 +21,11 @@ RANKS = 2
 
 def run(name: str, *arguments: object) -> list[tuple[int, Any]]:
     """(exit code, what it found) of every rank."""
-    from commands import ENVIRONMENT
+    from commands import ENVIRONMENT, RUN_SECONDS
     from forked import run_processes
 
     environments = [{**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(RANKS)} for rank in range(RANKS)]
-    done = run_processes([__file__, name, *arguments], environments, cwd=Path(__file__).parent, seconds=120)
+    done = run_processes([__file__, name, *arguments], environments, cwd=Path(__file__).parent, seconds=RUN_SECONDS)
     found = []
     for rank in done:
         lines = [line for line in rank.stdout.splitlines() if line.startswith("found ")]

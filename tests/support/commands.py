@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "0",
 }
 RUN_SECONDS = 300
+"""Limit of every wait that a defect would make endless. No test is about time: a busy machine may take minutes."""
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 

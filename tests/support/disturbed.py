@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commands import run_megamix
+from commands import RUN_SECONDS, run_megamix
 from records import lines, record, samples
 
 from megamix.data.tokens.manifest import Manifest
 
-SECONDS = 120.0
 MOMENTS = ("loading", "step", "step", "checkpoint", "checkpoint")
 VICTIMS = ("rank", "rank", "all", "starter")
 
@@ -63,7 +62,7 @@ class Disturbed:
             for process in chosen:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-        waiter.join(SECONDS)
+        waiter.join(RUN_SECONDS)
         assert done, f"the starter is still there: {self.kills}"
         self._nobody_is_left(ranks)
         return done[0] != 0
@@ -84,7 +83,7 @@ class Disturbed:
 
     def _wait_for_starter(self, before: int | None, waiter: threading.Thread) -> int | None:
         """The process that has taken the lock, once it has started its ranks."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + RUN_SECONDS
         while waiter.is_alive():
             holder = holder_of(self.run)
             if holder not in (None, before) and children(holder):
@@ -95,7 +94,7 @@ class Disturbed:
 
     def _wait_for(self, moment: str, step: int, waiter: threading.Thread) -> bool:
         """Waits for the moment; False where the run ends before."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + RUN_SECONDS
         if moment == "loading":
             time.sleep(self.chance.uniform(0, 1.5))
             return waiter.is_alive()
@@ -111,7 +110,7 @@ class Disturbed:
         return False
 
     def _nobody_is_left(self, ranks: list[int]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60  # less than a run takes, which would end them too
         while any(map(is_running, ranks)):
             assert time.monotonic() < deadline, f"ranks outlived their job: {self.kills}"
             time.sleep(0.02)

@@ -41,5 +41,12 @@ def lines_so_far(run: Path) -> list[dict[str, int]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def wait_until_gone(ranks: list[int]) -> None:
+    deadline = time.monotonic() + RUN_SECONDS
+    while not gone(ranks):
+        assert time.monotonic() < deadline, f"of {ranks} some still run"
+        time.sleep(0.05)
+
+
 def gone(ranks: list[int]) -> bool:
     return not any(Path(f"/proc/{rank}").exists() for rank in ranks)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, RUN_SECONDS
 from forked import run_processes
-
-SECONDS = 600
 
 
 def run_ranks(
@@ -34,7 +32,7 @@ def run_ranks(
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     job = {**ENVIRONMENT, **(environment or {}), **address, "WORLD_SIZE": str(num_ranks)}
     ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=SECONDS, fork=fork)
+    done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=2 * RUN_SECONDS, fork=fork)
     printed = [rank.stdout for rank in done]
     said = "\n".join(f"rank {rank}: exit code {each.returncode}\n{each.stdout}" for rank, each in enumerate(done))
     assert [each.returncode for each in done] == [code] * num_ranks, said

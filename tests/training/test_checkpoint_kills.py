@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from commands import ENVIRONMENT, SUPPORT
+from commands import ENVIRONMENT, RUN_SECONDS, SUPPORT
 from forked import run_processes
 
 
@@ -18,7 +18,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (folder / name).mkdir()
     here = SUPPORT
     (done,) = run_processes(
-        [here / "checkpoint_killed.py", folder], [ENVIRONMENT], cwd=here, seconds=200, separate=True
+        [here / "checkpoint_killed.py", folder], [ENVIRONMENT], cwd=here, seconds=RUN_SECONDS, separate=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("found "))[6:])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkpoint_files import TinyEngine, engine_at, flip, job, loads, write
 from checkpoint_ranks import run
-from commands import ENVIRONMENT, SUPPORT
+from commands import ENVIRONMENT, RUN_SECONDS, SUPPORT
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamix.core.errors import InputError, MegamixError, Preempted, ResumeRefused
@@ -134,7 +134,7 @@ with job(Path(sys.argv[1])) as group, saving.CheckpointWriter(Path(sys.argv[1]) 
 
 def test_a_process_ends_though_its_checkpoint_does_not(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STUCK, str(tmp_path)], env=ENVIRONMENT, cwd=SUPPORT, timeout=120,
+        [sys.executable, "-c", STUCK, str(tmp_path)], env=ENVIRONMENT, cwd=SUPPORT, timeout=RUN_SECONDS,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0

@@ -19,13 +19,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from commands import ROOT
+from commands import ROOT, RUN_SECONDS
 
 from megamix.core.errors import RankFailed
 from megamix.training.job import local_ranks
 from megamix.training.job.local_ranks import job_world_size, report_failure, run_local
 
-SLEEP = "time.sleep(100)"
+SLEEP = f"time.sleep({2 * RUN_SECONDS})"  # longer than any wait for its end
 PRELUDE = """\
 import json, os, signal, sys, time
 from pathlib import Path
@@ -78,9 +78,9 @@ class Job:
         wait_until(lambda: len(self.pids()) == len(programs), "all ranks run")
         return process
 
-    def seconds_since_death(self) -> float:
-        """Since the last rank that failed did so; on a busy machine ranks may take long to start."""
-        return time.time() - (self.folder / "died").stat().st_mtime
+    def ended_early(self) -> bool:
+        """Whether nobody waited for what sleeps, or for the end of `long_grace`, after the last rank failed."""
+        return time.time() - (self.folder / "died").stat().st_mtime < RUN_SECONDS
 
     def pids(self) -> list[int]:
         return [int(path.read_text()) for path in self.folder.glob("*.pid")]
@@ -97,10 +97,10 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(done: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + RUN_SECONDS
     while not done():
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        assert time.monotonic() < deadline, f"{what}: not after {RUN_SECONDS} s"
         time.sleep(0.02)
 
 
@@ -135,6 +135,12 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_ranks, "GRACE_SECONDS", 1.0)
 
 
+@pytest.fixture
+def long_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So long that a wait in vain shows on the slowest machine."""
+    monkeypatch.setattr(local_ranks, "GRACE_SECONDS", 2.0 * RUN_SECONDS)
+
+
 # The end of a job
 
 
@@ -163,10 +169,12 @@ def test_a_stated_reason_is_printed_once(job: Job, hasty: None, capfd: pytest.Ca
     assert capfd.readouterr().err == "megamix: weights sum to 0.\n"
 
 
-def test_the_same_reason_from_all_ranks_is_printed_once(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_same_reason_from_all_ranks_is_printed_once(
+    job: Job, long_grace: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert job.run(*["fail(3, 'other data than before.')"] * 3) == 3
     assert capfd.readouterr().err == "megamix: other data than before.\n"
-    assert job.seconds_since_death() < local_ranks.GRACE_SECONDS, "nobody is left to wait for"
+    assert job.ended_early(), "nobody is left to wait for"
 
 
 def test_a_stated_reason_goes_before_what_follows_from_it(
@@ -187,12 +195,12 @@ def test_a_rank_that_says_nothing(job: Job, hasty: None, capfd: pytest.CaptureFi
     assert capfd.readouterr().err == "megamix: ended with exit code 7.\n"
 
 
-def test_a_killed_rank_ends_the_others_within_20_seconds(job: Job) -> None:
+def test_a_killed_rank_ends_the_others(job: Job) -> None:
     """With the real waits: SIGKILL (as the kernel's when memory runs out) is named with its rank; the sleeping others
     are gone when `run_local` returns."""
     with pytest.raises(RankFailed) as error:
         job.run(SLEEP, "die()", SLEEP)
-    assert job.seconds_since_death() < 20
+    assert job.ended_early()
     assert "rank 1 of 3 was ended by signal SIGKILL." in str(error.value)
     assert "Ending the ranks that still run (0, 2)" in str(error.value)
     assert len(job.pids()) == 3
@@ -209,17 +217,19 @@ def test_ranks_that_ignore_signals_are_ended(job: Job, hasty: None) -> None:
     after_both = "\nwhile len(list(here.glob('deaf*'))) < 2: time.sleep(0.01)\n"
     with pytest.raises(RankFailed, match="rank 2 of 3 was ended by signal SIGKILL"):
         job.run(deaf, deaf, after_both + "die()")
-    assert job.seconds_since_death() < 15
+    assert job.ended_early()
     assert job.running() == []
 
 
-def test_the_killed_rank_is_blamed_not_its_survivors(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_killed_rank_is_blamed_not_its_survivors(
+    job: Job, long_grace: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Survivors lose their connection and fail with exit code 1 and a reason of their own: they are not the cause, and
     nobody waits longer than they take."""
     survivor = "time.sleep(0.5); fail(1, 'connection reset by peer')"
     with pytest.raises(RankFailed, match=r"rank 2 of 3 was ended by signal SIGKILL\. The same command resumes"):
         job.run(survivor, survivor, "die()")
-    assert job.seconds_since_death() < local_ranks.GRACE_SECONDS
+    assert job.ended_early()
     assert "connection reset" not in capfd.readouterr().err
 
 
@@ -251,7 +261,7 @@ def test_a_wish_to_stop_is_passed_on_and_waited_for(job: Job, number: signal.Sig
     slow = "time.sleep(1.0); fail(75, f'saved after signal {int(asked[0])}')"
     parent = start_heeding(job, slow, "fail(75, 'saved, too')")
     parent.send_signal(number)
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=RUN_SECONDS)
     assert parent.returncode == 75
     assert err == f"megamix: saved after signal {int(number)}\n"
     assert job.running() == []
@@ -260,13 +270,13 @@ def test_a_wish_to_stop_is_passed_on_and_waited_for(job: Job, number: signal.Sig
 def test_ranks_that_finish_all_the_same_are_done(job: Job) -> None:
     parent = start_heeding(job, "pass", "pass")
     parent.send_signal(signal.SIGUSR1)
-    assert parent.wait(timeout=20) == 0
+    assert parent.wait(timeout=RUN_SECONDS) == 0
 
 
 def test_a_rank_that_fails_while_it_stops_is_a_failure(job: Job) -> None:
     parent = start_heeding(job, "time.sleep(0.5); fail(75, 'saved')", "fail(2, 'the disk is full.')")
     parent.send_signal(signal.SIGTERM)
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=RUN_SECONDS)
     assert (parent.returncode, err) == (2, "megamix: the disk is full.\n")
 
 
@@ -274,7 +284,7 @@ def test_ranks_that_do_not_heed_signals_yet_end_at_once(job: Job) -> None:
     """They have not begun to train: nothing is lost, and the job may be requeued."""
     parent = job.start(SLEEP, HEED + SLEEP)
     parent.send_signal(signal.SIGUSR1)
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=RUN_SECONDS)
     assert parent.returncode == 75
     assert err == "megamix: stopped by SIGUSR1 before all ranks were ready to heed it.\n"
     assert job.running() == []
@@ -285,7 +295,7 @@ def test_a_second_signal_ends_all_ranks_at_once(job: Job) -> None:
     parent.send_signal(signal.SIGUSR1)
     time.sleep(0.3)
     parent.send_signal(signal.SIGTERM)
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=RUN_SECONDS)
     assert (parent.returncode, err) == (1, "RankFailed: stopped by SIGTERM, asked a second time.\n")
     assert job.running() == []
 
@@ -295,8 +305,8 @@ def test_ranks_die_with_a_parent_that_is_killed(job: Job) -> None:
     parent = job.start(SLEEP, f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}")
     assert len(job.running()) == 2
     parent.kill()
-    parent.communicate(timeout=20)
-    wait_until(lambda: job.running() == [], "the ranks die", seconds=5)
+    parent.communicate(timeout=RUN_SECONDS)
+    wait_until(lambda: job.running() == [], "the ranks die")
 
 
 def test_a_failure_outside_of_a_job_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

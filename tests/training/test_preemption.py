@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, SUPPORT
+from commands import ENVIRONMENT, RUN_SECONDS, SUPPORT
 from jobs import run_job
 from processes import children, start, wait_for_step
 from records import record, samples
@@ -62,14 +62,14 @@ def test_signals_lose_nothing(megamix: Run, tiny_config: Write, tmp_path: Path, 
     process = start(config)
     wait_for_step(run, 9, process)
     process.send_signal(signal.SIGUSR1)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 75, said
     (first,) = saved_steps(run)
     assert f"stands at step {first} of 300, saved. The same command goes on from there." in said
     process = start(config)
     wait_for_step(run, first + 30, process)
     os.kill(children(process.pid)[1], signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 75, said
     second = saved_steps(run)[-1]
     assert first < second < 300
@@ -113,7 +113,7 @@ def test_asked_before_it_has_begun(tiny_config: Write, tmp_path: Path) -> None:
         env={**ENVIRONMENT, **job},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=RUN_SECONDS,
         check=False,
     )
     assert done.returncode == 75, done.stderr

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from commands import ENVIRONMENT, ROOT
+from commands import ENVIRONMENT, ROOT, RUN_SECONDS
 from records import lines, record, samples
 
 from megamix.analysis.inspect import inspect_sample
@@ -59,7 +59,7 @@ def test_joins_ranks_that_torchrun_starts(megamix: Run, tiny_config: Write, tmp_
     megamix("train", tiny_config(run_dir=str(own), engine=layout(1, 2)))
     config = tiny_config(run_dir=str(joined))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megamix"]
-    subprocess.run([*command, "train", str(config)], env=ENVIRONMENT, check=True, timeout=240, cwd=ROOT)
+    subprocess.run([*command, "train", str(config)], env=ENVIRONMENT, check=True, timeout=RUN_SECONDS, cwd=ROOT)
     assert record(joined) == record(own)
 
 

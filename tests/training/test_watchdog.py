@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Never
 
 import pytest
+from commands import RUN_SECONDS
 
 from megamix.core.errors import InputError, MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
@@ -27,7 +28,6 @@ from megamix.training.job.watchdog import Watchdog, heartbeat
 from megamix.training.job.watchdog.heartbeat import Invitation, invite, join
 
 Program = Callable[[Watchdog], None]
-SECONDS = 60
 NEVER = 0.0
 
 
@@ -86,7 +86,7 @@ class Ranks:
 
     def wait(self, *ranks: int) -> list[int]:
         """The exit codes of some ranks, by default of all, once they have ended."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + RUN_SECONDS
         wanted = ranks or range(len(self.processes))
         while any(rank not in self.codes for rank in wanted):
             for rank in wanted:
