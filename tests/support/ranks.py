@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 from commands import ENVIRONMENT, RUN_SECONDS
 from forked import run_processes
+
+from megamix.core.processes import free_port
 
 
 def run_ranks(
@@ -27,9 +28,7 @@ def run_ranks(
     Returns:
         What each rank printed, standard error included.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     job = {**ENVIRONMENT, **(environment or {}), **address, "WORLD_SIZE": str(num_ranks)}
     ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=2 * RUN_SECONDS, fork=fork)

@@ -19,6 +19,8 @@ from jobs import run_job
 from processes import children, start, wait_for_step
 from records import record, samples
 
+from megamix.core.processes import free_port
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
 
@@ -107,7 +109,8 @@ def test_asked_before_it_has_begun(tiny_config: Write, tmp_path: Path) -> None:
         f"sys.argv = ['megamix', 'train', {str(config)!r}]\n"
         "main()\n"
     )
-    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29411"}
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**ENVIRONMENT, **job},

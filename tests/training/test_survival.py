@@ -31,6 +31,7 @@ from disturbed import (
 )
 from forked import run_processes
 
+from megamix.core.processes import free_port
 from megamix.training.job.lock import RunLock
 
 Write = Callable[..., Path]
@@ -84,10 +85,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(
 
 def start_ranks(config: Path, ranks: int, **environment: str) -> tuple[threading.Thread, list[Any]]:
     """Ranks as torchrun or srun starts them, in a thread that waits for them; what they return goes to the list."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment} for rank in range(ranks)]
     done: list[Any] = []
     arguments = ["-m", "megamix", "train", str(config)]
