@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_oracle import GRADIENT_TOLERANCE, make_case, oracle
+from tolerance import rounding
 
 from megamix_kernels import DomainSums, checks, domain_cross_entropy, torch_loss
 
@@ -26,8 +27,8 @@ def check(logits_NV, labels_N, domain_N, num_domains, **options):
     result_dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     assert (out.loss.dtype, out.loss.shape, out.token_loss_N.dtype) == (result_dtype, (), result_dtype)
     assert (grad_NV.dtype, grad_NV.shape) == (logits_NV.dtype, logits_NV.shape)
-    # Subtraction at the size of the largest logit bounds what fp32 can give.
-    near = 1e-12 if result_dtype == torch.float64 else 1e-6
+    # Subtraction at the size of the largest logit bounds what the dtype can give.
+    near = rounding(result_dtype)
     torch.testing.assert_close(out.loss.double(), loss, rtol=4 * near, atol=near)
     torch.testing.assert_close(out.token_loss_N.double(), token_loss_N, rtol=2 * near, atol=near)
     bound = GRADIENT_TOLERANCE[logits_NV.dtype] * max(float(want_NV.abs().max()) if want_NV.numel() else 0.0, 1e-30)

@@ -9,7 +9,7 @@ of a model has
 
 Two results have twice one's error, and `SAFETY` covers the largest of a million numbers (5 standard deviations) and
 small gradients, which Adam divides by their own size. Measured in the models of `megatron_scenarios`, after four steps
-of Adam at a learning rate of 0.01, fp32 against float64: an eighth of the tolerance in token losses, less in means.
+of Adam at a learning rate of 0.01, fp32 against float64: a tenth of the tolerance in token losses, less in means.
 
 A fault is not rounding. In the same models a loss divided by all labels instead of those that count changes gradient
 norms by 2000 times their tolerance; one micro-batch left out of one step by 8000 times, and losses by 76 times or more;
