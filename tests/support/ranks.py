@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from commands import ENVIRONMENT, RUN_SECONDS
+from commands import ENVIRONMENT, RUN_SECONDS, SUPPORT
 from forked import run_processes
 
 from megamix.core.processes import free_port
@@ -29,7 +30,9 @@ def run_ranks(
         What each rank printed, standard error included.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    job = {**ENVIRONMENT, **(environment or {}), **address, "WORLD_SIZE": str(num_ranks)}
+    # The script may be a test file, which imports from tests/support.
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(SUPPORT)])
+    job = {**ENVIRONMENT, "PYTHONPATH": path, **(environment or {}), **address, "WORLD_SIZE": str(num_ranks)}
     ranks = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     done = run_processes([script, *arguments], ranks, cwd=cwd, seconds=2 * RUN_SECONDS, fork=fork)
     printed = [rank.stdout for rank in done]
