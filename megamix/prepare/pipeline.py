@@ -39,7 +39,7 @@ from megamix.prepare.journal import Mark
 from megamix.prepare.merge import assemble, shard_record_path
 from megamix.prepare.output_folder import sole_writer, writing_to
 from megamix.prepare.parts import Part, PartWriter
-from megamix.prepare.progress import Progress
+from megamix.prepare.progress import PrepareProgress
 from megamix.prepare.shards import Shard, Share, divide
 
 RECORD_FILE = "prepare.json"
@@ -201,7 +201,7 @@ class _Work:
         """Makes every part that is not there yet."""
         shares = {name: self._shares(paths) for name, paths in domains.items()}
         sizes = {name: sum(share.num_bytes for share in held) for name, held in shares.items()}
-        with Encoders(num_workers) as encoders, Progress(sizes, progress) as shown:
+        with Encoders(num_workers) as encoders, PrepareProgress(sizes, progress) as shown:
             for name, paths in domains.items():
                 part, inputs = Part(self._out, name, self._shard), input_files(paths)
                 record = part.read()
@@ -219,7 +219,7 @@ class _Work:
         return divide(pieces, self._shard)
 
     def _write(
-        self, writer: PartWriter, name: str, shares: Sequence[Share], encoders: Encoders, shown: Progress
+        self, writer: PartWriter, name: str, shares: Sequence[Share], encoders: Encoders, shown: PrepareProgress
     ) -> PartRecord:
         settings = self._settings
         job = EncodeJob(
@@ -236,7 +236,7 @@ class _Work:
             shown.begin(name, writer.mark.file_bytes)
             for encoded in encoders.encode(job, self._blocks(shares, writer.mark)):
                 writer.add(encoded)
-                shown.advance(
+                shown.add(
                     name,
                     num_bytes=encoded.file_bytes,
                     text_bytes=encoded.text_bytes,

@@ -1,23 +1,17 @@
-"""How far `prepare` is: a bar on a terminal, else a log line per domain and every half minute."""
+"""Progress of `prepare`: a bar on a terminal, else a log line per domain and every half minute."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from megamix.core.log import get_logger
-
-_LOG_EVERY_S = 30.0
+from megamix.core.progress import Progress
 
 
 class Rate:
-    """Bytes of input, of text and tokens by second, and the time left.
-
-    What an earlier call has done counts as done, but not as done at this pace.
+    """Throughput and time left. What an earlier call did counts as done, but not towards the throughput.
 
     Args:
         total: Bytes of input of the whole job.
@@ -30,11 +24,11 @@ class Rate:
         self._read = self._text = self._tokens = 0
 
     def keep(self, num_bytes: int) -> None:
-        """So many more bytes of input had been done before."""
+        """Counts bytes of input that were done before."""
         self.done += num_bytes
 
     def advance(self, num_bytes: int, text_bytes: int, tokens: int, now: float) -> None:
-        """So much more has been done by the time ``now``."""
+        """Counts what was done up to the time ``now``."""
         self.done += num_bytes
         self._read += num_bytes
         self._text += text_bytes
@@ -62,60 +56,45 @@ def _words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-class Progress:
-    """Shows how far the work is.
+class PrepareProgress(Progress):
+    """Display of one bar over all domains.
 
     Args:
         sizes: Bytes of input to read, by domain.
-        enabled: Without it nothing is shown.
+        enabled: False shows and logs nothing.
     """
 
     def __init__(self, sizes: Mapping[str, int], enabled: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        super().__init__(*columns, TextColumn("{task.fields[pace]}"), enabled=enabled)
         self._sizes = sizes
         self._num_finished = self._begun_at = 0
-        self._spoke = time.monotonic()
-        self._rate = Rate(sum(sizes.values()), self._spoke)
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, TextColumn("{task.fields[pace]}"), console=console, disable=not console.is_terminal)
-        self._bar.disable = self._bar.disable or not enabled
-        self._task = self._bar.add_task("prepare", total=sum(sizes.values()), pace="")
-        self._log = enabled and not console.is_terminal
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._rate = Rate(sum(sizes.values()), time.monotonic())
+        self._bar = self.add_task("prepare", total=sum(sizes.values()), pace="")
 
     def begin(self, name: str, kept_bytes: int) -> None:
-        """A domain begins, ``kept_bytes`` of input after its beginning."""
+        """A domain begins, of which ``kept_bytes`` of input were done before."""
         self._begun_at = self._rate.done
         self._rate.keep(kept_bytes)
-        self._bar.update(self._task, completed=self._rate.done, description=name)
-        if self._log and kept_bytes:
-            self._say(f"{name}: going on after {kept_bytes / 1e6:.1f} MB")
+        self.update(self._bar, completed=self._rate.done, description=name)
+        if kept_bytes:
+            self._report(f"{name}: going on after {kept_bytes / 1e6:.1f} MB")
 
-    def advance(self, name: str, *, num_bytes: int, text_bytes: int, tokens: int) -> None:
-        """So many more bytes of the input are done."""
-        now = time.monotonic()
-        self._rate.advance(num_bytes, text_bytes, tokens, now)
-        self._bar.update(self._task, completed=self._rate.done, pace=str(self._rate))
-        if self._log and now - self._spoke > _LOG_EVERY_S:
-            done = self._rate.done - self._begun_at
-            self._say(f"{name}: {done / 1e6:.1f} of {self._sizes[name] / 1e6:.1f} MB")
+    def add(self, name: str, *, num_bytes: int, text_bytes: int, tokens: int) -> None:
+        """Counts input of the domain that is done."""
+        self._rate.advance(num_bytes, text_bytes, tokens, time.monotonic())
+        self.update(self._bar, completed=self._rate.done, pace=str(self._rate))
+        done = self._rate.done - self._begun_at
+        self._report(f"{name}: {done / 1e6:.1f} of {self._sizes[name] / 1e6:.1f} MB", at_intervals=True)
 
     def finish(self, name: str, outcome: str) -> None:
-        """A domain is done. What its size in bytes left open, by rounding, is done too."""
+        """A domain is done, and with it the bytes of its size that rounding left over."""
         self._num_finished += 1
         self._rate.keep(self._begun_at + self._sizes[name] - self._rate.done)
         self._begun_at = self._rate.done
-        self._bar.update(self._task, completed=self._rate.done)
-        if self._log:
-            self._say(f"{name}: {outcome}")
+        self.update(self._bar, completed=self._rate.done)
+        self._report(f"{name}: {outcome}")
 
-    def _say(self, what: str) -> None:
-        self._spoke = time.monotonic()
+    def _report(self, what: str, *, at_intervals: bool = False) -> None:
         pace = f", {self._rate}" if str(self._rate) else ""
-        get_logger().info("%s; %d of %d domains%s", what, self._num_finished, len(self._sizes), pace)
+        self.say(f"{what}; {self._num_finished} of {len(self._sizes)} domains{pace}", at_intervals=at_intervals)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,15 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megamix.core.errors import InputError
-from megamix.core.log import get_logger
+from megamix.core.progress import Progress
 from megamix.data.tokens.indexed import IndexedTokens, bin_path
 
 _CHUNK_TOKENS = 1 << 20
-_LOG_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ def scan_files(jobs: Sequence[FileJob], vocab_size: int, workers: int, *, progre
         InputError: a token id outside the vocabulary, or a file that ends before its index says.
     """
     total = sum(job.file.num_tokens * job.file.dtype.itemsize for job in jobs)
-    with _Shown(total, progress) as shown, ThreadPoolExecutor(max(1, workers)) as pool:
-        futures = [pool.submit(_scan, job, vocab_size, shown.advance) for job in jobs]
+    with _ReadProgress(total, progress) as shown, ThreadPoolExecutor(max(1, workers)) as pool:
+        futures = [pool.submit(_scan, job, vocab_size, shown.add) for job in jobs]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -70,7 +67,7 @@ def scan_files(jobs: Sequence[FileJob], vocab_size: int, workers: int, *, progre
             raise
 
 
-def _scan(job: FileJob, vocab_size: int, advance: Callable[[int], None]) -> FileScan:
+def _scan(job: FileJob, vocab_size: int, count: Callable[[int], None]) -> FileScan:
     digest = hashlib.sha256()
     counts_PV = np.zeros((len(job.parts), vocab_size), np.int64)
     at, size = 0, job.file.dtype.itemsize
@@ -91,7 +88,7 @@ def _scan(job: FileJob, vocab_size: int, advance: Callable[[int], None]) -> File
                 inside = tokens[max(start - at, 0) : max(end - at, 0)]
                 counts_PV[part] += np.bincount(inside, minlength=vocab_size)
             at += len(tokens)
-            advance(len(piece))
+            count(len(piece))
     return FileScan(digest.hexdigest(), counts_PV)
 
 
@@ -105,36 +102,25 @@ def _check_ids(job: FileJob, tokens: np.ndarray, at: int, vocab_size: int) -> No
     )
 
 
-class _Shown:
-    """How many bytes are read."""
+class _ReadProgress(Progress):
+    """Display of the bytes read."""
 
     def __init__(self, total: int, enabled: bool) -> None:
-        self._total, self._done = total, 0
-        self._start = self._spoke = time.monotonic()
-        self._lock = threading.Lock()
-        terminal = sys.stderr.isatty()
-        self._log = enabled and not terminal
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not (enabled and terminal))
-        self._task = self._bar.add_task("reading", total=total)
+        super().__init__(*columns, enabled=enabled)
+        self._total, self._done = total, 0
+        self._start = time.monotonic()
+        self._counting = threading.Lock()
+        self._bar = self.add_task("reading", total=total)
 
-    def __enter__(self) -> _Shown:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, num_bytes: int) -> None:
-        """So many more bytes are read; called from several threads."""
-        with self._lock:
+    def add(self, num_bytes: int) -> None:
+        """Counts bytes that were read; called from several threads."""
+        with self._counting:
             self._done += num_bytes
-            self._bar.update(self._task, completed=self._done)
-            now = time.monotonic()
-            if self._log and now - self._spoke > _LOG_EVERY_S:
-                self._spoke = now
-                rate = self._done / (now - self._start)
-                get_logger().info(
-                    "%.1f of %.1f GB read, %.0f MB/s, about %.0f s left",
-                    self._done / 1e9, self._total / 1e9, rate / 1e6, (self._total - self._done) / rate,
-                )  # fmt: skip
+            self.update(self._bar, completed=self._done)
+            rate = self._done / (time.monotonic() - self._start)
+            self.say(
+                f"{self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read, {rate / 1e6:.0f} MB/s, "
+                f"about {(self._total - self._done) / rate:.0f} s left",
+                at_intervals=True,
+            )

