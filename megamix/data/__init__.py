@@ -1,4 +1,4 @@
-"""Token files in, the batch of a step out: token files, the blend, the sampler and the loader."""
+"""Token files to the batch of a step: token files, blend, sampler and loader."""
 
 from megamix.data.blend.blend import Blend
 

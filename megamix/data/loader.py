@@ -1,4 +1,4 @@
-"""Tokens, labels and domain ids of a step, read in the background while the step before it trains.
+"""Batches of tokens, labels and domain ids, read in the background while the step before trains.
 
 Legend: M micro-batches, B samples in one, S tokens in a sample, K domains.
 """
@@ -31,12 +31,11 @@ class Batch:
     Attributes:
         tokens, labels: int64 [M, B, S]; a label is the token that follows, or ``IGNORED_LABEL``.
         domains: int32 [M, B, S], the domain of every label.
-        domain_tokens: int64 [K], labels of each domain that count in the step's loss over the whole world; known here,
+        domain_tokens: int64 [K], labels of each domain that count in the step's loss over the whole world; known
             before any forward pass.
-        positions: int64 [M, B, S], the position of every token in its document; None where positions are those in the
-            sample.
+        positions: int64 [M, B, S], position of every token in its document; None if positions count in the sample.
         reference: float32 [M, B, S], a reference model's loss of every label in nats; None without a reference.
-        samples: where the rows came from; None for validation data.
+        samples: source of the rows; None for validation data.
     """
 
     tokens: torch.Tensor
@@ -49,13 +48,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Labels that count, of all domains together."""
+        """Labels that count, over all domains."""
         return int(self.domain_tokens.sum())
 
     @property
     def targets(self) -> tuple[torch.Tensor, ...]:
-        """What the loss of a micro-batch is given, [M, B, S] each: labels, domains and, where there is one,
-        reference."""
+        """Inputs of the loss besides logits, [M, B, S] each: labels, domains and, if present, reference."""
         known = (self.labels, self.domains)
         return known if self.reference is None else (*known, self.reference)
 
@@ -80,8 +78,8 @@ class WindowReader:
 
     Args:
         eod_mask_loss: A label that is a document's first token becomes ``IGNORED_LABEL``.
-        reset_position_ids: Batches have ``positions``, which begin again at 0 with every document in a sample.
-        reference: Batches have ``reference``, read from here.
+        reset_position_ids: Batches have ``positions``, which restart at 0 with every document in a sample.
+        reference: Source of the batches' ``reference``.
     """
 
     def __init__(
@@ -117,8 +115,8 @@ class WindowReader:
         return window_nt
 
     def document_starts(self, domain_n: Ints, sample_n: Ints) -> tuple[Ints, Ints]:
-        """Row in ``domain_n`` and token in the window, 0 to S, of every token that is the first of its document; int64
-        [m] each, in ascending order."""
+        """Row in ``domain_n`` and place in the window, 0 to S, of every token that begins a document; int64 [m] each,
+        ascending."""
         rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for domain in np.unique(domain_n):
             row_n = np.flatnonzero(domain_n == domain)
@@ -135,13 +133,12 @@ class WindowReader:
         """One rank's part of the samples of all ranks.
 
         Args:
-            domain_n, sample_n: int64 [n], what all ranks read together; ``domain_tokens`` counts their labels. The
-                other ranks' tokens are not read: the index files say where documents begin.
-            mine: int64 [M * B], which of them this rank reads, in order.
+            domain_n, sample_n: int64 [n], the samples of all ranks, whose labels ``domain_tokens`` counts. The other
+                ranks' tokens are not read: the index files say where documents begin.
+            mine: int64 [M * B], places of this rank's samples, in order.
             shape: [M, B].
-            pin_memory: Makes the tensors ones that a GPU can copy from by itself. Their memory goes back to torch's
-                cache of such memory with the batch, and the next batches are built in it: nothing is allocated after
-                the first steps, and a buffer is not used again before its copy is done.
+            pin_memory: Pins the tensors. torch's cache reuses their memory for later batches, once copies are done, so
+                nothing is allocated after the first steps.
         """
         window_nt = self.read(domain_n[mine], sample_n[mine])
         whole = (*shape, self._seq_length)
@@ -184,11 +181,8 @@ class WindowReader:
 
 
 def _rows_of(mine: Ints, row_m: Ints, token_m: Ints) -> tuple[Ints, Ints]:
-    """The entries of rows ``mine``, which may come in any order and more than once, with the index in ``mine`` as row.
-
-    Args:
-        row_m, token_m: int64 [m], ascending.
-    """
+    """The entries of (row_m, token_m), int64 [m] and ascending, whose row is in ``mine``, with the index in ``mine`` as
+    row; ``mine`` may hold rows in any order and more than once."""
     first_n, end_n = np.searchsorted(row_m, mine), np.searchsorted(row_m, mine, side="right")
     count_n = end_n - first_n
     place = np.arange(count_n.sum()) + np.repeat(end_n - np.cumsum(count_n), count_n)
@@ -199,13 +193,13 @@ def count_positions(position_ns: Ints, row_m: Ints, token_m: Ints) -> None:
     """Turns int64 [n, S] of ones into positions that begin at 0 with every row and, in it, with every document.
 
     Args:
-        row_m, token_m: where documents begin, ascending; token S, which is only a label, may be among them.
+        row_m, token_m: starts of documents, ascending; may hold token S, which is only a label.
     """
     num_rows, seq_length = position_ns.shape
     inside_m = token_m < seq_length
     flat = position_ns.reshape(-1)
     starts = np.union1d(row_m[inside_m] * seq_length + token_m[inside_m], np.arange(num_rows) * seq_length)
-    # Their sums up to each token are the positions: a start takes back what the tokens since the one before have added.
+    # Positions are cumulative sums: a start subtracts what the tokens since the previous start have added.
     flat[starts] = 1 - np.diff(starts, prepend=-1)
     np.cumsum(flat, out=flat)
 
@@ -213,12 +207,10 @@ def count_positions(position_ns: Ints, row_m: Ints, token_m: Ints) -> None:
 class Loader:
     """Prefetches steps of training data.
 
-    The train loop calls `request` for each step in turn, some steps ahead, and `get` when it wants the oldest one.
+    The train loop calls `request` for each step in turn, some steps ahead, and `get` for the oldest one.
 
     Args:
-        reader: None on a rank that needs no tokens; steps are dealt there all the same, so that every rank's sampler
-            stays in step.
-        pin_memory: See `WindowReader.batch`.
+        reader: None on a rank that needs no tokens; its sampler advances all the same.
     """
 
     def __init__(self, sampler: Sampler, reader: WindowReader | None, pin_memory: bool) -> None:
@@ -230,21 +222,21 @@ class Loader:
         self._failure: Exception | None = None
 
     def request(self, settle: Callable[[], None] | None = None) -> None:
-        """Starts reading the next step; first, in the background, ``settle`` waits until its weights are known."""
+        """Starts reading the next step in the background, after ``settle`` has waited for its weights."""
         self._waiting.append(self._executor.submit(self._load, settle))
 
     def get(self) -> tuple[Batch | None, float]:
         """The oldest requested step (None without a reader), and the seconds this call waited for it.
 
         Raises:
-            Exception: what went wrong in the background with this step, or with one before it: none is skipped.
+            Exception: the failure of this step or of an earlier one: none is skipped.
         """
         started = time.perf_counter()
         batch = self._waiting.popleft().result()
         return batch, time.perf_counter() - started
 
     def close(self) -> None:
-        """Gives up what is under way, without waiting for it."""
+        """Abandons requests in progress, without waiting for them."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, settle: Callable[[], None] | None) -> Batch | None:

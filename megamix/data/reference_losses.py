@@ -1,15 +1,14 @@
-"""A reference model's loss of every training label, written once and read beside the tokens.
+"""Cache of a reference model's loss of every training label, written once and read beside the tokens.
 
-    OUT/reference.json   what the losses are of: data, tokenizer, sample length, checkpoint
+    OUT/reference.json   data, tokenizer, sample length and checkpoint of the losses
     OUT/NAME.f16         one file a domain: float16 [windows, S]; row j holds the losses, in nats, of the S labels of
                          window j of `megamix.data.tokens.stream`
 
-A row that was not computed is zero, and a computed loss is never zero (the smallest that is stored is 2^-24), so that a
-hole in a file is seen where it is read. Every label has its loss, also one that ``eod_mask_loss`` leaves out of
-training.
+A row that was not computed is zero, and a computed loss is never zero (the smallest stored is 2^-24), so a missing row
+is detected when it is read. Every label has a loss, also one that ``eod_mask_loss`` leaves out of training.
 
-While it is written, OUT/progress.json stands in place of reference.json and says how many rows, in the order of
-`Selection`, are safe on disk; whoever goes on writes the rows after them.
+An unfinished cache has OUT/progress.json in place of reference.json: the number of rows, in the order of `Selection`,
+that are safe on disk; a later call writes the rows after them.
 
 Legend: S tokens in a sample, n samples.
 """
@@ -35,7 +34,7 @@ from megamix.core.files import replace_file
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
-"""What an unfinished cache has in place of `FILE_NAME`."""
+"""In place of `FILE_NAME` in an unfinished cache."""
 DTYPE = np.dtype("<f2")
 SMALLEST, LARGEST = 2.0**-24, 65504.0
 """The range of float16, zero left out."""
@@ -43,25 +42,25 @@ Ints = NDArray[np.int64]
 
 
 class CachedDomain(Config):
-    """The losses of one domain."""
+    """Losses of one domain."""
 
     digest: str
-    """Names the domain's data; see `megamix.training.domain_change.digest`."""
+    """Hash of the domain's data; see `megamix.data.tokens.manifest.digest`."""
     windows: int = pydantic.Field(ge=0)
     """Rows of the file: samples of seq_length in the domain's training tokens."""
     computed: int = pydantic.Field(ge=0)
-    """Rows that hold losses; fewer than ``windows`` where the cache was made for one run only."""
+    """Rows that hold losses; fewer than ``windows`` in a cache for one run only."""
     selection: str | None = None
-    """SHA-256 of the numbers of these rows (int64), where they are not all."""
+    """SHA-256 of the numbers of these rows (int64); None for all rows."""
 
 
 class CacheKey(Config):
-    """What the losses of a cache are of: the sample length, the data, and how the model reads it."""
+    """Identity of the labels in a cache: sample length, data, and position ids."""
 
     seq_length: int = pydantic.Field(gt=0)
-    """Tokens in a sample: windows, and the context of every label, depend on it."""
+    """Tokens in a sample: decides windows and the context of every label."""
     reset_position_ids: bool
-    """Whether positions begin anew in every document of a sample."""
+    """Whether positions restart in every document of a sample."""
     tokenizer: str
     """SHA-256 of tokenizer.json."""
     domains: dict[str, CachedDomain]
@@ -78,24 +77,22 @@ class CacheInfo(CacheKey):
     checkpoint: str
     """The reference model."""
     checkpoint_sha256: str
-    """Of that checkpoint's checkpoint.json, which holds the hash of every file in it."""
+    """Hash of its checkpoint.json, which holds the hash of every file in it."""
 
 
 def losses_path(folder: Path, domain: str) -> Path:
-    """The file of a domain, whose name may hold what file names may not."""
+    """The file of a domain; characters that file names may not hold are quoted."""
     return folder / (urllib.parse.quote(domain, safe=" ()+,") + ".f16")
 
 
 class ReferenceLosses:
-    """The reference losses of a run's domains, memory-mapped.
+    """Reference losses of a run's domains, memory-mapped.
 
     Args:
-        folder: Of the cache.
-        key: The run's data; which rows it has is not looked at. The cache may hold more domains.
+        key: The run's data, whose ``computed`` rows are ignored. The cache may hold more domains.
 
     Raises:
-        InputError: No such cache, one that is unfinished or damaged, or one of other data; the message says what
-            differs.
+        InputError: No cache, or an unfinished, damaged or different one; the message says what differs.
     """
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
@@ -106,10 +103,10 @@ class ReferenceLosses:
         self._rows = [_map(folder, self.info, name) for name in self._names]
 
     def read_window(self, domain: int, sample: int, losses: NDArray[np.float32]) -> None:
-        """Fills ``losses``, float32 [S], with those of a sample's labels.
+        """Fills ``losses``, float32 [S], with the losses of a sample's labels.
 
         Raises:
-            InputError: They were not computed.
+            InputError: The sample's losses were not computed.
         """
         losses[:] = self._rows[domain][sample]
         # Not "<= 0", which NaN would pass.
@@ -157,10 +154,10 @@ def is_cache(folder: Path) -> bool:
 
 
 def read_progress(folder: Path) -> tuple[CacheInfo, int]:
-    """What a cache will hold, and how many rows are safe on disk: all of them, where it is finished.
+    """The header of a cache and the number of rows safe on disk; all rows of a finished one.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: no cache, or a damaged one.
     """
     progress = folder / PROGRESS
     if (folder / FILE_NAME).is_file() or not progress.is_file():
@@ -206,7 +203,7 @@ def _map(folder: Path, info: CacheInfo, name: str) -> NDArray[np.float16]:
 
 
 def _check_same(info: CacheKey, key: CacheKey, what: str, remedy: str) -> None:
-    """Raises InputError where ``info`` is not of the data, tokenizer and sample length of ``key``."""
+    """Raises InputError unless ``info`` has the data, tokenizer and sample length of ``key``."""
     for field, words in (
         ("seq_length", "data.seq_length"),
         ("reset_position_ids", "data.reset_position_ids"),
@@ -228,10 +225,10 @@ def _check_same(info: CacheKey, key: CacheKey, what: str, remedy: str) -> None:
 
 
 class Selection:
-    """Which windows of each domain a cache holds, in the order in which they are computed: domain by domain, ascending.
+    """Windows of each domain that a cache holds, computed domain by domain, ascending.
 
     Args:
-        rows: One a domain: ascending window numbers, or how many windows to take from the first on.
+        rows: For each domain ascending window numbers, or the number of windows from the first on.
     """
 
     def __init__(self, rows: Sequence[Ints | int]) -> None:
@@ -245,7 +242,7 @@ class Selection:
         return int(self._ends[-1])
 
     def at(self, index_n: Ints) -> tuple[Ints, Ints]:
-        """(domain, window) of each place in the order, int64 [n] each."""
+        """(domain, window) at each place of the selection, int64 [n] each."""
         domain_n = np.searchsorted(self._ends, index_n, side="right")
         place_n = index_n - (self._ends - self.counts)[domain_n]
         for domain, row in enumerate(self._rows):
@@ -255,7 +252,7 @@ class Selection:
         return domain_n, place_n
 
     def describe(self, key: CacheKey) -> dict[str, CachedDomain]:
-        """The domains of ``key`` with the rows that the cache will hold."""
+        """The domains of ``key`` with this selection."""
         described = {}
         for (name, domain), row in zip(key.domains.items(), self._rows, strict=True):
             whole = isinstance(row, int) or row.size == domain.windows
@@ -268,10 +265,10 @@ class Selection:
 
 
 def open_progress(folder: Path, info: CacheInfo) -> int | None:
-    """Starts a cache, or finds how far one has come; one process calls this before any `ReferenceWriter` is made.
+    """Starts or continues a cache; one process calls this before any `ReferenceWriter` is made.
 
     Returns:
-        How many rows are safe on disk; None: the cache is finished.
+        The number of rows safe on disk; None for a finished cache.
 
     Raises:
         InputError: the folder cannot be written, or holds something else.
@@ -296,13 +293,13 @@ def open_progress(folder: Path, info: CacheInfo) -> int | None:
 
 
 def save_progress(folder: Path, info: CacheInfo, done: int) -> None:
-    """Notes that the first ``done`` rows are safe on disk; one process calls this, after every rank's `sync`."""
+    """Writes that ``done`` rows are safe on disk; one process calls this, after every rank's `sync`."""
     data = {"done": done, "info": info.model_dump(mode="json")}
     replace_file(folder / PROGRESS, json.dumps(data, indent=1).encode())
 
 
 def finish(folder: Path, info: CacheInfo) -> None:
-    """Makes a cache whose rows are all safe on disk one that can be read."""
+    """Finishes a cache whose rows are all safe on disk."""
     data = info.model_dump(mode="json")
     head = {key: data[key] for key in ("format", "version")}
     replace_file(folder / FILE_NAME, (json.dumps({**head, **data}, indent=1) + "\n").encode())
@@ -310,13 +307,12 @@ def finish(folder: Path, info: CacheInfo) -> None:
 
 
 class ReferenceWriter:
-    """Writes rows of a cache that `open_progress` has started; several processes may, each its own rows."""
+    """Writer of rows of a cache that `open_progress` has started; several processes may write different rows."""
 
     def __init__(self, folder: Path, info: CacheInfo) -> None:
         self._names = list(info.domains)
         self._paths = [losses_path(folder, name) for name in self._names]
-        # Written by position rather than through a memory map: machines that share a folder would write whole pages,
-        # and with them rows of each other.
+        # Not through a memory map: machines that share a folder would write whole pages over each other's rows.
         self._files = [os.open(path, os.O_WRONLY) for path in self._paths]
         self._row_bytes = info.seq_length * DTYPE.itemsize
         self._touched: set[int] = set()
@@ -341,10 +337,10 @@ class ReferenceWriter:
             self._touched.add(domain)
 
     def sync(self) -> None:
-        """Makes what was written safe on disk.
+        """Flushes the rows to disk.
 
         Raises:
-            MegamixError: it cannot be.
+            MegamixError: the disk is full or fails.
         """
         for domain in self._touched:
             with self._naming(domain):
@@ -357,7 +353,7 @@ class ReferenceWriter:
 
     @contextlib.contextmanager
     def _naming(self, domain: int) -> Iterator[None]:
-        """Says which file an error is about; the files are sparse, so that a full disk shows only here."""
+        """Names the file in an error; a full disk shows only here, since the files are sparse."""
         try:
             yield
         except OSError as error:
@@ -367,7 +363,7 @@ class ReferenceWriter:
 
 
 def _check_continues(seen: CacheInfo, info: CacheInfo, folder: Path, remedy: str) -> None:
-    """Raises InputError where the cache in ``folder`` is not the one to be written."""
+    """Raises InputError unless ``seen``, the cache in ``folder``, is the one to continue."""
     _check_same(seen, info, f"the reference losses in {folder}", remedy)
     if seen.checkpoint_sha256 != info.checkpoint_sha256:
         raise InputError(

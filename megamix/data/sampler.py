@@ -1,4 +1,4 @@
-"""Which samples a rank reads in a step.
+"""Sampler: the samples that each rank reads in a step.
 
 Step s of a run, counted from 0, is positions [s * global_batch, (s + 1) * global_batch) of the blend: the same samples
 whatever the number of ranks or the size of a micro-batch. Data-parallel rank r of R reads the r-th of R equal slices,
@@ -55,9 +55,9 @@ class StepSamples:
     """The samples of one step.
 
     Attributes:
-        position: where the global batch begins.
-        domain, sample: int64 [num_micro_batches, micro_batch], what one rank reads.
-        all_domain, all_sample: int64 [global_batch], what all ranks read.
+        position: the first position of the global batch.
+        domain, sample: int64 [num_micro_batches, micro_batch], one rank's samples.
+        all_domain, all_sample: int64 [global_batch], all ranks' samples.
     """
 
     step: int
@@ -83,7 +83,7 @@ class Sampler:
     Safe to use from a loading thread and the training thread at once.
 
     Args:
-        limits: int64 [K], the samples that each domain may give in all; None for no limit.
+        limits: int64 [K], the most samples of each domain in the whole run; None for no limit.
     """
 
     def __init__(self, blend: Blend, share: Slice, limits: NDArray[np.int64] | None = None) -> None:
@@ -136,12 +136,12 @@ class Sampler:
             return self._blend.set_weights(weights, at=step * self.share.global_batch)
 
     def segment_at(self, step: int) -> Segment:
-        """The stretch of constant weights that ``step`` starts in."""
+        """The segment that contains the start of ``step``."""
         with self._lock:
             return self._blend.segment_at(step * self.share.global_batch)
 
     def segments_from(self, step: int) -> list[Segment]:
-        """The stretches from ``step`` on, the announced ones included."""
+        """The segments from ``step`` on, with announced ones."""
         with self._lock:
             positions = [position for position, _ in self._blend.ledger if position > step * self.share.global_batch]
             return [self._blend.segment_at(position) for position in (step * self.share.global_batch, *positions)]
@@ -157,12 +157,12 @@ class Sampler:
             return self._blend.counts_at(step * self.share.global_batch)
 
     def forget_before(self, step: int) -> None:
-        """Lets go of what is only needed to describe steps before ``step``."""
+        """Drops state that only describes steps before ``step``."""
         with self._lock:
             self._blend.forget_before(step * self.share.global_batch)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The state from which ``step`` is dealt next, whatever was dealt ahead."""
+        """The state as of the start of ``step``, whatever was dealt ahead."""
         with self._lock:
             return {"blend": self._blend.state_dict(at=step * self.share.global_batch)}
 
@@ -170,5 +170,5 @@ class Sampler:
     def from_state_dict(
         cls, state: Mapping[str, Any], share: Slice, limits: NDArray[np.int64] | None = None
     ) -> Sampler:
-        """The sampler that `state_dict` described; the other arguments are those of the constructor."""
+        """The sampler in the state that `state_dict` gave; other arguments as in the constructor."""
         return cls(Blend.from_state_dict(state["blend"]), share, limits)

@@ -1,1 +1,1 @@
-"""From text to token files: reading, dividing the work, tokenising, writing and going on after a kill; see `run`."""
+"""Text to token files: reading, dividing the work, tokenising, writing, resuming; begin with `pipeline`."""

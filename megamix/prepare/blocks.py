@@ -1,11 +1,11 @@
-"""The documents of the input files, a block at a time.
+"""Documents of the input files, in blocks.
 
-    pieces_of(file)           what can be read by itself: a file, or a row group of a parquet file
-    read_piece(piece)         its blocks, about a megabyte of text each, not decoded: cheap, so one process feeds many
-    Block.documents(text_key) the texts of a block and their places: UTF-8 and JSON are decoded here, in any process
+    pieces_of(file)           units that are read separately: a file, or a row group of a parquet file
+    read_piece(piece)         undecoded blocks of about a megabyte of text: cheap, so one process feeds many
+    Block.documents(text_key) the texts of a block and their places: decodes UTF-8 and JSON, in any process
 
-A ``.txt`` file is one document. A ``.parquet`` file holds one document a row, all others one JSON object a line. Damage
-is an `InputError` with file and line (or row). Borders of blocks depend on the file and the block size alone.
+A ``.txt`` file is one document, a row of a ``.parquet`` file one, and a line (a JSON object) of any other file one.
+Damage is an `InputError` with file and line (or row). File and block size alone decide where blocks begin.
 """
 
 from __future__ import annotations
@@ -36,34 +36,32 @@ _DAMAGED_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a block, in order; empty ones too."""
+    """Documents of a block, in order, with the empty ones."""
 
     texts: list[str]
-    """The text of each."""
     places: np.ndarray
-    """Where each begins: bytes of text, decompressed, or rows that lie before it in its file, int64 [documents]."""
+    """Bytes of decompressed text, or rows, before each document in its file, int64 [documents]."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive documents of one file, not decoded yet. Small to pickle."""
+    """Consecutive documents of one file, not decoded yet. Small to pickle."""
 
     path: str
-    """The file."""
     file: int
-    """Its number in the domain, from 0."""
+    """Number of the file in the domain, from 0."""
     position: tuple[int, int]
-    """Number of the piece among those that are read, and of the block in it; blocks left out are counted."""
+    """Number of the piece among those read, and of the block in it, where skipped blocks count."""
     start: int
-    """Bytes of text, decompressed, or rows before the block."""
+    """Bytes of decompressed text, or rows, before the block."""
     stop: int
-    """Where the block ends; lines that begin before belong to it. Of meaning only where ``data`` is None."""
+    """End of the block where ``data`` is None; lines that begin before it belong to the block."""
     file_bytes: int
-    """Bytes of the file, as it lies on the disk, that the block accounts for."""
+    """The block's share of the file's bytes on disk."""
     data: bytes | None = None
-    """The text: whole lines, or the rows one after the other; None where `documents` reads it from the file."""
+    """Whole lines, or the concatenated rows; None if `documents` reads them from the file."""
     row_bytes: np.ndarray | None = None
-    """Of a parquet block, the bytes of each row in ``data``, int64 [documents]."""
+    """Bytes of each row in the ``data`` of a parquet block, int64 [documents]."""
 
     def documents(self, text_key: str = TEXT_KEY) -> Documents:
         """Decodes the block.
@@ -112,7 +110,7 @@ class Block:
             raise InputError(_not_utf8(f"{self.path}, line {line}", error)) from error
 
     def _lines(self) -> tuple[int, bytes]:
-        """The lines that begin in [start, stop), and where the first of them begins."""
+        """The place of the first line that begins in [start, stop), and all such lines."""
         if self.data is not None:
             return self.start, self.data
         start, skipped = self.start, b""
@@ -130,7 +128,7 @@ class Block:
         return start, data + rest
 
     def _where(self, place: int) -> str:
-        """The line at ``place``, in words. The file is read again for its number, which only errors need."""
+        """The line at ``place``, for an error: its number costs reading the file again."""
         return f"{self.path}, line {_lines_before(self.path, place) + 1}"
 
     def _text(self, line: bytes, place: int, text_key: str) -> str:
@@ -187,20 +185,18 @@ def _lines_before(path: str, place: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read in one go: a file, or a row group of a parquet file."""
+    """Unit of reading: a file, or a row group of a parquet file."""
 
     path: str
-    """The file."""
     file: int
-    """Its number in the domain, from 0."""
+    """Number of the file in the domain, from 0."""
     num_bytes: int
-    """Bytes of the file that belong to it."""
+    """The piece's bytes of the file."""
     group: parquet.RowGroup | None = None
-    """The row group, of a parquet file."""
 
     @property
     def seekable(self) -> bool:
-        """Whether any block of it can be read without reading those before."""
+        """Whether a block can be read without the blocks before it."""
         return self.group is None and not self.path.endswith((*_COMPRESSED, ".txt"))
 
 
@@ -228,12 +224,10 @@ def read_piece(
     """Reads a piece as blocks of about ``block_bytes`` of text. Memory: a few blocks, or the longest line.
 
     Args:
-        piece: The piece.
         index: First half of every `Block.position`.
         text_key: The column of a parquet file.
-        block_bytes: Text in a block.
-        first: Number of the first block to give; those before are skipped.
-        wanted: Whether to give the block of a number.
+        first: Number of the first block; earlier ones are skipped.
+        wanted: Whether to yield the block of a number.
 
     Raises:
         InputError: The file cannot be read, its compressed stream is damaged or cut short, or a row has no text.
@@ -257,7 +251,7 @@ def read_piece(
 def _read_rows(piece: Piece, group: parquet.RowGroup, index: int, text_key: str, block_bytes: int) -> Iterator[Block]:
     rows_read = 0
     for number, row, row_bytes, data in parquet.read_rows(piece.path, group, text_key, block_bytes):
-        # Only the share of the file is known, from the rows.
+        # Bytes per row are unknown; rows give a share of the file.
         before = piece.num_bytes * rows_read // group.num_rows
         rows_read += len(row_bytes)
         share = piece.num_bytes * rows_read // group.num_rows - before
@@ -333,7 +327,7 @@ def _zstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 def iter_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[str]:
-    """The documents of one file, in order; empty ones too.
+    """Yields the documents of one file, in order, with the empty ones.
 
     Raises:
         InputError: The file cannot be read or is damaged; the message names file and line.

@@ -1,4 +1,4 @@
-"""Raw text: which files make up which domain, and an even sample of their texts. What is in a file: see `blocks`."""
+"""Input files: those of every domain, and an even sample of their texts. `blocks` reads what is in a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megamix.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, r
 _IN_FOLDERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _READABLE = (*_IN_FOLDERS, ".json", ".json.gz", ".json.zst")
 _DOMAIN_NAME = re.compile(r"\w([\w.+() -]*[\w.+)-])?")
-_MAX_SKIPPED_BYTES = 1 << 26  # how far into a compressed file a sample looks
+_MAX_SKIPPED_BYTES = 1 << 26  # of a compressed file that a sample may read
 
 
 def find_inputs(specs: Sequence[str]) -> dict[str, list[Path]]:
@@ -27,15 +27,15 @@ def find_inputs(specs: Sequence[str]) -> dict[str, list[Path]]:
     Args:
         specs: Each is ``name=path[,path...]``, where a path may be a file, a glob or a folder (searched recursively),
             or a folder whose entries are the domains: ``<domain>.jsonl[.gz|.zst]``, ``<domain>.parquet``,
-            ``<domain>.txt``, or a sub-folder ``<domain>/`` of such files. Hidden files and files of other kinds in a
-            folder are left out.
+            ``<domain>.txt``, or a sub-folder ``<domain>/`` of such files. In a folder, hidden files and files of
+            other kinds are left out.
 
     Returns:
         Sorted files by domain, domains sorted by name.
 
     Raises:
-        InputError: Nothing found, a path that is missing or unreadable, a file of an unknown kind that was asked for by
-            name, a name no folder can have, two domains with one name, or a domain without text.
+        InputError: Nothing found, a missing or unreadable path, a named file of an unknown kind, a name no folder can
+            have, two domains with one name, or a domain without text.
     """
     found: dict[str, list[Path]] = {}
     for spec in specs:
@@ -130,14 +130,14 @@ def _check_readable(name: str, paths: list[Path]) -> None:
 
 
 def sample_texts(paths: Sequence[Path], *, num_bytes: int, text_key: str = TEXT_KEY) -> Iterator[str]:
-    """About ``num_bytes`` of text spread evenly over the files of a domain, always the same for the same files.
+    """Yields about ``num_bytes`` of text spread evenly over the files of a domain, deterministically.
 
     Uncompressed files are sampled in pieces at even distances, parquet files at the beginnings of row groups; of a
     compressed file, every n-th block within its first 64 MiB of text. Texts longer than a piece are cut. A domain of
     uncompressed files below ``num_bytes`` is taken whole.
 
     Raises:
-        InputError: Nothing could be read because a file is damaged (otherwise damage is left to whoever reads it all).
+        InputError: A damaged file, if nothing could be read; other damage is found when everything is read.
     """
     sizes = [Path(path).stat().st_size for path in paths]
     num_pieces = 256
@@ -162,7 +162,7 @@ def sample_texts(paths: Sequence[Path], *, num_bytes: int, text_key: str = TEXT_
             for text in texts:
                 empty = empty and not text.strip()
                 yield text
-    if empty:  # either there is no text, or reading in order raises the error that says why
+    if empty:  # there is no text, or reading in order raises the error
         yield from itertools.islice((text for path in paths for text in iter_documents(path, text_key)), 1)
 
 

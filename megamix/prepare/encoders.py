@@ -26,45 +26,43 @@ from megamix.prepare.blocks import Block
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """All that a worker process needs to know."""
+    """Options of the worker processes for one domain."""
 
     path: str
     """The tokenizer.json."""
     sha256: str
-    """Its hash, so that another tokenizer under the same path is another job."""
+    """Hash of the tokenizer: another one under the same path is loaded anew."""
     eod_id: int
     """Token appended to every document."""
     dtype: str
-    """Type of a token."""
+    """Token type."""
     text_key: str
     """Key of the text in a JSON line."""
     domain: str
-    """The domain."""
     seed: int
-    """See `HeldOut`."""
     validation_fraction: float
-    """Share of the documents to hold out."""
+    """Share of the documents to hold out; see `HeldOut`."""
 
 
 class Nearest(NamedTuple):
-    """The document that would change sides first."""
+    """The document of a split that would move to the other split first."""
 
     hash: int
-    """Its hash; see `HeldOut`."""
+    """See `HeldOut`."""
     document: int
-    """Its number in its split."""
+    """Number in the split."""
 
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """What a block gives to one split."""
+    """Tokens of a block that belong to one split."""
 
     tokens: np.ndarray
-    """All documents one after the other, each with its end-of-document token, [sum(lengths)]."""
+    """Concatenated documents, each with its end-of-document token, [sum(lengths)]."""
     lengths: np.ndarray
     """Tokens of each document, int32 [documents]."""
     nearest: Nearest | None
-    """Of the training documents that with the lowest hash, of those held out that with the highest."""
+    """The training document with the lowest hash, or the held-out document with the highest."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +70,19 @@ class Encoded:
     """The tokens of one block; empty documents are left out."""
 
     train: SplitTokens
-    """What is trained on."""
     validation: SplitTokens
-    """What is held out."""
     text_bytes: int
-    """The documents as UTF-8."""
+    """UTF-8 bytes of the documents."""
     file_bytes: int
-    """See `Block`."""
+    """See `Block`, as ``position``."""
     position: tuple[int, int]
-    """See `Block`."""
 
 
-_LIVENESS_SECONDS = 2.0
-"""How long a result may take before the workers are looked at."""
+_LIVENESS_SECONDS = 2.0  # between checks for dead workers while a result is awaited
 
 
 class Encoders:
-    """Worker processes that turn blocks into tokens, in order. With one worker, this process does it.
-
-    Args:
-        num_workers: How many.
-    """
+    """Worker processes that turn blocks into tokens, in order. With one worker, this process encodes."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
@@ -111,7 +101,7 @@ class Encoders:
             self._pool.shutdown(cancel_futures=True)
 
     def encode(self, job: EncodeJob, blocks: Iterable[Block]) -> Iterator[Encoded]:
-        """The tokens of every block, in the order of the blocks. Only a few blocks are read ahead.
+        """Yields the tokens of every block, in order. Only a few blocks are read ahead.
 
         Raises:
             InputError: A damaged block.
@@ -142,8 +132,8 @@ class Encoders:
                 self._break_if_a_worker_died()
 
     def _break_if_a_worker_died(self) -> None:
-        """Makes the pool notice a worker that was killed while it was sending a result: the pool goes on reading the
-        rest of that result, which nobody will write, from a pipe that its own process keeps open."""
+        """Breaks the pool if a worker was killed while sending a result: the pool would wait for the rest of the result
+        for ever, since this process holds the pipe open."""
         assert self._pool is not None
         processes = list((self._pool._processes or {}).values())
         if any(process.exitcode is not None for process in processes):
@@ -160,7 +150,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for its next task for ever."""
+    """Ends the worker with its parent; it would wait for the next task for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -173,12 +163,7 @@ def _encoder_of(path: str, sha256: str, eod_id: int, dtype: str) -> DocumentEnco
 
 
 class DocumentEncoder:
-    """Encodes documents, an end-of-document token after each.
-
-    Args:
-        tokenizer: The tokenizer.
-        dtype: Type of a token.
-    """
+    """Encodes documents, an end-of-document token after each."""
 
     def __init__(self, tokenizer: LoadedTokenizer, dtype: str) -> None:
         self._tokenizer, self._dtype = tokenizer, np.dtype(dtype)
@@ -186,7 +171,7 @@ class DocumentEncoder:
         self._eod = np.array([tokenizer.eod_id], self._dtype).tobytes()
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of all texts one after the other, and how many each has, int64 [texts]; 0 for one without any."""
+        """The concatenated tokens of all texts, and the number of each, int64 [texts]; 0 for an empty text."""
         if self._words is not None:
             parts = self._words.encode(texts)
         else:
@@ -225,13 +210,11 @@ def _split(tokens: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, mask: np
 
 
 class HeldOut:
-    """The choice for one domain.
+    """Choice of the documents of one domain to hold out.
 
     Args:
-        name: The domain.
-        seed: Another seed chooses other documents.
-        fraction: Share of the documents to hold out, 0 to 0.5. At 0 it is the first document of the first block, if
-            that has one, so that the domain need not be gone through again for a single document.
+        fraction: Share of the documents, 0 to 0.5. 0 holds out the first document of the first block, if it has one, so
+            that no second pass over the domain is needed for a single document.
     """
 
     def __init__(self, name: str, seed: int, fraction: float) -> None:
@@ -239,18 +222,18 @@ class HeldOut:
         self._limit = np.uint64(fraction * 2.0**64)
 
     def hashes(self, file: int, places: np.ndarray) -> np.ndarray:
-        """A number for each document, uniform over uint64 [documents].
+        """A hash per document, uniform over uint64 [documents].
 
         Args:
-            file: Number of their file in the domain.
-            places: Where they begin in it; see `Documents`.
+            file: Number of the file in the domain.
+            places: See `Documents`.
         """
         key = hashlib.blake2b(f"{self._seed}/{self._name}/{file}".encode(), digest_size=8).digest()
         # Outputs of SplitMix64, started at the key, of these numbers.
         return mix64((places.astype(np.uint64) + np.uint64(1)) * GOLDEN + np.uint64(int.from_bytes(key, "little")))
 
     def take(self, hashes: np.ndarray, *, first: bool) -> np.ndarray:
-        """Whether each document is held out, bool [documents]; ``first``: they are the domain's first block."""
+        """Whether each document is held out, bool [documents]; ``first`` marks the domain's first block."""
         mask = hashes < self._limit
         if first and not self._limit:
             mask[:1] = True

@@ -1,8 +1,7 @@
-"""How far a job has come within a domain, so that one that was killed goes on from there.
+"""Journal of an unfinished part: the place from which a killed job continues.
 
-The journal is a file of JSON lines: a header that says what is being made from what, then a mark for every safe point.
-A mark is written after the token files have been flushed to disk up to it, and flushed itself. A torn last line, the
-trace of a kill, is no mark.
+A file of JSON lines: a header with inputs and options, then one mark per safe point. A mark is written and flushed
+after the token files have been flushed up to it. A torn last line, left by a kill, is ignored.
 """
 
 from __future__ import annotations
@@ -18,53 +17,44 @@ from megamix.prepare.done_notes import InputFile, PrepareSettings
 
 
 class Header(Config):
-    """What is being made."""
+    """Inputs and options of a part."""
 
     settings: PrepareSettings
-    """The options."""
     shard: str
-    """Which job of how many, as i/n."""
+    """The job, as i/n."""
     inputs: tuple[InputFile, ...]
-    """The text of the domain."""
+    """All files of the domain."""
 
 
 class Kept(Config):
-    """How much of a split is safe."""
+    """Safe amount of a split."""
 
     tokens: int = 0
-    """Tokens in its file."""
     documents: int = 0
-    """Documents in its file."""
     nearest: tuple[int, int] | None = None
-    """See `PartRecord`."""
+    """See `PartNote`."""
 
 
 class Mark(Config):
-    """A safe point."""
+    """Safe point."""
 
     share: int = 0
-    """Number of the share to go on with."""
+    """Number of the next share to read."""
     block: int = 0
-    """Number of its block to go on with."""
+    """Number of the next block in the share."""
     num_files: int = 0
-    """Files of the domain of which something has been read, and those before them."""
+    """Files of the domain up to the last one of which something was read."""
     file_bytes: int = 0
-    """Bytes of input that are done."""
+    """Bytes of input done."""
     train: Kept = Kept()
-    """The training split."""
     validation: Kept = Kept()
-    """The validation split."""
 
 
 class Journal:
-    """The journal of one part.
-
-    Args:
-        path: The file.
-        header: What is to be made now.
+    """Journal of one part.
 
     Attributes:
-        mark: Where to go on: the last mark that an earlier job for the same left, or the beginning.
+        mark: The last mark that an earlier job with the same header left, or the beginning.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -88,7 +78,7 @@ class Journal:
         return found
 
     def _still_true(self, before: Header, mark: Mark) -> bool:
-        """Whether the files read up to the mark are the same; those after it do not matter to a job that is alone."""
+        """Whether the files read up to the mark are unchanged; to a single job, later files do not matter."""
         if (before.settings, before.shard) != (self._header.settings, self._header.shard):
             return False
         if self._header.shard != "1/1":
@@ -96,11 +86,11 @@ class Journal:
         return before.inputs[: mark.num_files] == self._header.inputs[: mark.num_files]
 
     def begin(self) -> None:
-        """Starts the file anew, from `mark` on."""
+        """Starts the file again with header and `mark`."""
         replace_file(self._path, _lines(self._header, self.mark))
 
     def add(self, mark: Mark) -> None:
-        """Notes a safe point. What it says must be on disk already."""
+        """Adds a mark. The token files must be on disk up to it."""
         with open(self._path, "ab") as file:
             file.write(_lines(mark))
             file.flush()
@@ -108,7 +98,7 @@ class Journal:
         self.mark = mark
 
     def remove(self) -> None:
-        """To call when the part is finished, or given up."""
+        """Removes the file, when the part is finished or abandoned."""
         self._path.unlink(missing_ok=True)
 
 

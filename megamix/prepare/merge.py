@@ -1,6 +1,6 @@
-"""Parts into a data set: ``merge`` checks what all jobs of a sharded `prepare` have left and writes ``manifest.json``.
+"""Merge of parts into a data set: checks the parts of all jobs of a sharded `prepare`, and writes ``manifest.json``.
 
-No token is copied: the manifest lists the files of the jobs in order. A `prepare` that was alone ends in the same way.
+No token is copied: the manifest lists the files of the jobs in order. A single job ends in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megamix.data.tokens.manifest import (
 )
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.data.tokens.writer import IndexedWriter
-from megamix.prepare.done_notes import PartRecord, PrepareSettings, ShardRecord, read_record, write_record
+from megamix.prepare.done_notes import PartNote, PrepareSettings, ShardNote, read_note, write_note
 from megamix.prepare.output_folder import sole_writer, writing_to
 from megamix.prepare.parts import SPLITS, Part, check_documents, split_entry
 from megamix.prepare.shards import Shard
@@ -31,16 +31,13 @@ from megamix.prepare.shards import Shard
 _COPIED_AT_ONCE = 4096  # documents
 
 
-def shard_record_path(out: Path, shard: Shard) -> Path:
-    """The record of a job that has finished all its parts."""
+def shard_note_path(out: Path, shard: Shard) -> Path:
+    """Path of the `ShardNote` of a finished job."""
     return out / f"shard{shard.suffix}.json"
 
 
 def merge(out: str | Path) -> Manifest:
-    """Makes a data set of what the jobs of a sharded `prepare` have left in a folder.
-
-    Args:
-        out: The output folder of the jobs.
+    """Merges the parts in the output folder of a sharded `prepare`.
 
     Returns:
         The manifest, as written.
@@ -54,16 +51,16 @@ def merge(out: str | Path) -> Manifest:
         raise InputError(f"{out} is no folder. Give the --out of the `megamix prepare --shard i/n` jobs.")
     with writing_to(out), sole_writer(out, Shard()):
         shards = _all_shards(out)
-        records = [_finished(out, shard) for shard in shards]
-        first = records[0]
-        for shard, record in zip(shards, records, strict=True):
-            _check_same(out, shards[0], shard, first, record)
+        notes = [_finished(out, shard) for shard in shards]
+        first = notes[0]
+        for shard, note in zip(shards, notes, strict=True):
+            _check_same(out, shards[0], shard, first, note)
         domains = {name: [Part(out, name, shard) for shard in shards] for name in sorted(first.domains)}
         return assemble(out, domains, first.settings)
 
 
 def _all_shards(out: Path) -> list[Shard]:
-    """All jobs, whether finished or not, from the names of what they have left."""
+    """All jobs, finished or not, from the names of their files."""
     names = re.compile(r"(?:shard|prepare)-(\d{5})-of-(\d{5})\.(?:json|journal)")
     found = [names.fullmatch(path.name) for path in (*out.iterdir(), *out.glob("*/prepare-*"))]
     counts = sorted({int(match[2]) for match in found if match})
@@ -77,22 +74,22 @@ def _all_shards(out: Path) -> list[Shard]:
     return [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
 
 
-def _finished(out: Path, shard: Shard) -> ShardRecord:
-    record = read_record(ShardRecord, shard_record_path(out, shard))
-    if record is None:
+def _finished(out: Path, shard: Shard) -> ShardNote:
+    note = read_note(ShardNote, shard_note_path(out, shard))
+    if note is None:
         missing = [
             str(Shard(number, shard.count))
             for number in range(shard.number, shard.count + 1)
-            if not shard_record_path(out, Shard(number, shard.count)).is_file()
+            if not shard_note_path(out, Shard(number, shard.count)).is_file()
         ]
         raise InputError(
             f"{out}: shard {', '.join(missing or [str(shard)])} has not finished. Run `megamix prepare ... --shard"
             f" {shard}` to its end, then merge."
         )
-    return record
+    return note
 
 
-def _check_same(out: Path, one: Shard, other: Shard, wanted: ShardRecord, seen: ShardRecord) -> None:
+def _check_same(out: Path, one: Shard, other: Shard, wanted: ShardNote, seen: ShardNote) -> None:
     options, others = wanted.settings.model_dump(), seen.settings.model_dump()
     for key, value in options.items():
         if others[key] != value:
@@ -106,12 +103,7 @@ def _check_same(out: Path, one: Shard, other: Shard, wanted: ShardRecord, seen: 
 
 
 def assemble(out: Path, domains: Mapping[str, Sequence[Part]], settings: PrepareSettings) -> Manifest:
-    """Writes the manifest of finished parts.
-
-    Args:
-        out: The output folder.
-        domains: The parts of every domain, in the order of the jobs.
-        settings: The options they were made with.
+    """Writes the manifest of finished parts, given by domain in the order of the jobs.
 
     Raises:
         InputError: See `merge`.
@@ -130,37 +122,37 @@ def assemble(out: Path, domains: Mapping[str, Sequence[Part]], settings: Prepare
 
 
 def _domain(name: str, parts: Sequence[Part]) -> DomainEntry:
-    records = [_read(part) for part in parts]
-    for part, record in zip(parts, records, strict=True):
-        changed = [path.path for path, other in zip(record.inputs, records[0].inputs, strict=False) if path != other]
-        if record.inputs != records[0].inputs:
-            which = changed[0] if changed else f"{len(records[0].inputs)} and {len(record.inputs)} files"
+    notes = [_read(part) for part in parts]
+    for part, note in zip(parts, notes, strict=True):
+        changed = [path.path for path, other in zip(note.inputs, notes[0].inputs, strict=False) if path != other]
+        if note.inputs != notes[0].inputs:
+            which = changed[0] if changed else f"{len(notes[0].inputs)} and {len(note.inputs)} files"
             raise InputError(
                 f"domain '{name}': shards {parts[0].shard} and {part.shard} were made from different text ({which})."
                 " Run all of them again on the same files."
             )
-    records = _with_both_splits(name, parts, records)
+    notes = _with_both_splits(name, parts, notes)
     train_counts_V, validation_counts_V = np.sum([np.load(part.counts_path) for part in parts], axis=0)
-    validation = _joined([record.validation for record in records])
+    validation = _joined([note.validation for note in notes])
     return DomainEntry(
         name=name,
-        train=_joined([record.train for record in records]),
+        train=_joined([note.train for note in notes]),
         validation=ValidationEntry(**dict(validation), unigram_nats=unigram_nats(train_counts_V, validation_counts_V)),
     )
 
 
-def _read(part: Part) -> PartRecord:
-    record = part.read()
-    if record is None:
+def _read(part: Part) -> PartNote:
+    note = part.read()
+    if note is None:
         raise InputError(
             f"domain '{part.domain}': shard {part.shard} is not finished there, or its files are not those it wrote."
             f" Run `megamix prepare ... --shard {part.shard}` again."
         )
-    return record
+    return note
 
 
 def _joined(splits: Sequence[SplitEntry]) -> SplitEntry:
-    """The files of all jobs, without those that hold nothing: an empty file cannot be mapped into memory."""
+    """The files of all jobs but the empty ones, which cannot be mapped into memory."""
     held = [split for split in splits if split.tokens]
     return SplitEntry(
         prefixes=tuple(split.prefixes[0] for split in held),
@@ -185,28 +177,26 @@ def unigram_nats(train_counts_V: np.ndarray, validation_counts_V: np.ndarray) ->
 # A domain whose every document is in one split. ----------------------------------------------------------------------
 
 
-def _with_both_splits(name: str, parts: Sequence[Part], records: list[PartRecord]) -> list[PartRecord]:
-    """Where chance has left a split of the whole domain empty, the document nearest to the limit changes sides."""
-    num_train = sum(record.train.documents for record in records)
-    num_held_out = sum(record.validation.documents for record in records)
+def _with_both_splits(name: str, parts: Sequence[Part], notes: list[PartNote]) -> list[PartNote]:
+    """The notes, after moving the nearest document if chance left a split of the whole domain empty."""
+    num_train = sum(note.train.documents for note in notes)
+    num_held_out = sum(note.validation.documents for note in notes)
     check_documents(name, num_train + num_held_out)
     if num_train and num_held_out:
-        return records
+        return notes
     if num_train:
-        at = min((record.nearest_train, number) for number, record in enumerate(records) if record.nearest_train)
+        at = min((note.nearest_train, number) for number, note in enumerate(notes) if note.nearest_train)
     else:
-        at = max(
-            (record.nearest_validation, number) for number, record in enumerate(records) if record.nearest_validation
-        )
+        at = max((note.nearest_validation, number) for number, note in enumerate(notes) if note.nearest_validation)
     (_, document), number = at
-    moved = _move(parts[number], records[number], document, source=0 if num_train else 1)
-    return [*records[:number], moved, *records[number + 1 :]]
+    moved = _move(parts[number], notes[number], document, source=0 if num_train else 1)
+    return [*notes[:number], moved, *notes[number + 1 :]]
 
 
-def _move(part: Part, record: PartRecord, document: int, source: int) -> PartRecord:
-    """Moves one document from a split, 0 or 1, to the other one, which is empty. Killed in between, the part is to be
-    made again."""
-    part.record_path.unlink()
+def _move(part: Part, note: PartNote, document: int, source: int) -> PartNote:
+    """Moves one document from a split, 0 or 1, to the other one, which is empty. A kill meanwhile leaves an unfinished
+    part."""
+    part.note_path.unlink()
     part.journal_path.unlink(missing_ok=True)
     prefixes = [part.out / part.prefix(split) for split in SPLITS]
     files = IndexedTokens(prefixes[source])
@@ -228,8 +218,8 @@ def _move(part: Part, record: PartRecord, document: int, source: int) -> PartRec
     part.save_counts(counts)
     writers = (stay, leave) if source == 0 else (leave, stay)
     splits = [split_entry(part.prefix(split), writer) for split, writer in zip(SPLITS, writers, strict=True)]
-    moved = record.model_copy(
+    moved = note.model_copy(
         update={"train": splits[0], "validation": splits[1], "nearest_train": None, "nearest_validation": None}
     )
-    write_record(moved, part.record_path)
+    write_note(moved, part.note_path)
     return moved

@@ -1,4 +1,4 @@
-"""The output folder of `prepare`: who may write to it, and what is said where it cannot be written."""
+"""Output folder of `prepare`: its locks, and errors in writing to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Turns the errors of a full or forbidden folder into an `InputError`."""
+    """Turns errors of a full or read-only folder into an `InputError`."""
     try:
         yield
     except OSError as error:

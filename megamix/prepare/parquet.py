@@ -1,6 +1,6 @@
-"""The text column of parquet files, read row group by row group in a memory that does not grow with them.
+"""Text column of parquet files, read row group by row group in bounded memory.
 
-pyarrow is needed for it, and only here: what leaves this file is bytes.
+pyarrow is imported only here, and nothing of it leaves: callers get bytes.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import numpy as np
 from megamix.core.errors import InputError
 
 _MAX_ROWS = 4096
-"""Rows read at once at most; the sizes that a parquet file states say little where its texts repeat."""
+"""Rows read at once, at most: where texts repeat, the sizes stated in the file are far too small."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a row group lies."""
+    """Place and size of a row group."""
 
     number: int
-    """Its number in the file, from 0."""
+    """Number in the file, from 0."""
     first_row: int
     """Rows of the file before it."""
     num_rows: int
-    """Its rows."""
     num_bytes: int
-    """Bytes its text takes in the file, compressed."""
+    """Compressed bytes of its text column."""
     text_bytes: int
-    """Bytes of its text column as encoded, before compression."""
+    """Encoded bytes of its text column, before compression."""
 
 
 def row_groups(path: str, text_key: str) -> list[RowGroup]:
@@ -61,8 +60,8 @@ def read_rows(
     """Reads a row group in blocks of about ``block_bytes`` of text.
 
     Yields:
-        The number of the block, its first row in the file (from 0), the bytes of each row, int64 [rows], and the texts
-        one after the other, UTF-8. A block may come in several parts with the same number.
+        Number of the block, its first row in the file (from 0), bytes of each row, int64 [rows], and the concatenated
+        texts, UTF-8. A block may come in several parts with the same number.
 
     Raises:
         InputError: The file is damaged, or a row has no text; the message names the row, counted from 1.
@@ -70,11 +69,11 @@ def read_rows(
     rows = max(1, min(_MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
     done = 0
     with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
-        # Without prefetching and with a buffer, pages are read one after the other, not the whole column.
+        # Without prefetching and with a buffer, pages are read one at a time instead of the whole column.
         for batch in file.iter_batches(batch_size=rows, row_groups=[group.number], columns=[text_key]):
             texts = batch.column(0)
             while len(texts):
-                # However pyarrow cuts its batches, a row's block follows from its number.
+                # A row's number decides its block, wherever pyarrow ends its batches.
                 part = texts[: rows - done % rows]
                 row = group.first_row + done
                 yield (done // rows, row, *_bytes_of(part, f"{path}, row ", row, text_key))

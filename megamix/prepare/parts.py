@@ -1,20 +1,22 @@
-"""Parts: what one job makes of one domain, ``OUT/<domain>/{train,validation}.{bin,idx}`` with a record beside it.
+"""Part: one job's token files of one domain, ``OUT/<domain>/{train,validation}.{bin,idx}``, and a note beside them.
 
-A job of several adds ``-00002-of-00008`` to the names. A part is finished when its record is there.
+With several jobs, ``-00002-of-00008`` follows in the names. A part with a note is finished.
 """
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megamix.core.errors import InputError
+from megamix.core.files import replace_file
 from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.tokens.manifest import FILE_NAME, SplitEntry
 from megamix.data.tokens.writer import IndexedWriter
-from megamix.prepare.done_notes import InputFile, PartRecord, PrepareSettings, read_record, write_record
+from megamix.prepare.done_notes import InputFile, PartNote, PrepareSettings, read_note, write_note
 from megamix.prepare.encoders import Encoded, Nearest, SplitTokens
 from megamix.prepare.journal import Header, Journal, Kept, Mark
 from megamix.prepare.shards import Shard, Share
@@ -24,52 +26,49 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Part:
-    """Names the files of a part."""
+    """Paths of a part."""
 
     out: Path
-    """The output folder."""
     domain: str
-    """The domain."""
     shard: Shard
-    """The job."""
 
     def prefix(self, split: str) -> str:
-        """Of a split's token files, relative to the output folder."""
+        """Prefix of a split's token files, relative to the output folder."""
         return f"{self.domain}/{split}{self.shard.suffix}"
 
     @property
-    def record_path(self) -> Path:
-        """Says that the part is finished, and what it is."""
+    def note_path(self) -> Path:
+        """The `PartNote` of a finished part."""
         return self.out / self.domain / f"prepare{self.shard.suffix}.json"
 
     @property
     def journal_path(self) -> Path:
-        """Says how far it has come while it is not finished."""
+        """The `Journal` of an unfinished part."""
         return self.out / self.domain / f"prepare{self.shard.suffix}.journal"
 
     @property
     def counts_path(self) -> Path:
-        """How often each token occurs in the two splits, int64 [2, V] in numpy's format."""
+        """Occurrences of each token in the two splits, int64 [2, V] in numpy's format."""
         return self.out / self.domain / f"counts{self.shard.suffix}.npy"
 
-    def read(self) -> PartRecord | None:
-        """The record, if the part is finished and its files are still there, with the sizes they had."""
-        record = read_record(PartRecord, self.record_path)
-        if record is None or not self.counts_path.is_file():
+    def read(self) -> PartNote | None:
+        """The note of a finished part whose files still have the sizes noted; None otherwise."""
+        note = read_note(PartNote, self.note_path)
+        if note is None or not self.counts_path.is_file():
             return None
         try:
-            for split in (record.train, record.validation):
+            for split in (note.train, note.validation):
                 files = IndexedTokens(self.out / split.prefixes[0], verify=False)
                 if (files.num_tokens, files.num_documents) != (split.tokens, split.documents):
                     return None
         except InputError:
             return None
-        return record
+        return note
 
     def discard(self, *, files: bool = True) -> None:
-        """Makes the part an unfinished one, or with ``files`` removes it. What another job has made stays."""
+        """Removes the note, and with ``files`` the token files too; other jobs' parts stay."""
         (self.out / FILE_NAME).unlink(missing_ok=True)
-        self.record_path.unlink(missing_ok=True)
+        self.note_path.unlink(missing_ok=True)
         self.counts_path.unlink(missing_ok=True)
         prefixes = [self.out / self.prefix(split) for split in SPLITS] if files else []
         for path in (*map(idx_path, prefixes), *map(bin_path, prefixes)):
@@ -77,28 +76,25 @@ class Part:
 
     def save_counts(self, counts: np.ndarray) -> None:
         """Writes the counts, whole or not at all."""
-        temporary = self.counts_path.with_suffix(".npy.tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, counts)
-        temporary.replace(self.counts_path)
+        data = io.BytesIO()
+        np.save(data, counts)
+        replace_file(self.counts_path, data.getvalue())
 
 
 class PartWriter:
-    """Writes a part, and goes on with one that was begun.
+    """Writer of a part, new or continued.
 
-    As a context manager: where an exception ends it, what is safe by the journal stays for the next call, and nothing
-    stays where there is nothing safe.
+    As a context manager that an exception ends, it leaves what the journal has marked for the next call, and otherwise
+    nothing.
 
     Args:
-        part: The part.
-        settings: The options.
-        inputs: The text of the domain.
-        shares: What of it is to be read.
+        inputs: All files of the domain.
+        shares: What this job reads of them.
         vocab_size: Largest token id + 1.
-        journal_bytes: Tokens written between two safe points, in bytes.
+        journal_bytes: Tokens between two marks, in bytes.
 
     Attributes:
-        mark: Where it begins: what to read next.
+        mark: The place to read from.
     """
 
     def __init__(
@@ -158,8 +154,8 @@ class PartWriter:
         self._journal.add(self.mark)
         self._unsafe_bytes = 0
 
-    def close(self) -> PartRecord:
-        """Puts the files and the record in place.
+    def close(self) -> PartNote:
+        """Puts the files and the note in place.
 
         Raises:
             InputError: The whole domain has fewer than two documents.
@@ -170,7 +166,7 @@ class PartWriter:
         self._make_safe()
         train, validation = (split.close() for split in self._splits)
         self._part.save_counts(self.counts)
-        record = PartRecord(
+        note = PartNote(
             settings=self._settings,
             inputs=self._inputs,
             train=train,
@@ -178,9 +174,9 @@ class PartWriter:
             nearest_train=self.mark.train.nearest,
             nearest_validation=self.mark.validation.nearest,
         )
-        write_record(record, self._part.record_path)
+        write_note(note, self._part.note_path)
         self._journal.remove()
-        return record
+        return note
 
     def __enter__(self) -> PartWriter:
         return self
@@ -197,7 +193,7 @@ class PartWriter:
 
 
 class _SplitWriter:
-    """One split of a part."""
+    """Writer of one split of a part."""
 
     def __init__(self, out: Path, prefix: str, dtype: str, counts: np.ndarray, kept: Kept) -> None:
         self._prefix, self._counts, self._nearest = prefix, counts, kept.nearest
@@ -207,7 +203,7 @@ class _SplitWriter:
         self._counts += np.bincount(tokens, minlength=len(self._counts))
 
     def add(self, found: SplitTokens, *, lowest: bool) -> None:
-        """Appends documents; ``lowest`` says which of them is nearest to changing sides."""
+        """Appends documents; ``lowest``: the nearest to the other split has the lowest hash, not the highest."""
         if found.nearest is not None:
             candidate = Nearest(found.nearest.hash, self.writer.num_documents + found.nearest.document)
             nearer = self._nearest is None or (candidate < self._nearest) == lowest
@@ -216,7 +212,7 @@ class _SplitWriter:
         self._count(found.tokens)
 
     def kept(self) -> Kept:
-        """What is written so far."""
+        """Amount written so far."""
         return Kept(tokens=self.writer.num_tokens, documents=self.writer.num_documents, nearest=self._nearest)
 
     def close(self) -> SplitEntry:
@@ -225,11 +221,7 @@ class _SplitWriter:
 
 
 def split_entry(prefix: str, writer: IndexedWriter) -> SplitEntry:
-    """Puts a writer's files in place, and says what they hold.
-
-    Args:
-        prefix: Theirs, relative to the output folder.
-    """
+    """Puts a writer's files in place; ``prefix`` is relative to the output folder."""
     written = writer.close()
     return SplitEntry(
         prefixes=(prefix,),

@@ -2,12 +2,12 @@
 
     files -> blocks of text (this process) -> tokens (worker processes) -> two writers and a journal (this process)
 
-Blocks come back in the order they were sent, so the files do not depend on the number of workers. Every so often the
-writers are flushed and the journal notes the place; a call after a kill cuts the files to it and goes on. A finished
-part of a domain leaves a record that says what it was made from; a later call keeps what was made from the same.
+Blocks come back in the order they were sent, so the files do not depend on the number of workers. At intervals the
+writers are flushed and the journal marks the place; a call after a kill truncates the files to the mark and continues.
+A finished part of a domain leaves a note of its inputs and options; a later call with the same ones keeps the part.
 
-Several jobs, on any machines that share OUT, divide the text of every domain among them (``shard``); `merge` then
-writes the manifest. A job that is alone merges at its end. The manifest goes before anything it names is replaced.
+Several jobs, on machines that share OUT, can divide the text of every domain (``shard``); `merge` then writes the
+manifest. A single job merges at its end. The manifest is removed before any file that it names is replaced.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_
 from megamix.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
 from megamix.prepare.documents import find_inputs, sample_texts
 from megamix.prepare.done_notes import (
-    PartRecord,
+    PartNote,
     PrepareSettings,
-    ShardRecord,
-    TokenizerRecord,
+    ShardNote,
+    TokenizerNote,
     input_files,
-    read_record,
-    write_record,
+    read_note,
+    write_note,
 )
 from megamix.prepare.encoders import EncodeJob, Encoders
 from megamix.prepare.journal import Mark
-from megamix.prepare.merge import assemble, shard_record_path
+from megamix.prepare.merge import assemble, shard_note_path
 from megamix.prepare.output_folder import sole_writer, writing_to
 from megamix.prepare.parts import Part, PartWriter
 from megamix.prepare.progress import PrepareProgress
 from megamix.prepare.shards import Shard, Share, divide
 
-RECORD_FILE = "prepare.json"
+NOTE_FILE = "prepare.json"
 JOURNAL_BYTES = 64 << 20
 _TRAINING_BYTES = 4 << 20  # text of each domain that a tokenizer is trained on
 
@@ -63,7 +63,7 @@ def prepare(
     block_bytes: int = BLOCK_BYTES,
     journal_bytes: int = JOURNAL_BYTES,
 ) -> Manifest | None:
-    """Tokenises text into one pair of token files per domain and split. Call it again to go on after any interruption.
+    """Tokenises text into one pair of token files per domain and split. Called again, it continues where it stopped.
 
     Args:
         inputs: See `find_inputs`.
@@ -72,15 +72,15 @@ def prepare(
         validation_fraction: Share of the documents of each domain to hold out, 0 to 0.5. Every domain has at least one
             document in each split; at 0 exactly one is held out.
         workers: Tokenising processes; None for one per core, 1 to work inside this process.
-        seed: Chooses the documents that are held out; how many jobs or workers there are does not matter.
+        seed: Chooses the documents to hold out, whatever the number of jobs or workers.
         text_key: The key of the text in a JSON line, the column of a parquet file.
         eod: The tokenizer's end-of-document token, where it has an unusual name.
-        shard: ``i/n``: do the i-th of n parts of the work, for `merge`. All jobs must find the same tokenizer, so for
-            ``train:`` and ``hf:`` it has to be made first, with ``tokenizer_only``.
+        shard: ``i/n``: do the i-th of n parts of the work, for `merge`. A tokenizer of ``train:`` or ``hf:`` must be
+            made first, with ``tokenizer_only``, so that all jobs use the same one.
         tokenizer_only: Only make ``OUT/tokenizer.json``.
-        progress: Show rate and remaining time: a bar on a terminal, else log lines.
-        block_bytes: Text that a worker is given at a time.
-        journal_bytes: Tokens written between two safe points, in bytes: what a kill can cost.
+        progress: Show throughput and remaining time: a bar on a terminal, else log lines.
+        block_bytes: Text per task of a worker.
+        journal_bytes: Tokens between two marks of the journal, in bytes: the most that a kill can cost.
 
     Returns:
         The manifest, as written; None for one shard of several or for the tokenizer alone.
@@ -110,11 +110,11 @@ def prepare(
                 block_bytes=block_bytes,
             )
             if job.count > 1:
-                shard_record_path(out, job).unlink(missing_ok=True)
+                shard_note_path(out, job).unlink(missing_ok=True)
             work = _Work(out, job, settings, loaded.vocab_size, journal_bytes)
             work.run(domains, workers or num_cores(), progress)
             if job.count > 1:
-                write_record(ShardRecord(settings=settings, domains=tuple(domains)), shard_record_path(out, job))
+                write_note(ShardNote(settings=settings, domains=tuple(domains)), shard_note_path(out, job))
                 return None
             return assemble(out, {name: [Part(out, name, job)] for name in domains}, settings)
 
@@ -138,19 +138,19 @@ def _provide_tokenizer(
     eod: str | None,
     shard: Shard,
 ) -> LoadedTokenizer:
-    """Sees that ``out/tokenizer.json`` is the one asked for, made no more than once, and opens it."""
-    path, record_path = out / TOKENIZER_FILE, out / RECORD_FILE
+    """Opens ``out/tokenizer.json``, made first unless it is there from the same inputs and options."""
+    path, note_path = out / TOKENIZER_FILE, out / NOTE_FILE
     if spec.kind == "file":
         given = LoadedTokenizer(spec.path, eod)
         _put_tokenizer(path, Path(spec.path).read_bytes(), shard)
         return LoadedTokenizer(path, given.eod_id)
     inputs = tuple(map(input_files, domains.values())) if spec.kind == "train" else ()
     made_from = {"spec": repr(spec), "eod": eod, "text_key": text_key, "inputs": inputs}
-    record = read_record(TokenizerRecord, record_path)
-    if record is not None and path.is_file():
-        same = all(getattr(record, key) == value for key, value in made_from.items())
-        if same and hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256:
-            return LoadedTokenizer(path, record.eod_id)
+    note = read_note(TokenizerNote, note_path)
+    if note is not None and path.is_file():
+        same = all(getattr(note, key) == value for key, value in made_from.items())
+        if same and hashlib.sha256(path.read_bytes()).hexdigest() == note.sha256:
+            return LoadedTokenizer(path, note.eod_id)
     if shard.count > 1:
         raise InputError(
             f"shard {shard}: {path} is not there, or was made from other text or options, and the shards must all use"
@@ -169,7 +169,7 @@ def _provide_tokenizer(
         data, name = fetch_tokenizer(spec.path)
     _put_tokenizer(path, data, shard)
     loaded = LoadedTokenizer(path, eod if eod is not None else name)
-    write_record(TokenizerRecord(**made_from, sha256=loaded.sha256, eod_id=loaded.eod_id), record_path)
+    write_note(TokenizerNote(**made_from, sha256=loaded.sha256, eod_id=loaded.eod_id), note_path)
     return loaded
 
 
@@ -181,7 +181,7 @@ def _put_tokenizer(path: Path, data: bytes, shard: Shard) -> None:
                 " Give the same one, or choose another folder."
             )
         (path.parent / FILE_NAME).unlink(missing_ok=True)
-        # Shards that begin together each write their own copy; the last to take the name wins, all are the same.
+        # Shards that begin together write separate copies; all are equal, so the last rename may win.
         copy = path.with_name(f"tokenizer{shard.suffix}.json")
         replace_file(copy, data)
         copy.replace(path)
@@ -198,21 +198,21 @@ class _Work:
         self._vocab_size, self._journal_bytes = vocab_size, journal_bytes
 
     def run(self, domains: Mapping[str, Sequence[Path]], num_workers: int, progress: bool) -> None:
-        """Makes every part that is not there yet."""
+        """Makes every part that is missing."""
         shares = {name: self._shares(paths) for name, paths in domains.items()}
         sizes = {name: sum(share.num_bytes for share in held) for name, held in shares.items()}
         with Encoders(num_workers) as encoders, PrepareProgress(sizes, progress) as shown:
             for name, paths in domains.items():
                 part, inputs = Part(self._out, name, self._shard), input_files(paths)
-                record = part.read()
-                if record is not None and (record.settings, record.inputs) == (self._settings, inputs):
+                note = part.read()
+                if note is not None and (note.settings, note.inputs) == (self._settings, inputs):
                     part.journal_path.unlink(missing_ok=True)
                     shown.finish(name, "unchanged, kept")
                     continue
                 (self._out / name).mkdir(exist_ok=True)
                 writer = PartWriter(part, self._settings, inputs, shares[name], self._vocab_size, self._journal_bytes)
-                record = self._write(writer, name, shares[name], encoders, shown)
-                shown.finish(name, f"{record.train.tokens:,} + {record.validation.tokens:,} tokens")
+                note = self._write(writer, name, shares[name], encoders, shown)
+                shown.finish(name, f"{note.train.tokens:,} + {note.validation.tokens:,} tokens")
 
     def _shares(self, paths: Sequence[Path]) -> list[Share]:
         pieces = [piece for file, path in enumerate(paths) for piece in pieces_of(path, file, self._settings.text_key)]
@@ -220,7 +220,7 @@ class _Work:
 
     def _write(
         self, writer: PartWriter, name: str, shares: Sequence[Share], encoders: Encoders, shown: PrepareProgress
-    ) -> PartRecord:
+    ) -> PartNote:
         settings = self._settings
         job = EncodeJob(
             path=str(self._out / TOKENIZER_FILE),
@@ -245,7 +245,7 @@ class _Work:
             return writer.close()
 
     def _blocks(self, shares: Sequence[Share], mark: Mark) -> Iterator[Block]:
-        """What is left to read after a mark."""
+        """The blocks after a mark."""
         for number in range(mark.share, len(shares)):
             yield from read_piece(
                 shares[number].piece,

@@ -1,9 +1,8 @@
-"""How the text of a domain is divided among jobs, so that any number of them share the work evenly.
+"""Even division of a domain's text among any number of jobs.
 
-Files that can be read from anywhere (plain .jsonl) are dealt out block by block. What has to be read from its beginning
-(compressed files, row groups) goes to one job as a whole, the largest first, each to the job with least so far; where
-one is too large for that, all jobs read it and deal out its blocks. Every job computes the same division from the
-files' sizes.
+Jobs take blocks of seekable files (plain .jsonl) in turn. A piece that must be read from its beginning (a compressed
+file, a row group) goes to one job, the largest first, each to the job with the least so far; of a piece too large for
+that, all jobs read everything and take blocks in turn. Every job computes the same division from the files' sizes.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ _SPLIT_ABOVE = 0.25  # of what one job has to read: a larger piece is dealt out 
 
 @dataclass(frozen=True, order=True)
 class Shard:
-    """One job of several."""
+    """One job of several, numbered from 1."""
 
     number: int = 1
-    """Which one, from 1."""
     count: int = 1
-    """How many there are."""
 
     @classmethod
     def parse(cls, text: str) -> Shard:
@@ -44,7 +41,7 @@ class Shard:
 
     @property
     def suffix(self) -> str:
-        """What its files' names end with; nothing where it is the only one."""
+        """Suffix of the job's file names; empty for a single job."""
         return f"-{self.number:05}-of-{self.count:05}" if self.count > 1 else ""
 
     def __str__(self) -> str:
@@ -53,27 +50,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class Share:
-    """What a job reads of a piece."""
+    """One job's blocks of a piece: those whose number modulo ``every`` is ``turn``."""
 
     piece: Piece
-    """The piece."""
     every: int = 1
-    """It reads one block in so many."""
     turn: int = 0
-    """The first of them."""
 
     def wants(self, number: int) -> bool:
-        """Whether the block of this number is the job's."""
+        """Whether the job reads the block of this number."""
         return number % self.every == self.turn
 
     @property
     def num_bytes(self) -> int:
-        """About how many bytes of the file that is."""
+        """Bytes of the file, about."""
         return self.piece.num_bytes // self.every
 
 
 def divide(pieces: Sequence[Piece], shard: Shard) -> list[Share]:
-    """What this job reads of a domain, in the order of the pieces. Over all jobs every block comes exactly once."""
+    """This job's shares of a domain, in the order of the pieces. Every block belongs to exactly one job."""
     if shard.count == 1:
         return [Share(piece) for piece in pieces]
     streams = [number for number, piece in enumerate(pieces) if not piece.seekable]
@@ -89,7 +83,7 @@ def divide(pieces: Sequence[Piece], shard: Shard) -> list[Share]:
     shares: list[Share] = []
     for number, piece in enumerate(pieces):
         if number not in whole:
-            # A turn later from file to file, or the first job would have all files of one block.
+            # The turn moves on with each file, or the first job would get all files of one block.
             shares.append(Share(piece, shard.count, (shard.number - 1 - number) % shard.count))
         elif number in mine:
             shares.append(Share(piece))

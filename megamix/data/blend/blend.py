@@ -1,18 +1,16 @@
-"""The blend: which sample of which domain stands at every position of the run, whatever the weights do on the way.
+"""The blend: domain and sample at every position of a run, with weights that may change on the way.
 
     blend = Blend(num_samples=[1000, 50], weights=[0.7, 0.3], seed=1234)
     domain, sample = blend.take(480)        # the next 480 samples
     blend.set_weights([0.5, 0.5])           # from here on, or at=position
 
-A run is a list of *segments*, stretches of positions with the same weights. A segment starts with the deficits and
-counts that the ones before it left, and within it the order is a pure function of position
-(`megamix.data.blend.order`), so a weight change costs O(K log K), any window can be asked for at any time, and nothing
-depends on how the positions were cut into batches. Whatever the changes, no domain is ever more than (K - 1)/2 samples
-from the sum of its weight.
+A run is a list of *segments*, ranges of positions with constant weights. A segment starts with the deficits and counts
+that the segments before it left, and within it the order is a pure function of position (`megamix.data.blend.order`).
+So a weight change costs O(K log K), any window can be computed at any time, and batch sizes do not matter. Whatever the
+changes, no domain is ever more than (K - 1)/2 samples from the sum of its weight.
 
-With ``sampling="iid"`` the domains are drawn independently instead (`megamix.data.blend.iid`): the same in all
-respects, but counts stray from the weights as chance has it, and what lies far from the positions taken must be counted
-up to.
+With ``sampling="iid"`` the domains are drawn independently instead (`megamix.data.blend.iid`): counts then deviate from
+the weights randomly, and a position far from those taken costs counting up to it.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Sampling = Literal["low_discrepancy", "iid"]
 
-MAX_ORDERS = 256  # kept worked out, of segments that were not forgotten
+MAX_ORDERS = 256  # cached, of segments that were not forgotten
 
 
 class Blend:
@@ -44,11 +42,11 @@ class Blend:
     Args:
         num_samples: [K], samples each domain has per epoch.
         weights: [K], the sampling weights from position 0 on; not negative, normalised to sum 1 here.
-        seed: with ``domain_keys`` and the epoch it fixes the order within each domain.
-        domain_keys: [K] integers that name the domains to the random order (default 0..K-1). Keys taken from the
-            domains' names keep a domain's order when others are added or removed.
-        sampling: ``"low_discrepancy"``: counts stay as near to the weights as a bound allows; ``"iid"``: every
-            position's domain is drawn independently.
+        seed: fixes the order within each domain, with ``domain_keys`` and the epoch.
+        domain_keys: [K] different integers (default 0..K-1). Keys derived from names keep a domain's order when others
+            are added or removed.
+        sampling: ``"low_discrepancy"``: counts stay within a bound of the weights; ``"iid"``: the domain of every
+            position is drawn independently.
 
     Raises:
         InputError: a length, weight or count that cannot be used, or another kind of sampling.
@@ -113,29 +111,29 @@ class Blend:
 
     @property
     def deficits(self) -> Floats:
-        """float64 [K]: the integral of each weight over the positions so far, minus the samples taken; of a domain
-        that joined later, since it joined."""
+        """float64 [K]: the sum of each weight over the positions so far (since the domain joined), minus the samples
+        taken."""
         return self.segment_at(self._position).then(self._position, self._counts, self.weights).deficits
 
     @property
     def ledger(self) -> list[tuple[int, list[float]]]:
-        """(position, weights) of every change that has not been forgotten, also those still ahead."""
+        """(position, weights) of every change that was not forgotten, future ones included."""
         return [(segment.start, segment.weights.tolist()) for segment in self._segments]
 
     def counts_at(self, position: int) -> Ints:
-        """int64 [K]: the samples that positions [0, position) hold of each domain."""
+        """int64 [K]: the samples of each domain in positions [0, position)."""
         segment = self.segment_at(position)
         return segment.counts + self._order_of(segment).counts_at(position - segment.start)
 
     def segment_at(self, position: int) -> Segment:
-        """The stretch of constant weights that ``position`` lies in."""
+        """The segment that contains ``position``."""
         return self._segments[self._index_at(position)]
 
     def take(self, number: int) -> tuple[Ints, Ints]:
         """The next ``number`` samples; advances.
 
         Returns:
-            (domain, sample), int64 [number] each: which domain, and which of its samples, in [0, num_samples[domain]).
+            (domain, sample), int64 [number] each, with sample in [0, num_samples[domain]).
         """
         domain, ordinal = self._ordered(self._position, number, self._counts)
         self._position += number
@@ -143,7 +141,7 @@ class Blend:
         return domain, self._samples(domain, ordinal)
 
     def window(self, start: int, number: int) -> tuple[Ints, Ints]:
-        """Like `take`, for positions [start, start + number) wherever the blend stands; does not advance."""
+        """Like `take`, for any positions [start, start + number); does not advance."""
         domain, ordinal = self._ordered(start, number)
         return domain, self._samples(domain, ordinal)
 
@@ -151,11 +149,10 @@ class Blend:
         """Changes the weights from position ``at`` on (default: the current position).
 
         Returns:
-            Whether they differ from those in effect before, or announced for the same position.
+            Whether they differ from the weights before.
 
         Raises:
-            InputError: weights that cannot be used, or a position that was already taken or precedes a change made
-                before.
+            InputError: unusable weights, or a position that was taken or precedes an earlier change.
         """
         at = self._position if at is None else int(at)
         checked = self._checked(weights)
@@ -183,25 +180,23 @@ class Blend:
         *,
         restarted: Collection[int] = (),
     ) -> Blend:
-        """The blend of another set of K' domains that goes on from the current position; what lies before is left out.
+        """The blend of another set of K' domains that continues from the current position, without the past.
 
-        A domain that is kept goes on where it is: with its next sample, and with its deficit. One that joins starts
-        with both at 0. Changes that were announced ahead stay at their positions.
+        A kept domain continues with its next sample and its deficit. A new one starts with both at 0. Announced changes
+        stay at their positions.
 
-        The samples are those of a blend of all domains there ever were, in which the weights of those not there are 0.
-        So the bound is that of their number: each domain that left, or was restarted, adds 1/2 to the (K' - 1)/2.
+        The samples equal those of a blend of all domains that ever were, with weight 0 for the absent ones. So each
+        domain that left, or was restarted, adds 1/2 to the bound of (K' - 1)/2.
 
         Args:
-            num_samples: [K'], samples each domain has per epoch.
-            domain_keys: [K'], see `Blend`.
-            sources: [K'], which domain of this blend each one is; None for one that joins.
-            rescale: from weights float64 [K] to those of the new domains, [K']; not negative, normalised here.
-            restarted: those of the new domains, 0..K'-1, that start anew although they have a source: their data are
-                others.
+            num_samples, domain_keys: [K'], see `Blend`.
+            sources: [K'], the number of each domain in this blend; None for a new one.
+            rescale: maps weights of this blend, float64 [K], to weights of the new one, [K']; not negative.
+            restarted: new domains, 0..K'-1, that start again although they have a source: their data changed.
 
         Raises:
-            InputError: a domain that is kept has another number of samples or another key, so that samples would be
-                lost or repeated; two domains have the same source; lengths or weights that cannot be used.
+            InputError: a kept domain has another number of samples or another key, so that samples would be lost or
+                repeated; two domains have the same source; unusable lengths or weights.
         """
         kept = [None if new in restarted else source for new, source in enumerate(sources)]
         blend = Blend(
@@ -219,16 +214,16 @@ class Blend:
         return blend
 
     def forget_before(self, position: int) -> None:
-        """Drops segments that end at or before ``position``, so that memory does not grow with the number of changes;
-        never what lies ahead of the current position."""
+        """Drops segments that end at or before ``position`` and the current position, so that memory does not grow with
+        the number of changes."""
         past = self._index_at(max(self._segments[0].start, min(position, self._position)))
         for segment in self._segments[:past]:
             self._orders.pop(segment.start, None)
         del self._segments[:past]
 
     def state_dict(self, at: int | None = None) -> dict[str, Any]:
-        """Plain numbers and lists from which `from_state_dict` continues exactly, as of position ``at`` (default: the
-        current one)."""
+        """Plain numbers and lists from which `from_state_dict` continues exactly, as of position ``at`` (default:
+        now)."""
         position = self._position if at is None else int(at)
         counts = self._counts if position == self._position else self.counts_at(position)
         return {
@@ -243,7 +238,7 @@ class Blend:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Blend:
-        """The blend that `state_dict` described.
+        """The blend in the state that `state_dict` gave.
 
         Raises:
             InputError: the lengths in the state differ.
@@ -269,14 +264,10 @@ class Blend:
         domain_keys: Sequence[int] | None = None,
         sampling: Sampling = "low_discrepancy",
     ) -> Blend:
-        """The blend of a run in which ``segment`` was recorded, standing at the segment's start; O(K) wherever that is.
-
-        Args:
-            segment: as `segment_at` gave it.
-            num_samples, seed, domain_keys, sampling: those of the run, see `Blend`.
+        """A run's blend at the start of a recorded segment (`segment_at`), in O(K); other arguments as in `Blend`.
 
         Raises:
-            InputError: the segment is of another number of domains, or an argument cannot be used.
+            InputError: the segment has another number of domains, or an argument is unusable.
         """
         blend = cls(num_samples, segment.weights, seed, domain_keys=domain_keys, sampling=sampling)
         # As recorded, not as the constructor has it: normalising again could move the last bit of a weight.
@@ -284,7 +275,7 @@ class Blend:
         return blend
 
     def _stand(self, segments: list[Segment], position: int, counts: Ints) -> None:
-        """Takes over a record, and stands at ``position`` in its first segment, where the domains gave ``counts``."""
+        """Sets the segments and a position in the first of them, before which the domains gave ``counts``."""
         self._segments, self._position, self._counts = segments, position, counts
         self._orders.clear()
         if position > segments[0].start and isinstance(order := self._order_of(segments[0]), Draws):
@@ -304,7 +295,7 @@ class Blend:
         return order
 
     def _check_kept(self, blend: Blend, kept: Sequence[int | None]) -> None:
-        """Raises unless every domain of ``blend`` that is kept goes on with the same samples in the same order."""
+        """Raises unless every kept domain continues with the same samples in the same order."""
         if len(kept) != blend.num_domains:
             raise InputError(f"sources has {len(kept)} entries, expected {blend.num_domains}, one for each domain.")
         sources = [source for source in kept if source is not None]
@@ -322,8 +313,8 @@ class Blend:
                 )
 
     def _ordered(self, start: int, number: int, given: Ints | None = None) -> tuple[Ints, Ints]:
-        """(domain, ordinal), int64 [number] each, of positions [start, start + number); an ordinal counts a domain's
-        samples from position 0. ``given`` are the counts before ``start``, where they are known."""
+        """(domain, ordinal), int64 [number] each, of positions [start, start + number); ordinals count a domain's
+        samples from position 0. ``given``: the counts before ``start``, if known."""
         if number < 0:
             raise InputError(f"cannot take {number} samples, expected 0 or more.")
         stop, index = start + number, self._index_at(start)
@@ -340,14 +331,14 @@ class Blend:
         return np.concatenate([domain for domain, _ in pieces]), np.concatenate([ordinal for _, ordinal in pieces])
 
     def _samples(self, domain: Ints, ordinal: Ints) -> Ints:
-        """int64 [number]: which of its domain's samples each ordinal is."""
+        """int64 [number]: the sample of the domain at each ordinal."""
         size = self.num_samples[domain]
         epoch = divide(ordinal, size)
         key = epoch_keys(self._domain_hashes[domain], epoch)
         return permute(ordinal - epoch * size, size, self._rows[domain], self._columns[domain], key)
 
     def _index_at(self, position: int) -> int:
-        """The index of the segment that ``position`` lies in."""
+        """Index of the segment that contains ``position``."""
         if position >= self._segments[-1].start:
             return len(self._segments) - 1
         index = bisect.bisect_right(self._segments, position, key=lambda segment: segment.start) - 1
@@ -370,8 +361,7 @@ class Blend:
         total = math.fsum(values)  # exact, so the same on every machine
         if math.isnan(total):
             self._largest(array)
-        # Weights that were normalised before stay what they are to the last bit, so that setting them again is no
-        # change.
+        # Normalised weights stay the same to the last bit, so that setting them again is no change.
         return array if abs(total - 1.0) <= 1e-12 else array / total
 
     def _largest(self, array: Floats) -> float:

@@ -1,15 +1,15 @@
-"""Independent draws: which domain stands at a position, as a random number with the weights as probabilities.
+"""Independent draws: the domain of every position is random, with the weights as probabilities.
 
 Position n of the run draws with the 53-bit number h(seed, n): domain i where bound_{i-1} <= h < bound_i, the bounds
 being the cumulative weights in units of 2**-53, rounded. So the domain is a pure function of (seed, n, weights), a
 probability is right within 2**-53, and a domain of weight 0 (or below 2**-54) is never drawn. The numbers are the
 stream of SplitMix64 (Steele, Lea and Flood, 2014) that starts at a hash of the seed.
 
-The samples within a domain still come in order, each once an epoch, so a position's sample needs the draws of its
-domain so far. These have no closed form: they are counted, from the nearest place where they are known. Such *marks*
-are the start of the segment, the ends of the last `RECENT` windows, and one every `STRIDE` positions that were read or
-counted. So a run that goes on in sequence counts nothing, and elsewhere up to `STRIDE` positions are counted where it
-has been and all where it has not, at about 100 million a second (one core, 22 domains).
+The samples within a domain come in order, each once an epoch, so a position's sample depends on the earlier draws of
+its domain. Their number has no closed form: it is counted from the nearest *mark*, a position with known counts. Marks
+are the start of the segment, the ends of the last `RECENT` windows, and one every `STRIDE` positions read or counted.
+So a sequential run counts nothing; a jump counts at most `STRIDE` positions within what was read, and all beyond, at
+about 100 million a second (one core, 22 domains).
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Draws:
     """The domains of one segment, drawn independently.
 
     Args:
-        seed: with the position it fixes the draw.
-        start: the segment's first position; positions below are relative to it.
+        start: the segment's first position; positions in the methods are relative to it.
         weights: float64 [K], not negative, sum 1.
     """
 
@@ -47,8 +46,8 @@ class Draws:
         self._stream = int(hash_words(np.uint64(seed & (2**64 - 1)), _STREAM, 0))
         cumulative = weights.cumsum()
         bounds = np.rint(cumulative / cumulative[-1] * 2.0**53).astype(np.int64)
-        self._domains = np.diff(bounds, prepend=0).nonzero()[0]  # those that can be drawn
-        # Those between the domains, for hashes of 64 bits.
+        self._domains = np.diff(bounds, prepend=0).nonzero()[0]  # that can be drawn
+        # Between these domains, for hashes of 64 bits.
         self._bounds = bounds.take(self._domains[:-1]).astype(np.uint64) << _11
         self._table = self._shortcuts(weights.size)
         self._marks = [0]
@@ -58,7 +57,7 @@ class Draws:
         """Positions [start, stop) of the segment, 0 <= start <= stop.
 
         Args:
-            given: int64 [K], `counts_at` of ``start`` where it is known, which saves counting.
+            given: int64 [K], `counts_at` of ``start`` if known, which saves counting.
 
         Returns:
             (domain, ordinal), int64 [stop - start] each: sample number ``ordinal`` of ``domain``, counted from the
@@ -75,11 +74,11 @@ class Draws:
         return domain.astype(np.int64), ordinal
 
     def counts_at(self, position: int) -> Ints:
-        """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
+        """int64 [K]: the samples of each domain in the first ``position`` positions."""
         index = bisect.bisect_right(self._marks, position) - 1
         at, counts = self._marks[index], self._counts[index].copy()
         while at < position:
-            # Up to the next multiple, so that marks of different walks coincide.
+            # Up to the next multiple, so that marks of different jumps coincide.
             end = min(position, (at // STRIDE + 1) * STRIDE)
             for start in range(at, end, _CHUNK):
                 counts += np.bincount(self._drawn(start, min(start + _CHUNK, end)), minlength=counts.size)
@@ -88,7 +87,7 @@ class Draws:
         return counts
 
     def know(self, position: int, counts: Ints) -> None:
-        """Marks ``counts`` as those at ``position``, if it lies after all other marks."""
+        """Marks ``position``, if it lies after all other marks."""
         if position <= self._marks[-1]:
             return
         self._marks.append(position)
@@ -107,8 +106,7 @@ class Draws:
         return domain
 
     def _shortcuts(self, num_domains: int) -> NDArray[np.unsignedinteger]:
-        """[`_TABLE_SIZE`], by the first bits of a hash: the domain it draws, or K where a bound lies between hashes
-        with these bits."""
+        """[`_TABLE_SIZE`], by the first bits of a hash: the domain drawn, or K where the other bits decide."""
         entry = (self._bounds >> _TABLE_SHIFT).view(np.int64)
         within = (self._bounds << _TABLE_BITS) > 0
         ends = np.append(entry + within, _TABLE_SIZE)

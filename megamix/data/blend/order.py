@@ -4,12 +4,12 @@ Legend: K domains; p a position (a whole number of samples since the weights wer
 weight of domain i (sum 1); d_i its deficit when the weights were set: the sum of its weight over all earlier positions
 minus the samples it had given; x_i(s) what it would have given by clock s if samples could be split; L(s) a level.
 
-Rule: whoever lags most takes turns, until all that lag are level; then all go on together. So domain i waits until the
-level has come down to its own deficit, d_i + w_i s = L(s). From then on it is kept at that level, x_i = d_i + w_i s -
-L(s), and L(s) is what makes the x_i of all domains sum to s. Hence the turns of those that wait are shared out equally,
-not by weight: with m domains taking turns and a weight V waiting, domain i gives w_i + V/m a tick and L falls by V/m.
-Sample j of domain i is *due* when x_i reaches j + 1/2; all samples sorted by (due, domain, j) are the order. A domain
-of weight 0 is never due.
+Rule (water-filling): the domains that lag most take turns until all that lag are level; then all continue together. So
+domain i waits until the level has fallen to its deficit, d_i + w_i s = L(s). From then on it stays at that level, x_i =
+d_i + w_i s - L(s), where L(s) is such that the x_i of all domains sum to s. Hence the turns of waiting domains are
+shared equally, not by weight: with m domains taking turns and a weight V waiting, domain i gives w_i + V/m a tick and L
+falls by V/m. Sample j of domain i is *due* when x_i reaches j + 1/2; all samples sorted by (due, domain, j) are the
+order. A domain of weight 0 is never due.
 
 Bound: at every position, for any sequence of weights, no domain is more than (K - 1)/2 samples from the sum of its
 weight (plus rounding; Blend accepts weights that sum to 1 within 1e-12, which may add as much a position). The set
@@ -24,21 +24,19 @@ that wait, and R = s - p = sum of r. As f <= L on A, f = L on B, and R = r(A) + 
     mean_A e - mean_B e <= r(A) [(1 - w(A))/a + w(B)/b] - r(B) [(1 - w(B))/b + w(A)/a]
                         <= 1 + [w(B) (a/b - 1) + w(A) (b/a - 1)]/2  <=  (a + b)/2:
 linear in w(A), w(B) >= 0 with w(A) + w(B) <= 1, and at the corners 1, (a + b)/2b and (a + b)/2a. A contradiction.
-No smaller number than (K - 1)/2 would do: tests/test_blend.py comes within 2 % of it. Serving the greatest deficit at
-every single position has the same bound, but would have to be walked through.
+The bound is tight: tests/data/test_blend.py comes within 2 % of it. Serving the greatest deficit at every position has
+the same bound, but no closed form.
 
-A domain that joins the blend or leaves it is one whose weight is 0 before or after. The others do not see it: the
-order is of the domains of weight above 0 alone, and depends on the differences of their deficits only. So the proof
-holds with K the number of domains there ever were: the bound is (K' - 1)/2, K' those there are, and 1/2 for each that
-left.
+A domain that joins the blend or leaves it has weight 0 before or after. The order of the others does not change: it is
+of the domains of weight above 0 alone, and depends on the differences of their deficits only. So the proof holds with K
+the number of domains that ever were: the bound is (K' - 1)/2 for the K' present domains, plus 1/2 for each that left.
 
-Between two domains' joining, a *phase*, everything is linear in s, and a segment has at most K phases. How many samples
-are due before a clock has a closed form up to rounding, and s is within K/2 of p. So a window of the order is found
-from a number of samples of each domain that surely lie before it and one that surely suffices: O(K + window log K) work
-wherever it lies, after O(K log K) for the phases (times the rounds that `_phases` needs, nearly always a few). A due
-time is computed from (weights, deficits, i, j) alone, with float64 additions, products and quotients in a fixed order
-(sums by `cumsum`, which adds one by one; `np.sum` may group terms differently from machine to machine), so every
-window and every machine sees the same bits.
+A *phase* lies between two domains' joining the turns. In it everything is linear in s, and a segment has at most K
+phases. The number of samples due before a clock has a closed form up to rounding, and s is within K/2 of p. So a window
+is computed from lower and upper bounds of each domain's samples: O(K + window log K) work at any position, after
+O(K log K) for the phases (times the rounds of `_phases`, nearly always a few). A due time is computed from (weights,
+deficits, i, j) alone, with float64 additions, products and quotients in a fixed order (sums by `cumsum`, which adds one
+by one; `np.sum` may group terms differently on another machine), so every window and every machine has the same bits.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ class Order:
 
     def __init__(self, weights: Floats, deficits: Floats) -> None:
         self._num_domains = weights.size
-        self._domains = (weights > 0).nonzero()[0]  # all that follows, except what is returned, is of these alone
+        self._domains = (weights > 0).nonzero()[0]  # internal arrays are of these alone
         self._each = np.arange(self._domains.size)
         self._weights = weights.take(self._domains)
         self._deficits = deficits.take(self._domains)
@@ -78,7 +76,7 @@ class Order:
         """Positions [start, stop) of the order, 0 <= start <= stop.
 
         Args:
-            given: `counts_at` of ``start`` where it is known, which saves work.
+            given: `counts_at` of ``start`` if known, which saves work.
 
         Returns:
             (domain, ordinal), int64 [stop - start] each: sample number ``ordinal`` of ``domain``, counted from where
@@ -94,7 +92,7 @@ class Order:
         return self._domains.take(index[skip : skip + stop - start]), ordinal[skip : skip + stop - start]
 
     def counts_at(self, position: int) -> Ints:
-        """int64 [K]: how many samples each domain has given in the first ``position`` positions (their sum)."""
+        """int64 [K]: the samples of each domain in the first ``position`` positions."""
         low = self._below(position)
         index, _ = self._sorted(low, position, position, False)
         counts = np.zeros(self._num_domains, np.int64)
@@ -111,14 +109,14 @@ class Order:
         ordinal += np.arange(index.size)
         first, last = (self._last, self._last) if settled else self._phases_between(low, high, start, stop)
         due = self._due(index, ordinal, first, last)
-        # Stable, so that equal due times keep the order of their domains, and a domain that of its samples. Due times
-        # are above 0, so that their bits sort as they do, only faster.
+        # Stable: equal due times stay sorted by domain, then by sample. Due times are above 0, so their bits sort like
+        # the numbers, but faster.
         order = due.view(np.int64).argsort(kind="stable")
         return index.take(order), ordinal.take(order)
 
     def _due(self, index: Ints, ordinal: Ints, first: int, last: int) -> Floats:
-        """When samples are due that are due in phases ``first`` to ``last``; the result does not depend on these, and
-        for no domain does it fall with the ordinal."""
+        """Due times of samples that are due in phases ``first`` to ``last``; the result does not depend on these, and
+        within a domain it never falls with the ordinal."""
         height = self._deficits.take(index)  # of the sample's line, which meets the level when due
         height -= ordinal + 0.5
         if first == last:
@@ -139,8 +137,8 @@ class Order:
         return np.minimum(begin + way, self._starts.take(phase + 1))
 
     def _phases_between(self, low: Ints, high: Ints, start: int, stop: int) -> tuple[int, int]:
-        """The first and last phase that samples [low_i, high_i) may be due in: where the clock says, unless a sample
-        at the edge was rounded to another phase; then any."""
+        """The first and last phase in which samples [low_i, high_i) may be due: by the clock, unless a sample at the
+        edge was rounded to another phase; then all phases."""
         first, last = self._phase_at(self._early(start)), self._phase_at(self._late(stop))
         if first:
             height = self._deficits - (low + 0.5)
@@ -156,11 +154,11 @@ class Order:
         return first, last
 
     def _below(self, position: int) -> Ints:
-        """No more samples of any domain than it gives in the first ``position`` positions, and few less."""
+        """Close lower bound of each domain's samples in the first ``position`` positions."""
         return self._due_by(self._early(position), -_rounding(position))
 
     def _above(self, position: int) -> Ints:
-        """At least as many samples of every domain as it gives in the first ``position`` positions, and few more."""
+        """Close upper bound of each domain's samples in the first ``position`` positions."""
         return self._due_by(self._late(position), _rounding(position))
 
     def _early(self, position: int) -> float:
@@ -172,7 +170,7 @@ class Order:
         return position + (1.0 + 1e-11 * position + self._domains.size / 2)
 
     def _due_by(self, clock: float, slack: float) -> Ints:
-        """Whole numbers of samples due by ``clock``; a value within ``slack`` of the next one counts as the next."""
+        """Samples of each domain due by ``clock``, where ``slack`` more counts as due."""
         phase = self._phase_at(clock)
         level = self._levels.item(phase) - self._shares.item(phase) * (clock - self._start_list[phase])
         number = self._weights * clock

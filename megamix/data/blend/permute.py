@@ -1,16 +1,16 @@
-"""A keyed bijection of [0, size): the order of samples within a domain, with no array to store.
+"""Keyed bijection of [0, size): the order of samples within a domain, without a stored array.
 
-A generalised Feistel cipher (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): an index is written as
-(row, column) of a nearly square grid of ``rows x columns >= size`` cells, to the two coordinates a hash of the other is
-added by turns, modulo their number, and an index that lands outside [0, size) is sent through again ("cycle walking";
-less than one row of cells is outside, and the grid is chosen for as few as possible, so almost none is). A Feistel
-cipher of few cells favours some orders however many rounds it has (on 3 x 3 cells it makes even permutations only), so
-up to `MAX_RANKED` samples are ordered by the ranks of their hashes instead, which favours none. Only integer arithmetic
-modulo 2**64 and float64 quotients whose floor is exact are used, so that every machine computes the same order.
+A generalised Feistel cipher (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). An index is (row,
+column) of a nearly square grid of ``rows x columns >= size`` cells; in each round a hash of one coordinate is added to
+the other, modulo its range; and an index that lands outside [0, size) goes through again ("cycle walking"; the grid
+leaves less than one row of cells outside, and as few as possible). A Feistel cipher of few cells favours some orders
+whatever its rounds (on 3 x 3 cells it makes even permutations only), so up to `MAX_RANKED` samples are ordered by the
+ranks of their hashes instead. Only integer arithmetic modulo 2**64 and float64 quotients with an exact floor are used,
+so that every machine computes the same order.
 
-numpy spends 8 ns on an integer division and less than 1 on anything else, so nothing here divides integers: a hash is
-brought into [0, rows) as the upper half of 32 of its bits times ``rows`` (Lemire, "Fast Random Integer Generation in an
-Interval", 2019; even within rows / 2**32), a sum below 2 rows by one subtraction.
+numpy takes 8 ns for an integer division and less than 1 for any other operation, so nothing here divides integers: a
+hash is mapped to [0, rows) as the upper half of 32 of its bits times ``rows`` (Lemire, "Fast Random Integer Generation
+in an Interval", 2019; even within rows / 2**32), and a sum below 2 rows by one subtraction.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def hash_next(state: NDArray[np.uint64], word: ArrayLike) -> NDArray[np.uint64]:
 
 
 def grid(size: int) -> tuple[int, int]:
-    """The grid (rows, columns) for a domain of ``size`` samples: the one with the fewest cells to spare,
-    rows * columns - size < columns, among some nearly square ones. Then hardly an index has to walk, which costs
-    a small batch as much as all its other indices together."""
+    """The grid (rows, columns) for a domain of ``size`` samples: among some nearly square ones, the one with the fewest
+    spare cells, rows * columns - size < columns. A single walking index costs a small batch as much as all others."""
     square = math.isqrt(size - 1) + 1 if size > 1 else 1
     columns = square + np.arange(min(square // 8, _GRIDS) + 1)
     best = int(columns[(-size % columns).argmin()])
@@ -67,14 +66,14 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def divide(dividend: NDArray[np.int64], divisor: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The whole part of the quotient of numbers >= 0 and > 0, each below 2**52. A quotient below a whole number q is
-    at least 1/divisor below it, which is more than q / 2**53, so that it is not rounded up to q."""
+    """Floor of the quotient of numbers >= 0 and > 0, each below 2**52. A quotient below a whole number q is at least
+    1/divisor below it, which is more than q / 2**53, so it is not rounded up to q."""
     return (dividend / divisor).astype(np.int64)
 
 
 def epoch_keys(key: NDArray[np.uint64], epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """uint64 [n]: the keys for `permute` of a domain's epochs, from the domain's own key, a hash. Multiples of an odd
-    constant keep what the rounds of different epochs hash apart."""
+    """uint64 [n]: keys of a domain's epochs for `permute`, from the domain's key, a hash. Multiples of an odd constant
+    keep the rounds of different epochs apart."""
     return key + epoch.view(np.uint64) * _EPOCH
 
 
@@ -88,13 +87,9 @@ def permute(
     """Maps ``index[n]`` in [0, size[n]) to its place under ``key[n]``; for a fixed size and key a bijection.
 
     Args:
-        index: int64 [n].
-        size: int64 [n], the size of the domain each index belongs to, at most `MAX_SIZE`.
+        index, size: int64 [n], an index and the size of its domain, at most `MAX_SIZE`.
         rows, columns: int64 [n], `grid` of that size.
         key: uint64 [n].
-
-    Returns:
-        int64 [n], each in [0, size[n]).
     """
     places = _encrypt(index, rows, columns, key)
     outside = np.flatnonzero(places >= size)
@@ -133,7 +128,7 @@ def _add_hash(
     mixed: NDArray[np.uint64],
     shifted: NDArray[np.uint64],
 ) -> None:
-    """Adds a hash of ``source`` to ``target``, modulo ``limit``; the last two arrays are room to work in."""
+    """Adds a hash of ``source`` to ``target``, modulo ``limit``; the last two arrays are buffers."""
     np.add(source, key, out=mixed)
     np.multiply(mixed, _MULTIPLIER_1, out=mixed)
     np.right_shift(mixed, _32, out=shifted)
@@ -149,8 +144,7 @@ def _add_hash(
 
 
 def _rank(index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """How many of the hashes of 0, ..., size - 1 are below that of ``index``. No two are equal: `mix64` is a
-    bijection."""
+    """Rank of the hash of ``index`` among the hashes of 0, ..., size - 1; all differ, as `mix64` is a bijection."""
     others = np.arange(size.max())
     with np.errstate(over="ignore"):
         hash_ni = mix64(key[:, None] + others.astype(np.uint64) * GOLDEN)

@@ -1,4 +1,4 @@
-"""A segment: a stretch of positions with the same weights, and all that is needed to go on from its start."""
+"""Segment: a range of positions with constant weights, and the state at its start."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of positions with constant weights.
+    """Range of positions with constant weights.
 
     Attributes:
         start: its first position.
         weights: float64 [K], sum 1.
-        deficits: float64 [K], in samples, at ``start``: the sum of each weight over all earlier positions minus the
-            samples given. Of a domain that joined later, both count from there.
+        deficits: float64 [K], in samples, at ``start``: the sum of each weight over all earlier positions (since the
+            domain joined) minus the samples given.
         counts: int64 [K], the samples each domain gave before ``start``.
 
     Raises:
@@ -44,8 +44,7 @@ class Segment:
             )
 
     def then(self, position: int, counts: Ints, weights: Floats) -> Segment:
-        """The segment that follows when the weights become ``weights`` at ``position``, before which the domains gave
-        ``counts``."""
+        """The next segment, with ``weights`` from ``position`` on, before which the domains gave ``counts``."""
         deficits = self.deficits + self.weights * float(position - self.start) - (counts - self.counts)
         return Segment(position, weights, deficits, counts)
 

@@ -1,6 +1,6 @@
-"""Token files in Megatron's ``.bin`` / ``.idx`` format: what they look like, and reading them (`writer` writes them).
+"""Token files in Megatron's ``.bin`` / ``.idx`` format: layout and reader (`writer` writes them).
 
-    PREFIX.bin   the tokens of all documents, one after the other, nothing else
+    PREFIX.bin   the concatenated tokens of all documents, nothing else
     PREFIX.idx   "MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences u64 = S | bounds u64 = D + 1
                  | S lengths int32, in tokens | S pointers int64, bytes into .bin | D + 1 bounds int64, sequence numbers
 
@@ -41,7 +41,7 @@ DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 HEADER = struct.Struct("<9sQBQQ")
-AT_ONCE = 1 << 20  # sequences looked at together, so that checking an index takes the same memory whatever its size
+AT_ONCE = 1 << 20  # sequences checked together, so that memory does not grow with the index
 _COPY_AGAIN = "The file was cut short or belongs to another one: copy both files again, or run `megamix prepare` again."
 
 
@@ -56,7 +56,7 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def pick_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type Megatron stores token ids of this vocabulary in: uint16 below 65500 entries, else int32."""
+    """Megatron's type of stored token ids: uint16 for vocabularies below 65500 entries, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -66,12 +66,9 @@ class IndexedTokens:
     Args:
         prefix: Path without ``.bin`` / ``.idx``.
         verify: Compare every pointer with the lengths before it: one pass over the index, 12 bytes a sequence. File
-            sizes are checked in any case.
+            sizes are always checked.
 
     Attributes:
-        dtype: Type of a token in the file.
-        num_tokens: Tokens in the file.
-        num_documents: Documents in the file.
         tokens: The whole stream, mapped read-only, [num_tokens] of ``dtype``.
 
     Raises:
@@ -99,7 +96,7 @@ class IndexedTokens:
         self.tokens: np.ndarray = data.view(self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A memory map pickles as a copy of its contents; a loader process opens the files itself instead.
+        # A memory map would pickle as a copy of its contents.
         return functools.partial(IndexedTokens, verify=False), (self.prefix,)
 
     @functools.cached_property
@@ -123,10 +120,8 @@ class IndexedTokens:
         return document, token - start
 
     def starts_between(self, start: int, stop: int) -> np.ndarray:
-        """Where in [start, stop) documents begin, int64, one token a document, in O(log documents) reads; an empty
-        document begins where the next one does.
-
-        Documents are taken from the index: neither token ids nor the cuts between a document's sequences matter.
+        """First tokens of documents that begin in [start, stop), int64, in O(log documents) reads; an empty document
+        begins where the next one does. Token ids and a document's division into sequences do not matter.
         """
         size = self.dtype.itemsize
         sequence = bisect.bisect_left(self._sorted_pointers, start * size)
@@ -176,9 +171,9 @@ class IndexedTokens:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The bytes of a file, uint8 [size], read as they are needed.
+    """The bytes of a file, uint8 [size], mapped.
 
-    Not an `np.memmap`, of which every slice costs several times what it does of an array, and opening twice as much.
+    Not an `np.memmap`: its slices cost several times as much as an array's, and opening it twice as much.
     """
     _allow_more_files()
     try:
@@ -196,27 +191,21 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _searchable(column: np.ndarray) -> Sequence[int]:
-    """The int64 numbers of a column of the index, for bisect.
-
-    Not for np.searchsorted: the header's length leaves the columns unaligned, and numpy would copy them whole. An
-    element of a memoryview costs less than half of what it does of an array.
-    """
+    """An int64 column of the index for bisect: np.searchsorted would copy the unaligned column whole, and an element of
+    a memoryview costs less than half of an array's."""
     return column.data.cast("q") if column.size else ()
 
 
 def _allow_more_files() -> None:
-    """Raises the process's soft limit of open files to the hard one.
-
-    Python keeps a file open for as long as it is mapped. Corpora have more files than the usual soft limit of 1024, and
-    whatever else the process opens would be the first to fail.
-    """
+    """Raises the soft limit of open files to the hard one: a mapped file stays open, and corpora have more files than
+    the usual limit of 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:
-    """Returns dtype, number of sequences and number of document bounds; checks them against the size of the file."""
+    """Dtype, number of sequences and number of document bounds, checked against the size of the file."""
     size, head = index.size, index[: HEADER.size].tobytes()
     if head[: len(MAGIC)] != MAGIC:
         raise InputError(

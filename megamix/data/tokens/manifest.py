@@ -1,8 +1,8 @@
-"""``manifest.json``: the domains of a data set, as `prepare` or `blend adopt` wrote it and as training opens it.
+"""``manifest.json``: the domains of a data set, written by `prepare` or `blend adopt` and opened by training.
 
-Paths in it are relative to its folder, so a prepared folder can be moved as a whole; adopted files that lie elsewhere
-have absolute paths. The fingerprint names the data: the domains, the hash of every token file, which documents of it
-are used where that is not all of them, and the tokenizer's hash. A resume compares it.
+Paths are relative to its folder, so a prepared folder can be moved as a whole; adopted files elsewhere have absolute
+paths. The fingerprint is a hash of the domains' names, of the hash of every token file, of the document ranges in use
+and of the tokenizer's hash. A resume compares it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-"""What `prepare` and `blend adopt` call it, beside the manifest."""
+"""Name of the tokenizer beside the manifest."""
 FORMAT = "megamix-manifest"
 VERSION = 1
 Split = Literal["train", "validation"]
 
 
 class TokenizerEntry(Config):
-    """The tokenizer the token ids belong to."""
+    """Tokenizer of the token ids."""
 
     file: str
     """tokenizer.json, relative to the manifest."""
     sha256: str
-    """Of that file."""
+    """Hash of the file."""
     vocab_size: int
     """Largest token id + 1."""
     eod_id: int
@@ -47,31 +47,31 @@ class TokenizerEntry(Config):
 
     @classmethod
     def of(cls, tokenizer: LoadedTokenizer) -> TokenizerEntry:
-        """The entry of a tokenizer that lies, or will lie, beside the manifest as `TOKENIZER_FILE`."""
+        """The entry of a tokenizer stored beside the manifest as `TOKENIZER_FILE`."""
         return cls(
             file=TOKENIZER_FILE, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id
         )
 
 
 class SplitEntry(Config):
-    """The token files of one split of a domain."""
+    """Token files of one split of a domain."""
 
     prefixes: tuple[str, ...]
     """Paths without .bin/.idx, relative to the manifest or absolute, in stream order."""
     tokens: int
-    """Tokens of all files together, the end-of-document tokens included."""
+    """Tokens of all files, including end-of-document tokens."""
     documents: int
-    """Documents of all files together."""
+    """Documents of all files."""
     max_token: int
     """Largest token id that occurs."""
     sha256: tuple[str, ...]
-    """Of every .bin file as a whole, in the order of the prefixes."""
+    """Hash of every whole .bin file, in the order of the prefixes."""
     ranges: tuple[tuple[int, int] | None, ...] | None = None
-    """Of every file the documents [first, end) that belong to this split; None: all of them."""
+    """Documents [first, end) of every file that belong to this split; None for all."""
 
 
 class ValidationEntry(SplitEntry):
-    """The validation split, with the loss that word frequencies alone would reach on it."""
+    """Validation split, with the loss of a unigram model."""
 
     unigram_nats: float
     """Mean nats per token of the validation stream under a unigram model with add-one smoothing over the whole
@@ -82,32 +82,26 @@ class DomainEntry(Config):
     """One domain of the data set."""
 
     name: str
-    """The domain's name."""
     train: SplitEntry
-    """What training samples from."""
     validation: ValidationEntry
-    """What is held out."""
 
 
 class Manifest(Config):
-    """A prepared data set. Load it with `Manifest.load`, make one with `Manifest.build`."""
+    """Prepared data set: `Manifest.load` reads one, `Manifest.build` makes one."""
 
     format: Literal["megamix-manifest"] = FORMAT
-    """Says what the file is."""
     version: Literal[1] = VERSION
-    """Version of the layout of this file."""
+    """Version of the file's layout."""
     tokenizer: TokenizerEntry
-    """The tokenizer of all domains."""
     dtype: str
     """Type that holds every stored token: uint16 or int32."""
     validation_fraction: float
-    """Share of the documents that was held out, as asked for."""
+    """Requested share of the documents to hold out."""
     split: str | None = None
-    """Megatron's ``--split`` that made the document ranges; None where no file is shared between splits."""
+    """Megatron's ``--split`` that made the document ranges; None if no file is shared between splits."""
     domains: tuple[DomainEntry, ...]
-    """In the order of all arrays that have one entry a domain."""
+    """In the order of all arrays with one entry a domain."""
     fingerprint: str
-    """sha256 over the names, the hashes of all token files, their document ranges, and the tokenizer's hash."""
 
     _folder: Path = pydantic.PrivateAttr(default_factory=Path)
 
@@ -122,7 +116,7 @@ class Manifest(Config):
         domains: Sequence[DomainEntry],
         split: str | None = None,
     ) -> Manifest:
-        """A manifest for ``folder`` with its fingerprint computed; `save` writes it."""
+        """A manifest for ``folder``, with its fingerprint; `save` writes it."""
         manifest = cls(
             tokenizer=tokenizer,
             dtype=dtype,
@@ -143,8 +137,7 @@ class Manifest(Config):
 
         Raises:
             InputError: No such file, not JSON, another format or version, wrong or missing entries, two domains with
-                one name, a token file that is missing, token ids beyond the vocabulary, or a fingerprint that does not
-                follow from the contents.
+                one name, a missing token file, token ids beyond the vocabulary, or a wrong fingerprint.
         """
         path = Path(path)
         if path.is_dir():
@@ -165,45 +158,40 @@ class Manifest(Config):
 
     @property
     def folder(self) -> Path:
-        """Where the manifest lies; its paths are relative to it."""
+        """The folder of the manifest, to which paths are relative."""
         return self._folder
 
     @property
     def domain_names(self) -> list[str]:
-        """The domains, in the order of every array with one entry a domain."""
+        """Names in the order of `domains`."""
         return [domain.name for domain in self.domains]
 
     def domain(self, name: str) -> DomainEntry:
-        """The entry of one domain; an unknown name is an `InputError` that suggests the nearest one."""
+        """The entry of a domain; an unknown name is an `InputError` that suggests the nearest one."""
         for domain in self.domains:
             if domain.name == name:
                 return domain
         raise InputError(f"{self.folder / FILE_NAME} has no domain '{name}'." + did_you_mean(name, self.domain_names))
 
     def natural_weights(self, names: Sequence[str] | None = None) -> np.ndarray:
-        """Each domain's share of the training tokens, float64 [K], sums to 1; ``names``: of these domains alone."""
+        """Shares of the training tokens, float64 [K], sum 1, of all domains or of ``names``."""
         domains = self.domains if names is None else [self.domain(name) for name in names]
         tokens_K = np.array([domain.train.tokens for domain in domains], dtype=np.float64)
         return tokens_K / tokens_K.sum()
 
     def prefixes(self, name: str, split: Split) -> list[Path]:
-        """The token files of one split, without suffix, as paths that can be opened."""
+        """Paths of a split's token files, without suffix."""
         return [self.folder / prefix for prefix in self._split(name, split).prefixes]
 
     def open_domain(self, name: str, split: Split = "train", *, verify: bool = True) -> DomainTokens:
-        """Opens one split of a domain as a token stream.
-
-        Args:
-            name: The domain.
-            split: "train" or "validation".
-            verify: See `IndexedTokens`.
+        """Opens one split of a domain as a token stream; for ``verify`` see `IndexedTokens`.
 
         Raises:
-            InputError: No such domain or split, damaged files, or files with other tokens than the manifest says.
+            InputError: No such domain or split, or files that are damaged or differ from the manifest.
         """
         entry = self._split(name, split)
         tokens = DomainTokens(name, self.prefixes(name, split), entry.tokens, verify=verify, ranges=entry.ranges)
-        # Adopted domains may be narrower than the widest of them; what is read is widened anyway.
+        # Adopted domains may have narrower types than the widest; reading widens them.
         if not np.can_cast(tokens.dtype, self.dtype):
             raise InputError(
                 f"domain '{name}': its {split} files store {tokens.dtype.name}, but the manifest says {self.dtype}."
@@ -215,7 +203,7 @@ class Manifest(Config):
         """Opens the tokenizer.
 
         Raises:
-            InputError: It is missing, damaged, or another one than the tokens were made with.
+            InputError: It is missing, damaged, or not the one the tokens were made with.
         """
         from megamix.data.tokens.tokenizer import LoadedTokenizer
 
@@ -224,10 +212,10 @@ class Manifest(Config):
         return tokenizer
 
     def verify_hashes(self) -> None:
-        """Reads every token file and compares its hash: slow, but it sees changed bytes in a file of the right size.
+        """Reads every token file and compares its hash: slow, but detects changed bytes in a file of the right size.
 
         Raises:
-            InputError: A file's contents have changed; the message names the domain and the file.
+            InputError: Changed contents; the message names the domain and the file.
         """
         hashes: dict[Path, str] = {}  # the splits of a domain may share a file
         for domain in self.domains:
@@ -304,7 +292,7 @@ def _fingerprint(tokenizer: TokenizerEntry, domains: Sequence[DomainEntry]) -> s
 
 
 def _identity(domain: DomainEntry) -> list[object]:
-    """What a domain's data is, apart from where it lies. Whole files, the usual case, have no ranges in it."""
+    """Identity of a domain's data, wherever it lies. Whole files, the usual case, add no ranges."""
     splits = (domain.train, domain.validation)
     ranges = [split.ranges for split in splits]
     return [domain.name, *(list(split.sha256) for split in splits), *(ranges if any(ranges) else ())]
@@ -322,6 +310,6 @@ def _read_json(path: Path) -> object:
 
 
 def digest(entry: DomainEntry) -> str:
-    """Names the data of a domain: a hash over what the manifest says of its files."""
+    """Hash of a domain's data: of its manifest entry without paths."""
     content = [split.model_dump(mode="json", exclude={"prefixes"}) for split in (entry.train, entry.validation)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

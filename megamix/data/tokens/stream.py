@@ -1,4 +1,4 @@
-"""The token stream of a domain: several token files, one after the other, read in windows."""
+"""Token stream of a domain: its token files concatenated, read in windows."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DomainTokens:
         return _Piece(file, first, end, start, stop - start)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """A copy of tokens [start, start + length), ``dtype`` [length]; may cross file borders.
+        """A copy of tokens [start, start + length), ``dtype`` [length], across files.
 
         Raises:
             InputError: The range leaves the stream.
@@ -98,15 +98,14 @@ class DomainTokens:
         return tokens
 
     def document_starts(self, index_n: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where documents begin in windows ``index_n`` (int64 [n]), as the index files say.
+        """First tokens of documents in windows ``index_n`` (int64 [n]), from the index files.
 
         Returns:
-            Two int64 arrays [m]: the row in ``index_n`` and the token of its window, 0 to ``seq_length``, of every
-            token that is the first of a document; in ascending order.
+            Two int64 arrays [m], ascending: the row in ``index_n``, and the place in its window, 0 to ``seq_length``.
         """
         starts, rows, counts = [np.empty(0, np.int64)], [], []
-        # A search per window: one for all windows of a file together is faster from about 20 in the same file on, and
-        # 20 times slower where every window is in another file.
+        # A search per window: a joint search is faster from about 20 windows in one file on, and 20 times slower where
+        # every window is in another file.
         for row, index in enumerate(index_n.tolist()):
             for skip, file, begin, end in self._window_spans(index, seq_length):
                 start_m = file.starts_between(begin, end)
@@ -120,7 +119,7 @@ class DomainTokens:
         return row_m[new_m], start_m[new_m]
 
     def num_windows(self, seq_length: int) -> int:
-        """How many samples of ``seq_length`` tokens, plus the label of the last one, fit; 0 where not even one does."""
+        """Number of samples of ``seq_length`` tokens plus the label of the last one."""
         return max(0, (self.num_tokens - 1) // seq_length)
 
     def window(self, index: int, seq_length: int) -> np.ndarray:
@@ -139,7 +138,7 @@ class DomainTokens:
             tokens[skip : skip + end - begin] = file.tokens[begin:end]
 
     def document_at(self, token_offset: int) -> tuple[int, int, int]:
-        """Where a token of the stream comes from: (prefix index, document index in that file, offset in it)."""
+        """Source of a token of the stream: (prefix index, document index in the file, offset in the document)."""
         if not 0 <= token_offset < self.num_tokens:
             raise InputError(
                 f"domain '{self.name}': token {token_offset} asked for, but it holds 0 to {self.num_tokens}."

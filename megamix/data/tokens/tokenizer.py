@@ -1,6 +1,6 @@
-"""Tokenizers: trained on the corpus, a local tokenizer.json, or one from the Hugging Face hub.
+"""Tokenizers: trained on the corpus, a local tokenizer.json, or from the Hugging Face hub.
 
-Whatever its origin, a tokenizer ends as one ``tokenizer.json`` beside the tokens, and is opened from there.
+Every tokenizer is stored as ``tokenizer.json`` beside the tokens, and opened from there.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ _MIN_VOCAB = 256 + 1  # every byte, and the end of a document
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer to use: the parsed form of the ``tokenizer`` option."""
+    """Parsed ``tokenizer`` option."""
 
     kind: Literal["train", "file", "hub"]
-    """Trained on the corpus, a local file, or a name on the hub."""
     path: str = ""
-    """The file or the name; empty where it is trained."""
+    """The file, or the name on the hub."""
     vocab_size: int = 0
-    """Entries to train, the 256 bytes and the end-of-document token included; 0 where it is not trained."""
+    """Entries to train, including the 256 bytes and the end-of-document token."""
 
     @classmethod
     def parse(cls, text: str) -> TokenizerSpec:
@@ -63,8 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a byte-level BPE; the same texts give the same bytes.
 
     Args:
-        texts: Training text.
-        vocab_size: Entries wanted; a small text may yield fewer. `END_OF_DOCUMENT` has id 0.
+        vocab_size: Entries; a small text may yield fewer. `END_OF_DOCUMENT` has id 0.
 
     Returns:
         The contents of a tokenizer.json.
@@ -112,17 +110,15 @@ def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
 class LoadedTokenizer:
     """A tokenizer.json, ready to encode documents.
 
-    Text is only ever text: a document that contains ``<|endoftext|>`` does not produce that token. Nothing is added,
-    cut or padded.
+    A document that contains ``<|endoftext|>`` does not produce that token. Nothing is added, truncated or padded.
 
     Args:
-        path: The tokenizer.json.
         eod: The end-of-document token, by name or id; None looks for the usual names.
 
     Attributes:
         vocab_size: Largest token id + 1.
         eod_id: The end-of-document token.
-        sha256: Of the file, hexadecimal.
+        sha256: Hash of the file, hexadecimal.
 
     Raises:
         InputError: The file is missing or damaged, or has no end-of-document token.
@@ -153,10 +149,10 @@ class LoadedTokenizer:
         self.eod_id = _find_eod(self.path, ids, eod)
 
     def expect(self, sha256: str) -> None:
-        """Refuses another tokenizer than the one tokens were made with, whose hash this is.
+        """Checks the tokenizer against the hash that the tokens were made with.
 
         Raises:
-            InputError: It is another one.
+            InputError: The hashes differ.
         """
         if self.sha256 != sha256:
             raise InputError(
@@ -169,7 +165,7 @@ class LoadedTokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def word_encoder(self, dtype: Any) -> WordEncoder | None:
-        """A faster way to the same ids, for tokenizers that have one."""
+        """A faster encoder with the same ids; None for a tokenizer without one."""
         return WordEncoder.of(self._tokenizer, dtype)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,11 +1,11 @@
-"""Byte-level BPE by the word: the ids that `tokenizers` gives, several times as fast.
+"""Word-by-word byte-level BPE: the ids of `tokenizers`, several times as fast.
 
-A byte-level tokenizer cuts text into words with a regular expression and encodes each word by itself. Text repeats its
-words, so most of the work is a look-up in a dictionary from words to the bytes of their ids.
+A byte-level tokenizer splits text into words with a regular expression and encodes each word separately. Words repeat,
+so most of the work is a look-up from words to the bytes of their ids.
 
-Only tokenizers whose expression is known here are encoded so. What could still differ is how two libraries class a
-character (letter, number, space), as they may be of different Unicode versions. So every character is tried on the
-tokenizer itself when it is first seen; a text with a character on which they differ is left to the tokenizer.
+Only tokenizers with a known expression are encoded this way. Two libraries may still class a character differently
+(letter, number, space), with different Unicode versions. So every new character is tried on the tokenizer itself, and a
+text with a character on which they differ is left to the tokenizer.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _KNOWN = {
     _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen 2
 }
 _LONGEST_KEPT = 40  # characters; longer words hardly come again
-_MOST_KEPT = 1 << 19  # words, about 100 MB; then the dictionary begins anew, which also suits a change of domain
+_MOST_KEPT = 1 << 19  # words, about 100 MB; then the cache is cleared, which also suits a change of domain
 _LONG_TEXT = 1 << 22  # characters; beyond, words are not all held at the same time
 
 
 class WordEncoder:
-    """Encodes texts as a tokenizer does; see above. Make one with `of`."""
+    """Encoder with a tokenizer's ids; made with `of`."""
 
     def __init__(self, tokenizer: Any, pattern: str, dtype: Any, avoid: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -53,12 +53,7 @@ class WordEncoder:
 
     @classmethod
     def of(cls, tokenizer: Any, dtype: Any) -> WordEncoder | None:
-        """An encoder for this `tokenizers.Tokenizer`, or None where it is of another kind.
-
-        Args:
-            tokenizer: It must be set to encode special tokens as text.
-            dtype: Type of the ids.
-        """
+        """An encoder for a `tokenizers.Tokenizer` that encodes special tokens as text; None for an unknown kind."""
         config = json.loads(tokenizer.to_str())
         model, normalizer = config["model"], config["normalizer"] or {}
         pattern = _pattern_of(config["pre_tokenizer"] or {})
@@ -67,7 +62,7 @@ class WordEncoder:
         )
         if pattern not in _KNOWN or not plain or normalizer.get("type") not in (None, "NFC"):
             return None
-        # Tokens that stand for text take it before words are cut.
+        # Added tokens that stand for text are split off before words.
         avoid = [token["content"] for token in config["added_tokens"] if not token["special"]]
         return cls(tokenizer, pattern, dtype, avoid)
 
@@ -82,7 +77,7 @@ class WordEncoder:
         return [ids for ids in found if ids is not None]
 
     def _encode(self, text: str) -> bytes | None:
-        """None where only the tokenizer itself can tell."""
+        """The ids as bytes; None if only the tokenizer itself can tell."""
         is_ascii = text.isascii()
         if self._avoid is not None and self._avoid.search(text):
             return None
@@ -112,14 +107,14 @@ class WordEncoder:
             known.clear()
         long: dict[str, bytes] = {}
         missing = list({word for word in words if word not in known})
-        # A word by itself is cut as one word, so the tokenizer's own way to many encodings at once is open.
+        # A word stays one word when split alone, so the tokenizer can encode many words as a batch.
         encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
         for word, encoding in zip(missing, encodings, strict=True):
             (known if len(word) <= _LONGEST_KEPT else long)[word] = np.array(encoding.ids, self._dtype).tobytes()
         return b"".join([known[word] if word in known else long[word] for word in words])
 
     def _try(self, characters: set[str]) -> None:
-        """Tells whether both libraries class characters alike, beside a letter, a number, a mark and a space."""
+        """Tests whether both libraries class characters alike, beside a letter, a number, a mark and a space."""
         for character in characters - self._other:
             probe = f"a{character}1{character}!{character} {character}{character}\n{character}'{character}"
             cuts = [offsets for _, offsets in self._tokenizer.pre_tokenizer.pre_tokenize_str(probe)]
@@ -129,7 +124,7 @@ class WordEncoder:
 
 
 def _pattern_of(pre_tokenizer: dict[str, Any]) -> str | None:
-    """The expression that cuts words, or None where it is not one that is known."""
+    """The expression that splits words; None if it cannot be read."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

@@ -1,4 +1,4 @@
-"""Writing token files in Megatron's format (`megamix.data.tokens.indexed`), and going on with a file after a kill."""
+"""Writer of token files in Megatron's format (`megamix.data.tokens.indexed`), which can continue after a kill."""
 
 from __future__ import annotations
 
@@ -20,32 +20,29 @@ from megamix.data.tokens.indexed import AT_ONCE, CODE_OF_DTYPE, HEADER, MAGIC, V
 
 @dataclass(frozen=True)
 class WrittenTokens:
-    """What an `IndexedWriter` has written."""
+    """Contents of a finished pair of token files."""
 
     tokens: int
-    """Tokens in the file."""
     documents: int
-    """Documents in the file."""
     max_token: int
     """Largest token id; -1 in an empty file."""
     sha256: str
-    """Of the ``.bin`` file, hexadecimal."""
+    """Hash of the ``.bin`` file, hexadecimal."""
 
 
 class IndexedWriter:
-    """Writes documents to ``prefix.bin`` / ``prefix.idx``; the final names appear on `close`, complete, or never.
+    """Writes documents to ``prefix.bin`` / ``prefix.idx``, in bounded memory; whole files take these names on `close`.
 
-    As a context manager it closes on success and aborts on an exception. An existing pair is replaced. Its memory does
-    not grow with what is written.
+    As a context manager it closes on success and aborts on an exception. An existing pair is replaced.
 
-    A writer can take up what an earlier one left when its process died: whatever that one had flushed with `sync` is
-    kept, the rest cut off.
+    A writer can continue the files of an earlier one whose process died: tokens flushed with `sync` are kept, the rest
+    is truncated.
 
     Args:
         prefix: Path without suffix; its folder must exist.
         dtype: Type of a token, one of the eight of the format.
-        kept: Tokens and documents of an earlier writer to go on after.
-        seen: Is given all kept tokens in order, in pieces.
+        kept: Tokens and documents of an earlier writer to keep.
+        seen: Called with all kept tokens in order, in pieces.
 
     Raises:
         FileNotFoundError: The earlier writer's files are gone or hold less than ``kept``.
@@ -120,7 +117,7 @@ class IndexedWriter:
         """Appends several documents at once.
 
         Args:
-            tokens: Their tokens one after the other, integers [sum(lengths)].
+            tokens: Concatenated documents, integers [sum(lengths)].
             lengths: Tokens of each document, integers [documents].
 
         Raises:
@@ -155,13 +152,13 @@ class IndexedWriter:
         return self._num_tokens
 
     def sync(self) -> None:
-        """Flushes everything added so far to disk, for a later writer to keep."""
+        """Flushes everything added so far to disk; a later writer can keep it."""
         for file in (self._data, self._index):
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> WrittenTokens:
-        """Writes the index, flushes both files to disk and gives them their names. Closing again only answers again."""
+        """Writes the index, flushes both files to disk and renames them. Closing again only returns the result."""
         if self._written is not None:
             return self._written
         with self._data, self._index:
@@ -177,18 +174,18 @@ class IndexedWriter:
         return self._written
 
     def abort(self) -> None:
-        """Removes the temporary files; whatever stood under the final names stays."""
+        """Removes the temporary files; files under the final names stay."""
         self.leave()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
     def leave(self) -> None:
-        """Closes the temporary files and leaves them as they are, for a later writer to keep."""
+        """Closes the temporary files for a later writer."""
         self._data.close()
         self._index.close()
 
     def _finish_index(self) -> None:
-        """Adds pointers and bounds to the lengths, and then the header."""
+        """Adds pointers and bounds after the lengths, then the header."""
         pointer = 0
         with open(self._temporary["idx"], "rb") as file:
             file.seek(HEADER.size)

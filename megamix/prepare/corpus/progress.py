@@ -8,7 +8,7 @@ from collections.abc import Collection
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megamix.core.progress import Progress
-from megamix.prepare.corpus.domain import DomainRecord
+from megamix.prepare.corpus.domain import BuiltDomain
 
 
 class BuildProgress(Progress):
@@ -40,13 +40,13 @@ class BuildProgress(Progress):
         self.update(self._rows[domain], state=text, total=None)
         self.say(f"{domain}: {text}")
 
-    def done(self, record: DomainRecord) -> None:
+    def done(self, built: BuiltDomain) -> None:
         """The domain is written."""
-        text = f"{record.documents:,} documents, {record.text_bytes / 1e6:.1f} MB"
-        if record.warning:
-            text += f"; suspicious: {record.warning}"
-        self._finish(record.domain, text)
-        self.say(f"{record.domain}: {text}, {time.monotonic() - self._started[record.domain]:.0f} s")
+        text = f"{built.documents:,} documents, {built.text_bytes / 1e6:.1f} MB"
+        if built.warning:
+            text += f"; suspicious: {built.warning}"
+        self._finish(built.domain, text)
+        self.say(f"{built.domain}: {text}, {time.monotonic() - self._started[built.domain]:.0f} s")
 
     def failed(self, domain: str, reason: str) -> None:
         """The domain is left out."""

@@ -1,8 +1,7 @@
-"""The table of sources: what to fetch, which files inside to take, how to clean them and how much text to expect.
+"""The table of sources: package, files to take from it, cleaner, expected size and licence of every domain.
 
-Packages come from the three registries by name. PyPI and npm versions are pinned; Debian keeps only the newest build
-of a package in a release, so those may drift and their sizes are checked loosely. Expected sizes were measured with
-the packages of Debian 12.
+All ship plain text or JSON. PyPI and npm versions are pinned; Debian keeps only the newest build of a package in
+a release, so its versions drift and sizes are checked loosely. Expected sizes were measured with Debian 12.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Package:
 
     @property
     def label(self) -> str:
-        """How messages name the package."""
+        """The package's name in messages."""
         kind = {"deb": "Debian", "wheel": "PyPI", "sdist": "PyPI", "npm": "npm"}[self.registry]
         return f"{kind} package {self.name}" + (f" {self.version}" if self.version else "")
 
@@ -49,13 +48,13 @@ class Source:
     """UTF-8 bytes of text, cleaned and without duplicates."""
     description: str
     licence: str
-    """What the package says of its contents; a domain is for research on mixing, not for redistribution."""
+    """As the package states it. A domain is for research on mixing, not for redistribution."""
     large: bool = False
-    """Whether the domain is built only when more text is asked for."""
+    """Whether the domain is built only with ``large``."""
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        """The plausible range of measured over expected bytes."""
+        """Plausible range of measured over expected bytes."""
         return (0.98, 1.02) if self.package.version else (0.6, 1.6)
 
 
