@@ -241,22 +241,37 @@ def test_every_config_key_exists(page: str) -> None:
     assert [key for key in keys if key not in KEYS] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_piece_of_a_config_is_accepted(page: str, at_home: None) -> None:
-    """``mixer: {...}`` in a line, a yaml block, and the first column of a table headed ```mixer:```."""
+def pieces_of_configs(page: str) -> list[str]:
+    """Overrides as they would stand on a command line, from ``mixer: {...}`` in a sentence and from the first column of
+    a table headed ```mixer:```. Left out: what has dots for the rest, and keys of a mixer that is not named."""
+    found = []
     for code in of_us(page):
-        if code.language not in (None, "yaml") or "..." in code.text:
-            continue
-        headed = re.fullmatch(r"`(\w+):`", code.header)
-        text = f"{headed[1]}: {code.text}" if headed and code.column == 0 else code.text
-        pair = re.match(r"([a-z_.]+): (?=\S)", text)
-        if pair and pair[1].partition(".")[0] in SECTIONS and "|" not in text and not pair[1].startswith("mixer."):
-            given = (
-                apply_overrides({}, [f"{pair[1]}={text[pair.end() :]}"])
-                if code.language is None
-                else parse_yaml(text, page)
-            )
-            check_config(merge(parse_yaml(SMALL, "SMALL"), given, KINDS), f"{page}: {text}")
+        headed = re.fullmatch(r"`(\w+):`", code.header) if code.column == 0 else None
+        pair = re.match(r"([a-z_.]+): (?=\S)", f"{headed[1]}: {code.text}" if headed else code.text)
+        if (
+            code.language is None
+            and pair
+            and pair[1].partition(".")[0] in SECTIONS
+            and not pair[1].startswith("mixer.")
+        ):
+            found.append(f"{pair[1]}={code.text if headed else code.text[pair.end() :]}")
+    return [piece for piece in found if "..." not in piece and " | " not in piece]
+
+
+PIECES = [pytest.param(piece, id=f"{page}: {piece}") for page in PAGES for piece in pieces_of_configs(page)]
+FILES = [code.text for page in PAGES for code in pieces_of_code(PAGES[page]) if code.language == "yaml"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_of_a_config_is_accepted(piece: str) -> None:
+    check_config(apply_overrides(parse_yaml(SMALL, "SMALL"), [piece], KINDS), piece)
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_every_yaml_block_is_accepted(text: str, at_home: None) -> None:
+    """As a file in ``configs``, over a small run."""
+    Path("configs/block.yaml").write_text(text)
+    check_config(merge(parse_yaml(SMALL, "SMALL"), read_yaml(Path("configs/block.yaml"), KINDS), KINDS), text)
 
 
 # Links and names
