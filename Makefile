@@ -45,7 +45,7 @@ lock:
 	$(VENV)-lock/bin/python -m pip install --quiet $(TORCH) "$(TRITON)"
 	echo "$(TRITON)" >$(VENV)-lock/constraints.txt
 	$(VENV)-lock/bin/python -m pip install --quiet --constraint $(VENV)-lock/constraints.txt --editable ".[dev]"
-	$(VENV)-lock/bin/python -m pip freeze --quiet --exclude-editable | grep -vE '^(torch|nvidia-.*|cuda-.*)==' >constraints.txt
+	$(VENV)-lock/bin/python -m pip freeze --quiet --all --exclude-editable | grep -vE '^(pip|torch|nvidia-.*|cuda-.*)==' >constraints.txt
 	rm -rf $(VENV)-lock
 
 # A part of the tests against the newest of everything; prints what is newer than the lock and how they went, and

@@ -20,12 +20,13 @@ import megamix
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "deepspeed", "transformers", "matplotlib"}
-# Where the name of the package to install is not that of the module.
+# Where the name of the package to install is not that of the module; pydantic brings its own pydantic_core.
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "megatron": "megatron-core",
     "sklearn": "scikit-learn",
     "markdown_it": "markdown-it-py",
+    "pydantic_core": "pydantic",
 }
 
 # transformers looks for a distribution of this name, of a version it likes, and imports names from it; these decorators
