@@ -11,7 +11,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
 from megamix.prepare.documents import find_inputs
-from megamix.prepare.merge import shard_record_path
+from megamix.prepare.merge import shard_note_path
 from megamix.prepare.shards import Shard
 from megamix.studies.doremi.tasks import submit_doremi
 from megamix.studies.runs import absolute, command_job
@@ -95,7 +95,7 @@ def _prepare_tasks(command: PrepareCommand, resources: Resources, shards: int, l
             raise InputError(f"the chain sets {name} itself. Leave it out, and say how many: --shards N.")
     find_inputs(command.options["inputs"])
     out, arguments = Path(command.options["out"]), tuple(command.arguments)
-    left = tuple(i for i in range(1, shards + 1) if not shard_record_path(out, Shard(i, shards)).is_file())
+    left = tuple(i for i in range(1, shards + 1) if not shard_note_path(out, Shard(i, shards)).is_file())
     tokenizer = command_job(("prepare", *arguments, "--tokenizer-only"), resources)
     environment = {"MEGAMIX_SHARDS": str(shards)}
     array = Job("prepare.sbatch", arguments, resources.of_process(), left, limit, environment=environment)

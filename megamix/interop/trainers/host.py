@@ -68,8 +68,13 @@ def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: 
 def validation_reader(plan: DataPlan) -> WindowReader:
     """Reader of the plan's validation samples."""
     data = plan.config.data
-    options = {"eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids}
-    return WindowReader(plan.validation, data.seq_length, plan.vocab_size, **options)
+    return WindowReader(
+        plan.validation,
+        data.seq_length,
+        plan.vocab_size,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+    )
 
 
 class HostRun:
