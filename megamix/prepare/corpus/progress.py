@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from megamix.core.progress import Progress
 from megamix.prepare.corpus.domain import BuiltDomain
@@ -23,13 +23,11 @@ class BuildProgress(Progress):
         )
         super().__init__(*columns, TimeElapsedColumn(), enabled=enabled)
         self._started: dict[str, float] = {}
-        self._rows = {
-            name: self.add_task(
-                name, start=False, total=1, completed=int(there), state="there already" if there else "waiting"
-            )
-            for name in domains
-            for there in [name in skipped]
-        }
+        self._rows: dict[str, TaskID] = {}
+        for name in domains:
+            there = name in skipped
+            state = "there already" if there else "waiting"
+            self._rows[name] = self.add_task(name, start=there, total=1, completed=int(there), state=state)
         if skipped:
             self.say(f"there already: {', '.join(skipped)}")
 
