@@ -32,6 +32,41 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text: {error}. Check the path.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, or has an object with the same key twice.
+    """
+    try:
+        return json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique_keys(pairs, path))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}. Correct it.") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """The object of ``pairs``; json would keep the last of two equal keys."""
+    names = [name for name, _ in pairs]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise InputError(f"{path} names '{doubled[0]}' twice. Keep one of them.")
+    return dict(pairs)
+
+
 def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a .jsonl record, each of which has ``keys``; none where there is no file.
 

@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requests:
     """Requests of ranks for a step boundary.
 
     Attributes:
@@ -47,7 +47,7 @@ class Wishes:
     save: bool = False
 
 
-NO_WISHES = Wishes()
+NO_REQUESTS = Requests()
 
 
 @dataclass(frozen=True)
@@ -135,26 +135,30 @@ class MixExchange:
         self._weights_group: Any = dist.new_group(backend="gloo")
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._results: dict[int, Future[None]] = {}
-        self._wishes: dict[int, Wishes] = {}
+        self._requests: dict[int, Requests] = {}
         self._stream: torch.cuda.Stream | None = None
         self._loss_weights = loss_weights
         self._settled = first_step
         self._settle_lock = threading.Lock()
 
     def submit(
-        self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, wishes: Wishes = NO_WISHES
+        self,
+        step: int,
+        sums_KC: torch.Tensor,
+        evaluated_KC: torch.Tensor | None = None,
+        requests: Requests = NO_REQUESTS,
     ) -> None:
         """Takes this rank's int64 [K, C] sums of ``step`` and returns at once; the buffers may be used again.
 
         Args:
             evaluated_KC: the sums of the evaluation that the mixer wants after this step; on all ranks or on none.
-            wishes: of this rank; every rank learns of them by `wishes_at`.
+            requests: of this rank; every rank learns of them by `requests_at`.
         """
-        wishes_1C = sums_KC.new_zeros(1, sums_KC.shape[1])
-        if wishes != NO_WISHES:
-            wishes_1C[0, 0] = wishes.stop
-            wishes_1C[0, 1] = wishes.save
-        reduced = torch.cat([sums_KC, *([] if evaluated_KC is None else [evaluated_KC]), wishes_1C])
+        requests_1C = sums_KC.new_zeros(1, sums_KC.shape[1])
+        if requests != NO_REQUESTS:
+            requests_1C[0, 0] = requests.stop
+            requests_1C[0, 1] = requests.save
+        reduced = torch.cat([sums_KC, *([] if evaluated_KC is None else [evaluated_KC]), requests_1C])
         work: Any = dist.all_reduce(reduced, group=self._sums_group, async_op=True)
         self._results[step] = self._executor.submit(self._mix, step, reduced, work)
 
@@ -171,14 +175,14 @@ class MixExchange:
                 del self._results[self._settled]
                 self._settled += 1
 
-    def wishes_at(self, step: int) -> Wishes:
+    def requests_at(self, step: int) -> Requests:
         """The requests of any rank in the step whose weights take effect in ``step``; the same on all ranks.
 
         This is the earliest boundary before which every rank waits for that step's weights anyway.
         """
         heard = step - self._policy.weight_lag
         self.settle(heard)
-        return self._wishes.pop(heard - 1, NO_WISHES)
+        return self._requests.pop(heard - 1, NO_REQUESTS)
 
     def loss_weights(self, step: int) -> Floats | None:
         """float64 [K], of ``step``, which must not have been submitted; None: the mixer has none.
@@ -198,7 +202,7 @@ class MixExchange:
         reduced = self._on_host(reduced, work)
         stop, save = reduced[-1, :2].tolist()
         if stop or save:
-            self._wishes[step] = Wishes(stop > 0, save > 0)
+            self._requests[step] = Requests(stop > 0, save > 0)
         k = self._sampler.num_domains
         self._judge(step, reduced[:k], reduced[k:-1], self._weights_group)
         kinds = 1 if self._loss_weights is None else 2

@@ -14,7 +14,6 @@ data is null. Upstream divides the weights by their sum and accepts none that is
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.files import read_json, read_text
 
 MegatronSplit = Literal["train", "valid", "test"]
 SPLITS: tuple[MegatronSplit, ...] = ("train", "valid", "test")
@@ -243,41 +243,6 @@ def domains_of(
             )
         found.setdefault(name, []).append(number)
     return found
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        InputError: it cannot be read, or is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text: {error}. Check the path.") from error
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: it cannot be read, is no JSON, or has an object with the same key twice.
-    """
-    try:
-        return json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}. Correct it.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """json keeps the last of two equal keys in silence."""
-    names = [name for name, _ in pairs]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise InputError(f"{path} names '{doubled[0]}' twice. Keep one of them.")
-    return dict(pairs)
 
 
 def _stem(prefix: str) -> str:

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError
+from megamix.core.files import read_json, read_text
 from megamix.mixing.megatron_blend import (
     PER_SPLIT_KEYS,
     FileBlend,
     domains_of,
     parse_per_split,
     read_data_args,
-    read_json,
-    read_text,
 )
 from megamix.mixing.mixers import normalise_weights
 

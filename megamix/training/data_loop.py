@@ -18,7 +18,7 @@ from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader, WindowReader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
-from megamix.mixing.exchange import NO_WISHES, MixExchange, MixReport, Wishes, checked_loss_weights
+from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
 from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
@@ -127,15 +127,15 @@ class MixedData:
         tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
-    def wishes(self) -> Wishes:
+    def requests(self) -> Requests:
         """Requests of any rank for the boundary before step ``step``, the same on all ranks; call once per step.
 
         A request arrives 1 + weight_lag steps after the step that it was submitted with.
         """
-        return self.exchange.wishes_at(self.step)
+        return self.exchange.requests_at(self.step)
 
     def submit(
-        self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, wishes: Wishes = NO_WISHES
+        self, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor | None = None, requests: Requests = NO_REQUESTS
     ) -> None:
         """Ends step ``step`` with this rank's int64 [K, C] sums (zeros where it has no loss).
 
@@ -143,9 +143,9 @@ class MixedData:
 
         Args:
             evaluated_KC: this rank's sums of the evaluation after the step; on all ranks or on none.
-            wishes: of this rank.
+            requests: of this rank.
         """
-        self.exchange.submit(self.step, sums_KC, evaluated_KC, wishes)
+        self.exchange.submit(self.step, sums_KC, evaluated_KC, requests)
         self.step += 1
         step = self.step
         # The step weight_lag ahead is sampled with the weights that follow from everything before this one.

@@ -20,7 +20,7 @@ from megamix.data.loader import Batch
 from megamix.data.sampler import DataExhausted
 from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
-from megamix.mixing.exchange import Wishes
+from megamix.mixing.exchange import Requests
 from megamix.training.checkpoints import saving, store
 from megamix.training.checkpoints.resume import Resumed, fingerprints
 from megamix.training.config import RunConfig
@@ -128,7 +128,7 @@ class Trainer:
         if self.step >= stop and self._is_in_other_format:
             self.save()
         while self.step < stop:
-            self._grant_wishes()
+            self._grant_requests()
             try:
                 self.train_step()
             except DataExhausted as end:
@@ -140,27 +140,27 @@ class Trainer:
             if self.step == stop or _every(self.step, config.checkpoint.every):
                 self.save()
 
-    def _grant_wishes(self) -> None:
+    def _grant_requests(self) -> None:
         """At a boundary: saves, or saves and ends the run, where any rank has requested it.
 
         Raises:
             Preempted: a rank was asked to stop.
         """
         with self._clock.mixing():
-            wishes = self.data.wishes()
-        if (wishes.stop or wishes.save) and self.step not in (self._first_step, self._writer.last_step):
+            requests = self.data.requests()
+        if (requests.stop or requests.save) and self.step not in (self._first_step, self._writer.last_step):
             self.save()
-        if wishes.stop:
+        if requests.stop:
             raise Preempted(
                 f"asked to stop: {self.config.run_dir} stands at step {self.step} of {self.config.train.steps}, saved. The same "
                 "command goes on from there."
             )
 
-    def _wishes(self) -> Wishes:
+    def _requests(self) -> Requests:
         """This rank's requests, submitted with a step."""
         minutes = self.config.checkpoint.every_minutes
         late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        return Wishes(stop=asked_to_stop(), save=late and self.is_main)
+        return Requests(stop=asked_to_stop(), save=late and self.is_main)
 
     def train_step(self) -> None:
         """Step ``self.step``: read ahead, train, and hand the sums to the mixer."""
@@ -190,7 +190,7 @@ class Trainer:
             if evaluates:
                 kept.append(sums.clone())
             else:
-                self.data.submit(sums, wishes=self._wishes())
+                self.data.submit(sums, requests=self._requests())
 
         with self._clock.engine():
             is_finite = self.engine.train_step(batch, objective, lr, self._clock.as_mixing(on_statistics))
@@ -198,7 +198,7 @@ class Trainer:
             assert self._rewards is not None
             # The mixer gets the step and the evaluation that follows it at once.
             with self._clock.mixing():
-                self.data.submit(kept[0], self._rewards.sums(), self._wishes())
+                self.data.submit(kept[0], self._rewards.sums(), self._requests())
         return is_finite
 
     def _judge(self, step: int, is_finite: bool) -> None:

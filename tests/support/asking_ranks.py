@@ -12,13 +12,13 @@ from megamix.core.errors import Preempted
 from megamix.training import trainer
 
 if __name__ == "__main__":
-    asked, real = int(os.environ["ASK_STEP"]), trainer.Trainer._wishes
+    asked, real = int(os.environ["ASK_STEP"]), trainer.Trainer._requests
 
-    def wishes(self: trainer.Trainer) -> trainer.Wishes:
+    def requests(self: trainer.Trainer) -> trainer.Requests:
         trainer.asked_to_stop = lambda: self.step == asked and os.environ["RANK"] == os.environ["ASK_RANK"]
         return real(self)
 
-    trainer.Trainer._wishes = wishes
+    trainer.Trainer._requests = requests
     try:
         run_rank(json.loads(sys.argv[1]))
     except Preempted:

@@ -122,7 +122,7 @@ def test_a_clock_that_jumps_and_data_that_cannot_be_written(
         run_job(1, [(config, [*often, "train.stop_after=8"]), (config, often)], script=CLOCK_BACKWARDS)
     assert record(run) == record(whole)
     assert samples(run) == samples(whole)
-    # At every boundary, but for those before the first step's wish can be granted.
+    # At every boundary, but for those before the first step's request can be granted.
     assert sorted(complete_steps(run / "checkpoints")) == [*range(2, 9), *range(10, 13)]
     assert newest(run / "checkpoints") == run / "checkpoints" / "step_12"
     assert not list((run / "checkpoints").glob("*.*"))

@@ -257,7 +257,7 @@ def start_heeding(job: Job, *programs: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_wish_to_stop_is_passed_on_and_waited_for(job: Job, number: signal.Signals) -> None:
+def test_a_request_to_stop_is_passed_on_and_waited_for(job: Job, number: signal.Signals) -> None:
     slow = "time.sleep(1.0); fail(75, f'saved after signal {int(asked[0])}')"
     parent = start_heeding(job, slow, "fail(75, 'saved, too')")
     parent.send_signal(number)

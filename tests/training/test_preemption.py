@@ -1,6 +1,6 @@
 """Being asked to stop: at which boundary ranks agree to, what is saved there, and that nothing is lost by it.
 
-The wish is tested in one job whose ranks ask themselves at given steps, so that the boundary is known, and with real
+The request is tested in one job whose ranks ask themselves at given steps, so that the boundary is known, and with real
 signals to real processes.
 """
 
@@ -84,8 +84,8 @@ def test_signals_lose_nothing(megamix: Run, tiny_config: Write, tmp_path: Path, 
 
 
 def test_a_checkpoint_is_due_by_time(tiny_config: Write, tmp_path: Path) -> None:
-    """Every boundary is late with a limit of no time to speak of: the first wish is submitted with the first step, and
-    heard of weight_lag steps later; the step after the last wish heard of is the last one, saved in any case."""
+    """With next to no time as the limit, every step requests a save. The first request arrives weight_lag steps after
+    the first step; the step after the last one that arrives is the last step, saved in any case."""
     config = tiny_config(checkpoint={"every": 0, "every_minutes": 1e-9, "keep": 99}, train={"steps": 6})
     run_job(1, [(config, [])])
     assert saved_steps(tmp_path / "run") == [2, 3, 4, 5, 6]

@@ -320,17 +320,17 @@ def find_checkpoint(config: RunConfig, patience: float = 0.0) -> Path | None:
         ResumeRefused: ``never``, but the run directory holds a checkpoint; or all that it holds are damaged.
     """
     folder = config.run_dir / "checkpoints"
-    wish = config.checkpoint.resume
-    if wish == "auto":
+    resume = config.checkpoint.resume
+    if resume == "auto":
         return store.newest(folder, quiet=True)
-    if wish == "never":
+    if resume == "never":
         if store.complete_steps(folder):
             raise ResumeRefused(
                 f"{config.run_dir} holds checkpoints of a run, and checkpoint.resume is never. Choose another run_dir, remove that one, "
                 "or resume it (checkpoint.resume=auto)."
             )
         return None
-    path = Path(wish)
+    path = Path(resume)
     if not store.wait_for(path / store.LISTING, time.monotonic() + patience):
         raise InputError(
             f"checkpoint.resume: {path} is no complete checkpoint. Give auto, never or a RUN/checkpoints/step_N directory."

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
-from megamix.mixing.megatron_blend import read_json
+from megamix.core.files import read_json, replace_file
 from megamix.mixing.weight_files import SWARM_MIXTURE, read_swarm_weights
 
 FORMAT = "megamix swarm mixture"

@@ -24,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
-from megamix.mixing.megatron_blend import read_json
+from megamix.core.files import read_json, replace_file
 from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import Proposal
 
