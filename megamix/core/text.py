@@ -28,6 +28,11 @@ def plural(count: int, noun: str, many: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
+def listed(items: Sequence[str], most: int = 12) -> str:
+    """The first items, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows under a heading; the first column is left-aligned, the others right-aligned unless named in ``left``.

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.text import listed
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,8 +45,7 @@ def normalise_weights(
     values = _by_name(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
     if len(values) != len(domains):
         raise InputError(
-            f"{source}: {len(values)} weights for {len(domains)} domains ({_listed(domains)}). "
-            "Give one weight a domain."
+            f"{source}: {len(values)} weights for {len(domains)} domains ({listed(domains)}). Give one weight a domain."
         )
     numbers = [_as_number(value) for value in values]
     for domain, value, number in zip(domains, values, numbers, strict=True):
@@ -58,7 +58,7 @@ def normalise_weights(
     largest = result.max(initial=0.0)
     if largest == 0:
         raise InputError(
-            f"{source}: the weights of all {len(domains)} domains ({_listed(domains)}) are 0. "
+            f"{source}: the weights of all {len(domains)} domains ({listed(domains)}) are 0. "
             "Give at least one a weight above 0."
         )
     with np.errstate(over="ignore"):
@@ -77,7 +77,7 @@ def _by_name(weights: Mapping[str, float], domains: Sequence[str], source: str) 
     missing = [domain for domain in domains if domain not in weights]
     if missing:
         raise InputError(
-            f"{source}: no weight for {_listed(missing)}. Give every domain a weight; 0 leaves a domain out."
+            f"{source}: no weight for {listed(missing)}. Give every domain a weight; 0 leaves a domain out."
         )
     return [weights[domain] for domain in domains]
 
@@ -193,19 +193,13 @@ def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, n
     bounds = list(zip(names, lower, upper, strict=True))
     crossed = [f"{name} (floor {low:.6g}, cap {high:.6g})" for name, low, high in bounds if low > high]
     if crossed:
-        raise InputError(f"the floor is above the cap for {_listed(crossed)}. Lower the floor or raise the cap.")
+        raise InputError(f"the floor is above the cap for {listed(crossed)}. Lower the floor or raise the cap.")
     if lower.sum() > 1 + _SLACK:
         shown = [f"{name} {low:.6g}" for name, low, _ in bounds if low > 0]
-        raise InputError(f"the floors sum to {lower.sum():.6g}, more than 1: {_listed(shown)}. Lower some of them.")
+        raise InputError(f"the floors sum to {lower.sum():.6g}, more than 1: {listed(shown)}. Lower some of them.")
     if upper.sum() < 1 - _SLACK:
         shown = [f"{name} {high:.6g}" for name, _, high in bounds]
         raise InputError(
             f"the caps sum to {upper.sum():.6g}, less than 1, so the domains together cannot fill the mixture: "
-            f"{_listed(shown)}. Raise some caps (more epochs), add data or train for fewer tokens."
+            f"{listed(shown)}. Raise some caps (more epochs), add data or train for fewer tokens."
         )
-
-
-def _listed(items: Sequence[str], most: int = 12) -> str:
-    """The items with commas; past ``most`` only how many more there are, so that 300 domains do not fill the screen."""
-    extra = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + extra
