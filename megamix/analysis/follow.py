@@ -1,15 +1,22 @@
-"""``megamix inspect RUN --follow``: a run as it goes on, from its files alone, so from any node that sees them.
+"""``megamix inspect RUN --follow``: a live view of a run, from its files alone, so from any node that sees them.
 
 Legend: K domains.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from megamix.analysis.live_run import LiveRun
 from megamix.core.errors import InputError
@@ -34,112 +41,83 @@ def follow(run_dir: Path, interval: float = 1.0) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a run: it is no directory. Give the run_dir of a `megamix train`.")
     run = LiveRun(run_dir)
-    screen = _Screen(sys.stdout) if sys.stdout.isatty() else _Log(sys.stdout)
     try:
-        while True:
-            run.look()
-            screen.show(run)
-            if run.is_done:
-                return
-            time.sleep(interval)
+        with _screen() if sys.stdout.isatty() else _log() as show:
+            while True:
+                run.look()
+                show(run)
+                if run.is_done:
+                    return
+                time.sleep(interval)
     except KeyboardInterrupt:
         return
-    finally:
-        screen.close()
 
 
-class _Log:
-    """A line for every new line of metrics.jsonl, and one for what keeps it waiting."""
+@contextmanager
+def _log() -> Iterator[Callable[[LiveRun], None]]:
+    """Prints a line whenever there is something new to say."""
+    said = ""
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._said = ""
-
-    def show(self, run: LiveRun) -> None:
-        said = _waiting(run) or "; ".join(
-            part
-            for part in (_progress(run), _losses(run), _speed(run), _largest(run), *_notes(run, ages=False))
-            if part
+    def show(run: LiveRun) -> None:
+        nonlocal said
+        new = _waiting(run) or "; ".join(
+            filter(None, (_progress(run), _losses(run), _speed(run), _largest(run), *_notes(run, ages=False)))
         )
-        if said != self._said:
-            self._said = said
-            print(f"{time.strftime('%H:%M:%S')} {said}", file=self._out, flush=True)
+        if new != said:
+            said = new
+            print(f"{time.strftime('%H:%M:%S')} {said}", flush=True)
 
-    def close(self) -> None:
-        pass
+    yield show
 
 
-class _Screen:
+@contextmanager
+def _screen() -> Iterator[Callable[[LiveRun], None]]:
     """A view that renews itself in place."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._drawn = 0
-        encoding = getattr(out, "encoding", None) or "ascii"
-        self._signs = "█·▲▼" if _can_write("█·▲▼", encoding) else "#.+-"
-        out.write("\x1b[?25l")  # hides the cursor
-
-    def show(self, run: LiveRun) -> None:
-        size = shutil.get_terminal_size()
-        lines = [_waiting(run)] if _waiting(run) else self._lines(run, size.columns, size.lines)
-        lines = lines[: max(size.lines - 1, 1)]  # what has scrolled off cannot be renewed
-        up = f"\x1b[{self._drawn}A" if self._drawn else ""
-        self._out.write(up + "".join(f"\x1b[2K{line[: size.columns - 1]}\n" for line in lines) + "\x1b[J")
-        self._out.flush()
-        self._drawn = len(lines)
-
-    def close(self) -> None:
-        self._out.write("\x1b[?25h")
-        self._out.flush()
-
-    def _lines(self, run: LiveRun, columns: int, rows: int) -> list[str]:
-        width = min(columns, 80) - 3
-        done = run.step / run.steps if run.steps else 0.0
-        lines = [
-            _progress(run),
-            f"[{self._bar(done, width)}]",
-            *[part for part in (_losses(run), _speed(run), _split(run)) if part],
-            *_notes(run, ages=True),
-            "",
-        ]
-        return lines + self._domains(run, columns, rows - len(lines) - 2)
-
-    def _bar(self, share: float, width: int) -> str:
-        full = round(min(max(share, 0.0), 1.0) * width)
-        return self._signs[0] * full + self._signs[1] * (width - full)
-
-    def _domains(self, run: LiveRun, columns: int, rows: int) -> list[str]:
-        """A line for each of the K domains, or for those with the largest weights where the screen is too low."""
-        if run.weights is None:
-            return []
-        weights = _named(run.weights)
-        before = _named(run.before) if run.before else weights
-        validation = run.evaluation["domain_loss"] if run.evaluation else {}
-        shown = list(weights)
-        left = len(shown) - max(rows - 1, 1)
-        if left > 0:
-            largest = set(sorted(weights, key=lambda name: -weights[name])[: max(rows - 2, 1)])
-            shown = [name for name in shown if name in largest]
-        name_width = min(max(map(len, shown)), 20)
-        bar = max(6, min(30, columns - name_width - 46))
-        most = max(weights.values()) or 1.0
-        lines = [f"{'domain':{name_width}} weight {'':{bar}}  change    loss  validation"]
-        for name in shown:
-            change = weights[name] - before.get(name, weights[name])
-            arrow = " " if abs(change) < 5e-5 else self._signs[2 if change > 0 else 3]
-            moved = f"{arrow}{abs(change):.4f}" if arrow != " " else " " * 7
-            drawn = self._bar(weights[name] / most, bar)
-            losses = f"{number(run.loss.get(name), 3):>6}  {number(validation.get(name), 3):>10}"
-            lines.append(f"{name[:name_width]:{name_width}} {weights[name]:.4f} {drawn} {moved:>7}  {losses}")
-        return lines + ([f"and {len(weights) - len(shown)} with smaller weights"] if left > 0 else [])
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        yield lambda run: live.update(_view(run, live.console.height), refresh=True)
 
 
-def _can_write(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+def _view(run: LiveRun, height: int) -> Group:
+    """Everything known of the run, in at most ``height`` lines but one."""
+    waiting = _waiting(run)
+    if waiting:
+        return Group(_line(waiting))
+    facts = (_losses(run), _speed(run), _split(run), *_notes(run, ages=True))
+    lines = [_line(text) for text in (_progress(run), *filter(None, facts), "")]
+    bar = Table.grid()
+    bar.add_row(ProgressBar(total=run.steps or 1, completed=run.step, width=77))
+    return Group(lines[0], bar, *lines[1:], *_domains(run, max(height - len(lines) - 3, 1)))
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="crop")
+
+
+def _domains(run: LiveRun, rows: int) -> list[Any]:
+    """A table of the K domains, or of those with the largest weights where there are fewer rows."""
+    if run.weights is None:
+        return []
+    weights = _named(run.weights)
+    before = _named(run.before) if run.before else weights
+    validation = run.evaluation["domain_loss"] if run.evaluation else {}
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("domain", no_wrap=True, overflow="crop", max_width=20)
+    table.add_column("weight", no_wrap=True)
+    table.add_column(max_width=30)  # the one to shrink on a narrow screen
+    for name in ("change", "loss", "validation"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = set(sorted(weights, key=lambda name: -weights[name])[: rows if len(weights) <= rows else max(rows - 1, 1)])
+    most = max(weights.values()) or 1.0
+    for name in (name for name in weights if name in shown):
+        change = weights[name] - before.get(name, weights[name])
+        table.add_row(
+            Text(name), f"{weights[name]:.4f}",
+            ProgressBar(total=most, completed=weights[name], finished_style="bar.complete"),
+            f"{change:+.4f}" if abs(change) >= 5e-5 else "",
+            number(run.loss.get(name), 3), number(validation.get(name), 3),
+        )  # fmt: skip
+    left = len(weights) - len(shown)
+    return [table, *([_line(f"and {left} with smaller weights")] if left else [])]
 
 
 def _waiting(run: LiveRun) -> str:

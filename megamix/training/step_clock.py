@@ -1,25 +1,25 @@
-"""Where the wall time of training steps goes: data, communication, mixing, and compute, which is the rest.
+"""Wall time of training steps, split into data, communication, mixing and compute.
 
-It is the time of one rank's training thread, so that the parts of a rank add up to its steps; what background threads
-do is in none of them.
+The parts are those of one rank's training thread, so they add up to its steps; background threads are in none of them.
 
 - data: waiting for the next batch.
-- communication: on CPUs, the time in collectives, sends and receives, and in waiting for them, inside the engine's
-  step. It includes waiting for whoever is late: bubbles of the pipeline, slower ranks. On a GPU, host time says
-  nothing: there it is the time in which the stream of the model ran them or waited for them, by pairs of events that
-  are read with the log line, never in a step; what runs beside computation is not in it.
-- mixing: handing over the sums of the step, and waiting for the mixer: for loss weights, for an evaluation whose losses
-  are its rewards, and at log lines.
-- compute: forward, backward, optimizer, and everything else in a step.
+- communication: collectives, sends, receives and waiting for them, inside the engine's step; this includes waiting for
+  late ranks and pipeline bubbles. On a CPU it is host time. On a GPU host time says nothing: there it is the time in
+  which the model's stream communicated or waited, by pairs of events that are read with the log line, never in a step;
+  communication beside computation is not counted.
+- mixing: handing over the step's sums and waiting for the mixer (loss weights, evaluations that are rewards, log
+  lines).
+- compute: forward, backward, optimizer, and the rest of the step.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,15 +29,6 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 _COMPUTE, _DATA, _COMMUNICATION, _MIXING = range(4)
-# The methods that every function of torch.distributed ends in, whoever kept a reference to that function; their names
-# differ between versions of torch.
-_METHODS = (
-    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier",
-    "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced", "allgather_into_tensor_coalesced",
-    "all_gather_single_coalesced", "_reduce_scatter_base", "reduce_scatter", "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced", "alltoall", "alltoall_base",
-    "all_to_all_single", "send", "recv", "recv_anysource", "_end_coalescing",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class StepTimes:
         return self.compute + self.data + self.communication + self.mixing
 
     def record(self) -> dict[str, float]:
-        """What a ``train`` line of metrics.jsonl holds of it: means per step."""
+        """Means per step, for a ``train`` line of metrics.jsonl."""
         steps = max(1, self.steps)
         return {
             "step_seconds": self.total / steps,
@@ -67,14 +58,17 @@ class StepTimes:
 
 
 class StepClock:
-    """Charges every moment of a step to one part of it; of the thread that makes it.
+    """Charges every moment of a step to one part; belongs to the thread that creates it.
 
     Args:
         device: the engine's; on a GPU, communication is timed by events.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        communication = self._on_stream if device.type == "cuda" else self._on_host
+        # Every function of torch.distributed ends in these methods, also where an engine kept a reference to it.
+        methods = {**communicating_methods(dist.ProcessGroup), (dist.Work, "wait"): dist.Work.wait}
+        self._methods = [(*place, method, _within(communication, method)) for place, method in methods.items()]
         self._thread = threading.get_ident()
         self._part: int | None = None
         self._mark = 0.0
@@ -89,46 +83,35 @@ class StepClock:
         with self._during(_COMPUTE):
             yield
 
-    def data(self) -> Any:
+    def data(self) -> AbstractContextManager[None]:
         """Around waiting for a batch."""
         return self._during(_DATA)
 
-    def mixing(self) -> Any:
-        """Around whatever only mixing needs; what it communicates counts as mixing too."""
+    def mixing(self) -> AbstractContextManager[None]:
+        """Around work that only mixing needs, its communication included."""
         return self._during(_MIXING)
 
-    def device(self) -> Any:
-        """Around a wait for the device outside of a step: it is still at work on the steps before."""
+    def device(self) -> AbstractContextManager[None]:
+        """Around a wait for the device outside a step: it still computes the steps before."""
         return self._during(_COMPUTE)
 
     def as_mixing(self, function: Callable[..., Result]) -> Callable[..., Result]:
         """``function``, timed as `mixing` wherever it is called."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Result:
-            with self._during(_MIXING):
-                return function(*args, **kwargs)
-
-        return timed
+        return _within(self.mixing, function)
 
     @contextmanager
     def engine(self) -> Iterator[None]:
-        """Around the engine's step: inside, what this rank communicates is timed."""
-        timed = self._on_stream if self._on_gpu else self._on_host
-        kept = []
-        for owner, names in ((dist.ProcessGroup, _METHODS), (dist.Work, ("wait",))):
-            for name in names:
-                if name in vars(owner):
-                    kept.append((owner, name, vars(owner)[name]))
-                    setattr(owner, name, timed(getattr(owner, name)))
+        """Around the engine's step: inside, this rank's communication is timed."""
+        for owner, name, _, timed in self._methods:
+            setattr(owner, name, timed)
         try:
             yield
         finally:
-            for owner, name, method in kept:
+            for owner, name, method, _ in self._methods:
                 setattr(owner, name, method)
 
     def take(self) -> StepTimes:
-        """The sums since the last call; on a GPU it waits for what was communicated until now."""
+        """The sums since the last call; on a GPU it waits for the communication until now."""
         parts = self._sums
         if self._events:
             self._events[-1][1].synchronize()
@@ -161,35 +144,52 @@ class StepClock:
         self._mark = now
         return before
 
-    def _on_host(self, method: Callable[..., Result]) -> Callable[..., Result]:
-        def timed(*args: Any, **kwargs: Any) -> Result:
-            # The mixing thread communicates too, at the same time.
-            if self._part != _COMPUTE or threading.get_ident() != self._thread:
-                return method(*args, **kwargs)
-            self._switch(_COMMUNICATION)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._switch(_COMPUTE)
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        # The mixing thread communicates too, at the same time.
+        if self._part != _COMPUTE or threading.get_ident() != self._thread:
+            yield
+            return
+        with self._during(_COMMUNICATION):
+            yield
 
-        return timed
-
-    def _on_stream(self, method: Callable[..., Result]) -> Callable[..., Result]:
-        def timed(*args: Any, **kwargs: Any) -> Result:
-            # Backward passes run on threads of autograd's own, which Python did not start.
-            thread = threading.current_thread()
-            mine = thread.ident == self._thread or isinstance(thread, threading._DummyThread)
-            if self._part != _COMPUTE or not mine:
-                return method(*args, **kwargs)
-            start, end = self._event(), self._event()
-            start.record()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                end.record()
-                self._events.append((start, end))
-
-        return timed
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        # Backward passes run on threads of autograd, which Python did not start.
+        thread = threading.current_thread()
+        mine = thread.ident == self._thread or isinstance(thread, threading._DummyThread)
+        if self._part != _COMPUTE or not mine:
+            yield
+            return
+        start, end = self._event(), self._event()
+        start.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._events.append((start, end))
 
     def _event(self) -> torch.cuda.Event:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+
+
+def communicating_methods(group: type) -> dict[tuple[type, str], Callable[..., Any]]:
+    """The methods of a process group that communicate, by owner and name: those whose signature returns a Work.
+
+    Their names differ between versions of torch.
+    """
+    methods = {(group, name): method for name, method in vars(group).items() if callable(method)}
+    return {place: method for place, method in methods.items() if re.search(r"-> \S*\bWork\b", method.__doc__ or "")}
+
+
+def _within(
+    around: Callable[[], AbstractContextManager[None]], function: Callable[..., Result]
+) -> Callable[..., Result]:
+    """``function``, inside the context that ``around`` opens for each call."""
+
+    @functools.wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Result:
+        with around():
+            return function(*args, **kwargs)
+
+    return timed

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megamix.training.step_clock import StepClock, StepTimes
+from megamix.training.step_clock import StepClock, StepTimes, communicating_methods
 
 CPU = torch.device("cpu")
 LATE = 0.4  # seconds that rank 1 comes late, or that something takes
@@ -194,6 +194,7 @@ def test_on_a_gpu_the_stream_is_timed_and_not_the_host(monkeypatch: pytest.Monke
     are used again, and other threads of Python's are left out."""
 
     def reduce(self: Any, seconds: float) -> float:
+        """allreduce(self: ProcessGroup) -> c10d::Work"""
         Event.now += seconds
         return seconds
 
@@ -221,6 +222,17 @@ def test_on_a_gpu_the_stream_is_timed_and_not_the_host(monkeypatch: pytest.Monke
         assert times.compute > 0.04
         assert Event.made == 4
     assert Group.allreduce is reduce
+
+
+def test_what_communicates_is_known_by_its_signature() -> None:
+    """Every collective, send and receive that all versions of torch have, and nothing that only asks."""
+    found = {name for _, name in communicating_methods(dist.ProcessGroup)}
+    assert found >= {
+        "allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier", "allgather",
+        "_allgather_base", "reduce_scatter", "_reduce_scatter_base", "alltoall", "alltoall_base", "send", "recv",
+        "recv_anysource", "_end_coalescing",
+    }  # fmt: skip
+    assert not found & {"rank", "size", "name", "_start_coalescing", "_get_backend", "shutdown", "abort"}
 
 
 def test_no_step_has_no_time() -> None:
