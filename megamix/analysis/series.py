@@ -147,6 +147,12 @@ def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Seri
     return _closed(series, recorded_tokens(run))
 
 
+def recorded_series_of(runs: Sequence[RecordedRun], key: str, most: int) -> list[tuple[int, Series]]:
+    """The `recorded_series` of each run that has one, with the run's index."""
+    found = [(index, recorded_series(run, key, most)) for index, run in enumerate(runs)]
+    return [(index, series) for index, series in found if series is not None]
+
+
 def score_series(run: RecordedRun, key: str, most: int) -> Series | None:
     """What a mixer has learnt of each domain, under ``key`` of weights.jsonl; None where the run has none.
 

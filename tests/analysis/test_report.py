@@ -14,8 +14,8 @@ import pytest
 import yaml
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, write_config, write_data, write_run
 
-from megamix.analysis import series
-from megamix.analysis.report import palette, write_report
+from megamix.analysis import palette, report, series
+from megamix.analysis.report import write_report
 from megamix.analysis.report.svg import HEIGHT, WIDTH, nice_axis
 from megamix.core.errors import InputError
 from megamix.training.records.recorded_run import RecordedRun
@@ -302,7 +302,7 @@ def test_colours_stand_out_from_the_page_and_from_each_other(theme: int) -> None
     assert len(places) == 30
     nearest = min(float(np.linalg.norm(a - b)) for i, a in enumerate(places) for b in places[:i])
     assert nearest > 0.075
-    css = (Path(palette.__file__).parent / "report.css").read_text()
+    css = (Path(report.__file__).parent / "report.css").read_text()
     assert re.findall(r"--card:(#\w+)", css)[theme] == palette.PAGE[theme]
 
 

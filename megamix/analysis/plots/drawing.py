@@ -1,8 +1,4 @@
-"""How plots look: colours and line styles, axes over tokens, and the names at the ends of lines.
-
-Colours are those of Okabe and Ito (2008) and Tol (2021) that stay apart for colour-blind readers, in several line
-styles; each line is named at its end.
-"""
+"""The parts of plots: line styles, axes over tokens, and the names at the ends of lines."""
 
 from __future__ import annotations
 
@@ -20,11 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
+from megamix.analysis import palette
 from megamix.analysis.labels import spread
 from megamix.core.errors import InputError
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
-_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _INK = "#222222"
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -62,7 +57,7 @@ class Label:
 
 
 def new_figure(title: str, num_lines: int) -> tuple[Figure, Axes]:
-    """A figure high enough to name that many lines."""
+    """A figure over tokens, high enough to name that many lines."""
     height = max(4.2, 1.3 + num_lines * _POINTS_PER_LINE * 1.25 / 72)
     figure = Figure(figsize=(8.0, height), layout="constrained")
     axes = figure.add_subplot()
@@ -92,14 +87,18 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def look(index: int) -> tuple[str, Any]:
-    return _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
+    """Colour and line style of a run."""
+    return _for_matplotlib(palette.run_look(index))
 
 
-def shade(index: int) -> tuple[float, float, float]:
-    """The colour of an area: where lines change their style, areas get lighter."""
-    white = 0.3 * (index // len(_COLOURS) % len(_STYLES))
-    red, green, blue = (part + (1 - part) * white for part in to_rgb(_COLOURS[index % len(_COLOURS)]))
-    return red, green, blue
+def domain_look(index: int) -> tuple[str, Any]:
+    """Colour and line style of a domain."""
+    return _for_matplotlib(palette.domain_look(index))
+
+
+def _for_matplotlib(given: palette.Look) -> tuple[str, Any]:
+    (light, _), dashes = given
+    return light, (0, tuple(length / 2 for length in dashes)) if dashes else "-"
 
 
 def _darker(colour: str) -> tuple[float, ...]:
@@ -131,9 +130,9 @@ def points(
 def weight_axis(axes: Axes, highest: float, median: float) -> None:
     """From 0 to above ``highest``; on a square-root scale where one large weight would press the others flat."""
     axes.set_ylabel("weight")
-    if highest > 5 * median:
+    if palette.needs_root_scale(highest, median):
         axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
-        axes.yaxis.set_major_locator(FixedLocator([0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]))
+        axes.yaxis.set_major_locator(FixedLocator(palette.ROOT_TICKS))
         axes.set_ylabel("weight (square-root scale)")
     axes.set_ylim(0, min(highest * 1.06, max(1.0, highest)))
 

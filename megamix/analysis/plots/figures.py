@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megamix.analysis.plots.drawing import Label, look, name_lines, new_figure, note, plain, points, shade, weight_axis
+from megamix.analysis.plots.drawing import (
+    Label,
+    domain_look,
+    look,
+    name_lines,
+    new_figure,
+    note,
+    plain,
+    points,
+    weight_axis,
+)
 from megamix.analysis.series import (
     mean_series,
-    recorded_series,
+    recorded_series_of,
     score_series,
     training_series,
     validation_series,
@@ -21,30 +33,26 @@ from megamix.training.records.recorded_run import RecordedRun
 
 _POINTS = 2000
 """At most so many points of a line: more than a figure has dots across."""
+_Curve = tuple[str, tuple[str, Any], Sequence[float], Sequence[float]]
+"""Name, look, tokens and values of a line."""
 
 
 def weights_figure(run: RecordedRun) -> Figure:
     """The weight of each domain over tokens, as steps at the positions where weights take effect."""
     series = weight_series(run)
-    position, weights = series.tokens, series.values
-    figure, axes = new_figure(f"Sampling weights: {plain(run.run_dir.resolve().name)}", len(run.domain_names))
-    labels = []
-    for k, name in enumerate(run.domain_names):
-        colour, style = look(k)
-        axes.step(position, weights[:, k], where="post", color=colour, linestyle=style, linewidth=1.5)
-        labels.append(Label(float(weights[-1, k]), name, colour, style))
-    axes.set_xlim(0, max(float(position[-1]), 1.0))
-    highest = float(weights.max())
+    curves = [(name, domain_look(k), *series.column(name)) for k, name in enumerate(series.names)]
+    figure, axes, labels = _lines(f"Sampling weights: {_name(run)}", "weight", curves, drawstyle="steps-post")
+    highest = float(series.values.max())
     natural = run.natural_shares()
     if natural:
         highest = max(highest, *natural.values())
         for k, share in ((run.domain_names.index(name), share) for name, share in natural.items()):
             axes.plot(
                 [0.0, 0.022], [share, share], transform=axes.get_yaxis_transform(),
-                color=look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,
+                color=domain_look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,
             )  # fmt: skip
         note(axes, "thick dashes at the left: natural shares")
-    weight_axis(axes, highest, float(np.median(weights[-1])))
+    weight_axis(axes, highest, float(np.median(series.values[-1])))
     name_lines(figure, axes, labels)
     return figure
 
@@ -52,10 +60,10 @@ def weights_figure(run: RecordedRun) -> Figure:
 def stacked_figure(run: RecordedRun) -> Figure:
     """The weights of all domains over tokens, stacked."""
     series = weight_series(run, _POINTS)
-    figure, axes = new_figure(f"Sampling weights, stacked: {plain(run.run_dir.resolve().name)}", len(series.names))
-    looks = [look(k) for k in range(len(series.names))]
+    figure, axes = new_figure(f"Sampling weights, stacked: {_name(run)}", len(series.names))
+    looks = [domain_look(k) for k in range(len(series.names))]
     axes.stackplot(
-        series.tokens, series.values.T, colors=[shade(k) for k in range(len(looks))], step="post",
+        series.tokens, series.values.T, colors=[colour for colour, _ in looks], step="post",
         edgecolor="white", linewidth=0.4,
     )  # fmt: skip
     middle = np.cumsum(series.values[-1]) - series.values[-1] / 2
@@ -69,11 +77,11 @@ def stacked_figure(run: RecordedRun) -> Figure:
 
 def loss_figure(run: RecordedRun) -> Figure:
     """Per-domain training loss (thin), validation loss (points) and its mean over domains (bold), over tokens."""
-    figure, axes = new_figure(f"Loss: {plain(run.run_dir.resolve().name)}", len(run.domain_names) + 1)
+    figure, axes = new_figure(f"Loss: {_name(run)}", len(run.domain_names) + 1)
     labels, seen = [], []
     training, validation = training_series(run, _POINTS), validation_series(run, _POINTS)
     for k, name in enumerate(run.domain_names):
-        colour, style = look(k)
+        colour, style = domain_look(k)
         tokens, loss = training.column(name)
         axes.plot(tokens, loss, color=colour, linestyle="-", linewidth=0.8, alpha=0.45, zorder=2)
         checked, checked_loss = validation.column(name)
@@ -119,20 +127,12 @@ def comparison_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Figu
 
 def exploration_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Figure | None:
     """The exploration rates of runs; None where none has one."""
-    found = [(index, recorded_series(run, "exploration_rate", _POINTS)) for index, run in enumerate(runs)]
-    known = [(index, series) for index, series in found if series is not None]
+    known = recorded_series_of(runs, "exploration_rate", _POINTS)
     if not known:
         return None
-    figure, axes = new_figure("Exploration rate", len(known))
-    labels = []
-    for index, series in known:
-        colour, style = look(index)
-        rate = series.values[:, 0]
-        axes.step(series.tokens, rate, where="post", color=colour, linestyle=style, linewidth=1.6)
-        labels.append(Label(float(rate[-1]), names[index], colour, style))
-    axes.set_xlim(0, max(1, *(int(series.tokens[-1]) for _, series in known)))
+    curves = [(names[index], look(index), *series.column("exploration_rate")) for index, series in known]
+    figure, axes, labels = _lines("Exploration rate", "exploration rate", curves, drawstyle="steps-post")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("exploration rate")
     name_lines(figure, axes, labels)
     return figure
 
@@ -142,18 +142,27 @@ def excess_figure(run: RecordedRun) -> Figure | None:
     series = score_series(run, "perdomain_scores", 300)
     if series is None:
         return None
-    figure, axes = new_figure(f"Excess loss: {plain(run.run_dir.resolve().name)}", len(series.names))
-    labels = []
-    for k, name in enumerate(series.names):
-        tokens, excess = series.column(name)
-        if not tokens:
-            continue
-        colour, style = look(k)
-        axes.plot(tokens, excess, color=colour, linestyle=style, linewidth=1.4)
-        labels.append(Label(excess[-1], name, colour, style))
-    axes.set_xlim(0, max(float(series.tokens[-1]), 1.0))
-    axes.set_ylabel("nats per token")
+    curves = [(name, domain_look(k), *series.column(name)) for k, name in enumerate(series.names)]
+    figure, axes, labels = _lines(f"Excess loss: {_name(run)}", "nats per token", curves)
     referenced = getattr(run.config.mixer, "reference", None) is not None
     note(axes, "over the reference model" if referenced else "of a reference loss 0: the run's own loss")
     name_lines(figure, axes, labels)
     return figure
+
+
+def _lines(title: str, what: str, curves: Sequence[_Curve], **style: Any) -> tuple[Figure, Axes, list[Label]]:
+    """A figure with a line for each curve that has a point, and the names of these lines, still to be written."""
+    figure, axes = new_figure(title, len(curves))
+    labels, end = [], 1.0
+    for name, (colour, dashes), tokens, values in curves:
+        if len(tokens):
+            axes.plot(tokens, values, color=colour, linestyle=dashes, linewidth=1.5, **style)
+            labels.append(Label(values[-1], name, colour, dashes))
+            end = max(end, tokens[-1])
+    axes.set_xlim(0, end)
+    axes.set_ylabel(what)
+    return figure, axes, labels
+
+
+def _name(run: RecordedRun) -> str:
+    return plain(run.run_dir.resolve().name)

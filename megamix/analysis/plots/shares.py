@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megamix.analysis.plots.drawing import look, plain, shade
+from megamix.analysis.plots.drawing import domain_look, look, plain
 from megamix.analysis.series import asked_shares
 from megamix.analysis.summary import table_of
 from megamix.training.records.recorded_run import RecordedRun
@@ -22,7 +22,9 @@ def proportions_figure(run: RecordedRun) -> Figure | None:
     figure, axes = _rows(f"Shares of the samples: {plain(run.run_dir.resolve().name)}", [row.domain for row in rows], 1)
     places = np.arange(len(rows))
     realised = [row.realised_share or 0.0 for row in rows]
-    axes.barh(places, realised, height=0.6, color=[shade(k) for k in range(len(rows))], alpha=0.75, label="realised")
+    axes.barh(
+        places, realised, height=0.6, color=[domain_look(k)[0] for k in range(len(rows))], alpha=0.75, label="realised"
+    )
     axes.plot(
         [asked[row.domain] for row in rows], places, "|", color="black", ms=13, mew=2.2, label="asked, on average"
     )

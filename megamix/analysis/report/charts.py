@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megamix.analysis.report.palette import domain_class, run_class
+from megamix.analysis.report.looks import domain_class, run_class, swatch
 from megamix.analysis.report.svg import (
     HEIGHT,
     WIDTH,
@@ -24,10 +24,11 @@ from megamix.analysis.report.svg import (
     step_path,
 )
 from megamix.analysis.series import (
+    Floats,
     Series,
     asked_shares,
     mean_series,
-    recorded_series,
+    recorded_series_of,
     recorded_tokens,
     score_series,
     training_series,
@@ -85,6 +86,10 @@ class Shown:
         """The CSS class of a domain's colour."""
         return domain_class(self.domains.index(domain))
 
+    def run_look(self, index: int) -> str:
+        """The CSS class of a run's colour; none where there is only one run."""
+        return "" if len(self.runs) == 1 else run_class(index)
+
     @cached_property
     def x(self) -> Axis:
         """The tokens of the longest run."""
@@ -99,30 +104,44 @@ class Shown:
 def weight_charts(shown: Shown, index: int, series: Series, y: Axis, key: str, what: str, data: Data) -> str:
     """Weights of one run: stacked, and as lines on the axis ``y``."""
     name = shown.names[index]
-    rows = [(domain, shown.look(domain)) for domain in series.names]
-    rounded = [[_short(value) for value in column] for column in series.values.T.tolist()]
-    data.add(key, "step", rows, [series.tokens.tolist()], rounded)
-    x, last = shown.x, series.values[-1]
-    places = x.at(series.tokens.astype(np.float64))
+    _add_domains(shown, series, data, key, "step")
+    last = series.values[-1]
+    places = shown.x.at(series.tokens)
     above = np.cumsum(np.nan_to_num(series.values), axis=1)
+    looks = [shown.look(domain) for domain in series.names]
     areas = "".join(
         f'<path class="area {look}" data-d="{look}" d="{step_path(places, above[:, k], close=True)}"/>'
-        for k, (_, look) in reversed(list(enumerate(rows)))
+        for k, look in reversed(list(enumerate(looks)))
     )
-    lines = "".join(
-        f'<path class="line {look}" data-d="{look}" d="{step_path(places, y.at(series.values[:, k]))}"/>'
-        for k, (_, look) in enumerate(rows)
-    )
+    lines, ends = _domain_lines(shown, series, y, step_path)
     middle = np.nan_to_num(above[-1] - np.nan_to_num(last) / 2)
+    shares = [End(float(middle[k]), domain, looks[k]) for k, domain in enumerate(series.names) if last[k] > 0]
     label = f"{what} of {name} over tokens, at the end: {_spoken(series.names, last)}"
-    shares = [End(float(middle[k]), domain, look) for k, (domain, look) in enumerate(rows) if last[k] > 0]
-    ends = [End(float(y.at(last[k])), domain, look) for k, (domain, look) in enumerate(rows) if np.isfinite(last[k])]
-    height = max(300, 13 * len(rows))  # room for the names
+    height = max(300, 13 * len(looks))  # room for the names
     note = "square-root scale" if y.scale == "sqrt" else ""
-    stacked = Chart(f"{what}, stacked", label, x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=height)
-    each = Chart(f"{what}, each", label, x, y, lines, key, note=note, ends=ends, height=height)
-    head = "" if len(shown.runs) == 1 else f'<h3><i class="swatch {run_class(index)}"></i>{escape(name)}</h3>'
+    stacked = Chart(f"{what}, stacked", label, shown.x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=height)
+    each = Chart(f"{what}, each", label, shown.x, y, lines, key, note=note, ends=ends, height=height)
+    head = "" if len(shown.runs) == 1 else f"<h3>{swatch(run_class(index))}{escape(name)}</h3>"
     return f'{head}<div class="pair">{stacked.html()}{each.html()}</div>'
+
+
+def _add_domains(shown: Shown, series: Series, data: Data, key: str, mode: Literal["step", "near"]) -> None:
+    rows = [(domain, shown.look(domain)) for domain in series.names]
+    data.add(key, mode, rows, [series.tokens.tolist()], [_short(column) for column in series.values.T])
+
+
+def _domain_lines(
+    shown: Shown, series: Series, y: Axis, path: Callable[[Floats, Floats], str]
+) -> tuple[str, list[End]]:
+    """A line for each domain, and the names at their ends."""
+    places, heights = shown.x.at(series.tokens), y.at(series.values)
+    lines, ends = "", []
+    for k, name in enumerate(series.names):
+        look = shown.look(name)
+        lines += f'<path class="line {look}" data-d="{look}" d="{path(places, heights[:, k])}"/>'
+        if np.isfinite(heights[-1, k]):
+            ends.append(End(float(heights[-1, k]), name, look))
+    return lines, ends
 
 
 def mean_charts(shown: Shown, data: Data) -> str:
@@ -204,7 +223,7 @@ def _loss_chart(
     label = f"{title}: validation loss in nats per token, last {last or 'none'}"
     return Chart(
         title, label, x, y, body, key if curves else None,
-        swatch=shown.look(column) if small else None, note=note, height=120 if small else 200,
+        look=shown.look(column) if small else "", note=note, height=120 if small else 200,
         size="small" if small else "",
     ).html()  # fmt: skip
 
@@ -217,18 +236,16 @@ _NOTES = {
 
 def exploration_chart(shown: Shown, data: Data) -> str:
     """The exploration rates, runs overlaid; empty where no run has one."""
-    found = [(index, recorded_series(run, "exploration_rate", shown.points)) for index, run in enumerate(shown.runs)]
-    known = [(index, series) for index, series in found if series is not None]
+    known = recorded_series_of(shown.runs, "exploration_rate", shown.points)
     if not known:
         return ""
     x, y = shown.x, nice_axis(0.0, max(float(series.values.max()) for _, series in known))
     body = "".join(
-        f'<path class="line {run_class(index)}" '
-        f'd="{step_path(x.at(series.tokens.astype(np.float64)), y.at(series.values[:, 0]))}"/>'
+        f'<path class="line {run_class(index)}" d="{step_path(x.at(series.tokens), y.at(series.values[:, 0]))}"/>'
         for index, series in known
     )
     rows = [(shown.names[index], run_class(index)) for index, _ in known]
-    values = [[_short(value) for value in series.values[:, 0].tolist()] for _, series in known]
+    values = [_short(series.values[:, 0]) for _, series in known]
     key = data.add("exploration", "step", rows, [series.tokens.tolist() for _, series in known], values)
     spoken = ", ".join(f"{shown.names[index]} {series.values[-1, 0]:.4f}" for index, series in known)
     return Chart("Exploration rate", f"Exploration rate, at the end: {spoken}", x, y, body, key, height=200).html()
@@ -241,25 +258,16 @@ def score_charts(shown: Shown, key: str, title: str, data: Data) -> str:
         series = score_series(run, key, 200)
         if series is None or not np.isfinite(series.values).any():
             continue
-        rows = [(domain, shown.look(domain)) for domain in series.names]
-        low, high = float(np.nanmin(series.values)), float(np.nanmax(series.values))
-        x, y = shown.x, nice_axis(low, high)
-        places = x.at(series.tokens.astype(np.float64))
-        body = "".join(
-            f'<path class="line {look}" data-d="{look}" d="{line_path(places, y.at(series.values[:, k]))}"/>'
-            for k, (_, look) in enumerate(rows)
-        )
-        values = [[_short(value) for value in column] for column in series.values.T.tolist()]
-        data.add(f"{key}:{index}", "near", rows, [series.tokens.tolist()], values)
-        last = series.values[-1]
-        ends = [End(float(y.at(last[k])), name, look) for k, (name, look) in enumerate(rows) if np.isfinite(last[k])]
+        y = nice_axis(float(np.nanmin(series.values)), float(np.nanmax(series.values)))
+        body, ends = _domain_lines(shown, series, y, line_path)
+        _add_domains(shown, series, data, f"{key}:{index}", "near")
         note = _NOTES[key]
         if key == "perdomain_scores" and getattr(run.config.mixer, "reference", None) is None:
             note = "of a reference loss 0: the run's own loss"
-        label = f"{title} of {shown.names[index]}, at the end: {_spoken(series.names, last)}"
+        label = f"{title} of {shown.names[index]}, at the end: {_spoken(series.names, series.values[-1])}"
         chart = Chart(
-            title if len(shown.runs) == 1 else shown.names[index], label, x, y, body, f"{key}:{index}",
-            swatch=None if len(shown.runs) == 1 else run_class(index), note=note, ends=ends, height=260,
+            title if len(shown.runs) == 1 else shown.names[index], label, shown.x, y, body, f"{key}:{index}",
+            look=shown.run_look(index), note=note, ends=ends, height=260,
         )  # fmt: skip
         charts.append(chart.html())
     return f'<div class="pair">{"".join(charts)}</div>' if charts else ""
@@ -286,8 +294,7 @@ def proportion_charts(shown: Shown) -> str:
         off = max(abs((row.realised_share or 0.0) - asked[row.domain]) for row in table.rows) * run.position
         title = "Shares of the samples" if len(shown.runs) == 1 else shown.names[index]
         note = f"furthest from what was asked: {off:.2g} of {run.position:,} samples"
-        swatch = "" if len(shown.runs) == 1 else run_class(index)
-        figures.append(_bars(title, note, "".join(rows), axis, swatch))
+        figures.append(_bars(title, note, "".join(rows), axis, shown.run_look(index)))
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
@@ -304,27 +311,24 @@ def epoch_chart(shown: Shown) -> str:
         read = [(index, value) for index, value in found if value is not None]
         said = f"{domain}: " + ", ".join(f"{shown.names[index]} {value:.3f} epochs" for index, value in read)
         # The colour of a bar is its run's, where there are several, else its domain's.
-        looks = [run_class(index) if len(shown.runs) > 1 else "" for index, _ in read]
         marks = "".join(
-            f'<i class="bar {look}" style="width:{_percent(axis, value)}"></i>'
-            for look, (_, value) in zip(looks, read, strict=True)
+            f'<i class="bar {shown.run_look(index)}" style="width:{_percent(axis, value)}"></i>'
+            for index, value in read
         )
-        rows.append(_bar_row(domain, shown.look(domain), said, marks, swatch=True))
+        rows.append(_bar_row(domain, shown.look(domain), said, marks, swatch(shown.look(domain))))
     return _bars("Epochs", "how often each domain has been read", "".join(rows), axis)
 
 
-def _bars(title: str, note: str, rows: str, axis: Axis, swatch: str = "") -> str:
-    square = f'<i class="swatch {swatch}"></i>' if swatch else ""
+def _bars(title: str, note: str, rows: str, axis: Axis, look: str = "") -> str:
     ticks = "".join(f'<span class="tx" style="left:{_percent(axis, tick)}">{tick:.4g}</span>' for tick in axis.ticks)
     return (
-        f'<figure class="bars"><figcaption>{square}{escape(title)} <small>{escape(note)}</small></figcaption>'
+        f'<figure class="bars"><figcaption>{swatch(look)}{escape(title)} <small>{escape(note)}</small></figcaption>'
         f'<div class="rows" role="list">{rows}</div><div class="scale" aria-hidden="true"><div>{ticks}</div></div>'
         "</figure>"
     )
 
 
-def _bar_row(domain: str, look: str, said: str, marks: str, swatch: bool = False) -> str:
-    square = f'<i class="swatch {look}"></i>' if swatch else ""
+def _bar_row(domain: str, look: str, said: str, marks: str, square: str = "") -> str:
     return (
         f'<div class="row {look}" data-d="{look}" role="listitem" aria-label="{escape(said)}" title="{escape(said)}">'
         f'<span class="name">{square}{escape(domain)}</span><span class="track">{marks}</span></div>'
@@ -335,9 +339,9 @@ def _percent(axis: Axis, value: float) -> str:
     return f"{100 * float(axis.at(value)):.4g}%"
 
 
-def _short(value: float) -> float | None:
+def _short(values: Floats) -> list[float | None]:
     """To six digits, for the page's data; None for NaN."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _spoken(names: Sequence[str], values: np.ndarray) -> str:

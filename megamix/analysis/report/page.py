@@ -12,10 +12,10 @@ from megamix import __version__
 from megamix.analysis.labels import run_names
 from megamix.analysis.report import charts
 from megamix.analysis.report.charts import Data, Shown
-from megamix.analysis.report.palette import rules, run_class
+from megamix.analysis.report.looks import rules, run_class, swatch
 from megamix.analysis.report.svg import weight_axis
 from megamix.analysis.report.tables import cards, config_table, domain_table, mixer_name
-from megamix.analysis.series import Series, asked_shares, recorded_series, weight_series
+from megamix.analysis.series import Series, asked_shares, recorded_series_of, weight_series
 from megamix.analysis.summary import table_of
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
@@ -162,7 +162,7 @@ def _key(shown: Shown) -> str:
     if len(shown.runs) == 1:
         return ""
     entries = "".join(
-        f'<li><i class="swatch {run_class(index)}"></i>{escape(name)} <small>{escape(mixer_name(run))}</small></li>'
+        f"<li>{swatch(run_class(index))}{escape(name)} <small>{escape(mixer_name(run))}</small></li>"
         for index, (name, run) in enumerate(zip(shown.names, shown.runs, strict=True))
     )
     return f'<ul class="key">{entries}</ul>'
@@ -175,7 +175,7 @@ def _run_key(shown: Shown, chart: str) -> str:
 def _domain_key(shown: Shown) -> str:
     """Every domain as a button that lights it up in all charts."""
     entries = "".join(
-        f'<li><button type="button" data-pick="{shown.look(name)}"><i class="swatch {shown.look(name)}"></i>'
+        f'<li><button type="button" data-pick="{shown.look(name)}">{swatch(shown.look(name))}'
         f"{escape(name)}</button></li>"
         for name in shown.domains
     )
@@ -195,8 +195,7 @@ def _weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str
 
 def _loss_weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
     """DoReMi's weights where they act on the loss and the sampling weights stay."""
-    found = [(index, recorded_series(run, "loss_weights", shown.points)) for index, run in enumerate(shown.runs)]
-    known = [(index, one) for index, one in found if one is not None]
+    known = recorded_series_of(shown.runs, "loss_weights", shown.points)
     if not known:
         return ""
     thinned += [(f"loss weights of {shown.names[index]}", one) for index, one in known]

@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 
 from megamix.analysis.labels import spread
+from megamix.analysis.palette import ROOT_TICKS, needs_root_scale
+from megamix.analysis.report.looks import swatch
 from megamix.analysis.series import Floats
 
 WIDTH, HEIGHT = 2000, 1000
@@ -66,8 +68,8 @@ def weight_axis(runs: Sequence[Floats]) -> Axis:
         runs: float64 [P, N] each.
     """
     highest = max(float(np.nanmax(values)) for values in runs)
-    if highest > 5 * min(float(np.nanmedian(values[-1])) for values in runs):
-        ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0) if tick <= highest * 1.05]
+    if needs_root_scale(highest, min(float(np.nanmedian(values[-1])) for values in runs)):
+        ticks = [tick for tick in ROOT_TICKS if tick <= highest * 1.05]
         return Axis(0.0, max(highest * 1.05, 0.01), ticks, "sqrt")
     return nice_axis(0.0, max(highest, 1e-6))
 
@@ -78,11 +80,6 @@ def tokens_text(tokens: float) -> str:
         if abs(tokens) >= size:
             return f"{tokens / size:.3g}{unit}"
     return f"{tokens:.3g}"
-
-
-def tick_text(value: float) -> str:
-    """A tick as short as it can be told."""
-    return f"{value:.6g}"
 
 
 def step_path(x: Floats, y: Floats, close: bool = False) -> str:
@@ -150,8 +147,8 @@ class Chart:
     """A chart over tokens.
 
     Attributes:
-        title: heading; ``swatch``: CSS class of a colour before it; ``note``: small print after it.
-        label: what a reader who does not see the chart is told.
+        title: heading; ``look``: CSS class of a colour before it; ``note``: small print after it.
+        label: description for readers who do not see the chart.
         data: key of the page's data that the pointer reads; None for none.
         body: SVG.
         ends: names beside the ends of lines.
@@ -164,7 +161,7 @@ class Chart:
     y: Axis
     body: str
     data: str | None = None
-    swatch: str | None = None
+    look: str = ""
     note: str = ""
     ends: Sequence[End] = field(default=())
     height: int = 240
@@ -173,11 +170,10 @@ class Chart:
     def html(self) -> str:
         """The figure."""
         data = "" if self.data is None else f' data-chart="{escape(self.data)}" tabindex="0"'
-        swatch = "" if self.swatch is None else f'<i class="swatch {self.swatch}"></i>'
         note = f" <small>{escape(self.note)}</small>" if self.note else ""
         named = " named" if self.ends else ""
         return (
-            f'<figure class="chart {self.size}{named}"><figcaption>{swatch}{escape(self.title)}{note}</figcaption>'
+            f'<figure class="chart {self.size}{named}"><figcaption>{swatch(self.look)}{escape(self.title)}{note}</figcaption>'
             f'<div class="plot" style="--h:{self.height}px"{data} data-x="{self.x.low:g} {self.x.high:.12g}">'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
             f'aria-label="{escape(self.label)}">{self._grid()}{self.body}</svg>'
@@ -194,7 +190,7 @@ class Chart:
             for tick in self.x.ticks
         )
         up = "".join(
-            f'<span class="ty" style="bottom:{100 * float(self.y.at(tick)):.4g}%">{tick_text(tick)}</span>'
+            f'<span class="ty" style="bottom:{100 * float(self.y.at(tick)):.4g}%">{tick:.6g}</span>'
             for tick in self.y.ticks
         )
         return f'<div aria-hidden="true">{across}{up}</div>'

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from megamix.analysis.report.charts import Shown
-from megamix.analysis.report.palette import run_class
+from megamix.analysis.report.looks import run_class, swatch
 from megamix.analysis.report.svg import tokens_text
 from megamix.analysis.series import worst
 from megamix.analysis.summary import DomainRow, RunTable
@@ -92,11 +92,10 @@ def domain_table(shown: Shown, asked: Sequence[Mapping[str, float]]) -> str:
             values = _values(row, asked[index].get(domain), base.get(domain) if index else None)
             cells = "".join(_cell(key, values[key], digits) for key, _, _, digits in columns)
             gone = "" if row.present else " <small>(removed)</small>"
-            run = f'<td><i class="swatch {run_class(index)}"></i>{escape(shown.names[index])}</td>' if several else ""
+            run = f"<td>{swatch(run_class(index))}{escape(shown.names[index])}</td>" if several else ""
             look = shown.look(domain)
             body.append(
-                f'<tr data-d="{look}"><th scope="row"><i class="swatch {look}"></i>{escape(domain)}{gone}</th>'
-                f"{run}{cells}</tr>"
+                f'<tr data-d="{look}"><th scope="row">{swatch(look)}{escape(domain)}{gone}</th>{run}{cells}</tr>'
             )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Domains"><table class="sortable">'
@@ -132,8 +131,7 @@ def config_table(shown: Shown) -> str:
     if not keys:
         return "<p>The configs are the same.</p>"
     head = "".join(
-        f'<th scope="col"><i class="swatch {run_class(index)}"></i>{escape(name)}</th>'
-        for index, name in enumerate(shown.names)
+        f'<th scope="col">{swatch(run_class(index))}{escape(name)}</th>' for index, name in enumerate(shown.names)
     )
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th>'
