@@ -1,4 +1,4 @@
-"""Runs looked at: checks of a plan, live views, comparisons, replays, plots and reports.
+"""Views of plans and recorded runs: checks, live view, comparisons, replays, plots and reports.
 
 Nothing here writes the state of a run.
 """

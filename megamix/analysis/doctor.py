@@ -1,4 +1,4 @@
-"""``megamix doctor``: what a config would run and whether this machine can, before a job waits in a queue for it.
+"""``megamix doctor``: checks of a run's plan and of this machine, before a job waits in a queue.
 
 config -> plan (data, layout, weights: what is wrong is an error) -> memory and disk by formula -> machine -> report
 """
@@ -38,7 +38,7 @@ OPTIONAL = ("deepspeed", "megatron-core", "transformer-engine", "triton")
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is known of a run with and without its data.
+    """Shape of a run, with or without its data.
 
     Attributes:
         plan: with the data.
@@ -54,7 +54,7 @@ class _Shape:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of one rank in one step."""
+        """Micro-batches of one rank in one step."""
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, 0, self.data_size).num_micro_batches
 
@@ -131,7 +131,7 @@ def _shape_without_data(config: RunConfig, world_size: int | None) -> _Shape:
 
 
 def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
-    """Whether Megatron is to use its own layers; of a machine that is elsewhere, only what the config says is known."""
+    """Whether Megatron uses its own layers; for a machine elsewhere only the config can tell."""
     if not isinstance(engine, MegatronConfig):
         return False
     from megamix.engines.megatron.layout import uses_transformer_engine
@@ -140,7 +140,7 @@ def _local_layers(engine: EngineConfig, plan_only: bool) -> bool:
 
 
 def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-    """Domains and initial weights, as far as they are known; none without data, unless the config spells them out."""
+    """Domains and initial weights; none without data, unless the config spells them out."""
     if shape.mix is not None:
         return shape.mix.domain_names, shape.mix.policy.initial_weights
     mixture = shape.config.mixture
@@ -150,7 +150,7 @@ def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
 
 
 def _mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
-    """A mixer checks its parameters against the number of domains when it is made; what it warns of."""
+    """The warnings of a mixer, which checks its parameters against the number of domains when it is made."""
     with warnings_module.catch_warnings(record=True) as caught:
         warnings_module.simplefilter("always")
         make_mixer(config.mixer, names, initial)
@@ -186,7 +186,7 @@ def _factors(engine: EngineConfig) -> str:
 
 
 def _engine(engine: EngineConfig) -> str:
-    """How the engine works, in words."""
+    """The engine and its options, in words."""
     said = [engine.name]
     if isinstance(engine, DeepSpeedConfig):
         said.append(f"ZeRO {engine.zero}")
@@ -202,7 +202,7 @@ def _engine(engine: EngineConfig) -> str:
 
 
 def _other_sizes(config: RunConfig) -> str:
-    """The ranks that this layout runs on, given the batches: multiples of those that share a copy of the model."""
+    """Numbers of ranks that this layout and batch allow: multiples of the ranks of one copy of the model."""
     train, unit = config.train, config.engine.model_ranks
     turns = train.global_batch // train.micro_batch
     sizes = ", ".join(str(size * unit) for size in range(1, turns + 1) if turns % size == 0)
@@ -210,7 +210,7 @@ def _other_sizes(config: RunConfig) -> str:
 
 
 def _mixture_line(shape: _Shape) -> str:
-    """Where the weights come from and what bounds them."""
+    """Source and bounds of the weights."""
     data, said = shape.config.data, [mixture_of(shape.config.mixture).describe()]
     if data.sampling == "iid":
         said.append("drawn independently")
@@ -279,10 +279,7 @@ def _engine_package(engine: EngineConfig) -> str:
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:
-    """Whether the run would begin or go on, by the rules that training goes by.
-
-    Looks at what it reads beside its data, too.
-    """
+    """Whether the run would start or resume, by training's own checks, references and pretrained weights included."""
     from megamix.training.checkpoints.resume import open_checkpoint
     from megamix.training.reference.cache import open_reference
 
@@ -312,7 +309,7 @@ def _domain_changes(change: dict[str, Any] | None) -> list[str]:
 
 
 def _machine_warnings(shape: _Shape, elsewhere: bool) -> list[str]:
-    """What speaks against starting the ranks on this machine; nothing when the job was said to be another's."""
+    """Too many ranks for this machine; nothing where the job runs elsewhere."""
     if elsewhere or job_world_size() is not None:
         return []
     found = []

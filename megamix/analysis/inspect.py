@@ -1,6 +1,6 @@
-"""``megamix inspect PATH``: says in words what a data set, a run, a checkpoint or a token file is.
+"""``megamix inspect PATH``: describes a data set, a run, a checkpoint or a token file.
 
-With a position it says what stands there: which domain, which of its samples, which documents, and the text.
+With a position of a run it describes the sample there: domain, index, documents and text.
 
 Legend: K domains.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.analysis.summary import table_of
+from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
 from megamix.core.text import Report, Table, gib, number, plural
 from megamix.data.blend.blend import Blend
@@ -40,7 +40,7 @@ _EXPECTED = (
 
 
 def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = None) -> Report:
-    """Describes whatever ``path`` is.
+    """Describes what is at ``path``.
 
     Args:
         text: also an excerpt of the first document (of every domain, for a data set).
@@ -74,7 +74,7 @@ def inspect_path(path: Path, *, text: bool = False, seq_length: int | None = Non
 
 
 def inspect_sample(run_dir: Path, position: int) -> Report:
-    """What stands at a global position of a run: domain, sample, documents, bytes and text.
+    """Describes the sample at a global position of a run: domain, index, documents, bytes and text.
 
     Args:
         position: counted from 0; step s of the run is positions [s * global_batch, (s + 1) * global_batch).
@@ -118,7 +118,7 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
 
 
 def _data_at(run: RecordedRun, line: dict[str, Any]) -> Manifest:
-    """The data set that a line of the ledger is of: the run's, or the one it had before a resume changed that.
+    """The data set of a line of the ledger: the run's, or the one before a resume changed it.
 
     Raises:
         InputError: it cannot be opened.
@@ -134,7 +134,7 @@ def _data_at(run: RecordedRun, line: dict[str, Any]) -> Manifest:
 
 
 def _bytes(stream: DomainTokens, start: int, stop: int) -> list[str]:
-    """Where tokens [start, stop) lie in the .bin files."""
+    """The places of tokens [start, stop) in the .bin files."""
     return [
         f"{first * file.dtype.itemsize} to {last * file.dtype.itemsize} of {bin_path(file.prefix)}"
         for _, file, first, last in stream.spans(start, stop - start)
@@ -142,7 +142,7 @@ def _bytes(stream: DomainTokens, start: int, stop: int) -> list[str]:
 
 
 def _documents(stream: DomainTokens, start: int, stop: int) -> str:
-    """The documents that tokens [start, stop) come from."""
+    """The documents of tokens [start, stop)."""
     first_file, first, offset = stream.document_at(start)
     last_file, last, _ = stream.document_at(stop - 1)
     begin = f"{first} of {stream.files[first_file].prefix} (from its token {offset} on)"
@@ -238,7 +238,7 @@ def _run(path: Path) -> Report:
             f"worst {last.get('worst_domain')}"
         )
     lines.append(_checkpoints(path))
-    return Report(["\n".join(lines), *table_of(run).report().parts])
+    return Report(["\n".join(lines), *run_table(run).report().parts])
 
 
 def _checkpoints(path: Path) -> str:
@@ -283,7 +283,7 @@ def _blend_table(
 
 
 def _checkpoint_problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, after reading all of it; None when it can."""
+    """Why a checkpoint cannot be used, after reading all of it; None if it can."""
     if path.name.endswith(".partial"):
         return "it was not finished when its run ended"
     problem = store.damage(path)
@@ -299,7 +299,7 @@ def _checkpoint_problem(path: Path) -> str | None:
 
 
 def _parameters(path: Path) -> int:
-    """Weights in the layer files, counted from their heads."""
+    """Number of weights in the layer files, from their headers."""
     from safetensors import safe_open
 
     total = 0

@@ -1,7 +1,7 @@
-"""A run that may be going on, as its files say it at this moment.
+"""Current state of a run that may be going on, from its files.
 
-Only what was added to a file since the last look is read, and no more than its end to begin with; a file that a resume
-has cut back is read anew.
+Each look reads only what was added to a file since the last one, the first look no more than its end; a file that a
+resume has cut back is read anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOTABLE = ("resumed", "skipped", "preempted", "failed")
 
 
 class _Tail:
-    """The lines that are added to a .jsonl file."""
+    """Reads the lines that are added to a .jsonl file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,7 +66,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
 
 @dataclass
 class LiveRun:
-    """What the files of a run say now.
+    """Current state of a run.
 
     Attributes:
         config: config.resolved.yaml; None until it is there.
@@ -74,8 +74,8 @@ class LiveRun:
         evaluation: the last ``evaluate`` line.
         loss: by domain, each domain's last training loss.
         weights: the last line of weights.jsonl; ``before`` is the one before it.
-        event: the last line of events.jsonl; ``notable`` the last that a user may want to know of.
-        checkpoint: the last checkpoint's step, and when it was written (seconds since 1970).
+        event: the last line of events.jsonl; ``notable`` is the last one that a user may want to know.
+        checkpoint: step of the last checkpoint, and the time it was written (seconds since 1970).
     """
 
     run_dir: Path
@@ -126,31 +126,31 @@ class LiveRun:
                 self.evaluation = line
         now = time.monotonic()
         if lines:
-            # What was there before the first look has the file's own age.
+            # Lines from before the first look have the file's age.
             age = max(0.0, time.time() - self._metrics.modified) if self._heard is None else 0.0
             self._heard = now - age
 
     @property
     def steps(self) -> int:
-        """Those that the config asks for."""
+        """Steps of the whole run, from its config."""
         return int(self.config["train"]["steps"]) if self.config else 0
 
     @property
     def step(self) -> int:
-        """Steps taken, as far as they are on record."""
+        """Steps taken, as far as recorded."""
         lines = [line for line in (self.train, self.evaluation) if line is not None]
         return max((int(line["step"]) for line in lines), default=0)
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more is to come; a run that was stopped or has failed may go on."""
+        """Whether the run has ended; one that was stopped or has failed may go on."""
         if self.event is not None:
             return self.event["event"] == "ended"
         return bool(self.config) and self.evaluation is not None and self.evaluation["step"] >= self.steps
 
     @property
     def is_going_on(self) -> bool:
-        """Whether its files say so; a process that was killed has not said that it ended."""
+        """Whether its files say so; a killed process records no end."""
         return not self.is_done and (self.event is None or self.event["event"] not in ("preempted", "failed"))
 
     @property
@@ -161,7 +161,7 @@ class LiveRun:
 
     @property
     def quiet(self) -> float:
-        """For how long there has been no new line of metrics.jsonl, in seconds; 0 while that is nothing unusual."""
+        """Seconds without a new line of metrics.jsonl; 0 while that is nothing unusual."""
         if self._heard is None or not self.is_going_on or not self.config:
             return 0.0
         between = self.config["log"]["every"] * self.train["step_seconds"] if self.train else 0.0

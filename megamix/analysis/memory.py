@@ -1,4 +1,4 @@
-"""How much memory a rank needs, by formula, before anything is started.
+"""Memory of a rank, by formula, before a job starts.
 
 Legend: P parameters on a rank (of its stage; with tensor parallelism its shard), p pipeline stages, v chunks per stage,
 t tensor-parallel ranks, c context-parallel ranks, D ranks that share the optimizer's state, m micro-batches of a rank
@@ -21,7 +21,7 @@ ADAM_MOMENTS = 2
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that one rank of a pipeline stage holds at its fullest.
+    """Peak bytes of one rank of a pipeline stage.
 
     ``chunks`` are the pipeline layers (embedding 0, decoder layers, head) of each of the stage's v chunks. Under
     DeepSpeed (counted on transformers' layers with fused attention, which keeps no [S, S] matrix):
@@ -52,8 +52,8 @@ class StageMemory:
       Narayanan et al., 2021, arXiv 2104.04473). With activation checkpointing e H / s per token and layer of each.
     - ``logits``: 2 e B S V / (c t).
 
-    Not counted: what CUDA, NCCL and the allocator keep for themselves (1 to 2 GiB on a GPU), communication buffers, and
-    the loaded libraries.
+    Not counted: the memory of CUDA, NCCL and the allocator (1 to 2 GiB on a GPU), communication buffers, and loaded
+    libraries.
     """
 
     stage: int
@@ -185,12 +185,12 @@ def estimate_memory(
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Size of one checkpoint: weights and Adam's moments in fp32, whatever the layout; the rest of it is small."""
+    """Size of one checkpoint: weights and Adam's moments in fp32, whatever the layout; the rest is small."""
     return FP32 * (1 + ADAM_MOMENTS) * model.num_parameters()
 
 
 def _chunks_held(stages: int, stage: int, chunks: int, num_micro_batches: int) -> int:
-    """Passes through a chunk whose activations a stage holds at once: those of its warm-up and the one it is at."""
+    """Passes through a chunk whose activations a stage holds at once: its warm-up and the current one."""
     if chunks == 1:
         return min(num_micro_batches, stages - stage)
     return min(num_micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)

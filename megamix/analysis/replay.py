@@ -1,11 +1,11 @@
-"""``megamix replay``: the recorded statistics of a run through other mixers, without training.
+"""``megamix replay``: feeds the recorded statistics of a run to other mixers, without training.
 
-    OUT/NAME.jsonl       the lines of weights.jsonl, had the mixer been the run's (`megamix.mixing.shadow`)
+    OUT/NAME.jsonl       the lines that weights.jsonl would have with this mixer (`megamix.mixing.shadow`)
         NAME.mean.json   {domain: mean weight}, for ``mixture: {file: F}`` and ``megamix blend export --weights F``
         NAME.png         its weights over tokens
 
-A replay of the run's own mixer gives the run's own weights, bit for bit. For any other it says what the mixer would
-have asked for on these losses, not what the losses would have become.
+A replay of the run's own mixer gives the run's own weights, bit for bit. A replay of another gives the weights it would
+have chosen on these losses, not the losses that would have followed.
 
 Legend: K domains, T steps.
 """
@@ -47,13 +47,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one mixer made of a run's statistics.
+    """Weights of one mixer on a run's statistics.
 
     Attributes:
-        final, mean: {domain: weight}, as `run_weights` has them of a run.
-        distance: half the sum of the sampling weights' absolute differences from those the run used, the mean over its
-            steps (0: the same, 1: no domain in common).
-        written: the files.
+        final, mean: {domain: weight}, as in `run_weights`.
+        distance: half the sum of the sampling weights' absolute differences from the run's, mean over its steps (0: the
+            same, 1: no domain in common).
+        written: files.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """Several mixers on the statistics of one run; ``used`` is the run itself.
+    """Replays of several mixers on one run; ``used`` is the run itself.
 
     Attributes:
         num_steps: steps on record.
@@ -77,7 +77,7 @@ class Replay:
     mixers: list[Replayed]
 
     def report(self) -> Report:
-        """A table of final and mean weights, and where the files are."""
+        """A table of final and mean weights, and the paths of the files."""
         every = [self.used, *self.mixers]
         columns = ("domain", *(f"{one.name} {what}" for one in every for what in ("final", "mean")))
         rows = [

@@ -1,7 +1,7 @@
-"""What a run did over its tokens, as series that are ready to be drawn.
+"""Series over the tokens of a run, ready to be drawn.
 
-Long series are thinned so that what is left out can be told: weights keep the changes that matter (`thin`), training
-losses are means over longer intervals, evaluations are evenly chosen.
+Long series are thinned with a known error: weights keep the changes that matter (`thin`), training losses are means
+over longer intervals, evaluations are evenly chosen.
 
 Legend: N domains, those of the end of the run and those it had before; P points.
 """
@@ -9,7 +9,7 @@ Legend: N domains, those of the end of the run and those it had before; P points
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ class Series:
     """Values over the tokens of a run.
 
     Attributes:
-        names: what the columns are, [N].
-        tokens: int64 [P], rising: where a value was measured or, of weights, begins to act.
-        values: float64 [P, N]; NaN where it is not known.
-        left_out: how many points the record has more.
-        tolerance: no value that was left out is further than this from the one that stands before it.
+        names: of the columns, [N].
+        tokens: int64 [P], rising: where a value was measured or where a weight begins to act.
+        values: float64 [P, N]; NaN where not known.
+        left_out: number of points of the record that were left out.
+        tolerance: largest distance of a value that was left out from the one kept before it.
     """
 
     names: tuple[str, ...]
@@ -41,25 +41,24 @@ class Series:
 
     @classmethod
     def of(cls, names: Sequence[str], tokens: Sequence[int] | Ints, rows: Sequence[Sequence[float | None]]) -> Series:
-        """From rows of numbers, None where one is not known."""
+        """From rows of numbers; None where one is not known."""
         values = np.array(rows, np.float64).reshape(len(rows), len(names))
         return cls(tuple(names), np.array(tokens, np.int64), values)
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Tokens and values of one column, where they are known."""
+        """Tokens and known values of one column."""
         values = self.values[:, self.names.index(name)]
         known = np.isfinite(values)
         return self.tokens[known].tolist(), values[known].tolist()
 
     def at_changes(self, most: int | None) -> Series:
-        """At most that many points, so that each value left out is near the one before it; see `thin`."""
+        """At most ``most`` points; each value left out is near the one before it (`thin`)."""
         if most is None or len(self.tokens) <= most:
             return self
-        kept, tolerance = thin(self.values, most)
-        return Series(self.names, self.tokens[kept], self.values[kept], len(self.tokens) - len(kept), tolerance)
+        return self._keep(*thin(self.values, most))
 
     def means(self, most: int) -> Series:
-        """At most that many points: means of neighbouring ones, each at the last of those it is of."""
+        """At most ``most`` points: means of neighbouring ones, each at the last of its points."""
         if len(self.tokens) <= most:
             return self
         starts = np.linspace(0, len(self.tokens), most, endpoint=False).astype(np.int64)
@@ -71,15 +70,22 @@ class Series:
         return Series(self.names, self.tokens[ends], values, len(self.tokens) - most)
 
     def evenly(self, most: int) -> Series:
-        """At most that many points, evenly chosen, the first and the last among them."""
+        """At most ``most`` points, evenly chosen, the first and the last among them."""
         if len(self.tokens) <= most:
             return self
-        kept = np.unique(np.linspace(0, len(self.tokens) - 1, most).round().astype(np.int64))
-        return Series(self.names, self.tokens[kept], self.values[kept], len(self.tokens) - len(kept))
+        return self._keep(np.unique(np.linspace(0, len(self.tokens) - 1, most).round().astype(np.int64)))
+
+    def closed(self, end: int) -> Series:
+        """With the last values repeated at token ``end``."""
+        values = np.vstack([self.values, self.values[-1:]])
+        return replace(self, tokens=np.append(self.tokens, end), values=values)
+
+    def _keep(self, kept: Ints, tolerance: float = 0.0) -> Series:
+        return Series(self.names, self.tokens[kept], self.values[kept], len(self.tokens) - len(kept), tolerance)
 
 
 def thin(values: Floats, most: int) -> tuple[Ints, float]:
-    """Which rows to keep of steps that hold until the next one, and how far the rows left out are from them.
+    """The rows to keep of values that hold until the next one, and the distance of the rows left out.
 
     A row is kept where it strays from the last kept one by more than a tolerance in any column; the tolerance is the
     smallest, to a thousandth of itself, that keeps at most ``most`` rows. The first and the last row are kept.
@@ -107,7 +113,7 @@ def thin(values: Floats, most: int) -> tuple[Ints, float]:
 
 
 def _straying(values: Floats, tolerance: float, most: int) -> Ints | None:
-    """The rows that `thin` keeps at that tolerance; None where they are more than ``most``."""
+    """The rows that `thin` keeps at this tolerance; None where they are more than ``most``."""
     kept, start, size = [0], 1, 64
     while start < len(values):
         if len(kept) >= most:
@@ -123,16 +129,16 @@ def _straying(values: Floats, tolerance: float, most: int) -> Ints | None:
 
 
 def weight_series(run: RecordedRun, most: int | None = None) -> Series:
-    """The sampling weights where each begins to act, and the last ones once more where the record ends."""
+    """The sampling weights where each begins to act, the last ones repeated where the record ends."""
     lines = _acting(run)
-    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights[: len(lines)]).at_changes(most)
-    return _closed(series, recorded_tokens(run))
+    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights[: len(lines)])
+    return series.at_changes(most).closed(recorded_tokens(run))
 
 
 def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Series | None:
-    """What a mixer shows of itself under ``key`` of weights.jsonl, where the weights beside it act; None if nothing.
+    """The mixer's values under ``key`` of weights.jsonl, where the weights beside them act; None without any.
 
-    A list is by domain; a number makes a series with one column of that name.
+    A list has a value for each domain; a number makes one column named ``key``.
     """
     lines = [line for line in _acting(run) if line.get(key) is not None]
     if not lines:
@@ -143,8 +149,7 @@ def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Seri
     for line in lines:
         given = dict(zip(line["domain_names"], line[key], strict=True)) if by_domain else {key: line[key]}
         rows.append([given.get(name) for name in names])
-    series = Series.of(names, _tokens(run, lines), rows).at_changes(most)
-    return _closed(series, recorded_tokens(run))
+    return Series.of(names, _tokens(run, lines), rows).at_changes(most).closed(recorded_tokens(run))
 
 
 def recorded_series_of(runs: Sequence[RecordedRun], key: str, most: int) -> list[tuple[int, Series]]:
@@ -154,10 +159,10 @@ def recorded_series_of(runs: Sequence[RecordedRun], key: str, most: int) -> list
 
 
 def score_series(run: RecordedRun, key: str, most: int) -> Series | None:
-    """What a mixer has learnt of each domain, under ``key`` of weights.jsonl; None where the run has none.
+    """The mixer's score of each domain, under ``key`` of weights.jsonl; None where the run has none.
 
-    It is not known before a domain is first seen. Many are drawn as means of neighbouring ones: a score is that of one
-    step, and noisy.
+    A score is not known before its domain is first seen. It belongs to one step and is noisy, so many are drawn as
+    means of neighbouring ones.
     """
     lines = [line for line in _acting(run) if line.get(key) is not None and "statistics" in line]
     if not lines:
@@ -165,7 +170,7 @@ def score_series(run: RecordedRun, key: str, most: int) -> Series | None:
     names, rows, seen = run.domain_names, [], set()
     for line in lines:
         given = dict(zip(line["domain_names"], line[key], strict=True))
-        # Before its first token a domain has a score that nothing was measured for.
+        # Before its first token, the score of a domain measures nothing.
         tokens = zip(line["domain_names"], line["statistics"]["tokens"], strict=True)
         seen |= {name for name, count in tokens if count}
         rows.append([given.get(name) if name in seen else None for name in names])
@@ -191,14 +196,14 @@ def validation_series(run: RecordedRun, most: int) -> Series:
 
 
 def mean_series(run: RecordedRun, most: int) -> Series:
-    """The validation loss: its mean over domains, that by natural share, and that of the worst domain."""
+    """The validation loss: mean over domains, mean by natural share, and the worst domain's."""
     rows = [[line.get("macro_loss"), line.get("micro_loss"), worst(line)[1]] for line in run.evaluations]
     tokens = [line["tokens"] for line in run.evaluations]
     return Series.of(("macro", "micro", "worst"), tokens, rows).evenly(most)
 
 
 def worst(evaluation: dict[str, Any]) -> tuple[str | None, float | None]:
-    """The domain with the highest loss of an evaluation, and that loss; None where no domain has one."""
+    """The domain with the highest loss of an evaluation, and its loss; None where no domain has one."""
     known = {name: loss for name, loss in evaluation["domain_loss"].items() if loss is not None}
     if not known:
         return None, None
@@ -207,30 +212,29 @@ def worst(evaluation: dict[str, Any]) -> tuple[str | None, float | None]:
 
 
 def training_series(run: RecordedRun, most: int) -> Series:
-    """The training loss of each of the N domains; of many lines, means over the tokens of neighbouring ones."""
+    """The training loss of each of the N domains; many lines become means over the tokens of neighbouring ones."""
     parts = [part for part in np.array_split(np.arange(len(run.train)), min(most, len(run.train)) or 1) if part.size]
     names = run.domain_names
     rows = [[_mean([run.train[index] for index in part], name) for name in names] for part in parts]
     tokens = [run.train[part[-1]]["tokens"] for part in parts]
-    series = Series.of(names, tokens, rows)
-    return Series(series.names, series.tokens, series.values, len(run.train) - len(parts))
+    return replace(Series.of(names, tokens, rows), left_out=len(run.train) - len(parts))
 
 
 def _mean(lines: Sequence[dict[str, Any]], name: str) -> float | None:
     known = [line for line in lines if line["domain_loss"].get(name) is not None]
-    # A record of an older kind has no tokens; a line of its own needs none.
+    # Older records have no tokens; a single line needs none.
     tokens = [line.get("domain_tokens", {}).get(name, 1) for line in known]
     losses = [line["domain_loss"][name] for line in known]
     return losses[0] if len(known) == 1 else float(np.average(losses, weights=tokens)) if known else None
 
 
 def recorded_tokens(run: RecordedRun) -> int:
-    """The tokens that the record of a run reaches."""
+    """The tokens up to the end of a run's record."""
     return _end(run) * run.config.data.seq_length
 
 
 def _end(run: RecordedRun) -> int:
-    """The samples that the record of a run reaches."""
+    """The samples up to the end of a run's record."""
     # Weights are on record before the metrics of the steps they act in; the last ones of a run never act.
     last, train = run.ledger.lines[-1]["position"], run.config.train
     return min(max(run.position, last), train.steps * train.global_batch)
@@ -244,14 +248,3 @@ def _acting(run: RecordedRun) -> list[dict[str, Any]]:
 
 def _tokens(run: RecordedRun, lines: Sequence[dict[str, Any]]) -> Ints:
     return np.array([line["position"] for line in lines], np.int64) * run.config.data.seq_length
-
-
-def _closed(series: Series, end: int) -> Series:
-    """With the last values once more at the end."""
-    return Series(
-        series.names,
-        np.append(series.tokens, end),
-        np.vstack([series.values, series.values[-1:]]),
-        series.left_out,
-        series.tolerance,
-    )

@@ -1,7 +1,7 @@
-"""What a run has come to, in one table, from its directory alone.
+"""Result table of a run: shares, losses and epochs of every domain, from the run's directory alone.
 
-Domain shares and epochs are exact, not estimates: they follow from the ledger of weight changes. What only the data set
-knows (natural shares, epochs, the unigram loss) is left out where the data set is no longer there.
+Domain shares and epochs are exact: they follow from the ledger of weight changes. What only the data set knows (natural
+shares, epochs, the unigram loss) is left out where the data set is no longer there.
 
 Legend: N domains, those of the end of the run and those it had before.
 """
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.core.text import Report, Table, number
+from megamix.core.text import ABSENT, Report, Table, number
 from megamix.training.records.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True)
 class DomainRow:
-    """One domain of a run; None where it is not known.
+    """One domain of a run; None where a number is not known.
 
     Attributes:
         natural_share: of the training tokens.
         realised_share: of the samples trained on so far.
         first_loss, last_loss: validation loss, mean nats per token.
-        unigram_loss: what the domain's word frequencies alone reach on the same text.
-        epochs: how often the domain has been read so far.
+        unigram_loss: of the domain's word frequencies alone, on the same text.
+        epochs: read so far.
         present: whether it is still one of the run's domains.
     """
 
@@ -49,7 +49,7 @@ class DomainRow:
 
 @dataclass(frozen=True)
 class RunTable:
-    """A run in one table; a mean over the domains that are there now is None unless every one has the number."""
+    """A run in one table; a mean over the present domains is None unless every one has the number."""
 
     run_dir: Path
     steps: int
@@ -62,29 +62,19 @@ class RunTable:
     def _present(self) -> list[DomainRow]:
         return [row for row in self.rows if row.present]
 
-    @property
-    def first_macro(self) -> float | None:
-        return _mean([row.first_loss for row in self._present])
+    def macro(self, loss: str) -> float | None:
+        """Mean over domains of ``first_loss``, ``last_loss`` or ``unigram_loss``."""
+        return _sum([(getattr(row, loss), 1 / len(self._present)) for row in self._present])
 
-    @property
-    def last_macro(self) -> float | None:
-        return _mean([row.last_loss for row in self._present])
-
-    @property
-    def first_natural(self) -> float | None:
-        """First validation loss, weighted by natural share."""
-        return _weighted([(row.first_loss, row.natural_share) for row in self._present])
-
-    @property
-    def last_natural(self) -> float | None:
-        return _weighted([(row.last_loss, row.natural_share) for row in self._present])
+    def by_natural_share(self, loss: str) -> float | None:
+        """Mean of such a loss, weighted by natural share."""
+        return _sum([(getattr(row, loss), row.natural_share) for row in self._present])
 
     @property
     def fall(self) -> float | None:
-        """By what share of its first value the mean validation loss has fallen."""
-        if self.first_macro is None or self.last_macro is None:
-            return None
-        return 1 - self.last_macro / self.first_macro
+        """Share of its first value by which the mean validation loss has fallen."""
+        first, last = self.macro("first_loss"), self.macro("last_loss")
+        return None if first is None or last is None else 1 - last / first
 
     def table(self) -> Table:
         columns = (
@@ -100,25 +90,18 @@ class RunTable:
                 number(row.first_loss, 3),
                 number(row.last_loss, 3),
                 number(row.unigram_loss, 3),
-                {True: "yes", False: "NO", None: "-"}[row.beats_unigram],
+                {True: "yes", False: "NO", None: ABSENT}[row.beats_unigram],
                 number(row.epochs, 2),
             )
             for row in self.rows
         ]
-        macro_unigram = _mean([row.unigram_loss for row in self._present])
-        natural_unigram = _weighted([(row.unigram_loss, row.natural_share) for row in self._present])
-        rows += [
-            self._footer("mean over domains", self.first_macro, self.last_macro, macro_unigram),
-            self._footer("by natural share", self.first_natural, self.last_natural, natural_unigram),
-        ]
+        for name, mean in (("mean over domains", self.macro), ("by natural share", self.by_natural_share)):
+            means = [number(mean(loss), 3) for loss in ("first_loss", "last_loss", "unigram_loss")]
+            rows.append((name, "", "", "", "", *means, "", ""))
         return Table(columns, rows, footer=2)
 
-    @staticmethod
-    def _footer(name: str, first: float | None, last: float | None, unigram: float | None) -> tuple[str, ...]:
-        return (name, "", "", "", "", number(first, 3), number(last, 3), number(unigram, 3), "", "")
-
     def report(self) -> Report:
-        """The table and, in words, what it shows."""
+        """The table and its results in words."""
         legend = (
             "natural: share of the training tokens; initial, final: sampling weight; trained: share of the tokens "
             "trained on;\nlosses: on held-out text, nats per token; unigram: what word frequencies alone reach there."
@@ -137,21 +120,8 @@ class RunTable:
             notes.append(f"Shares, epochs and unigram losses are unknown here: {self.missing_data}")
         return Report([self.table(), legend, " ".join(notes)])
 
-    def text(self) -> str:
-        return self.report().text()
 
-
-def run_table(run_dir: Path) -> RunTable:
-    """The table of a run, finished or not.
-
-    Raises:
-        InputError: see `RecordedRun.open`.
-    """
-    return table_of(RecordedRun.open(run_dir))
-
-
-def table_of(run: RecordedRun) -> RunTable:
-    """The table of a run that has been read."""
+def run_table(run: RecordedRun) -> RunTable:
     counts = run.ledger.counts(run.position)
     total = sum(counts.values())
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
@@ -177,11 +147,7 @@ def table_of(run: RecordedRun) -> RunTable:
     return RunTable(run.run_dir, run.steps, run.config.train.steps, run.tokens, rows, run.missing_data)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _weighted(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+def _sum(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The sum of products; None unless every factor is known."""
     known = [value * weight for value, weight in pairs if value is not None and weight is not None]
     return sum(known) if known and len(known) == len(pairs) else None

@@ -1,4 +1,4 @@
-"""One way to say things: a logger that writes plain lines to standard error, and only from rank 0 unless asked."""
+"""The project's logger, which writes plain lines to standard error from rank 0, and the progress line of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _status_shown = False
 
 
 def rank() -> int:
-    """This process's rank in the job, from torchrun's or Slurm's environment; 0 outside of a job."""
+    """Rank of this process, from torchrun's or Slurm's environment; 0 outside a job."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
@@ -43,7 +43,7 @@ class _StatusAwareHandler(logging.StreamHandler[TextIO]):
 
 
 def show_progress(step: int, steps: int, line: Mapping[str, Any]) -> None:
-    """Shows how far a run is: one line that renews itself on a terminal, a log line elsewhere.
+    """Shows the progress of a run: one line that renews itself on a terminal, a log line elsewhere.
 
     Args:
         line: the ``train`` line of metrics.jsonl.

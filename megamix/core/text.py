@@ -1,4 +1,4 @@
-"""Text for people: paragraphs and tables, drawn with rich on a terminal and as plain aligned columns elsewhere."""
+"""Paragraphs and tables for people: drawn with rich on a terminal, as plain aligned columns elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ABSENT = "-"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with that many decimals; a dash for None."""
+    """A number with ``digits`` decimals; a dash for None."""
     return ABSENT if value is None else f"{value:.{digits}f}"
 
 
 def gib(num_bytes: float) -> str:
-    """A size in the unit that suits it."""
+    """A size in GiB, MiB, KiB or bytes."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -39,7 +39,7 @@ class Table:
 
     Attributes:
         rows: one string for each column.
-        footer: how many rows at the end are sums or means, set off from the others.
+        footer: number of rows at the end that are sums or means, set off from the others.
     """
 
     columns: Sequence[str]
@@ -90,14 +90,14 @@ class Report:
     parts: Sequence[str | Table]
 
     def text(self) -> str:
-        """The whole as plain text."""
+        """Plain text."""
         return "\n\n".join(part if isinstance(part, str) else part.text() for part in self.parts)
 
     def __str__(self) -> str:
         return self.text()
 
     def show(self) -> None:
-        """Prints it, for the terminal if standard output is one."""
+        """Prints it, with rich if standard output is a terminal."""
         if not sys.stdout.isatty():
             print(self.text())
             return

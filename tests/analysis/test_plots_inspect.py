@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, evaluation, write_config, write_data, write_run
 
-from megamix.analysis import inspect, plots, summary
+from megamix.analysis import inspect, plots
 from megamix.analysis.labels import spread
+from megamix.analysis.summary import RunTable, run_table
 from megamix.core.errors import InputError
 from megamix.core.text import Report, Table
 from megamix.data.sampler import Sampler
@@ -26,6 +27,7 @@ from megamix.training.checkpoints.resume import fingerprints
 from megamix.training.checkpoints.saving import CheckpointWriter
 from megamix.training.config import CheckpointConfig
 from megamix.training.plan import make_plan
+from megamix.training.records.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,16 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
     return run_dir, write_run(run_dir, data)
 
 
+def table_of(run_dir: Path) -> RunTable:
+    return run_table(RecordedRun.open(run_dir))
+
+
 # The table. ----------------------------------------------------------------------------------------------------------
 
 
 def test_shares_and_epochs_are_those_of_the_sampler(run: tuple[Path, list[list[int]]]) -> None:
     run_dir, counts = run
-    table = summary.run_table(run_dir)
+    table = table_of(run_dir)
     taken = np.array(counts[STEPS])
     assert table.steps == STEPS
     assert table.tokens == STEPS * BATCH * SEQ
@@ -57,27 +63,29 @@ def test_shares_and_epochs_are_those_of_the_sampler(run: tuple[Path, list[list[i
 
 
 def test_losses_means_and_the_unigram_mark(run: tuple[Path, list[list[int]]]) -> None:
-    table = summary.run_table(run[0])
+    table = table_of(run[0])
     first, last = evaluation(0), evaluation(STEPS)
     assert [row.last_loss for row in table.rows] == list(last["domain_loss"].values())
-    assert table.first_macro == pytest.approx(first["macro_loss"])
-    assert table.last_macro == pytest.approx(last["macro_loss"])
+    assert table.macro("first_loss") == pytest.approx(first["macro_loss"])
+    assert table.macro("last_loss") == pytest.approx(last["macro_loss"])
     assert table.fall == pytest.approx(1 - last["macro_loss"] / first["macro_loss"])
     shares = np.array(TRAIN_TOKENS) / 4500
-    assert table.last_natural == pytest.approx(float(shares @ np.array(list(last["domain_loss"].values()))))
+    assert table.by_natural_share("last_loss") == pytest.approx(
+        float(shares @ np.array(list(last["domain_loss"].values())))
+    )
     # web ends at 4.0, c_$1$ at 2.0 and _books at 5.5; the unigram model has 5.0.
     assert [row.beats_unigram for row in table.rows] == [True, True, False]
-    assert "does not beat a unigram model on: _books." in table.text()
+    assert "does not beat a unigram model on: _books." in table.report().text()
 
 
 def test_without_the_data_set_the_rest_is_there(data: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", data)
     path = tmp_path / "run" / "config.resolved.yaml"
     path.write_text(path.read_text().replace(str(data), str(tmp_path / "gone")))
-    table = summary.run_table(tmp_path / "run")
+    table = table_of(tmp_path / "run")
     assert all(row.epochs is None and row.natural_share is None for row in table.rows)
     assert sum(row.realised_share or 0 for row in table.rows) == pytest.approx(1)
-    assert "unknown here" in table.text()
+    assert "unknown here" in table.report().text()
     assert all(path.is_file() for path in plots.plot_run([tmp_path / "run"]))
 
 
@@ -90,12 +98,12 @@ def test_relative_paths_start_where_the_run_was_started(
     path.write_text(path.read_text().replace(str(data), "pile"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert summary.run_table(Path("../runs/demo")).rows[0].natural_share is not None
+    assert table_of(Path("../runs/demo")).rows[0].natural_share is not None
 
 
 def test_a_run_in_progress(data: Path, tmp_path: Path) -> None:
     counts = write_run(tmp_path / "run", data, steps=20)
-    table = summary.run_table(tmp_path / "run")
+    table = table_of(tmp_path / "run")
     assert (table.steps, table.total_steps) == (20, STEPS)
     windows = (np.array(TRAIN_TOKENS) - 1) // SEQ
     assert [row.epochs for row in table.rows] == (np.array(counts[20]) / windows).tolist()
@@ -120,7 +128,7 @@ def test_no_such_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere is not a run: there is no such directory"):
         plots.plot_run([tmp_path / "nowhere"])
     with pytest.raises(InputError, match=r"it has no config\.resolved\.yaml"):
-        summary.run_table(tmp_path)
+        table_of(tmp_path)
 
 
 def test_a_run_without_a_line(data: Path, tmp_path: Path) -> None:
@@ -143,11 +151,11 @@ def test_a_damaged_line_is_named(data: Path, tmp_path: Path, file: str, damage: 
 
 def test_a_line_still_being_written_is_left_out(data: Path, tmp_path: Path) -> None:
     write_run(tmp_path, data)
-    before = summary.run_table(tmp_path)
+    before = table_of(tmp_path)
     for file in ("weights.jsonl", "metrics.jsonl"):
         with (tmp_path / file).open("a") as record:
             record.write('{"step": 99, "posi')
-    assert summary.run_table(tmp_path) == before
+    assert table_of(tmp_path) == before
 
 
 # Plots. --------------------------------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ def test_plots_of_several_runs(data: Path, tmp_path: Path) -> None:
 
 
 def test_weights_are_drawn_as_steps_where_they_take_effect(run: tuple[Path, list[list[int]]]) -> None:
-    record = summary.RecordedRun.open(run[0])
+    record = RecordedRun.open(run[0])
     line = plots.weights_figure(record).axes[0].get_lines()[0]
     x, y = (np.asarray(values) for values in line.get_data())
     assert line.get_drawstyle() == "steps-post"
@@ -247,7 +255,7 @@ def test_something_else(tmp_path: Path) -> None:
 
 def test_a_sample_is_the_one_that_was_trained(run: tuple[Path, list[list[int]]]) -> None:
     run_dir, counts = run
-    record = summary.RecordedRun.open(run_dir)
+    record = RecordedRun.open(run_dir)
     plan = make_plan(record.config)
     sampler = Sampler(plan.blend(), plan.share(0))
     changes = {line["effective_step"]: line["domain_weights"] for line in record.ledger.lines}
@@ -269,7 +277,7 @@ def test_a_sample_is_the_one_that_was_trained(run: tuple[Path, list[list[int]]])
 
 def save_checkpoint(run_dir: Path, step: int) -> Path:
     """Writes one with the trainer's own function, on a job of one rank."""
-    plan = make_plan(summary.RecordedRun.open(run_dir).config)
+    plan = make_plan(RecordedRun.open(run_dir).config)
     blend = plan.blend()
     blend.take(step * BATCH)
     sizes = [Embedding(plan.model, 0, 1), Decoder(plan.model, 1, 1, SEQ), Head(plan.model, 2, 1)]
@@ -297,7 +305,7 @@ def test_a_checkpoint(data: Path, tmp_path: Path) -> None:
     write_run(tmp_path, data)
     path = save_checkpoint(tmp_path, 10)
     text = inspect.inspect_path(path).text()
-    plan = make_plan(summary.RecordedRun.open(tmp_path).config)
+    plan = make_plan(RecordedRun.open(tmp_path).config)
     assert "is a complete checkpoint" in text
     assert f"{plan.model.num_parameters():,} parameters" in text
     assert "step        10, 80 samples taken" in text

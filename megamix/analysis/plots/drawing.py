@@ -47,7 +47,7 @@ _POINTS_PER_LINE = 11.0
 
 @dataclass(frozen=True)
 class Label:
-    """A name for the end of a line: where it belongs (y in data) and how it is drawn."""
+    """Name at the end of a line: its place (y in data) and look."""
 
     y: float
     text: str
@@ -121,7 +121,7 @@ def note(axes: Axes, text: str) -> None:
 def points(
     axes: Axes, tokens: list[int], loss: list[float], colour: str, style: Any, width: float, zorder: float = 3
 ) -> None:
-    """Evaluations, joined from the first trained one on: a line from the untrained model would belie the training."""
+    """Evaluations, joined from the first one after training: a line from the untrained model would hide the rest."""
     first = 1 if tokens and tokens[0] == 0 else 0
     axes.plot(tokens[first:], loss[first:], color=colour, linestyle=style, linewidth=width, zorder=zorder)
     axes.plot(tokens, loss, "o", color=colour, markersize=2.4 + width, zorder=zorder + 1, clip_on=False)

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from megamix.analysis.plots.drawing import domain_look, look, plain
 from megamix.analysis.series import asked_shares
-from megamix.analysis.summary import table_of
+from megamix.analysis.summary import run_table
 from megamix.training.records.recorded_run import RecordedRun
 
 
 def proportions_figure(run: RecordedRun) -> Figure | None:
     """Realised against asked shares of every domain; None before the first step."""
-    asked, rows = asked_shares(run), table_of(run).rows
+    asked, rows = asked_shares(run), run_table(run).rows
     if not asked:
         return None
     figure, axes = _rows(f"Shares of the samples: {plain(run.run_dir.resolve().name)}", [row.domain for row in rows], 1)
@@ -38,7 +38,7 @@ def proportions_figure(run: RecordedRun) -> Figure | None:
 
 
 def epochs_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Figure | None:
-    """How often each run has read each of its domains; None where no data set is there."""
+    """Epochs read of each domain by each run; None without a data set."""
     epochs = [run.epochs() for run in runs]
     domains = list(dict.fromkeys(domain for one in epochs for domain in one))
     if not domains:

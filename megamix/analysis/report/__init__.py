@@ -1,8 +1,7 @@
-"""``megamix report``: one HTML page of several runs, to be looked at.
+"""``megamix report``: one HTML page about several runs.
 
-The page needs nothing but itself: charts are SVG that is drawn here, colours follow the reader's light or dark
-setting, and the script only adds what the charts do without (values under the pointer, a table that sorts, domains that
-light up).
+The page loads nothing else: charts are SVG, colours follow the reader's light or dark setting, and the script only adds
+values under the pointer, sorting of the table and highlighting of domains.
 """
 
 from megamix.analysis.report.page import write_report

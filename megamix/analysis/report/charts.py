@@ -43,7 +43,7 @@ POINTS, ALL_POINTS = 400, 1000
 
 @dataclass
 class Data:
-    """What the page's script reads: rows of numbers by the key of a chart.
+    """Data of the page's script: rows of numbers by the key of a chart.
 
     Attributes:
         charts: {key: {mode, rows, x, y}}; ``mode`` is ``step`` (a value holds until the next) or ``near``; ``rows``
@@ -71,7 +71,7 @@ class Shown:
 
     Attributes:
         runs, tables, names: one for each run.
-        domains: all domains, those of the first run first; the place of a domain is its colour.
+        domains: of all runs, those of the first run first; the index of a domain decides its colour.
     """
 
     runs: Sequence[RecordedRun]
@@ -252,7 +252,7 @@ def exploration_chart(shown: Shown, data: Data) -> str:
 
 
 def score_charts(shown: Shown, key: str, title: str, data: Data) -> str:
-    """What the mixers have learnt of the domains, under ``key`` of weights.jsonl, by run; empty where no run has it."""
+    """The mixers' scores of the domains, under ``key`` of weights.jsonl, by run; empty where no run has one."""
     charts = []
     for index, run in enumerate(shown.runs):
         series = score_series(run, key, 200)
@@ -299,7 +299,7 @@ def proportion_charts(shown: Shown) -> str:
 
 
 def epoch_chart(shown: Shown) -> str:
-    """How often each domain has been read, a bar for each run; empty where no data set is there."""
+    """Epochs read of each domain, a bar for each run; empty without a data set."""
     known = [(i, {row.domain: row.epochs for row in table.rows}) for i, table in enumerate(shown.tables)]
     every = [value for _, epochs in known for value in epochs.values() if value is not None]
     if not every:

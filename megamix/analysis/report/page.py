@@ -16,7 +16,7 @@ from megamix.analysis.report.looks import rules, run_class, swatch
 from megamix.analysis.report.svg import weight_axis
 from megamix.analysis.report.tables import cards, config_table, domain_table, mixer_name
 from megamix.analysis.series import Series, asked_shares, recorded_series_of, weight_series
-from megamix.analysis.summary import table_of
+from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.training.records.recorded_run import RecordedRun
@@ -53,7 +53,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 def report_page(runs: Sequence[RecordedRun]) -> str:
     """The page as text."""
-    shown = Shown(runs, [table_of(run) for run in runs], run_names([run.run_dir for run in runs]))
+    shown = Shown(runs, [run_table(run) for run in runs], run_names([run.run_dir for run in runs]))
     data, thinned = Data(), []
     parts = [
         ("", "", cards(shown) + _verdict(shown)),
@@ -100,7 +100,7 @@ def _heading(shown: Shown) -> str:
 
 
 def _verdict(shown: Shown) -> str:
-    """Which run has the lowest mean loss, where that can be said."""
+    """The run with the lowest mean loss, where losses are comparable."""
     last = [run.evaluations[-1] if run.evaluations else {} for run in shown.runs]
     if len(shown.runs) == 1 or any(line.get("macro_loss") is None for line in last) or _not_comparable(shown):
         return ""
@@ -117,7 +117,7 @@ def _verdict(shown: Shown) -> str:
 
 
 def _not_comparable(shown: Shown) -> list[str]:
-    """Why losses of the runs may not be held against each other."""
+    """Reasons why losses of the runs are not comparable."""
     reasons = []
     manifests = [run.manifest for run in shown.runs if run.manifest is not None]
     if len({manifest.tokenizer.sha256 for manifest in manifests}) > 1:
@@ -194,7 +194,7 @@ def _weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str
 
 
 def _loss_weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
-    """DoReMi's weights where they act on the loss and the sampling weights stay."""
+    """DoReMi's weights, where they act on the loss."""
     known = recorded_series_of(shown.runs, "loss_weights", shown.points)
     if not known:
         return ""
@@ -221,7 +221,7 @@ def _shares(shown: Shown) -> str:
 
 
 def _notes(shown: Shown, thinned: Sequence[tuple[str, Series]]) -> str:
-    """What the charts leave out, and what is not known."""
+    """Points that the charts leave out, and numbers that are not known."""
     notes = []
     for what, series in thinned:
         if series.tolerance:

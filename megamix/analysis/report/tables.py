@@ -1,4 +1,4 @@
-"""The report's tables: headline numbers, domains, and in what the configs differ."""
+"""The report's tables: headline numbers, domains, and differences between configs."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _cell(key: str, value: float | None, digits: int) -> str:
 
 
 def config_table(shown: Shown) -> str:
-    """The keys in which the configs differ; of one run, all of them behind a fold."""
+    """The keys in which the configs differ; for one run all keys, behind a fold."""
     flat = [flatten(run.config.model_dump(mode="json")) for run in shown.runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "run_dir"]
     if len(flat) == 1:
