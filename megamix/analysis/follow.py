@@ -78,7 +78,7 @@ def _screen() -> Iterator[Callable[[LiveRun], None]]:
 
 
 def _view(run: LiveRun, height: int) -> Group:
-    """Everything known of the run, in at most ``height`` lines but one."""
+    """The run, in fewer than ``height`` lines."""
     waiting = _waiting(run)
     if waiting:
         return Group(_line(waiting))
@@ -154,7 +154,7 @@ def _speed(run: LiveRun) -> str:
 
 
 def _split(run: LiveRun) -> str:
-    """What a step is made of; nothing for a record that does not say."""
+    """The parts of a step; nothing for a record without them."""
     if run.train is None or any(key not in run.train for key in _PARTS.values()):
         return ""
     total = sum(run.train[key] for key in _PARTS.values()) or 1.0

@@ -96,7 +96,7 @@ class LiveRun:
         self._heard: float | None = None
 
     def look(self) -> None:
-        """Reads what is new."""
+        """Reads the new lines of all files."""
         try:
             self.config = read_yaml(self.run_dir / CONFIG)
         except InputError:  # not there yet, or being written

@@ -1,4 +1,4 @@
-"""`doctor`: what it reports, and what it lets pass."""
+"""`doctor`: its report, its warnings and its errors."""
 
 from __future__ import annotations
 

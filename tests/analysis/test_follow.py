@@ -1,4 +1,4 @@
-"""`megamix inspect RUN --follow`: what it shows of files as they grow, are cut back, or do not grow."""
+"""`megamix inspect RUN --follow`: the view of files that grow, are cut back, or do not grow."""
 
 from __future__ import annotations
 
