@@ -96,8 +96,8 @@ class RunTable:
             for row in self.rows
         ]
         for name, mean in (("mean over domains", self.macro), ("by natural share", self.by_natural_share)):
-            means = [number(mean(loss), 3) for loss in ("first_loss", "last_loss", "unigram_loss")]
-            rows.append((name, "", "", "", "", *means, "", ""))
+            first, last, unigram = (number(mean(loss), 3) for loss in ("first_loss", "last_loss", "unigram_loss"))
+            rows.append((name, "", "", "", "", first, last, unigram, "", ""))
         return Table(columns, rows, footer=2)
 
     def report(self) -> Report:

@@ -43,11 +43,7 @@ class _StatusAwareHandler(logging.StreamHandler[TextIO]):
 
 
 def show_progress(step: int, steps: int, line: Mapping[str, Any]) -> None:
-    """Shows the progress of a run: one line that renews itself on a terminal, a log line elsewhere.
-
-    Args:
-        line: the ``train`` line of metrics.jsonl.
-    """
+    """Shows a ``train`` line of metrics.jsonl: in a line that renews itself on a terminal, as a log line elsewhere."""
     global _status_shown
     text = (
         f"step {step}/{steps}: loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, "

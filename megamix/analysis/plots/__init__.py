@@ -26,17 +26,11 @@ FOLDER = "plots"
 
 
 def plot_run(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Writes weights.png, weights_stacked.png, loss.png, proportions.png and epochs.png of every run, and
-    exploration.png and excess.png where the record has them; of several runs also comparison.png (mean losses),
-    comparison_epochs.png and comparison_exploration.png.
+    """Writes the PNGs of every run and, for several runs, of their comparison; returns the files written.
 
     Args:
-        run_dirs: directories of runs.
-        out: folder for the PNGs, with one subfolder for each run where there are several. Default: RUN/plots of each
-            run, the comparison in the first one's.
-
-    Returns:
-        The files written.
+        out: folder for the PNGs, with a subfolder for each run where there are several. Default: RUN/plots of each run,
+            the comparison in the first one's.
 
     Raises:
         InputError: no such run, one that has recorded nothing yet, a damaged line, or a folder that cannot be written.

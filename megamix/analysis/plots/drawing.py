@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
-from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from megamix.analysis import palette
 from megamix.analysis.labels import spread
@@ -148,35 +147,18 @@ def name_lines(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = np.array([to_axes.transform((0, labels[index].y))[1] * height for index in order])
     placed = spread(wanted, _POINTS_PER_LINE, -0.3 * _POINTS_PER_LINE, height + 0.3 * _POINTS_PER_LINE)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "axes points"), "textcoords": "offset points"}
+    write = functools.partial(axes.annotate, **place, annotation_clip=False)
     for index, y_line, y_name in zip(order, wanted, placed, strict=True):
         label = labels[index]
-        shared = {"xycoords": ("axes fraction", "axes points"), "textcoords": "offset points", "annotation_clip": False}
-        _leader(axes, label, y_line, y_name)
-        axes.annotate(
-            plain(label.text), (1, y_name), (46, 0), **shared, va="center", color=_darker(label.colour),
-            fontsize=8.5, fontweight="bold" if label.bold else "normal",
+        # A hairline from the end of the line, a sample of the line, and the name.
+        for y, to, gap, stroke in (
+            (y_line, (18, y_name - y_line), 2, {"lw": 0.6}),
+            (y_name, (42, 0), 20, {"lw": 2.4 if label.bold else 1.6, "ls": label.style}),
+        ):
+            line = {"arrowstyle": "-", "capstyle": "butt", "color": label.colour, "shrinkA": 0, "shrinkB": gap}
+            write("", (1, y), to, arrowprops=line | stroke)
+        write(
+            plain(label.text), (1, y_name), (46, 0), va="center", color=_darker(label.colour), fontsize=8.5,
+            fontweight="bold" if label.bold else "normal",
         )  # fmt: skip
-
-
-def _leader(axes: Axes, label: Label, y_line: float, y_name: float) -> None:
-    """A hairline from the end of a line to its name, and a sample of the line before the name."""
-    for start, stop, y_start, y_stop, width, style in (
-        (2, 18, y_line, y_name, 0.6, "-"),
-        (20, 42, y_name, y_name, 2.4 if label.bold else 1.6, label.style),
-    ):
-        _draw_outside(axes, (start, stop), (y_start, y_stop), label.colour, width, style)
-
-
-def _draw_outside(
-    axes: Axes, x: tuple[float, float], y: tuple[float, float], colour: str, width: float, style: Any
-) -> None:
-    """A line in points, from the lower right corner of the axes."""
-    figure = axes.figure
-    assert figure is not None
-    # Points to pixels, then from the origin to the corner.
-    points = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
-    corner: Any = axes.transAxes
-    place = points + ScaledTranslation(1, 0, corner)
-    line = Line2D(x, y, color=colour, linewidth=width, linestyle=style, transform=place, clip_on=False)
-    line.set_in_layout(False)
-    axes.add_artist(line)

@@ -25,14 +25,10 @@ DEFAULT = "report.html"
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes one page about all runs.
+    """Writes one page about all runs, finished or not; returns the file written.
 
     Args:
-        run_dirs: directories of runs, finished or not.
         out: the file; default: report.html in the directory of the first run.
-
-    Returns:
-        The file written.
 
     Raises:
         InputError: no such run, one that has recorded nothing yet, a damaged line, or a file that cannot be written.

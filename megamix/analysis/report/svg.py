@@ -62,11 +62,7 @@ def nice_axis(low: float, high: float, num_ticks: int = 5, inside: bool = False)
 
 
 def weight_axis(runs: Sequence[Floats]) -> Axis:
-    """From 0 to above the highest weight of all runs; on a square-root scale where one would press the others flat.
-
-    Args:
-        runs: float64 [P, N] each.
-    """
+    """From 0 to above the highest weight of all runs ([P, N] each); on a square-root scale where needed."""
     highest = max(float(np.nanmax(values)) for values in runs)
     if needs_root_scale(highest, min(float(np.nanmedian(values[-1])) for values in runs)):
         ticks = [tick for tick in ROOT_TICKS if tick <= highest * 1.05]

@@ -70,11 +70,7 @@ _COLUMNS: Sequence[tuple[str, str, str, int]] = (
 
 
 def domain_table(shown: Shown, asked: Sequence[Mapping[str, float]]) -> str:
-    """Every domain of every run; the script sorts it by any column.
-
-    Args:
-        asked: for each run the mean weight of each domain.
-    """
+    """Every domain of every run, with its mean weight ``asked``; the script sorts it by any column."""
     several = len(shown.runs) > 1
     columns = [column for column in _COLUMNS if several or column[0] != "against"]
     heads = [("domain", "domain", ""), *([("run", "run", "")] if several else []), *(c[:3] for c in columns)]
