@@ -17,7 +17,7 @@ import numpy as np
 from megamix.analysis.labels import spread
 from megamix.analysis.palette import ROOT_TICKS, needs_root_scale
 from megamix.analysis.report.looks import swatch
-from megamix.analysis.series import Floats
+from megamix.analysis.series import Floats, Ints
 
 WIDTH, HEIGHT = 2000, 1000
 _LABEL_GAP = 12.5
@@ -33,7 +33,7 @@ class Axis:
     ticks: Sequence[float]
     scale: Literal["linear", "sqrt"] = "linear"
 
-    def at(self, values: Floats | float) -> Floats:
+    def at(self, values: Floats | Ints | float) -> Floats:
         """The places of values, 0 at ``low`` and 1 at ``high``."""
         given = np.asarray(values, np.float64)
         if self.scale == "sqrt":
