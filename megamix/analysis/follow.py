@@ -5,11 +5,13 @@ Legend: K domains.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from rich.console import Console, Group
@@ -41,16 +43,26 @@ def follow(run_dir: Path, interval: float = 1.0) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a run: it is no directory. Give the run_dir of a `megamix train`.")
     run = LiveRun(run_dir)
+    with _interrupts() as asked, _screen() if sys.stdout.isatty() else _log() as show:
+        while True:
+            run.look()
+            show(run)
+            if run.is_done:
+                return
+            with suppress(Empty):
+                asked.get(timeout=interval)
+                return
+
+
+@contextmanager
+def _interrupts() -> Iterator[SimpleQueue[int]]:
+    """A queue that Ctrl-C puts an entry into; as an exception it could come amid a view and have it drawn twice."""
+    asked: SimpleQueue[int] = SimpleQueue()
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.put(number))
     try:
-        with _screen() if sys.stdout.isatty() else _log() as show:
-            while True:
-                run.look()
-                show(run)
-                if run.is_done:
-                    return
-                time.sleep(interval)
-    except KeyboardInterrupt:
-        return
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
