@@ -12,17 +12,8 @@ import typer
 
 from megamix.core.errors import EXIT_FAILED, MegamixError
 from megamix.interop.blend_files.cli import app as blend
-from megamix.studies.slurm.options import (
-    Account,
-    DryRun,
-    GpusPerNode,
-    Limit,
-    Nodes,
-    Partition,
-    Sbatch,
-    TasksPerNode,
-    Time,
-)
+from megamix.studies.launch import launch
+from megamix.studies.slurm.resources import DryRun, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
 
 app = typer.Typer(
@@ -153,59 +144,7 @@ def train(
     raise typer.Exit(run(config, overrides))
 
 
-@app.command()
-def launch(
-    source: Annotated[
-        str, typer.Argument(metavar="CONFIG | FOLDER", help="A YAML file; of a swarm, a folder with one for each run.")
-    ],
-    arguments: Overrides = None,
-    chain: Annotated[
-        Literal["train", "doremi", "swarm", "prepare"], typer.Option(help="What to submit; train: one run.")
-    ] = "train",
-    nodes: Nodes = None,
-    gpus_per_node: GpusPerNode = None,
-    tasks_per_node: TasksPerNode = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
-    limit: Limit = 0,
-    shards: Annotated[int | None, typer.Option(min=2, help="Of the chain prepare.")] = None,
-    gather: Annotated[
-        bool, typer.Option("--gather", help="Of a swarm: only write its ratios.csv and metrics.csv.")
-    ] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Submit a run, or a chain of runs, to Slurm. What is done or in the queue is not submitted again.
-
-    Example: megamix launch configs/pile_1b_odm.yaml --nodes 1 --gpus-per-node 8 --time 24:00:00
-
-    --chain doremi CONFIG: the tasks of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
-    --chain prepare --shards 8 -- INPUTS... --out OUT [...]: `megamix prepare` in shards, and their merge.
-    """
-    from megamix.studies.launch import PrepareCommand
-    from megamix.studies.launch import launch as run
-    from megamix.studies.slurm.placement import Resources
-
-    rest, sharded = arguments or [], None
-    if chain == "prepare":
-        command = typer.main.get_command(app).commands["prepare"]  # pyright: ignore[reportAttributeAccessIssue]
-        sharded = PrepareCommand([source, *rest], command.make_context("prepare", [source, *rest]).params)
-    resources = Resources(nodes, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
-    typer.echo(
-        run(
-            source,
-            rest,
-            resources,
-            chain=chain,
-            limit=limit,
-            shards=shards,
-            prepare=sharded,
-            only_gather=gather,
-            dry_run=dry_run,
-        ),
-        nl=False,
-    )
+app.command()(launch)
 
 
 @app.command()
@@ -245,6 +184,7 @@ def reference(
 
 
 @app.command()
+@slurm_options
 def doremi(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -252,15 +192,10 @@ def doremi(
         Literal["configs", "reference", "cache", "proxy", "weights", "target"] | None,
         typer.Option(help="Run this task alone; configs writes the configs of the runs."),
     ] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit all tasks as jobs that wait for each other.")] = False,
-    nodes: Nodes = None,
-    gpus_per_node: GpusPerNode = None,
-    tasks_per_node: TasksPerNode = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
+    slurm: Slurm = False,
     dry_run: DryRun = False,
+    *,
+    resources: Resources,
 ) -> None:
     """DoReMi in one command: reference run, its losses, proxy run, weights and, if asked for, the target run. What is
     done is passed over; what was interrupted goes on. The config is a run's, with the changes for each run under the
@@ -270,14 +205,10 @@ def doremi(
     """
     from megamix.studies.doremi.tasks import doremi as run
     from megamix.studies.doremi.tasks import submit_doremi
-    from megamix.studies.slurm.placement import Resources
 
-    resources = Resources(nodes, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
+    resources.refuse_without_slurm(only, dry_run=dry_run, slurm=slurm)
     if not slurm:
-        resources.refuse_without_slurm(dry_run)
         raise typer.Exit(run(config, overrides or [], only))
-    if only is not None:
-        raise typer.BadParameter("a task alone runs here: leave out one of --only and --slurm.", param_hint="--only")
     typer.echo(submit_doremi(config, overrides or [], resources, dry_run=dry_run), nl=False)
 
 

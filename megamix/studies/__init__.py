@@ -1,1 +1,1 @@
-"""Several runs that find a mixture: DoReMi, swarms; here or on Slurm."""
+"""Several runs that find a mixture: DoReMi and swarms, here or on Slurm. Each study is a list of `tasks`."""

@@ -2,105 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from megamix.core.config import load_config
+import typer
+
 from megamix.core.errors import InputError
-from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
-from megamix.prepare.documents import find_inputs
-from megamix.prepare.merge import shard_note_path
-from megamix.prepare.shards import Shard
-from megamix.studies.doremi.tasks import submit_doremi
-from megamix.studies.runs import absolute, command_job
-from megamix.studies.slurm.placement import Resources
-from megamix.studies.slurm.submit import submit_or_show
-from megamix.studies.swarm.run.collect import collect
-from megamix.studies.swarm.tasks import submit_members
-from megamix.studies.tasks import Job, Task, is_run_done
-from megamix.training.config import RunConfig
+from megamix.studies.slurm.resources import DryRun, Limit, Resources, slurm_options
 
-ChainName = Literal["train", "doremi", "swarm", "prepare"]
+if TYPE_CHECKING:
+    from megamix.studies.tasks import Task
 
 
-@dataclass(frozen=True)
-class PrepareCommand:
-    """A `megamix prepare` that is done in shards.
-
-    Attributes:
-        options: the values of its arguments, by parameter.
-    """
-
-    arguments: Sequence[str]
-    options: Mapping[str, Any]
-
-
+@slurm_options
 def launch(
-    source: str,
-    arguments: Sequence[str],
-    resources: Resources,
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG | FOLDER", help="A YAML file; of a swarm, a folder with one for each run.")
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE | FILE.yaml]...",
+            help="Keys of the config to change, for example train.steps=100, or files of them.",
+        ),
+    ] = None,
+    chain: Annotated[
+        Literal["train", "doremi", "swarm", "prepare"], typer.Option(help="What to submit; train: one run.")
+    ] = "train",
+    limit: Limit = 0,
+    shards: Annotated[int | None, typer.Option(min=2, help="Of the chain prepare.")] = None,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Of a swarm: only write its ratios.csv and metrics.csv.")
+    ] = False,
+    dry_run: DryRun = False,
     *,
-    chain: ChainName = "train",
-    limit: int = 0,
-    shards: int | None = None,
-    prepare: PrepareCommand | None = None,
-    only_gather: bool = False,
-    dry_run: bool = False,
-) -> str:
-    """Submits a run or a chain; what is done or in the queue is not submitted again. Returns what to print.
+    resources: Resources,
+) -> None:
+    """Submit a run, or a chain of runs, to Slurm. What is done or in the queue is not submitted again.
 
-    Args:
-        source: the config; of a swarm, its folder.
-        arguments: changes to the config, as of ``megamix train``.
-        limit: members of an array that run at a time; 0: no limit.
-        shards, prepare: of the chain prepare.
-        only_gather: of a swarm, only write the tables of the runs that are done.
-        dry_run: submit nothing.
+    Example: megamix launch configs/pile_1b_odm.yaml --nodes 1 --gpus-per-node 8 --time 24:00:00
 
-    Raises:
-        InputError: a plan that cannot work, or that the cluster refuses; nothing is submitted then.
+    --chain doremi CONFIG: the tasks of `megamix doremi`; --chain swarm FOLDER: one run for each config, as an array;
+    --chain prepare --shards 8 -- INPUTS... --out OUT [...]: `megamix prepare` in shards, and their merge.
     """
-    for name, given, wanted in (("--shards", shards is not None, "prepare"), ("--gather", only_gather, "swarm")):
+    from megamix.studies.doremi.tasks import submit_doremi
+    from megamix.studies.slurm.submit import submit_or_show
+    from megamix.studies.swarm.run.collect import collect
+    from megamix.studies.swarm.tasks import submit_members
+
+    for name, given, wanted in (("--shards", shards is not None, "prepare"), ("--gather", gather, "swarm")):
         if given and chain != wanted:
             raise InputError(f"{name} goes with --chain {wanted} only.")
     if limit and chain not in ("swarm", "prepare"):
         raise InputError("--limit goes with the arrays of --chain swarm and --chain prepare only.")
-    path, overrides = Path(source), list(arguments)
-    if only_gather:
-        return f"{collect(path, overrides, partial=True)}\n"
-    if chain == "doremi":
-        return submit_doremi(path, overrides, resources, dry_run=dry_run)
-    if chain == "swarm":
-        return submit_members(path, overrides, resources, limit, dry_run=dry_run)
-    if chain == "prepare":
-        if shards is None or prepare is None:
+    path, overrides = Path(source), arguments or []
+    if gather:
+        said = f"{collect(path, overrides, partial=True)}\n"
+    elif chain == "doremi":
+        said = submit_doremi(path, overrides, resources, dry_run=dry_run)
+    elif chain == "swarm":
+        said = submit_members(path, overrides, resources, limit, dry_run=dry_run)
+    elif chain == "prepare":
+        if shards is None:
             raise InputError("--chain prepare needs the number of shards. Add --shards N.")
-        tasks = _prepare_tasks(prepare, resources, shards, limit)
-        return submit_or_show(Path(prepare.options["out"]), tasks, dry_run=dry_run)
+        root = context.find_root()
+        command: Any = root.command
+        options = command.get_command(root, "prepare").make_context("prepare", [source, *overrides]).params
+        tasks = _prepare_tasks((source, *overrides), options, resources, shards, limit)
+        said = submit_or_show(Path(options["out"]), tasks, dry_run=dry_run)
+    else:
+        folder, task = _train_task(path, overrides, resources)
+        said = submit_or_show(folder, [task], dry_run=dry_run)
+    typer.echo(said, nl=False)
+
+
+def _train_task(path: Path, overrides: list[str], resources: Resources) -> tuple[Path, Task]:
+    """A run, and its directory."""
+    from megamix.core.config import load_config
+    from megamix.studies.runs import absolute
+    from megamix.studies.tasks import Job, Task, is_run_done
+    from megamix.training.config import RunConfig
+
     config = load_config(RunConfig, path, overrides)
-    job = Job("train.sbatch", (str(path.absolute()), *absolute(overrides)), resources.of_run(config, source))
-    return submit_or_show(config.run_dir, [Task("train", lambda: is_run_done(config), job=job)], dry_run=dry_run)
+    job = Job("train.sbatch", (str(path.absolute()), *absolute(overrides)), resources.of_run(config, str(path)))
+    return config.run_dir, Task("train", lambda: is_run_done(config), job=job)
 
 
-def _prepare_tasks(command: PrepareCommand, resources: Resources, shards: int, limit: int) -> list[Task]:
+def _prepare_tasks(
+    arguments: tuple[str, ...], options: Mapping[str, Any], resources: Resources, shards: int, limit: int
+) -> list[Task]:
     """Tokenizer, shards and their merge.
 
     Raises:
         InputError: text that is not there, or options that the chain sets itself.
     """
-    for name, value in (("--shard", command.options["shard"]), ("--tokenizer-only", command.options["tokenizer_only"])):
+    from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
+    from megamix.prepare.documents import find_inputs
+    from megamix.prepare.merge import shard_note_path
+    from megamix.prepare.shards import Shard
+    from megamix.studies.runs import command_job
+    from megamix.studies.tasks import Job, Task
+
+    for name, value in (("--shard", options["shard"]), ("--tokenizer-only", options["tokenizer_only"])):
         if value:
             raise InputError(f"the chain sets {name} itself. Leave it out, and say how many: --shards N.")
-    find_inputs(command.options["inputs"])
-    out, arguments = Path(command.options["out"]), tuple(command.arguments)
+    find_inputs(options["inputs"])
+    out = Path(options["out"])
     left = tuple(i for i in range(1, shards + 1) if not shard_note_path(out, Shard(i, shards)).is_file())
     tokenizer = command_job(("prepare", *arguments, "--tokenizer-only"), resources)
     environment = {"MEGAMIX_SHARDS": str(shards)}
     array = Job("prepare.sbatch", arguments, resources.of_process(), left, limit, environment=environment)
     return [
         Task("tokenizer", (out / TOKENIZER_FILE).is_file, job=tokenizer),
-        Task("shards", lambda: not left, job=array),
+        Task("shards", job=array),
         Task("merge", (out / FILE_NAME).is_file, job=command_job(("merge", str(out)), resources)),
     ]

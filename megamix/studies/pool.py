@@ -87,7 +87,7 @@ class _Pool:
                         self._pass_on(received[0], again=passed_on > 0)
                         passed_on = len(received)
             finally:
-                self._kill()
+                self._signal(signal.SIGKILL)
         if received and self._done < self._total:
             get_logger().info("stopped; %d of %d members are done. The same command goes on.", self._done, self._total)
             return EXIT_PREEMPTED
@@ -137,23 +137,19 @@ class _Pool:
             log.error("member %s: failed: %s", member.name, reason)
 
     def _pass_on(self, number: int, *, again: bool) -> None:
-        log = get_logger()
-        with self._lock:
-            self._stopping = True
-            running = list(self._running.values())
         if again:
-            log.warning("asked a second time: the members are ended")
+            get_logger().warning("asked a second time: the members are ended")
         else:
-            log.info("%s: the members that run (%d) save and stop", signal.Signals(number).name, len(running))
-        for process in running:
-            process.send_signal(signal.SIGKILL if again else number)
+            name, running = signal.Signals(number).name, len(self._running)
+            get_logger().info("%s: the members that run (%d) save and stop", name, running)
+        self._signal(signal.SIGKILL if again else number)
 
-    def _kill(self) -> None:
-        """Ends the members that are left, and begins no others."""
+    def _signal(self, number: int) -> None:
+        """Sends a signal to the members that run, and begins no others."""
         with self._lock:
             self._stopping = True
             for process in self._running.values():
-                process.kill()
+                process.send_signal(number)
 
 
 def _environment(member: Member, slot: int, at_once: int) -> dict[str, str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from megamix.core.config import load_config
+from megamix.core.config import Config, load_config
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
-from megamix.studies.slurm.placement import Resources
+from megamix.studies.slurm.resources import Resources
 from megamix.studies.tasks import Job, Task, is_run_done
 from megamix.training.config import RunConfig
 from megamix.training.run import train
@@ -113,3 +113,11 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
             replace_file(path, data)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another run_dir.") from error
+
+
+def refuse_settled(section: Config, settled: Mapping[str, Sequence[str]], key: str, why: str) -> None:
+    """Raises InputError for keys of a study's runs, in its config, that would have no effect."""
+    for run, names in settled.items():
+        for name in names:
+            if name in (getattr(section, run) or {}):
+                raise InputError(f"{key}.{run}.{name} cannot be set: {why}")

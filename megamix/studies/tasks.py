@@ -49,9 +49,14 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def never() -> bool:
+    """The answer to `Task.is_done` of a task that is cheap, or that passes over what is done itself."""
+    return False
+
+
 @dataclass(frozen=True)
 class Task:
-    """Part of a study; it follows the one before it.
+    """Part of a study; it follows the task before it.
 
     Attributes:
         is_done: whether the outputs are there, made from the inputs as they are now.
@@ -60,24 +65,19 @@ class Task:
     """
 
     name: str
-    is_done: Callable[[], bool]
+    is_done: Callable[[], bool] = never
     run: Callable[[], int] | None = None
     job: Job | None = None
 
 
-def run_tasks(tasks: Iterable[Task]) -> int:
-    """Runs the tasks that are not done, in order; returns the exit code, of the first that ends with another than 0."""
+def run_tasks(tasks: Iterable[Task], *, again: bool = False) -> int:
+    """Runs the tasks that are not done, or with ``again`` all, in order; returns the first exit code that is not 0."""
     for task in tasks:
-        if task.is_done():
+        if not again and task.is_done():
             get_logger().info("%s: done", task.name)
-        elif (code := _run(task)) != EXIT_OK:
+        elif task.run is not None and (code := task.run()) != EXIT_OK:
             return code
     return EXIT_OK
-
-
-def _run(task: Task) -> int:
-    assert task.run is not None
-    return task.run()
 
 
 def is_run_done(config: RunConfig, inputs: Sequence[Path] = ()) -> bool:
@@ -90,10 +90,8 @@ def is_run_done(config: RunConfig, inputs: Sequence[Path] = ()) -> bool:
 
 def is_newer(output: Path, inputs: Sequence[Path]) -> bool:
     """Whether a file is there and not older than any of its inputs."""
-    if not output.is_file():
-        return False
-    made = output.stat().st_mtime_ns
-    return all(path.stat().st_mtime_ns <= made for path in inputs if path.exists())
+    made = output.stat().st_mtime_ns if output.is_file() else -1
+    return made >= 0 and all(path.stat().st_mtime_ns <= made for path in inputs if path.exists())
 
 
 @dataclass(frozen=True)
@@ -112,28 +110,21 @@ class Stamp:
 
     def holds(self) -> bool:
         """Whether the outputs are there, as they were made, from the settings and inputs as they are now."""
-        paths = [self.folder / name for name in self.outputs]
-        if not all(path.is_file() for path in paths):
-            return False
-        stamps, made_from = self._stamps(), self._made_from()
-        return all(stamps.get(path.name) == [made_from, _digest(path)] for path in paths)
+        there = all((self.folder / name).is_file() for name in self.outputs)
+        return there and self._present().items() <= self._noted().items()
 
     def set(self) -> None:
         """Notes that the outputs have been made."""
-        made_from = self._made_from()
-        stamps = self._stamps() | {name: [made_from, _digest(self.folder / name)] for name in self.outputs}
-        replace_file(self.folder / STAMPS, (json.dumps(stamps, indent=1) + "\n").encode())
+        content = json.dumps(self._noted() | self._present(), indent=1)
+        replace_file(self.folder / STAMPS, (content + "\n").encode())
 
-    def _stamps(self) -> dict[str, list[str]]:
+    def _noted(self) -> dict[str, list[str]]:
         path = self.folder / STAMPS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(path.read_bytes()) if path.is_file() else {}
 
-    def _made_from(self) -> str:
-        found = hashlib.sha256(self.settings.model_dump_json().encode())
+    def _present(self) -> dict[str, list[str]]:
+        made_from = hashlib.sha256(self.settings.model_dump_json().encode())
         for path in self.inputs:
-            found.update(path.read_bytes() if path.is_file() else b"")
-        return found.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+            made_from.update(path.read_bytes() if path.is_file() else b"")
+        digests = {name: hashlib.sha256((self.folder / name).read_bytes()) for name in self.outputs}
+        return {name: [made_from.hexdigest(), digest.hexdigest()] for name, digest in digests.items()}

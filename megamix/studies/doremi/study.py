@@ -9,7 +9,7 @@ from typing import Any
 from megamix.core.config import apply_overrides, load_config, merge, read_yaml, validate
 from megamix.core.errors import InputError
 from megamix.studies.doremi.config import DoremiStudyConfig
-from megamix.studies.runs import write_yaml
+from megamix.studies.runs import refuse_settled, write_yaml
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import make_plan
 from megamix.training.reference.run import check_same_data
@@ -95,7 +95,13 @@ def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
     data = apply_overrides(read_yaml(config_path, KINDS), overrides, KINDS)
     section = data.pop("doremi", None)
     config = validate(DoremiStudyConfig, {} if section is None else section, f"{config_path}, doremi")
-    _refuse_settled(config, str(config_path))
+    refuse_settled(
+        config,
+        SETTLED,
+        f"{config_path}: doremi",
+        "DoReMi settles the reference run's mixer, the target's mixture, and where each run is (RUN/STEP). Remove the key, "
+        "or train that run with `megamix train`.",
+    )
     study = DoremiStudy(data, config, validate(RunConfig, data, str(config_path)).run_dir, str(config_path))
     study.write_round(1, None)
     proxy = make_plan(load_config(RunConfig, study.run_dir / "proxy.yaml"))
@@ -105,17 +111,6 @@ def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
     if config.target is not None:
         study.write_target()
     return study
-
-
-def _refuse_settled(config: DoremiStudyConfig, source: str) -> None:
-    """Raises InputError for a key that would have no effect."""
-    for run, keys in SETTLED.items():
-        for key in keys:
-            if key in (getattr(config, run) or {}):
-                raise InputError(
-                    f"{source}: doremi.{run}.{key} cannot be set: DoReMi settles the reference run's mixer, the target's "
-                    "mixture, and where each run is (RUN/STEP). Remove the key, or train that run with `megamix train`."
-                )
 
 
 def _with(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from megamix.data.reference_losses import FILE_NAME as LOSSES
 from megamix.data.reference_losses import read_info
 from megamix.studies.doremi.study import WEIGHTS, DoremiStudy, Weights, read_study
 from megamix.studies.runs import absolute, command_job, run_task
-from megamix.studies.slurm.placement import Resources
+from megamix.studies.slurm.resources import Resources
 from megamix.studies.slurm.submit import submit_or_show
 from megamix.studies.tasks import Task, is_newer, run_tasks
 from megamix.training.checkpoints import store
@@ -83,19 +83,17 @@ def submit_doremi(config_path: Path, overrides: list[str], resources: Resources,
     """
     study = read_study(config_path, overrides)
     command = ("doremi", str(config_path.absolute()), *absolute(overrides))
-    _target(study, resources)  # its layout is checked before anything waits
-    for number, tasks in _rounds(study, resources):
-        if number < study.config.rounds:
-            if all(task.is_done() for task in tasks):
-                continue
-            job = command_job((*command, "--slurm", *resources.arguments()), resources)
-            follows = [Task(_name("weights", number), _never, job=job)]
-        else:
+    tasks = target = _target(study, resources)
+    for number, round_tasks in _rounds(study, resources):
+        if number == study.config.rounds:
             job = command_job((*command, "--only", "weights"), resources)
-            follows = [Task("weights", lambda: _is_saved(study), job=job), *_target(study, resources)]
-        return submit_or_show(study.run_dir, [*tasks, *follows], dry_run=dry_run)
-    # Weights that no longer change end the rounds early.
-    return submit_or_show(study.run_dir, _target(study, resources), dry_run=dry_run)
+            tasks = [*round_tasks, Task("weights", lambda: _is_saved(study), job=job), *target]
+            break
+        if not all(task.is_done() for task in round_tasks):
+            job = command_job((*command, "--slurm", *resources.arguments()), resources)
+            tasks = [*round_tasks, Task(_name("weights", number), job=job)]
+            break
+    return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
 
 
 def _rounds(study: DoremiStudy, resources: Resources | None) -> Iterator[tuple[int, list[Task]]]:
@@ -121,9 +119,8 @@ def _tasks(study: DoremiStudy, number: int, resources: Resources | None) -> list
     trained = run_task(_name("reference", number), folder / "reference.yaml", resources=resources)
     job = trained.job
     if job is not None:  # as many ranks as the reference run
-        arguments = (folder / "reference", "--out", cache, "--for", proxy)
-        paths = tuple(str(item.absolute()) if isinstance(item, Path) else item for item in arguments)
-        job = replace(job, script="reference.sbatch", arguments=paths)
+        run, out, reader = (str(path.absolute()) for path in (folder / "reference", cache, proxy))
+        job = replace(job, script="reference.sbatch", arguments=(run, "--out", out, "--for", reader))
 
     def compute() -> int:
         _finished(load_config(RunConfig, folder / "reference.yaml"))
@@ -141,10 +138,6 @@ def _target(study: DoremiStudy, resources: Resources | None) -> list[Task]:
 
 def _name(task: str, number: int) -> str:
     return task if number == 1 else f"{task}-{number}"
-
-
-def _never() -> bool:
-    return False
 
 
 def _is_computed(folder: Path) -> bool:
@@ -174,12 +167,9 @@ def _run_one(study: DoremiStudy, only: TaskName) -> int:
         )
     if only == "weights":
         _save_weights(study, _result(study, number)[0])
-    if only in ("configs", "weights"):
-        return EXIT_OK
-    tasks = {task.name: task for task in [*_tasks(study, number, None), *_target(study, None)]}
-    run = tasks[only if only == "target" else _name(only, number)].run
-    assert run is not None
-    return run()
+    tasks = _target(study, None) if only == "target" else _tasks(study, number, None)
+    wanted = only if only == "target" else _name(only, number)
+    return run_tasks([task for task in tasks if task.name == wanted], again=True)
 
 
 def _result(study: DoremiStudy, number: int) -> tuple[Weights, float]:

@@ -21,7 +21,8 @@ from megamix.core.log import get_logger
 from megamix.studies.slurm import slurm
 from megamix.studies.tasks import Job, Task, run_tasks
 
-SLURM_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "PMI")
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "PMI")
+"""Variables that a job does not inherit from a job that submits it."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,27 @@ class Chain:
         """Folder of the jobs' output."""
         return self.folder.absolute() / "slurm"
 
-    def open_jobs(self) -> list[tuple[Task, Job | None]]:
+    def jobs(self) -> list[tuple[Task, Job | None]]:
         """Each task with its job; None for one that is done. What follows a task that is not done is not done either,
-        but for the members of an array. Tasks without a job are run here."""
+        but for members of arrays. Tasks without a job are run here."""
         found: list[tuple[Task, Job | None]] = []
         for task in self.tasks:
-            job = task.job
-            if job is None:
+            if task.job is None:
                 run_tasks([task])
-            elif job.members is not None:
-                found.append((task, job if job.members else None))
+                continue
+            if task.job.members is not None:
+                done = not task.job.members
             else:
-                done = all(other is None for _, other in found) and task.is_done()
-                found.append((task, None if done else job))
+                done = all(job is None for _, job in found) and task.is_done()
+            found.append((task, None if done else task.job))
         return found
 
     def command(self, task: Task, job: Job, members: Sequence[int] | None, after: Sequence[str]) -> list[str]:
-        """The command line that submits a task.
-
-        Args:
-            after: the jobs of the task before.
-        """
-        pattern = "%x-%A_%a.out" if members is not None else "%x-%j.out"
+        """The command line that submits a task after the jobs ``after``."""
+        pattern = "%x-%j.out" if members is None else "%x-%A_%a.out"
         options = [f"--job-name={self.job_name(task)}", f"--output={self.logs / pattern}", "--export=ALL"]
         if members is not None:
-            limit = f"%{job.limit}" if job.limit else ""
-            options.append(f"--array={','.join(map(str, members))}{limit}")
+            options.append(f"--array={','.join(map(str, members))}" + (f"%{job.limit}" if job.limit else ""))
         if dependency := dependency_of(job, after):
             options.append(f"--dependency={dependency}")
         if after:
@@ -101,11 +97,11 @@ def submit(chain: Chain) -> None:
         InputError: something that Slurm refuses; nothing is submitted then.
     """
     log, inherited = get_logger(), _inherited()
-    jobs = chain.open_jobs()
+    jobs = chain.jobs()
     queued = {task.name: slurm.queued(chain.job_name(task)) for task, job in jobs if job is not None}
     for task, job in jobs:
         if job is not None and not queued[task.name]:
-            slurm.check(chain.command(task, job, job.members, ()), {**inherited, **chain.environment(job)})
+            slurm.check(chain.command(task, job, job.members, ()), inherited | chain.environment(job))
     _make_logs(chain)
     before: list[str] = []
     is_new = False
@@ -113,7 +109,7 @@ def submit(chain: Chain) -> None:
         if job is None:
             log.info("%s: done", task.name)
             continue
-        name, found = chain.job_name(task), queued[task.name]
+        name, found, members = chain.job_name(task), queued[task.name], job.members
         after = sorted({one.member_id for one in found})
         if found:
             states = ", ".join(sorted({one.state.lower() for one in found}))
@@ -121,12 +117,11 @@ def submit(chain: Chain) -> None:
             log.info("%s: not submitted again, job %s is %s (%s)", task.name, numbers, states, name)
             if is_new:
                 slurm.wait_for([one for one in found if one.state == "PENDING"], dependency_of(job, before))
-        members = job.members
         if members is not None:
             members = tuple(member for member in members if member not in {one.member for one in found})
         if members or (members is None and not found):
             command = chain.command(task, job, members, before)
-            number = slurm.submit(command, {**inherited, **chain.environment(job)})
+            number = slurm.submit(command, inherited | chain.environment(job))
             which = "" if members is None else f", members {', '.join(map(str, members))}"
             log.info("%s: submitted as job %d (%s)%s", task.name, number, name, which)
             after.append(str(number))
@@ -138,8 +133,8 @@ def show(chain: Chain) -> str:
     """What `submit` would do, without asking the cluster: the commands and the scripts they submit."""
     lines: list[str] = []
     before: list[str] = []
-    jobs = chain.open_jobs()
-    for task, job in jobs:
+    scripts: dict[Path, None] = {}
+    for task, job in chain.jobs():
         if job is None:
             lines.append(f"# {task.name}: done")
             continue
@@ -149,9 +144,9 @@ def show(chain: Chain) -> str:
             command = command.replace(f"'{placeholder}'", placeholder)
         lines += [f"# {task.name}", " ".join([*told, command]), ""]
         before = [f"<{task.name}>"]
-    for script in dict.fromkeys(job.script for _, job in jobs if job is not None):
-        text = (shipped_folder("slurm") / script).read_text(encoding="utf-8")
-        lines += [f"# ---- {shipped_folder('slurm') / script}", text]
+        scripts[shipped_folder("slurm") / job.script] = None
+    for script in scripts:
+        lines += [f"# ---- {script}", script.read_text(encoding="utf-8")]
     if shutil.which("sbatch") is None:
         lines.append("# There is no sbatch here: what the cluster has was not looked at.")
     return "\n".join(lines)
@@ -173,9 +168,7 @@ def _inherited() -> dict[str, str]:
         return found
     if found.get("OMP_NUM_THREADS") == found.get("SLURM_CPUS_PER_TASK"):  # set by slurm/rank.sh
         found.pop("OMP_NUM_THREADS", None)
-    return {
-        name: value for name, value in found.items() if name == "SLURM_CONF" or not name.startswith(SLURM_VARIABLES)
-    }
+    return {name: value for name, value in found.items() if name == "SLURM_CONF" or not name.startswith(OF_A_JOB)}
 
 
 def _make_logs(chain: Chain) -> None:

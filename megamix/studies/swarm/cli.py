@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamix.studies.slurm.options import Account, DryRun, GpusPerNode, Limit, Partition, Sbatch, TasksPerNode, Time
+from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 
 app = typer.Typer(
     help="Mixtures from a swarm of proxy runs: sample, train, fit, propose; and keep them as the domains change.",
@@ -61,35 +61,31 @@ def generate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@slurm_options
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
     at_once: AtOnce = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit those that are not done, as one array.")] = False,
-    gpus_per_node: GpusPerNode = None,
-    tasks_per_node: TasksPerNode = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
     limit: Limit = 0,
     dry_run: DryRun = False,
+    *,
+    resources: Resources,
 ) -> None:
     """Run the members of a swarm that are not done: on this machine, or as a Slurm array (the same as `megamix launch
     --chain swarm RUN_DIR/members`).
 
     Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
     """
-    from megamix.studies.slurm.placement import Resources
-    from megamix.studies.swarm.run.members import FOLDER
+    from megamix.studies.swarm.run.collect import FOLDER
     from megamix.studies.swarm.study import read_study
     from megamix.studies.swarm.tasks import submit_members
     from megamix.studies.swarm.tasks import swarm as take
 
+    resources.refuse_without_slurm(dry_run=dry_run, slurm=slurm)
     if not slurm:
         raise typer.Exit(take(config, overrides or [], "run", at_once=at_once))
     folder = read_study(config, overrides or []).run_dir / FOLDER
-    resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
     typer.echo(submit_members(folder, [], resources, limit, dry_run=dry_run), nl=False)
 
 
@@ -105,8 +101,8 @@ def collect(
 
     Example: megamix swarm collect configs/swarm/demo.yaml
     """
+    from megamix.studies.swarm.run.collect import FOLDER
     from megamix.studies.swarm.run.collect import collect as take
-    from megamix.studies.swarm.run.members import FOLDER
     from megamix.studies.swarm.study import read_study
 
     study = read_study(config, overrides or [])
@@ -123,6 +119,7 @@ def _swarm_keys(asked: bool) -> None:
 
 
 @app.command("all")
+@slurm_options
 def all_tasks(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -131,17 +128,11 @@ def all_tasks(
         typer.Option(help="Run this task alone."),
     ] = None,
     at_once: AtOnce = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit all tasks as jobs that wait for each other.")] = False,
-    gpus_per_node: GpusPerNode = None,
-    tasks_per_node: TasksPerNode = None,
-    target_nodes: Annotated[int | None, typer.Option(min=1, help="Of the target run; default: as of others.")] = None,
+    slurm: Slurm = False,
+    target_nodes: Annotated[int | None, typer.Option(min=1, help="Of the target run; default: --nodes.")] = None,
     target_gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="Of the target run; default: --gpus-per-node.")
     ] = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    sbatch: Sbatch = None,
     limit: Limit = 0,
     dry_run: DryRun = False,
     help_config: Annotated[
@@ -150,6 +141,8 @@ def all_tasks(
             "--help-config", is_eager=True, callback=_swarm_keys, help="Print every key of swarm, and its meaning."
         ),
     ] = False,
+    *,
+    resources: Resources,
 ) -> None:
     """A proposed mixture in one command: priors, generate, run, collect, fit, propose and, if asked for, a target run.
     What is done is passed over; what was interrupted goes on. The config is a run's, with the rest under the key swarm.
@@ -158,17 +151,14 @@ def all_tasks(
     """
     from dataclasses import replace
 
-    from megamix.studies.slurm.placement import Resources
     from megamix.studies.swarm.tasks import submit_swarm
     from megamix.studies.swarm.tasks import swarm as take
 
-    resources = Resources(None, gpus_per_node, tasks_per_node, time, partition, account, tuple(sbatch or ()))
-    target = replace(resources, nodes=target_nodes, gpus_per_node=target_gpus_per_node or gpus_per_node)
+    nodes, gpus = target_nodes or resources.nodes, target_gpus_per_node or resources.gpus_per_node
+    target = replace(resources, nodes=nodes, gpus_per_node=gpus)
+    target.refuse_without_slurm(only, dry_run=dry_run, slurm=slurm)
     if not slurm:
-        target.refuse_without_slurm(dry_run)
         raise typer.Exit(take(config, overrides or [], only, at_once=at_once))
-    if only is not None:
-        raise typer.BadParameter("a task alone runs here: leave out one of --only and --slurm.", param_hint="--only")
     typer.echo(submit_swarm(config, overrides or [], resources, target, limit, dry_run=dry_run), nl=False)
 
 

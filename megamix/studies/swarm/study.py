@@ -5,26 +5,30 @@ Legend: K domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megamix.core.config import apply_overrides, merge, read_yaml, validate
 from megamix.core.errors import InputError
+from megamix.core.files import replace_file
 from megamix.mixing.mixers import normalise_weights
-from megamix.studies.runs import write_yaml
+from megamix.studies.runs import refuse_settled, write_yaml
 from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.levels import Floats
 from megamix.studies.swarm.generate.mixtures import Sampler
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.question import read_amounts
 from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
-from megamix.studies.swarm.run.collect import CONFIG
+from megamix.studies.swarm.run.collect import CONFIG, FOLDER
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import Plan, make_plan
 
+RUNS = "runs"
 SETTLED = {"proxy": ("run_dir", "mixer", "mixture"), "target": ("run_dir", "mixture")}
 """Keys of each run that a config cannot set."""
 
@@ -75,6 +79,11 @@ class SwarmStudy:
         asked = self.config.update
         return None if asked is None else plan_update(asked, read_proposal(asked.previous), self.token_counts)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is no swarm, for the update leaves no weight to be found."""
+        return self.update is not None and self.update.settled
+
     @cached_property
     def token_counts(self) -> dict[str, int]:
         """{domain: training tokens}."""
@@ -103,7 +112,7 @@ class SwarmStudy:
     @cached_property
     def num_members(self) -> int:
         """Number of mixtures to try."""
-        if self.update is not None and self.update.settled:
+        if self.is_settled:
             return 0
         return self.config.generate.members or default_members(len(self.domains))
 
@@ -156,13 +165,12 @@ def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
     section = data.pop("swarm", None)
     source = str(config_path)
     config = validate(SwarmStudyConfig, {} if section is None else section, f"{source}, swarm")
-    for run, keys in SETTLED.items():
-        for key in keys:
-            if key in (getattr(config, run) or {}):
-                raise InputError(
-                    f"{source}: swarm.{run}.{key} cannot be set: a swarm settles the mixtures of its runs, where they are, and "
-                    "that the proxies' mixer is static. Remove the key."
-                )
+    refuse_settled(
+        config,
+        SETTLED,
+        f"{source}: swarm",
+        "a swarm settles the mixtures of its runs, where they are, and that the proxies' mixer is static. Remove the key.",
+    )
     if config.propose.worst:
         raise InputError(
             f"{source}: swarm.propose.worst cannot be set: the target would be trained on it. Remove it, and take `megamix swarm "
@@ -173,3 +181,45 @@ def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
     study.sampler.check()
     write_yaml(run_dir / CONFIG, {**study.base, "swarm": config.model_dump(mode="json")})
     return study
+
+
+def write_members(swarm: Path, base: dict[str, Any], domains: Sequence[str], weights_NK: Floats, source: str) -> None:
+    """Writes SWARM/members/NNNN.yaml, a config for each row of weights.
+
+    A file that holds its config already is left alone. A config that was run already is not replaced by another.
+
+    Args:
+        base: the keys that all members share.
+        weights_NK: float64 [N, K].
+        source: of ``base``, for messages.
+
+    Raises:
+        InputError: an invalid config, a run that was made with another one, or a folder that cannot be written to.
+    """
+    folder = swarm / FOLDER
+    wanted: dict[Path, bytes] = {}
+    for number, row in enumerate(weights_NK.tolist()):
+        name = f"{number:04}"
+        changes = {"run_dir": str(swarm / RUNS / name), "mixer": {"name": "static"}}
+        mixture = dict(zip(domains, row, strict=True))
+        config = validate(
+            RunConfig, {**merge(base, changes, KINDS), "mixer": changes["mixer"], "mixture": mixture}, source
+        )
+        wanted[folder / f"{name}.yaml"] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+    present = {path: path.read_bytes() for path in folder.glob("*.yaml")} if folder.is_dir() else {}
+    for path, content in present.items():
+        if wanted.get(path) != content and (swarm / RUNS / path.stem).exists():
+            what = "is no longer one of the swarm's" if path not in wanted else "has another config now"
+            raise InputError(
+                f"member {path.stem} of {swarm} was run, and {what}: its result would not be that of this swarm. Take "
+                f"another run_dir for the new swarm, undo the change, or delete {swarm / RUNS} to begin anew."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in present.keys() - wanted.keys():
+            path.unlink()
+        for path, content in wanted.items():
+            if present.get(path) != content:
+                replace_file(path, content)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}. Choose another run_dir.") from error

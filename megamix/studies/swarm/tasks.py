@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ from megamix.core.log import get_logger
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job, members_of, run_task, write_yaml
-from megamix.studies.slurm.placement import Resources
+from megamix.studies.slurm.resources import Resources
 from megamix.studies.slurm.submit import submit_or_show
 from megamix.studies.swarm.fit.fitted import JSON as FIT
 from megamix.studies.swarm.fit.tables import write_ratios
@@ -40,9 +40,8 @@ from megamix.studies.swarm.priors import FILE as PRIORS
 from megamix.studies.swarm.priors import Priors
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
 from megamix.studies.swarm.propose.update import UPDATE_FILE
-from megamix.studies.swarm.run.collect import METRICS, RATIOS, collect, is_collected, place_of_tables
-from megamix.studies.swarm.run.members import FOLDER, write_members
-from megamix.studies.swarm.study import SwarmStudy, read_study, tokens_of
+from megamix.studies.swarm.run.collect import FOLDER, METRICS, RATIOS, collect, is_collected, place_of_tables
+from megamix.studies.swarm.study import SwarmStudy, read_study, tokens_of, write_members
 from megamix.studies.swarm.update import cost
 from megamix.studies.tasks import Job, Stamp, Task, run_tasks
 from megamix.training.job.local_ranks import job_world_size
@@ -54,7 +53,7 @@ TaskName = Literal["priors", "generate", "run", "collect", "fit", "propose", "ta
 MIXTURES = "swarm.csv"
 LOGS = "logs"
 ARRAY = "swarm"
-"""The task of the members, also of ``megamix launch --chain swarm``: one finds the jobs of the other."""
+"""The array of the members on Slurm, also of ``megamix launch --chain swarm``: one finds the jobs of the other."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,12 @@ class Submission:
     target: Resources
     limit: int
 
-    def job(self, task: TaskName) -> Job | None:
-        """The job of a task of one process."""
-        return command_job((*self.command, "--only", task), self.resources)
-
 
 def swarm(config_path: Path, overrides: list[str], only: TaskName | None = None, *, at_once: int | None = None) -> int:
     """Runs all tasks that are not done, or one; returns the exit code.
 
     Args:
-        only: this task alone, even if it is done.
+        only: this task alone, even if it is done; with the mixtures also the priors.
         at_once: members that run at a time, in the place of ``swarm.run.at_once``.
 
     Raises:
@@ -97,10 +92,19 @@ def swarm(config_path: Path, overrides: list[str], only: TaskName | None = None,
         if only is None:
             _tell_cost(study)
             return run_tasks(_tasks(study, at_once))
-        runs = _runs(study, at_once)
-        if only == "generate":
-            runs["priors"]()
-        return runs[only]()
+        _refuse_absent(study, only)
+        names = ("priors", "generate") if only == "generate" else (only,)
+        return run_tasks((task for task in _tasks(study, at_once) if task.name in names), again=True)
+
+
+def _refuse_absent(study: SwarmStudy, only: TaskName) -> None:
+    """Raises InputError for a task that the study does not have."""
+    if only == "target" and study.target is None:
+        raise InputError(f"{study.source}: swarm.target is null, so there is no target run. Set it to {{}} or to keys.")
+    if only not in ("priors", "propose", "target") and study.is_settled:
+        raise InputError(
+            f"{study.source}: this update leaves no weight to be found, so there is no swarm. `megamix swarm all` writes its mixture."
+        )
 
 
 def submit_swarm(
@@ -131,49 +135,30 @@ def submit_members(folder: Path, overrides: list[str], resources: Resources, lim
     members = members_of(folder, overrides)
     job = members_job(folder, overrides, members, resources, limit)
     gather = ("launch", *job.arguments, "--chain", "swarm", "--gather")
-    tasks = [
-        Task(ARRAY, lambda: not job.members, job=job),
-        # Of those that have ended well, too, where others have not.
-        Task("results", lambda: is_collected(folder, members), job=command_job(gather, resources, "afterany")),
-    ]
+    tables = command_job(gather, resources, "afterany")  # of those that have ended well, where others have not
+    tasks = [Task(ARRAY, job=job), Task("results", lambda: is_collected(folder, members), job=tables)]
     return submit_or_show(place_of_tables(folder), tasks, dry_run=dry_run)
 
 
 def _tasks(study: SwarmStudy, at_once: int | None, slurm: Submission | None = None) -> Iterator[Task]:
     """The tasks of a swarm, each made when those before it are done or submitted: an array is made of configs."""
-    runs, folder = _runs(study, at_once), study.run_dir / FOLDER
+    folder = study.run_dir / FOLDER
 
     def job(task: TaskName) -> Job | None:
-        return None if slurm is None else slurm.job(task)
+        return slurm and command_job((*slurm.command, "--only", task), slurm.resources)
 
-    yield Task("priors", _never, runs["priors"])
-    if study.update is None or not study.update.settled:
-        yield Task("generate", _never, runs["generate"])
+    yield Task("priors", run=lambda: _priors(study))
+    if not study.is_settled:
+        yield Task("generate", run=lambda: _generate(study))
         array = slurm and members_job(folder, [], members_of(folder, []), slurm.resources, slurm.limit)
-        yield Task(ARRAY, _never, runs["run"], array)
-        yield Task("collect", lambda: _tables(study).holds(), runs["collect"], job("collect"))
-        yield Task("fit", _law(study).holds, runs["fit"], job("fit"))
-    yield Task("propose", _mixture(study).holds, runs["propose"], job("propose"))
+        yield Task(ARRAY if slurm else "run", run=lambda: _run(study, at_once), job=array)
+        yield Task("collect", lambda: _tables(study).holds(), lambda: _collect(study), job("collect"))
+        yield Task("fit", _law(study).holds, lambda: _fit(study), job("fit"))
+    yield Task("propose", lambda: _mixture(study).holds(), lambda: _propose(study), job("propose"))
     if study.target is not None:
-        yield _target(study, slurm and slurm.target)
-
-
-def _runs(study: SwarmStudy, at_once: int | None) -> dict[TaskName, Callable[[], int]]:
-    """How each task runs here."""
-    return {
-        "priors": lambda: _priors(study),
-        "generate": lambda: _generate(study),
-        "run": lambda: _run(study, at_once),
-        "collect": lambda: _collect(study),
-        "fit": lambda: _fit(study),
-        "propose": lambda: _propose(study),
-        "target": lambda: _run_target(study),
-    }
-
-
-def _never() -> bool:
-    """Priors and mixtures are made in no time, and the members say themselves how many are done."""
-    return False
+        path = study.run_dir / "target.yaml"
+        write_yaml(path, study.target.model_dump(mode="json"))
+        yield run_task("target", path, [study.run_dir / SWARM_MIXTURE], slurm and slurm.target)
 
 
 def _priors(study: SwarmStudy) -> int:
@@ -190,10 +175,6 @@ def _priors(study: SwarmStudy) -> int:
 
 
 def _generate(study: SwarmStudy) -> int:
-    if not study.num_members:
-        raise InputError(
-            f"{study.source}: this update leaves no weight to be found, so there is no swarm. `megamix swarm all` writes its mixture."
-        )
     path = study.config.generate.existing_mix_file
     existing = None if path is None else _read_mixtures(path, study.domains)
     weights = sample(study.sampler, study.num_members, existing)
@@ -257,7 +238,7 @@ def _propose(study: SwarmStudy) -> int:
     from megamix.studies.swarm.propose.propose import propose_in, propose_settled
     from megamix.studies.swarm.propose.report import report
 
-    if study.update is not None and study.update.settled:
+    if study.update is not None and study.is_settled:
         _, path = propose_settled(study.run_dir, study.update)
         get_logger().info("nothing is to be found: the old weights, scaled to sum 1, are in %s", path)
     else:
@@ -268,20 +249,6 @@ def _propose(study: SwarmStudy) -> int:
         report(*propose_in(study.run_dir, options)).show()
     _mixture(study).set()
     return EXIT_OK
-
-
-def _target(study: SwarmStudy, resources: Resources | None = None) -> Task:
-    if study.target is None:
-        raise InputError(f"{study.source}: swarm.target is null, so there is no target run. Set it to {{}} or to keys.")
-    path = study.run_dir / "target.yaml"
-    write_yaml(path, study.target.model_dump(mode="json"))
-    return run_task("target", path, [study.run_dir / SWARM_MIXTURE], resources)
-
-
-def _run_target(study: SwarmStudy) -> int:
-    run = _target(study).run
-    assert run is not None
-    return run()
 
 
 def _tell_cost(study: SwarmStudy) -> None:

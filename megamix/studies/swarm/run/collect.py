@@ -25,14 +25,14 @@ from megamix.studies.runs import Member, members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
 from megamix.studies.swarm.propose.update import UpdatePlan
-from megamix.studies.swarm.run.members import FOLDER
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 
 RATIOS = "ratios.csv"
 METRICS = "metrics.csv"
 CONFIG = "swarm.yaml"
-"""The resolved job of a swarm, in its directory."""
+"""The resolved config of a swarm, in its directory."""
+FOLDER = "members"
 
 
 def place_of_tables(folder: Path) -> Path:
