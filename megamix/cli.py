@@ -12,7 +12,7 @@ import typer
 
 from megamix.core.errors import EXIT_FAILED, MegamixError
 from megamix.interop.blend_files.cli import app as blend
-from megamix.studies.launch import launch
+from megamix.studies.launch import Overrides, launch
 from megamix.studies.slurm.resources import DryRun, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
 
@@ -27,13 +27,6 @@ app.add_typer(blend, name="blend")
 app.add_typer(swarm, name="swarm")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE | FILE.yaml]...",
-        help="Keys of the config to change, for example train.steps=100, or files of them.",
-    ),
-]
 
 
 @app.command()

@@ -14,6 +14,14 @@ from megamix.studies.slurm.resources import DryRun, Limit, Resources, slurm_opti
 if TYPE_CHECKING:
     from megamix.studies.tasks import Task
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE | FILE.yaml]...",
+        help="Keys of the config to change, for example train.steps=100, or files of them.",
+    ),
+]
+
 
 @slurm_options
 def launch(
@@ -21,13 +29,7 @@ def launch(
     source: Annotated[
         str, typer.Argument(metavar="CONFIG | FOLDER", help="A YAML file; of a swarm, a folder with one for each run.")
     ],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE | FILE.yaml]...",
-            help="Keys of the config to change, for example train.steps=100, or files of them.",
-        ),
-    ] = None,
+    arguments: Overrides = None,
     chain: Annotated[
         Literal["train", "doremi", "swarm", "prepare"], typer.Option(help="What to submit; train: one run.")
     ] = "train",

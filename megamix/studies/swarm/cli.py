@@ -252,8 +252,8 @@ def update(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write DIR/update.json.")] = None,
     tokens_per_run: Annotated[float | None, typer.Option(help="Tokens of a proxy run, for the cost.")] = None,
 ) -> None:
-    """Show what an update of the domains comes to and costs: what is frozen, what is free, and the proxy runs against
-    finding all weights anew. Where nothing is free (a removal), DIR/mixture.json is written, too.
+    """Show an update of the domains and its cost: what is frozen, what is free, and the proxy runs against finding all
+    weights anew. Where nothing is free (a removal), DIR/mixture.json is written, too.
 
     Example: megamix swarm update add_law.yaml data/new --out runs/swarm2
     """

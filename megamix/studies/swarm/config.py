@@ -59,6 +59,6 @@ class SwarmStudyConfig(Config):
     """The mixture that follows. Its target_tokens are those of the target run, where there is one and they are not
     given."""
     update: UpdateConfig | None = None
-    """How the domains differ from those of a mixture found before. With it only what the change touches is swarmed."""
+    """How the domains differ from those of an earlier mixture. With it only what the change touches is swarmed."""
     target: dict[str, Any] | None = None
     """Keys of a run with the proposed mixture that differ, {} for none; null: no target run."""

@@ -118,8 +118,8 @@ class SwarmStudy:
 
     @cached_property
     def centre(self) -> dict[str, float]:
-        """{domain: share} of all real domains: what members are drawn around, and a proposal is held near to. The
-        frozen domains of an update share that of `existing` as they do in the prior, not as in the old mixture."""
+        """{domain: share} of all real domains, around which members are drawn and near which a proposal is held. The
+        frozen domains of an update divide the share of `existing` as in the prior, not as in the old mixture."""
         found = dict(zip(self.domains, self.sampler.centre.tolist(), strict=True))
         if self.update is None:
             return found

@@ -1,4 +1,4 @@
-"""The tables of a swarm (`megamix.studies.swarm.fit.tables`): what each run was trained on, and what came of it.
+"""The tables of a swarm (`megamix.studies.swarm.fit.tables`): the mixture each run was trained on, and its metrics.
 
     run,name,index,web,code      run,name,index,loss:web,loss:code
     0000,0000,0,0.7,0.3          0000,0000,0,3.1,2.2
@@ -36,7 +36,7 @@ FOLDER = "members"
 
 
 def place_of_tables(folder: Path) -> Path:
-    """The directory of the swarm that a folder of configs is of; of others the folder itself."""
+    """The directory of the swarm whose members a folder holds; of other folders the folder itself."""
     parent = folder.absolute().parent
     return parent if folder.name == FOLDER and (parent / CONFIG).is_file() else folder
 
@@ -47,8 +47,8 @@ def collect(
     """Writes ratios.csv and metrics.csv of the runs of a folder of configs.
 
     Args:
-        metrics: what to collect; None: what the swarm of the folder asks for.
-        partial: of those that are done, where others are not.
+        metrics: None: those in the config of the swarm.
+        partial: of the runs that are done, where others are not.
 
     Returns:
         The folder of the two files.
@@ -96,7 +96,7 @@ def is_collected(folder: Path, members: Sequence[Member]) -> bool:
 
 
 def _metrics_of(swarm: Path) -> MetricsConfig:
-    """What the job in a directory collects; the default where there is no job."""
+    """The metrics in a swarm's config; the default where there is none."""
     path = swarm / CONFIG
     section = read_yaml(path).get("swarm", {}) if path.is_file() else {}
     return validate(MetricsConfig, section.get("metrics", {}), f"{path}, swarm.metrics")
