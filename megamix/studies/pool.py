@@ -100,15 +100,14 @@ class _Pool:
         return EXIT_OK
 
     def _run(self, member: Member) -> None:
-        """Runs a member to its end."""
-        path, began = self._logs / f"{member.name}.log", time.monotonic()
-        slot = self._slots.get()
-        with path.open("ab") as log:
-            offset = log.tell()
-            with self._lock:
+        """Runs a member to its end, unless the pool stops."""
+        slot, began, path = self._slots.get(), time.monotonic(), self._logs / f"{member.name}.log"
+        try:
+            with path.open("ab") as log, self._lock:
                 if self._stopping:
                     return
-                process = subprocess.Popen(
+                offset = log.tell()
+                self._running[member.name] = process = subprocess.Popen(
                     [sys.executable, "-m", "megamix", "train", str(member.path), *self._overrides],
                     env=os.environ | _environment(member, slot, self._at_once),
                     stdin=subprocess.DEVNULL,
@@ -117,9 +116,9 @@ class _Pool:
                     process_group=0,  # the terminal's Ctrl-C reaches it from here, once
                     preexec_fn=die_with_parent,
                 )
-                self._running[member.name] = process
-        code = process.wait()
-        self._slots.put(slot)
+            code = process.wait()
+        finally:
+            self._slots.put(slot)
         with self._lock:
             del self._running[member.name]
             self._note(member, code, time.monotonic() - began, path, offset)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,34 @@ def test_a_second_swarm_does_not_work_in_the_same_place(megamix: Megamix, tiny_c
     with RunLock(tmp_path / "run"):
         said = megamix("swarm", "run", config, code=2).stderr
     assert f"another job works in {tmp_path / 'run'}" in said
+
+
+def test_asked_to_stop_no_other_member_begins_and_a_second_time_all_end(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that does not heed TERM takes the place of Python; three times as many members wait as run."""
+    from megamix.studies.pool import run_members
+
+    config = swarm_config(tiny_config, swarm={"generate": {"members": 8}})
+    assert swarm(config, [], "generate") == 0
+    deaf = tmp_path / "deaf"
+    deaf.write_text("#!/bin/bash\ntrap '' TERM\necho begun\nwhile :; do sleep 0.1; done\n")
+    deaf.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(deaf))
+    logs = tmp_path / "logs"
+
+    def ask_twice() -> None:
+        for seen in (lambda: sum(path.stat().st_size > 0 for path in logs.glob("*.log")) == 2,
+                     lambda: "(2) save and stop" in caplog.text):  # fmt: skip
+            while not seen():
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_twice, daemon=True).start()
+    assert run_members(members_of(tmp_path / "run" / "members", []), [], 2, logs) == 75
+    assert "asked a second time" in caplog.text
+    assert caplog.text.count(": stopped") == 2
+    assert sorted(path.name for path in logs.iterdir() if path.stat().st_size) == ["0000.log", "0001.log"]
 
 
 def test_members_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tiny_config: Write, tmp_path: Path) -> None:
