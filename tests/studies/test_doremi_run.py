@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,9 +312,9 @@ def test_rounds(tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: p
     }
     out, taken = tmp_path / "run", []
 
-    def finished(config: RunConfig) -> dict[str, Any]:
+    def finished(config: RunConfig) -> SimpleNamespace:
         weights = found.get(str(config.run_dir.relative_to(out)), {})
-        return {"mixer": {"domains": list(weights), "average_weights": list(weights.values())}}
+        return SimpleNamespace(mixer={"domains": list(weights), "average_weights": list(weights.values())})
 
     def step(path: Path, *rest: object) -> int:
         taken.append(str(path.relative_to(out)))
