@@ -255,10 +255,9 @@ def _become(arguments: list[str], environment: dict[str, str]) -> Never:
     """Is ``python ARGUMENTS`` from here to its end."""
     os.environ.clear()
     os.environ.update(environment)
-    added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     is_module = arguments[0] == "-m"
-    sys.path[0] = os.getcwd() if is_module else str(Path(arguments[0]).parent)
-    sys.path[1:1] = added
+    sys.path[0] = os.getcwd() if is_module else str(Path(arguments[0]).parent)  # this file's folder until now
+    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     code: Any = 0
     try:
         if is_module:

