@@ -24,7 +24,7 @@ from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.fit.huber import Problems, solve
 from megamix.studies.swarm.fit.law import fit_log_linear, log_floor, predict
 from megamix.studies.swarm.fit.plots import effects
-from megamix.studies.swarm.fit.quality import fold_of_runs, quality, ranks
+from megamix.studies.swarm.fit.quality import fold_of_runs, quality
 from megamix.studies.swarm.fit.selection import pick, split
 from megamix.studies.swarm.fit.tables import SwarmTable, write_metrics, write_ratios
 
@@ -119,8 +119,13 @@ def test_folds() -> None:
     assert not np.array_equal(fold_of_runs(41, None, 1), fold_of_runs(41, None, 2))
 
 
-def test_ranks_share_places() -> None:
-    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+def test_quality_by_hand() -> None:
+    """Equal values share the mean of their ranks, 3.5 1 3.5 2 beside 2 1 3 4; what is undefined is None."""
+    values = np.array([[3.0], [1.0], [3.0], [2.0]]), np.array([[2.0], [1.0], [3.0], [4.0]])
+    found = quality(*values, ["m"])["m"]
+    assert found["spearman"] == pytest.approx(1.5 / np.sqrt(4.5 * 5))
+    assert found["rmse"] == pytest.approx(np.sqrt(5 / 4))
+    assert found["r2"] == pytest.approx(1 - 5 / 2.75)
     undefined = quality(np.array([[1.0], [2.0]]), np.array([[5.0], [5.0]]), ["m"])["m"]
     assert undefined["spearman"] is None
     overflow = quality(np.array([[1.0], [2.0]]), np.array([[1e300], [5.0]]), ["m"])["m"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_solvers import by_cvxpy, by_slsqp, objective
+from reference_solvers import by_slsqp, objective
 from synthetic import known_law, swarm_of
 from typer.testing import CliRunner
 
@@ -67,7 +67,7 @@ def test_without_noise_the_optimum_of_the_true_law_is_found(size: int, capped: b
     table = swarm_of(law, 2 * size + 8)
     found = propose(fitted_of(fit_log_linear(table, starts=2), table), uniform(law), kl=0.05, caps=caps)
     p = true_problem(law, caps, 0.05)
-    best = by_slsqp(p) if size <= 8 else by_cvxpy(p)
+    best = by_slsqp(p)
     assert np.array(list(found.weights.values())) == pytest.approx(best, abs=1e-3)
     assert list(found.predicted.values()) == pytest.approx(law.predict(best[None])[0], abs=1e-3)
     at_cap = [weight > caps[name] - 1e-6 for name, weight in found.weights.items()] if caps else [False]

@@ -1,11 +1,9 @@
-"""Problems of proposals for tests, and independent ways to solve them: SLSQP of scipy, and cvxpy with Clarabel."""
+"""Problems of proposals for tests, and an independent solver: SLSQP of scipy."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import cvxpy
 import numpy as np
 from scipy.optimize import minimize
 
@@ -35,21 +33,10 @@ def by_slsqp(p: Problem) -> Floats:
     found = minimize(
         lambda x: objective(p, np.maximum(x, 1e-300)),
         p.cap_K / p.cap_K.sum(),
+        jac=lambda x: (p.v_J * np.exp(p.A_JK @ x)) @ p.A_JK + p.kl * (np.log(np.maximum(x, 1e-300) / p.prior_K) + 1),
         bounds=[(1e-12, cap) for cap in p.cap_K],
-        constraints={"type": "eq", "fun": lambda x: x.sum() - 1},
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like},
         method="SLSQP",
         options={"ftol": 1e-15, "maxiter": 1000},
     )
     return found.x
-
-
-def by_cvxpy(p: Problem) -> Floats:
-    x = cvxpy.Variable(p.prior_K.size)
-    smooth = p.v_J @ cvxpy.exp(p.A_JK @ x)
-    whole = smooth + p.kl * cvxpy.sum(cvxpy.rel_entr(x, p.prior_K)) if p.kl else smooth
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it came less near than it was asked to
-        cvxpy.Problem(cvxpy.Minimize(whole), [cvxpy.sum(x) == 1, x >= 0, x <= p.cap_K]).solve(
-            solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12
-        )
-    return np.clip(x.value, 0, p.cap_K) / np.clip(x.value, 0, p.cap_K).sum()

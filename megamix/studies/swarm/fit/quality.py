@@ -56,21 +56,16 @@ def family_means(values_RJ: Array, names: Sequence[str], families: Mapping[str, 
     return np.stack(columns, axis=1)
 
 
-def ranks(values_R: Array) -> Array:
-    """float64 [R], from 0; equal values share the mean of their places."""
-    _, group_R, size_G = np.unique(values_R, return_inverse=True, return_counts=True)
-    return (np.cumsum(size_G) - (size_G + 1) / 2)[group_R]
-
-
 def _one(actual_R: Array, predicted_R: Array) -> dict[str, float | None]:
+    from scipy.stats import spearmanr
+
     with np.errstate(over="ignore"):
         squares = float(((actual_R - predicted_R) ** 2).sum())
     spread = float(((actual_R - actual_R.mean()) ** 2).sum())
-    place_R, predicted_place_R = ranks(actual_R), ranks(predicted_R)
-    both_vary = bool(np.ptp(place_R) and np.ptp(predicted_place_R))
+    both_vary = bool(np.ptp(actual_R) and np.ptp(predicted_R))
     return {
         "r2": _finite(1 - squares / spread) if spread else None,
-        "spearman": float(np.corrcoef(place_R, predicted_place_R)[0, 1]) if both_vary else None,
+        "spearman": float(spearmanr(actual_R, predicted_R).statistic) if both_vary else None,
         "rmse": _finite(np.sqrt(squares / len(actual_R))),
     }
 
