@@ -32,8 +32,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "", lost: str = "Check the path.") -> str:
     """The text of a file.
+
+    Args:
+        what: the kind of file, for messages: ``the manifest``.
+        lost: what to do about a file that cannot be read.
 
     Raises:
         InputError: it cannot be read, or is no text.
@@ -41,25 +45,31 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+        named = f"{what} {path}".lstrip()
+        raise InputError(f"cannot read {named}: {error.strerror or error}. {lost}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not text: {error}. Check the path.") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, what: str = "", lost: str = "Check the path.", damaged: str = "Correct it.") -> Any:
     """The value in a JSON file.
+
+    Args:
+        what, lost: see `read_text`.
+        damaged: what to do about a file that is no JSON.
 
     Raises:
         InputError: it cannot be read, is no JSON, or has an object with the same key twice.
     """
+    text = read_text(path, what, lost)
     try:
-        return json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique_keys(pairs, path))
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}. Correct it.") from error
+        raise InputError(f"{path} is not valid JSON: {error}. {damaged}") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """The object of ``pairs``; json would keep the last of two equal keys."""
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """json keeps the last of two equal keys in silence."""
     names = [name for name, _ in pairs]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,15 @@ def plural(count: int, noun: str, many: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
-def listed(items: Sequence[str], most: int = 12) -> str:
-    """The first items, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """``a, b and 3 more``: the first names with commas, and how many are left, so that 300 do not fill the screen."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def by_name(names: Iterable[str], values: Any) -> dict[str, Any]:
+    """``{name: value}``, with the Python numbers of an array."""
+    return dict(zip(names, values.tolist() if hasattr(values, "tolist") else values, strict=True))
 
 
 @dataclass(frozen=True)

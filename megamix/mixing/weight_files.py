@@ -103,7 +103,7 @@ def _of_json(data: Any, path: Path, domains: Sequence[str]) -> Mapping[str, Any]
     found = [(name, keys) for name, keys in _FORMATS if keys & data.keys()]
     if len(found) != 1:
         seen = " and ".join(name for name, _ in found) or "something else than numbers"
-        raise InputError(f"{path} holds {seen} (keys {listed(list(data), 6)}). Give one format in a file.")
+        raise InputError(f"{path} holds {seen} (keys {listed(data, 6)}). Give one format in a file.")
     name, keys = found[0]
     stray = sorted(key for key, value in data.items() if key not in keys and isinstance(value, int | float))
     if stray and keys not in (_RECORD_KEYS, _SWARM_KEYS):
@@ -132,9 +132,7 @@ def _of_records(data: Sequence[Any], path: Path) -> Mapping[str, Any]:
                 f"{path}: entry {number} is {record!r}, expected an object with domain_names and domain_weights."
             )
         if (_DOREMI_KEYS | PER_SPLIT_KEYS) & record.keys():
-            raise InputError(
-                f"{path}: entry {number} has the keys {listed(list(record), 6)}. Give one format in a file."
-            )
+            raise InputError(f"{path}: entry {number} has the keys {listed(record, 6)}. Give one format in a file.")
     if not data:
         raise InputError(f"{path} is an empty list, expected objects with domain_names and domain_weights.")
     return [_of_record(record, f"{path}, entry {number}") for number, record in enumerate(data, start=1)][-1]

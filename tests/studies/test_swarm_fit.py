@@ -296,7 +296,7 @@ def test_warnings(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
         ("fit.json", b"{}", "is not a fit of"),
         ("fit.json", b'{"format": "megamix swarm fit", "version": 99}', "has version 99, this megamix reads 1"),
         ("fit.json", b'{"format": "megamix swarm fit", "version": 1}', "has no 'runs'"),
-        ("fit.json", b"{", "cannot read"),
+        ("fit.json", b"{", "is not valid JSON.*Fit the swarm again"),
         ("fit.npz", None, "cannot read"),
         ("fit.npz", b"PK\x03\x04 cut off", "cannot read"),
     ],

@@ -18,7 +18,7 @@ import pydantic
 
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.files import read_json, replace_file
 from megamix.data.tokens.indexed import bin_path, idx_path
 from megamix.data.tokens.stream import DomainTokens
 
@@ -142,7 +142,12 @@ class Manifest(Config):
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        data = _read_json(path)
+        data = read_json(
+            path,
+            "the manifest",
+            lost="Run `megamix prepare`, or check the path.",
+            damaged="Run `megamix prepare` again.",
+        )
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             seen = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{path} is no megamix manifest: its format is {seen!r}, expected {FORMAT!r}.")
@@ -296,17 +301,6 @@ def _identity(domain: DomainEntry) -> list[object]:
     splits = (domain.train, domain.validation)
     ranges = [split.ranges for split in splits]
     return [domain.name, *(list(split.sha256) for split in splits), *(ranges if any(ranges) else ())]
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"cannot read the manifest {path}: {error.strerror or error}. Run `megamix prepare`, or check the path."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}. Run `megamix prepare` again.") from error
 
 
 def digest(entry: DomainEntry) -> str:

@@ -42,7 +42,7 @@ def normalise_weights(
     """
     if isinstance(weights, str) or not hasattr(weights, "__iter__"):
         raise InputError(f"{source}: {weights!r} are no weights. Give one number a domain, or a mapping by name.")
-    values = _by_name(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
+    values = _in_order(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
     if len(values) != len(domains):
         raise InputError(
             f"{source}: {len(values)} weights for {len(domains)} domains ({listed(domains)}). Give one weight a domain."
@@ -69,7 +69,7 @@ def normalise_weights(
     return result / total
 
 
-def _by_name(weights: Mapping[str, float], domains: Sequence[str], source: str) -> list[Any]:
+def _in_order(weights: Mapping[str, float], domains: Sequence[str], source: str) -> list[Any]:
     """The values of a mapping in the order of ``domains``; every name must be there, and no other."""
     for name in weights:
         if name not in domains:

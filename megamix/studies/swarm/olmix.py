@@ -23,10 +23,10 @@ import pydantic
 from megamix.core.config import Config, apply_overrides, read_yaml, validate
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_file
+from megamix.core.text import listed
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fit import fit
 from megamix.studies.swarm.fit.fitted import Fitted
-from megamix.studies.swarm.fit.tables import listed
 from megamix.studies.swarm.propose.config import ProposeConfig
 
 SECTIONS = ("swarm", "priors", "eval", "proposer", "constraints", "filtering")

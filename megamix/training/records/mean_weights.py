@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.text import by_name
 from megamix.training.records.ledger import Ledger
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -33,21 +32,17 @@ def run_weights(run: RecordedRun, which: str) -> dict[str, float]:
         raise InputError(f"--which {which}: no such weights." + did_you_mean(which, WHICH))
     last = run.ledger.lines[-1]
     if which == "initial":
-        return _by_name(run.ledger.lines[0], "domain_weights")
+        return by_name(run.ledger.lines[0]["domain_names"], run.ledger.lines[0]["domain_weights"])
     if which == "final":
-        return _by_name(
-            last, "loss_weights" if {"average_weights", "loss_weights"} <= last.keys() else "domain_weights"
-        )
+        key = "loss_weights" if {"average_weights", "loss_weights"} <= last.keys() else "domain_weights"
+        return by_name(last["domain_names"], last[key])
     if run.position == 0:
         raise InputError(f"the run {run.run_dir} has not trained yet: no weights to average. Use --which initial.")
     if which == "mean":
-        found = "average_weights" in last
-        return _by_name(last, "average_weights") if found else mean_weights(run.ledger, 0, run.position)
+        if "average_weights" in last:
+            return by_name(last["domain_names"], last["average_weights"])
+        return mean_weights(run.ledger, 0, run.position)
     return {name: count / run.position for name, count in run.ledger.counts(run.position).items()}
-
-
-def _by_name(line: Mapping[str, Any], key: str) -> dict[str, float]:
-    return dict(zip(line["domain_names"], line[key], strict=True))
 
 
 def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.log import get_logger
-from megamix.core.text import Report, Table, number, plural
+from megamix.core.text import Report, Table, by_name, listed, number, plural
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.fit.huber import Problems, solve
@@ -18,7 +18,7 @@ from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear, fit_weig
 from megamix.studies.swarm.fit.quality import GOOD_RANKS, Quality, family_quality, fold_of_runs, quality
 from megamix.studies.swarm.fit.regressors import Model, fit_processes, fit_trees
 from megamix.studies.swarm.fit.selection import check_enough, read_selected, split
-from megamix.studies.swarm.fit.tables import SwarmTable, listed
+from megamix.studies.swarm.fit.tables import SwarmTable
 
 Array = NDArray[np.float64]
 RIDGES = (0.0, 0.01, 0.1, 1.0, 10.0)
@@ -149,7 +149,7 @@ def bootstrap(table: SwarmTable, model: Model, config: FitConfig, ridge: float) 
 
 def report(fitted: Fitted, out: Path) -> Report:
     """How well the fit predicts runs that it has not seen, and where everything is; warns where that is badly."""
-    spread = dict(zip(fitted.metrics, fitted.table.values_RJ.std(axis=0).tolist(), strict=True))
+    spread = by_name(fitted.metrics, fitted.table.values_RJ.std(axis=0))
     rows = [_row(name, fitted.cross_validation[name], spread[name]) for name in fitted.metrics]
     rows += [_row(f"family {name}", one, None) for name, one in fitted.family_cross_validation.items()]
     rows.append(_row("mean", {key: _mean(fitted.cross_validation, key) for key in ("r2", "spearman", "rmse")}, None))
@@ -205,7 +205,7 @@ def _coefficients(model: Model) -> dict[str, Any] | None:
     if not isinstance(model, LogLinearLaw):
         return None
     return {
-        metric: {"floor": float(np.exp(c)), "A": dict(zip(model.domains, a_K.tolist(), strict=True))}
+        metric: {"floor": float(np.exp(c)), "A": by_name(model.domains, a_K)}
         for metric, c, a_K in zip(model.metrics, model.c_J, model.A_JK, strict=True)
     }
 

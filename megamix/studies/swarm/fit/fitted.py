@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import read_json, replace_file
 from megamix.studies.swarm.fit.config import Regression
 from megamix.studies.swarm.fit.law import LogLinearLaw, predict
 from megamix.studies.swarm.fit.quality import Quality
@@ -125,7 +125,7 @@ class Fitted:
             InputError: there is no fit, or it is damaged or of another version.
         """
         folder = Path(folder)
-        content, arrays = _read_json(folder / JSON), _read_arrays(folder / NPZ)
+        content, arrays = _read_content(folder / JSON), _read_arrays(folder / NPZ)
         try:
             table = SwarmTable(
                 runs=tuple(content["runs"]),
@@ -151,16 +151,13 @@ class Fitted:
             raise InputError(f"the fit in {folder} has no {error}. Fit the swarm again.") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def _read_content(path: Path) -> dict[str, Any]:
+    if not path.exists():
         raise InputError(
             f"{path.parent} has no {path.name}. Fit the swarm first: megamix swarm fit --ratios ratios.csv"
             f" --metrics metrics.csv --out {path.parent}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}. Fit the swarm again.") from error
+        )
+    content = read_json(path, lost="Fit the swarm again.", damaged="Fit the swarm again.")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a fit of `megamix swarm fit`. Name the folder given as --out.")
     if content.get("version") != VERSION:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,9 +64,10 @@ def _one(actual_R: Array, predicted_R: Array) -> dict[str, float | None]:
         squares = float(((actual_R - predicted_R) ** 2).sum())
     spread = float(((actual_R - actual_R.mean()) ** 2).sum())
     both_vary = bool(np.ptp(actual_R) and np.ptp(predicted_R))
+    ranked: Any = spearmanr(actual_R, predicted_R) if both_vary else None
     return {
         "r2": _finite(1 - squares / spread) if spread else None,
-        "spearman": float(spearmanr(actual_R, predicted_R).statistic) if both_vary else None,
+        "spearman": float(ranked.statistic) if both_vary else None,
         "rmse": _finite(np.sqrt(squares / len(actual_R))),
     }
 

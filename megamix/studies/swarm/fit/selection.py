@@ -9,10 +9,10 @@ import numpy as np
 
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.log import get_logger
-from megamix.core.text import plural
+from megamix.core.text import listed, plural
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.quality import family_means
-from megamix.studies.swarm.fit.tables import SUM_TOLERANCE, SwarmTable, listed, read_table
+from megamix.studies.swarm.fit.tables import SUM_TOLERANCE, SwarmTable, read_table
 
 Families = dict[str, tuple[str, ...]]
 _FEWEST_RUNS = 5

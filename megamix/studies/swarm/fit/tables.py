@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_file
 from megamix.core.log import get_logger
-from megamix.core.text import plural
+from megamix.core.text import listed, plural
 
 Array = NDArray[np.float64]
 Missing = Literal["refuse", "drop"]
@@ -32,7 +32,6 @@ SUM_TOLERANCE = 1e-3
 _ID_COLUMNS = ("run", "run_id")
 _OTHER_COLUMNS = ("name", "index")
 _NO_VALUE = frozenset(("", "nan", "na", "n/a", "null", "none", "inf", "-inf", "infinity", "-infinity"))
-_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -257,8 +256,3 @@ def _write_csv(path: Path, runs: Sequence[str], columns: Sequence[str], values: 
             raise ValueError(f"{len(fields)} values for {len(columns)} columns")
         writer.writerow([run, run, index, *fields])
     replace_file(path, text.getvalue().encode("utf-8"))
-
-
-def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
+from megamix.core.text import listed
 from megamix.mixing.mixers import project_to_capped_simplex
 
 Floats = NDArray[np.float64]
@@ -82,10 +83,9 @@ class Level:
             )
         room = float(np.where(self.usable, self.cap, 0.0).sum())
         if room < 1 - SLACK:
-            listed = [f"'{name}' {cap:.4g}" for name, cap in zip(self.names, self.cap, strict=True)]
+            caps = [f"'{name}' {cap:.4g}" for name, cap in zip(self.names, self.cap, strict=True)]
             raise InputError(
-                f"the {what}s{where} can have {room:.6g} of the weight together, less than 1: at most {', '.join(listed[:12])}"
-                f"{f' and {len(listed) - 12} more' if len(listed) > 12 else ''}, and none below the minimum weight "
+                f"the {what}s{where} can have {room:.6g} of the weight together, less than 1: at most {listed(caps)}, and none below the minimum weight "
                 f"{self.minimum:.6g}. Allow more repetition or higher weights, or lower the minimum weight."
             )
 

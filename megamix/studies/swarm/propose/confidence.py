@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import MegamixError
+from megamix.core.text import by_name
 from megamix.studies.swarm.propose.question import Question
 
 Floats = NDArray[np.float64]
@@ -36,7 +37,7 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
     values, boot = fitted.predict(mixtures), fitted.bootstrap_predict(mixtures)
     floor_K, cap_K = question.bounds
     rows = dict(zip(("proposal", "prior", "best_tried"), values, strict=True))
-    predictions = {where: dict(zip(fitted.metrics, row.tolist(), strict=True)) for where, row in rows.items()}
+    predictions = {where: by_name(fitted.metrics, row) for where, row in rows.items()}
     found: dict[str, Any] = {
         "predictions": predictions,
         "objective_value": {where: float(row @ question.v_J) for where, row in rows.items()},
@@ -53,7 +54,7 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
     }
     if len(boot):
         spread = np.percentile(boot[:, 0], LEVEL, axis=0).T
-        found["intervals"] = dict(zip(fitted.metrics, spread.tolist(), strict=True))
+        found["intervals"] = by_name(fitted.metrics, spread)
         gains = (boot[:, 1] - boot[:, 0]) @ question.v_J
         found["gain_over_prior"]["interval"] = np.percentile(gains, LEVEL).tolist()
         found["gain_over_prior"]["resamples"] = len(boot)
@@ -65,7 +66,7 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
         found["weight_resamples"] = len(answers)
         if answers:
             spread = np.percentile(answers, LEVEL, axis=0).T
-            found["weight_intervals"] = dict(zip(fitted.domains, spread.tolist(), strict=True))
+            found["weight_intervals"] = by_name(fitted.domains, spread)
     return found
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import read_yaml, validate
 from megamix.core.errors import InputError
+from megamix.core.text import by_name
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.propose.confidence import confidence
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
@@ -74,13 +75,13 @@ def propose(
     """
     question = _question(fitted, prior, kl_prior or prior, kl, caps or {}, fixed or {}, objective, worst, seed)
     x_K, optimality = _best(question)
-    used = {metric: v for metric, v in zip(fitted.metrics, question.v_J.tolist(), strict=True) if v > 0}
+    used = {metric: v for metric, v in by_name(fitted.metrics, question.v_J).items() if v > 0}
     details: dict[str, Any] = {
         "worst": worst,
         "objective": used,
         "kl": {"weight": kl, "divergence": divergence(x_K, question.kl_prior_K) if kl > 0 else None},
-        "prior": {"shares": _by_name(fitted.domains, question.prior_K)},
-        "caps": None if caps is None else _by_name(fitted.domains, np.minimum(question.cap_K, 1.0)),
+        "prior": {"shares": by_name(fitted.domains, question.prior_K)},
+        "caps": None if caps is None else by_name(fitted.domains, np.minimum(question.cap_K, 1.0)),
         "fixed": dict(fixed or {}),
         "optimality": optimality,
         "fit": {
@@ -90,7 +91,7 @@ def propose(
         },
         **confidence(question, x_K, 0 if worst else min(resamples, len(fitted.boot_c_BJ))),
     }
-    return Proposal(_by_name(fitted.domains, x_K), _by_name(fitted.metrics, fitted.predict(x_K[None])[0]), details)
+    return Proposal(by_name(fitted.domains, x_K), by_name(fitted.metrics, fitted.predict(x_K[None])[0]), details)
 
 
 def _question(
@@ -143,10 +144,6 @@ def _best(question: Question) -> tuple[Floats, dict[str, Any]]:
 
     x_K, looked = search(value, question.prior_K, floor_K, cap_K, tried, question.seed)
     return x_K, {"method": f"search: the best of {looked} mixtures, seed {question.seed}"}
-
-
-def _by_name(names: tuple[str, ...], values: Floats) -> dict[str, float]:
-    return dict(zip(names, values.tolist(), strict=True))
 
 
 def read_options(directory: Path, given: Mapping[str, Any]) -> ProposeConfig:
@@ -225,7 +222,7 @@ def _of_real_domains(
     weights = found.weights
     if plan is not None:
         x = np.array([found.weights[name] for name in plan.virtual])
-        weights = _by_name(plan.domains, plan.expand(x))
+        weights = by_name(plan.domains, plan.expand(x))
         details["virtual"] = found.weights
     entry = history_entry(directory, found.weights, weights, runs, None if plan is None else plan.record)
     return Proposal(weights, found.predicted, details, (*(() if plan is None else plan.history), entry))
@@ -234,7 +231,7 @@ def _of_real_domains(
 def propose_settled(directory: Path, plan: UpdatePlan) -> tuple[Proposal, Path]:
     """Writes the mixture of an update in which nothing is to be found (`UpdatePlan.settled`): the old weights,
     renormalised."""
-    weights = _by_name(plan.domains, plan.expand(np.ones(1)))
+    weights = by_name(plan.domains, plan.expand(np.ones(1)))
     entry = history_entry(directory, {plan.virtual[0]: 1.0}, weights, 0, plan.record)
     details = {"optimality": {"method": "the old weights, renormalised: no proxy runs"}}
     proposal = Proposal(weights, {}, details, (*plan.history, entry))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.text import by_name, listed
 from megamix.core.yaml_text import parse_yaml
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.priors import FILE as PRIORS_FILE
@@ -182,7 +183,7 @@ def find_prior(
     amount = Amount(found.shares, given.tokens or found.tokens)
     if not found.shares:
         mean = fitted.table.ratios_RK.mean(axis=0)
-        prior = _as_prior(dict(zip(fitted.domains, mean.tolist(), strict=True)), fitted, None, source)
+        prior = _as_prior(by_name(fitted.domains, mean), fitted, None, source)
     else:
         prior = _as_prior(found.shares, fitted, plan, source, amount.tokens)
     if options.use_natural_kl:
@@ -318,12 +319,10 @@ def check_feasible(options: ProposeConfig, caps: Caps | None, prior: Prior) -> N
     available = sum(min(caps.largest[name], 1.0) for name in free)
     if available < left - 1e-9:
         smallest = sorted(free, key=lambda name: caps.largest[name])
-        shown = ", ".join(caps.label(name) for name in smallest[:12])
-        more = f" and {len(smallest) - 12} more" if len(smallest) > 12 else ""
         raise InputError(
             f"the caps cannot fill the mixture: every domain read {options.repetition:g} times gives {available:.4g} of "
             f"{options.target_tokens:g} tokens, and {left:.4g} is needed; {(left - available) * options.target_tokens:.4g} tokens "
-            f"are missing. The caps: {shown}{more}. Lower target_tokens to {options.target_tokens * available / left:.4g} at most, or "
+            f"are missing. The caps: {listed(map(caps.label, smallest))}. Lower target_tokens to {options.target_tokens * available / left:.4g} at most, or "
             f"raise repetition to {options.repetition * left / available:.4g} at least."
         )
 

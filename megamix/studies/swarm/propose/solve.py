@@ -30,7 +30,7 @@ _EXACT = 4e-13
 """A gap, relative to the objective, that ends the attempts."""
 WANTED_GAP = 1e-8
 """A gap above this, relative to the objective, is no solution."""
-_TOLERANCES = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-13)
+_TOLERANCES: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-13)
 _SETTINGS: tuple[dict[str, Any], ...] = (
     _TOLERANCES,
     {**_TOLERANCES, "iterative_refinement_reltol": 1e-16, "iterative_refinement_abstol": 1e-16},

@@ -21,6 +21,7 @@ import numpy as np
 from megamix.core.config import read_yaml, validate
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
+from megamix.core.text import listed
 from megamix.studies.runs import Member, members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
@@ -61,8 +62,7 @@ def collect(
     metrics = metrics or _metrics_of(out)
     missing = {member.name: _state(member) for member in members if not member.is_done}
     if missing:
-        shown = ", ".join(f"{name} ({state})" for name, state in list(missing.items())[:12])
-        shown += f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+        shown = listed(f"{name} ({state})" for name, state in missing.items())
         if not partial or len(missing) == len(members):
             raise InputError(
                 f"{len(missing)} of the {len(members)} runs of {folder} are not done: {shown}. Run them (`megamix swarm run`)"
