@@ -22,7 +22,7 @@ from megamix.studies.swarm.fit.tables import SwarmTable
 from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import Proposal
 from megamix.studies.swarm.propose.solve import Problem, solve
-from megamix.studies.swarm.propose.update import UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.propose.update import Update, default_members, resolve_update
 
 KL, NOISE, SEEDS = 0.05, 0.02, 8
 FIRST = [f"d{number}" for number in range(10)]
@@ -78,7 +78,7 @@ def one_chain(seed: int) -> list[tuple[str, int, int, float, float, float]]:
         A_JK = coefficients(law, domains, revised)
         truth = problem(A_JK, prior)
         anew = found_by_swarm(A_JK, law.c_J, np.eye(len(domains)), prior, 100 * seed + number)
-        plan: UpdatePlan | None = None if config is None else plan_update(config, Proposal(mixture, {}), counts)
+        plan: Update | None = None if config is None else resolve_update(config, Proposal(mixture, {}), counts)
         if plan is None:
             kept, runs = anew, default_members(len(domains))
         elif plan.settled:

@@ -17,7 +17,7 @@ from megamix.core.config import load_config, read_yaml, validate
 from megamix.core.errors import InputError
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import Floats, strength_of
-from megamix.studies.swarm.generate.mixtures import Sampler, sample
+from megamix.studies.swarm.generate.mixtures import MixtureSpace, draw_mixtures
 from megamix.studies.swarm.priors import priors_of
 from megamix.studies.swarm.study import read_study
 from megamix.studies.swarm.tasks import swarm
@@ -28,13 +28,13 @@ TREE = ("web:a", "web:b", "web:c", "code:py", "code:c", "wiki")
 TREE_PRIOR = np.array([0.3, 0.2, 0.1, 0.2, 0.1, 0.1])
 
 
-def sampler(
+def space(
     domains: tuple[str, ...] = FLAT, prior: Floats | None = None, tokens: float = 1e6, run: float = 0.0, **options: Any
-) -> Sampler:
+) -> MixtureSpace:
     """Of domains that have ``tokens`` each, and runs of ``run`` tokens."""
     shares = np.random.default_rng(3).dirichlet(np.ones(len(domains))) if prior is None else prior
     config = validate(GenerateConfig, options, "test")
-    return Sampler(domains, shares, config, dict.fromkeys(domains, tokens), run)
+    return MixtureSpace(domains, shares, config, dict.fromkeys(domains, tokens), run)
 
 
 def of_source(domains: tuple[str, ...], source: str) -> np.ndarray[Any, Any]:
@@ -60,8 +60,8 @@ EXTREMES = {"min_strength": 0.02, "max_strength": 50.0}
 def test_weights_are_mixtures_within_their_bounds(options: dict[str, Any]) -> None:
     """A weight is 0 or at least the minimum, at most what repetition allows; required ones are never 0. No slack but
     rounding, whatever is drawn."""
-    asked = sampler(run=6e6, **options)
-    found = sample(asked, 60)
+    asked = space(run=6e6, **options)
+    found = draw_mixtures(asked, 60)
     least = asked.config.minimum_weight
     assert found.shape == (60, 8)
     assert np.abs(found.sum(axis=1) - 1).max() < 1e-12
@@ -77,7 +77,7 @@ def test_weights_are_mixtures_within_their_bounds(options: dict[str, Any]) -> No
 
 
 def test_sparse_members_have_more_zeros_and_topics_only() -> None:
-    kinds = {kind: sample(sampler(TREE, TREE_PRIOR, support=kind, min_strength=20, max_strength=20), 80)
+    kinds = {kind: draw_mixtures(space(TREE, TREE_PRIOR, support=kind, min_strength=20, max_strength=20), 80)
              for kind in ("threshold", "sparse", "dense")}  # fmt: skip
     zeros = {kind: (found == 0).mean() for kind, found in kinds.items()}
     assert zeros["dense"] == 0
@@ -95,7 +95,7 @@ def test_moments_of_the_draws_are_those_of_the_distribution(strength: float) -> 
     prior = np.array([0.5, 0.3, 0.15, 0.05])
     free = {"min_strength": strength, "max_strength": strength, "minimum_weight": 0.0, "min_distance": 0.0}
     number = 3000
-    found = sample(sampler(FLAT[:4], prior, include_prior=False, **free), number)
+    found = draw_mixtures(space(FLAT[:4], prior, include_prior=False, **free), number)
     covariance = (np.diag(prior) - np.outer(prior, prior)) / (strength + 1)
     error = np.sqrt(np.diag(covariance) / number)
     assert (np.abs(found.mean(axis=0) - prior) < 5 * error).all()
@@ -111,7 +111,7 @@ def test_moments_of_the_hierarchy() -> None:
         "minimum_weight": 0.0, "min_distance": 0.0, "include_prior": False,
     }  # fmt: skip
     number = 3000
-    found = sample(sampler(TREE, TREE_PRIOR, **options), number)
+    found = draw_mixtures(space(TREE, TREE_PRIOR, **options), number)
     web = found[:, of_source(TREE, "web")]
     size, shares = web.sum(axis=1), web / web.sum(axis=1, keepdims=True)
     assert abs(size.mean() - 0.6) < 5 * size.std() / np.sqrt(number)
@@ -130,36 +130,34 @@ def test_strengths_are_even_in_their_logarithm_for_any_number_of_members() -> No
 
 @pytest.mark.parametrize("support", ["threshold", "sparse"])
 def test_a_larger_swarm_begins_with_the_smaller_one(support: str) -> None:
-    small, large = (sample(sampler(TREE, TREE_PRIOR, support=support), number) for number in (10, 25))
+    small, large = (draw_mixtures(space(TREE, TREE_PRIOR, support=support), number) for number in (10, 25))
     assert (small == large[:10]).all()
-    assert not (sample(sampler(TREE, TREE_PRIOR, support=support, seed=43), 10)[1:] == small[1:]).all(axis=1).any()
+    assert not (draw_mixtures(space(TREE, TREE_PRIOR, support=support, seed=43), 10)[1:] == small[1:]).all(axis=1).any()
 
 
 def test_members_keep_their_distance_from_each_other_and_from_others() -> None:
-    others = sample(sampler(min_strength=20.0, max_strength=20.0, seed=1), 20)
-    asked = sampler(min_strength=20.0, max_strength=20.0, min_distance=0.15, include_prior=False)
-    found = sample(asked, 30, others)
+    others = draw_mixtures(space(min_strength=20.0, max_strength=20.0, seed=1), 20)
+    asked = space(min_strength=20.0, max_strength=20.0, min_distance=0.15, include_prior=False)
+    found = draw_mixtures(asked, 30, others)
     apart = [np.abs(a - b).sum() / 2 for a, b in itertools.combinations(found, 2)]
     assert min(apart) >= 0.15
     assert min(np.abs(a - b).sum() / 2 for a in found for b in others) >= 0.15
-    near = sample(sampler(min_strength=20.0, max_strength=20.0, min_distance=0.0, include_prior=False), 30)
+    near = draw_mixtures(space(min_strength=20.0, max_strength=20.0, min_distance=0.0, include_prior=False), 30)
     assert min(np.abs(a - b).sum() / 2 for a, b in itertools.combinations(near, 2)) < 0.15
 
 
 def test_priors_by_hand_temperature_and_what_is_fixed() -> None:
-    asked = sampler(TREE, TREE_PRIOR, manual_prior={"wiki": 0.6}, manual_topic_prior={"code:py": 0.0})
+    asked = space(TREE, TREE_PRIOR, manual_prior={"wiki": 0.6}, manual_topic_prior={"code:py": 0.0})
     # 0.6 + 0.3 + 0.6 of the sources, scaled to 1; code is all C now.
     np.testing.assert_allclose(asked.centre, np.array([0.3, 0.2, 0.1, 0.0, 0.3, 0.6]) / 1.5)
-    np.testing.assert_allclose(sample(asked, 1)[0], asked.centre, atol=1e-12)
+    np.testing.assert_allclose(draw_mixtures(asked, 1)[0], asked.centre, atol=1e-12)
     strong = {"min_strength": 1e6, "max_strength": 1e6, "min_distance": 0.0, "include_prior": False}
-    flat = sample(sampler(TREE, TREE_PRIOR, source_mix_temperature=0.5, topic_mix_temperature=1e-6, **strong), 3)
+    flat = draw_mixtures(space(TREE, TREE_PRIOR, source_mix_temperature=0.5, topic_mix_temperature=1e-6, **strong), 3)
     roots = np.sqrt([0.6, 0.3, 0.1]) / np.sqrt([0.6, 0.3, 0.1]).sum()
     wanted = np.repeat(roots / [3, 2, 1], [3, 2, 1])
     np.testing.assert_allclose(flat, np.tile(wanted, (3, 1)), atol=0.005)
-    fixed = sample(
-        sampler(
-            TREE, TREE_PRIOR, fixed_source_weights={"web": 0.5}, fixed_topic_weights={"code:py": 0.3, "code:c": 0.1}
-        ),
+    fixed = draw_mixtures(
+        space(TREE, TREE_PRIOR, fixed_source_weights={"web": 0.5}, fixed_topic_weights={"code:py": 0.3, "code:c": 0.1}),
         20,
     )
     np.testing.assert_allclose(fixed[:, of_source(TREE, "web")].sum(axis=1), 0.5)
@@ -170,11 +168,11 @@ def test_priors_by_hand_temperature_and_what_is_fixed() -> None:
 
 def test_bounds_of_topics_and_of_sources_hold_together() -> None:
     """The web can have 0.9 by its tokens, and 0.5 by its own bound; its topics share that out within theirs."""
-    asked = sampler(
+    asked = space(
         TREE, TREE_PRIOR, run=4e6, repetition=1.2, max_weight={"web": 0.5, "wiki": 0.25}, minimum_topic_weight=0.2,
         nonzero_weight=["web:c", "code"], **EXTREMES,
     )  # fmt: skip
-    found = sample(asked, 60)
+    found = draw_mixtures(asked, 60)
     assert (found <= 0.3 + 1e-9).all()
     assert (found[:, 5] <= 0.25 + 1e-9).all()
     web, code = found[:, of_source(TREE, "web")], found[:, of_source(TREE, "code")]
@@ -187,7 +185,7 @@ def test_bounds_of_topics_and_of_sources_hold_together() -> None:
         assert ((share == 0) | (share >= 0.2 - 1e-9)).all()
 
 
-def random_sampler(random: np.random.Generator) -> Sampler:
+def random_space(random: np.random.Generator) -> MixtureSpace:
     """Any hierarchy, prior, tokens and options: about a quarter of them cannot be met."""
     topics = [int(random.integers(1, 6)) for _ in range(random.integers(1, 7))]
     domains = [f"s{s}:t{t}" if number > 1 else f"s{s}" for s, number in enumerate(topics) for t in range(number)]
@@ -207,7 +205,7 @@ def random_sampler(random: np.random.Generator) -> Sampler:
     prior = random.dirichlet(np.full(len(domains), random.choice([0.3, 1.0, 5.0])))
     tokens = dict(zip(domains, random.dirichlet(np.ones(len(domains))) * 1e6, strict=True))
     run = random.choice([3e5, 9e5, 2e6])
-    return Sampler(tuple(domains), prior, validate(GenerateConfig, options, "test"), tokens, run)
+    return MixtureSpace(tuple(domains), prior, validate(GenerateConfig, options, "test"), tokens, run)
 
 
 def test_whatever_is_asked_is_refused_or_kept() -> None:
@@ -215,7 +213,7 @@ def test_whatever_is_asked_is_refused_or_kept() -> None:
     random = np.random.default_rng(11)
     met = 0
     for _ in range(80):
-        asked = random_sampler(random)
+        asked = random_space(random)
         config = asked.config
         try:
             asked.check()
@@ -261,22 +259,22 @@ def test_whatever_is_asked_is_refused_or_kept() -> None:
 )  # fmt: skip
 def test_what_cannot_be_met_is_said_with_numbers(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        sample(sampler(run=2e7, **options), 10)
+        draw_mixtures(space(run=2e7, **options), 10)
 
 
 def test_a_topic_without_its_share_and_a_required_domain_without_prior() -> None:
     with pytest.raises(InputError, match=r"names some topics of 'web', but not web:b, web:c"):
-        sample(sampler(TREE, TREE_PRIOR, fixed_topic_weights={"web:a": 1.0}), 4)
+        draw_mixtures(space(TREE, TREE_PRIOR, fixed_topic_weights={"web:a": 1.0}), 4)
     with pytest.raises(InputError, match=r"'wiki' is to have a weight in every member, but its prior is 0"):
-        sample(sampler(TREE, np.array([0.4, 0.2, 0.1, 0.2, 0.1, 0.0]), nonzero_weight=["wiki"]), 4)
+        draw_mixtures(space(TREE, np.array([0.4, 0.2, 0.1, 0.2, 0.1, 0.0]), nonzero_weight=["wiki"]), 4)
     with pytest.raises(InputError, match=r"3 topics of 'web' .* more than 1"):
-        sample(sampler(TREE, TREE_PRIOR, support="dense", minimum_topic_weight=0.4), 4)
+        draw_mixtures(space(TREE, TREE_PRIOR, support="dense", minimum_topic_weight=0.4), 4)
 
 
 def test_one_domain_has_one_mixture() -> None:
-    assert sample(sampler(("only",), np.ones(1)), 1).tolist() == [[1.0]]
+    assert draw_mixtures(space(("only",), np.ones(1)), 1).tolist() == [[1.0]]
     with pytest.raises(InputError, match=r"member 1 of 2: each of 200 draws is nearer"):
-        sample(sampler(("only",), np.ones(1)), 2)
+        draw_mixtures(space(("only",), np.ones(1)), 2)
 
 
 # From a config to files ----------------------------------------------------------------------------------------------
@@ -353,9 +351,9 @@ def test_repetition_counts_the_tokens_of_members_or_of_the_target(
     )
     job = read_study(config, [])
     tokens = job.token_counts
-    assert job.sampler.repetition_tokens == 12 * 8 * 64
+    assert job.space.repetition_tokens == 12 * 8 * 64
     target = read_study(config, ["swarm.generate.repetition_tokens=1e6"])
-    assert target.sampler.caps.tolist() == pytest.approx([tokens[name] / 1e6 for name in tokens])
+    assert target.space.caps.tolist() == pytest.approx([tokens[name] / 1e6 for name in tokens])
     with pytest.raises(InputError, match=r"a run has 2,560,000 tokens"):
         read_study(config, ["swarm.generate.repetition_tokens=target"])
 

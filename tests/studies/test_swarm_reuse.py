@@ -24,17 +24,17 @@ from megamix.studies.swarm.propose.propose import propose_in, propose_settled
 from megamix.studies.swarm.propose.report import explain
 from megamix.studies.swarm.propose.report import report as told
 from megamix.studies.swarm.propose.solve import Problem, divergence, solve
-from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
 from megamix.studies.swarm.update import cost, report
 
 OLD = {"web": 0.5, "code": 0.3, "mail": 0.2, "law": 0.0}
 TOKENS = {"web": 400.0, "code": 200.0, "mail": 100.0, "law": 100.0, "new": 200.0, "m1": 30.0, "m2": 70.0}
 
 
-def plan(names: str, old: dict[str, float] | None = None, **update: Any) -> UpdatePlan:
+def plan(names: str, old: dict[str, float] | None = None, **update: Any) -> Update:
     """Of the domains ``names``, with blanks between, after an update of ``old``."""
     config = validate(UpdateConfig, {"previous": "runs/old", **update}, "update.yaml")
-    return plan_update(config, Proposal(old or OLD, {}), {name: TOKENS.get(name, 50.0) for name in names.split()})
+    return resolve_update(config, Proposal(old or OLD, {}), {name: TOKENS.get(name, 50.0) for name in names.split()})
 
 
 def test_what_is_frozen_and_what_is_free() -> None:
@@ -139,7 +139,7 @@ def test_updates_that_cannot_be(names: str, update: dict[str, Any], message: str
         plan(names, **update)
 
 
-def restricted(law: LogLinearLaw, found: UpdatePlan, prior: np.ndarray, kl: float) -> tuple[Problem, Problem]:
+def restricted(law: LogLinearLaw, found: Update, prior: np.ndarray, kl: float) -> tuple[Problem, Problem]:
     """The problem over all real domains, and that over the virtual ones of an update."""
     size, metrics = len(found.domains), len(law.metrics)
     v = np.full(metrics, 1 / metrics)
@@ -207,9 +207,9 @@ def test_a_chain_of_updates(tmp_path: Path) -> None:
     old, _ = propose_in(first, ProposeConfig(token_counts={name: TOKENS[name] for name in names}))
     update = UpdateConfig(previous=first, add=("new",))
     tokens = {name: TOKENS[name] for name in (*names, "new")}
-    added = plan_update(update, old, tokens)
+    added = resolve_update(update, old, tokens)
     added.save(second)
-    assert UpdatePlan.open(second) == added
+    assert Update.open(second) == added
     virtual = mixtures(16, 2)
     swarm(second, law, added.virtual, added.expand(virtual), virtual)
     # Against the true law, by a fine grid over the one free number; the KL is that of the real domains.
@@ -234,7 +234,7 @@ def test_a_chain_of_updates(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the share of 'web' is 0, but it has a weight in the old mixture"):
         propose_in(second, ProposeConfig(token_counts=zero))
     # A removal needs no runs.
-    gone = plan_update(
+    gone = resolve_update(
         UpdateConfig(previous=second, remove=("mail",)),
         read_proposal(second),
         {n: tokens[n] for n in tokens if n != "mail"},
@@ -303,7 +303,7 @@ def test_the_command(tmp_path: Path) -> None:
     shown = run(app, ["update", str(config), str(priors), "--out", str(out), "--tokens-per-run", "1e6"])
     assert shown.exit_code == 0, shown.output
     assert "16,000,000" in shown.output
-    found = UpdatePlan.open(out)
+    found = Update.open(out)
     assert found is not None
     assert (found.virtual, found.inner) == (("new", EXISTING), {"web": 1.0})
     assert not (out / "mixture.json").exists()

@@ -20,10 +20,10 @@ from megamix.mixing.mixers import normalise_weights
 from megamix.studies.runs import refuse_settled, write_yaml
 from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.levels import Floats
-from megamix.studies.swarm.generate.mixtures import Sampler
+from megamix.studies.swarm.generate.mixtures import MixtureSpace
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.question import read_amounts
-from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
 from megamix.studies.swarm.run.collect import CONFIG, FOLDER
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import Plan, make_plan
@@ -74,10 +74,10 @@ class SwarmStudy:
         return None if self.target is None else tokens_of(self.target)
 
     @cached_property
-    def update(self) -> UpdatePlan | None:
+    def update(self) -> Update | None:
         """The update of an old mixture; None where a new one is made."""
         asked = self.config.update
-        return None if asked is None else plan_update(asked, read_proposal(asked.previous), self.token_counts)
+        return None if asked is None else resolve_update(asked, read_proposal(asked.previous), self.token_counts)
 
     @property
     def is_settled(self) -> bool:
@@ -95,7 +95,7 @@ class SwarmStudy:
         return tuple(self.token_counts) if self.update is None else self.update.virtual
 
     @cached_property
-    def sampler(self) -> Sampler:
+    def space(self) -> MixtureSpace:
         """Draws the mixtures of the members."""
         generate = self.config.generate
         tokens = {name: float(count) for name, count in self.token_counts.items()}
@@ -107,7 +107,7 @@ class SwarmStudy:
                 f"{self.source}: swarm.generate.repetition_tokens is target, but there is no target run. Set swarm.target, or "
                 "give a number of tokens."
             )
-        return Sampler(self.domains, self._prior(), generate, bounds, float(repeated))
+        return MixtureSpace(self.domains, self._prior(), generate, bounds, float(repeated))
 
     @cached_property
     def num_members(self) -> int:
@@ -120,7 +120,7 @@ class SwarmStudy:
     def centre(self) -> dict[str, float]:
         """{domain: share} of all real domains, around which members are drawn and near which a proposal is held. The
         frozen domains of an update divide the share of `existing` as in the prior, not as in the old mixture."""
-        found = dict(zip(self.domains, self.sampler.centre.tolist(), strict=True))
+        found = dict(zip(self.domains, self.space.centre.tolist(), strict=True))
         if self.update is None:
             return found
         frozen = {name: self._real_shares[name] for name in self.update.inner}
@@ -178,7 +178,7 @@ def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
         )
     run_dir = validate(RunConfig, {**data, "mixture": "natural"}, source).run_dir
     study = SwarmStudy(data, config, run_dir, source)
-    study.sampler.check()
+    study.space.check()
     write_yaml(run_dir / CONFIG, {**study.base, "swarm": config.model_dump(mode="json")})
     return study
 

@@ -35,7 +35,7 @@ from megamix.studies.slurm.submit import submit_or_show
 from megamix.studies.swarm.fit.fitted import JSON as FIT
 from megamix.studies.swarm.fit.tables import write_ratios
 from megamix.studies.swarm.generate.levels import Floats
-from megamix.studies.swarm.generate.mixtures import sample
+from megamix.studies.swarm.generate.mixtures import draw_mixtures
 from megamix.studies.swarm.priors import FILE as PRIORS
 from megamix.studies.swarm.priors import Priors
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
@@ -177,7 +177,7 @@ def _priors(study: SwarmStudy) -> int:
 def _generate(study: SwarmStudy) -> int:
     path = study.config.generate.existing_mix_file
     existing = None if path is None else _read_mixtures(path, study.domains)
-    weights = sample(study.sampler, study.num_members, existing)
+    weights = draw_mixtures(study.space, study.num_members, existing)
     real = weights if study.update is None else study.update.expand(weights)
     write_members(study.run_dir, study.proxy, tuple(study.token_counts), real, f"{study.source}, proxy run")
     names = [f"{number:04}" for number in range(len(weights))]

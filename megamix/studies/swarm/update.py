@@ -13,10 +13,10 @@ from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.propose import propose_settled
 from megamix.studies.swarm.propose.question import read_amounts
-from megamix.studies.swarm.propose.update import EXISTING, UpdatePlan, default_members, plan_update
+from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
 
 
-def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> UpdatePlan:
+def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> Update:
     """Works out the update in a YAML file.
 
     Args:
@@ -25,7 +25,7 @@ def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) ->
         domains: some of the data set's, in this order; None: all.
 
     Raises:
-        InputError: either cannot be read, or they do not fit together or the old mixture (`plan_update`).
+        InputError: either cannot be read, or they do not fit together or the old mixture (`resolve_update`).
     """
     update = validate(UpdateConfig, read_yaml(path), str(path))
     if data.is_dir() or data.name == "manifest.json":
@@ -36,10 +36,10 @@ def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) ->
         tokens = read_amounts(data).tokens
         if not tokens:
             raise InputError(f"{data} has no token_counts. Write it with `megamix swarm priors`, or name the data set.")
-    return plan_update(update, read_proposal(update.previous), tokens)
+    return resolve_update(update, read_proposal(update.previous), tokens)
 
 
-def start_update(plan: UpdatePlan, out: Path) -> Path | None:
+def start_update(update: Update, out: Path) -> Path | None:
     """Writes OUT/update.json, and OUT/mixture.json where nothing is to be found; its path then.
 
     Raises:
@@ -47,39 +47,41 @@ def start_update(plan: UpdatePlan, out: Path) -> Path | None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        plan.save(out)
+        update.save(out)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another directory.") from error
-    return propose_settled(out, plan)[1] if plan.settled else None
+    return propose_settled(out, update)[1] if update.settled else None
 
 
-def report(plan: UpdatePlan, tokens_per_run: float | None = None) -> Report:
+def report(update: Update, tokens_per_run: float | None = None) -> Report:
     """The domains to find weights for, what is frozen, and the cost."""
     rows = [
-        (name, number(plan.prior[name]), plural(len(plan.inner), "domain") if name == EXISTING else "free")
-        for name in plan.virtual
+        (name, number(update.prior[name]), plural(len(update.inner), "domain") if name == EXISTING else "free")
+        for name in update.virtual
     ]
     parts: list[str | Table] = [Table(("domain", "prior", "stands for"), rows, left=frozenset(["stands for"]))]
-    if plan.inner:
-        parts.append(Table((f"in {EXISTING}", "ratio"), [(name, number(ratio)) for name, ratio in plan.inner.items()]))
-    return Report([*parts, cost(plan, tokens_per_run)])
+    if update.inner:
+        parts.append(
+            Table((f"in {EXISTING}", "ratio"), [(name, number(ratio)) for name, ratio in update.inner.items()])
+        )
+    return Report([*parts, cost(update, tokens_per_run)])
 
 
-def cost(plan: UpdatePlan, tokens_per_run: float | None = None, members: int | None = None) -> Table:
+def cost(update: Update, tokens_per_run: float | None = None, members: int | None = None) -> Table:
     """Proxy runs and tokens of the update, and of finding all weights anew.
 
     Args:
-        members: runs of the update, if not by `default_members`.
+        members: runs of the update; None: by `default_members`.
     """
-    update = default_members(len(plan.virtual)) if members is None or plan.settled else members
-    full = default_members(len(plan.domains))
+    own = default_members(len(update.virtual)) if members is None or update.settled else members
+    full = default_members(len(update.domains))
 
     def row(what: str, domains: int, runs: int) -> tuple[str, ...]:
         tokens = ABSENT if tokens_per_run is None else f"{runs * tokens_per_run:,.0f}"
         return what, str(domains), str(runs), tokens, f"{runs / full:.0%}" if full else ABSENT
 
     rows = [
-        row(f"this update (reuse: {plan.reuse})", len(plan.virtual), update),
-        row("full recomputation", len(plan.domains), full),
+        row(f"this update (reuse: {update.reuse})", len(update.virtual), own),
+        row("full recomputation", len(update.domains), full),
     ]
     return Table(("", "domains to weigh", "proxy runs", "tokens", "of the full cost"), rows)

@@ -35,7 +35,7 @@ def source_of(domain: str) -> str:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class MixtureSpace:
     """Draws mixtures. `check` first.
 
     Attributes:
@@ -300,7 +300,7 @@ class Sampler:
         )
 
 
-def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Floats:
+def draw_mixtures(space: MixtureSpace, members: int, existing: Floats | None = None) -> Floats:
     """Draws the mixtures of a swarm.
 
     The n-th depends on the seed, the config, the prior and those before it, but not on how many there are.
@@ -312,14 +312,14 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
         float64 [N, K], rows that sum to 1.
 
     Raises:
-        InputError: see `Sampler.check`; or a member for which no mixture away from the others was found.
+        InputError: see `MixtureSpace.check`; or a member for which no mixture away from the others was found.
     """
-    sampler.check()
-    config = sampler.config
-    others = np.empty((0, len(sampler.domains))) if existing is None else existing
+    space.check()
+    config = space.config
+    others = np.empty((0, len(space.domains))) if existing is None else existing
     found: list[Floats] = []
     if config.include_prior:
-        prior = sampler.nearest_to_prior
+        prior = space.nearest_to_prior
         if prior is None:
             raise InputError(
                 "the prior cannot be brought within the bounds. Set swarm.generate.include_prior to false."
@@ -331,7 +331,7 @@ def sample(sampler: Sampler, members: int, existing: Floats | None = None) -> Fl
         near = np.inf
         for attempt in range(ATTEMPTS):
             random = np.random.default_rng(np.random.SeedSequence([config.seed, number, attempt]))
-            weights = sampler.draw(number, random)
+            weights = space.draw(number, random)
             if weights is None:
                 continue
             if config.min_distance:

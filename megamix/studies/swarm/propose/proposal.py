@@ -42,7 +42,7 @@ def history_entry(
         found: the weights that were worked out, of virtual domains where some were frozen.
         weights: those of the real domains that follow.
         runs: proxy runs that it took.
-        update: `UpdatePlan.record` where the mixture is an update of another.
+        update: `Update.summary` where the mixture is an update of another.
     """
     return {
         "directory": str(directory),

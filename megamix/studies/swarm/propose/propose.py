@@ -40,7 +40,7 @@ from megamix.studies.swarm.propose.question import (
 from megamix.studies.swarm.propose.report import draw
 from megamix.studies.swarm.propose.search import search, search_worst
 from megamix.studies.swarm.propose.solve import divergence, solve
-from megamix.studies.swarm.propose.update import UpdatePlan
+from megamix.studies.swarm.propose.update import Update
 
 Floats = NDArray[np.float64]
 
@@ -165,7 +165,7 @@ def folder_of(directory: Path, options: ProposeConfig) -> Path:
 def propose_in(directory: Path, options: ProposeConfig) -> tuple[Proposal, Path]:
     """Proposes a mixture by the fit in ``directory``, and writes mixture.json and mixture.png there.
 
-    Where the directory has an update.json (`UpdatePlan`), the fit's domains are virtual and the mixture is of the real
+    Where the directory has an update.json (`Update`), the fit's domains are virtual and the mixture is of the real
     ones.
 
     Returns:
@@ -175,14 +175,14 @@ def propose_in(directory: Path, options: ProposeConfig) -> tuple[Proposal, Path]
         InputError: no fit, or options that cannot be met.
     """
     directory = Path(directory)
-    fitted, plan = Fitted.open(directory), UpdatePlan.open(directory)
-    if plan is not None and set(plan.virtual) != set(fitted.domains):
+    fitted, update = Fitted.open(directory), Update.open(directory)
+    if update is not None and set(update.virtual) != set(fitted.domains):
         raise InputError(
-            f"{directory}: update.json is of the domains {', '.join(plan.virtual)}, the fit of {', '.join(fitted.domains)}. Draw the "
+            f"{directory}: update.json is of the domains {', '.join(update.virtual)}, the fit of {', '.join(fitted.domains)}. Draw the "
             "swarm again after a change of the update."
         )
-    prior, amount = find_prior(directory, fitted, options, plan)
-    caps = find_caps(options, amount, fitted, plan)
+    prior, amount = find_prior(directory, fitted, options, update)
+    caps = find_caps(options, amount, fitted, update)
     check_feasible(options, caps, prior)
     objective = read_objective(options.objective) if isinstance(options.objective, Path) else options.objective
     found = propose(
@@ -197,7 +197,7 @@ def propose_in(directory: Path, options: ProposeConfig) -> tuple[Proposal, Path]
         seed=options.seed,
         resamples=options.resamples,
     )
-    proposal = _of_real_domains(directory, found, plan, prior, caps, options, len(fitted.table.runs))
+    proposal = _of_real_domains(directory, found, update, prior, caps, options, len(fitted.table.runs))
     folder = folder_of(directory, options)
     folder.mkdir(exist_ok=True)
     path = write_proposal(folder, proposal)
@@ -208,7 +208,7 @@ def propose_in(directory: Path, options: ProposeConfig) -> tuple[Proposal, Path]
 def _of_real_domains(
     directory: Path,
     found: Proposal,
-    plan: UpdatePlan | None,
+    update: Update | None,
     prior: Prior,
     caps: Caps | None,
     options: ProposeConfig,
@@ -220,19 +220,19 @@ def _of_real_domains(
     if caps is not None:
         details["caps_from"] = f"repetition {options.repetition:g} in {options.target_tokens:g} tokens"
     weights = found.weights
-    if plan is not None:
-        x = np.array([found.weights[name] for name in plan.virtual])
-        weights = by_name(plan.domains, plan.expand(x))
+    if update is not None:
+        x = np.array([found.weights[name] for name in update.virtual])
+        weights = by_name(update.domains, update.expand(x))
         details["virtual"] = found.weights
-    entry = history_entry(directory, found.weights, weights, runs, None if plan is None else plan.record)
-    return Proposal(weights, found.predicted, details, (*(() if plan is None else plan.history), entry))
+    entry = history_entry(directory, found.weights, weights, runs, None if update is None else update.summary)
+    return Proposal(weights, found.predicted, details, (*(() if update is None else update.history), entry))
 
 
-def propose_settled(directory: Path, plan: UpdatePlan) -> tuple[Proposal, Path]:
-    """Writes the mixture of an update in which nothing is to be found (`UpdatePlan.settled`): the old weights,
+def propose_settled(directory: Path, update: Update) -> tuple[Proposal, Path]:
+    """Writes the mixture of an update in which nothing is to be found (`Update.settled`): the old weights,
     renormalised."""
-    weights = by_name(plan.domains, plan.expand(np.ones(1)))
-    entry = history_entry(directory, {plan.virtual[0]: 1.0}, weights, 0, plan.record)
+    weights = by_name(update.domains, update.expand(np.ones(1)))
+    entry = history_entry(directory, {update.virtual[0]: 1.0}, weights, 0, update.summary)
     details = {"optimality": {"method": "the old weights, renormalised: no proxy runs"}}
-    proposal = Proposal(weights, {}, details, (*plan.history, entry))
+    proposal = Proposal(weights, {}, details, (*update.history, entry))
     return proposal, write_proposal(directory, proposal)

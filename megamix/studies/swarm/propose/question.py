@@ -20,7 +20,7 @@ from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.priors import FILE as PRIORS_FILE
 from megamix.studies.swarm.propose.config import ProposeConfig
 from megamix.studies.swarm.propose.solve import Problem, solve
-from megamix.studies.swarm.propose.update import EXISTING, UPDATE_FILE, UpdatePlan
+from megamix.studies.swarm.propose.update import EXISTING, UPDATE_FILE, Update
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]
@@ -153,9 +153,7 @@ def _numbers(content: Mapping[str, Any], source: str) -> Amounts:
     return {str(name): float(value) for name, value in content.items()}
 
 
-def find_prior(
-    directory: Path, fitted: Fitted, options: ProposeConfig, plan: UpdatePlan | None
-) -> tuple[Prior, Amount]:
+def find_prior(directory: Path, fitted: Fitted, options: ProposeConfig, update: Update | None) -> tuple[Prior, Amount]:
     """The prior, and what is known of token counts.
 
     The first of these that there is: the file in the options, DIR/priors.json, that of an update (DIR/update.json), the
@@ -174,8 +172,8 @@ def find_prior(
         found, source = read_amounts(options.priors), str(options.priors)
     elif path.is_file():
         found, source = read_amounts(path), str(path)
-    elif plan is not None:
-        found, source = Amount(plan.prior), str(directory / UPDATE_FILE)
+    elif update is not None:
+        found, source = Amount(update.prior), str(directory / UPDATE_FILE)
     elif given.tokens:
         found, source = Amount(given.tokens), "the shares of the token counts"
     else:
@@ -185,16 +183,16 @@ def find_prior(
         mean = fitted.table.ratios_RK.mean(axis=0)
         prior = _as_prior(by_name(fitted.domains, mean), fitted, None, source)
     else:
-        prior = _as_prior(found.shares, fitted, plan, source, amount.tokens)
+        prior = _as_prior(found.shares, fitted, update, source, amount.tokens)
     if options.use_natural_kl:
         if not amount.tokens:
             raise InputError("use_natural_kl needs token counts, and there are none. Give --token-counts.")
-        prior = Prior(prior.shares, prior.source, _as_prior(amount.tokens, fitted, plan, "the token counts").kl)
+        prior = Prior(prior.shares, prior.source, _as_prior(amount.tokens, fitted, update, "the token counts").kl)
     return prior, amount
 
 
 def _as_prior(
-    shares: Amounts, fitted: Fitted, plan: UpdatePlan | None, source: str, tokens: Amounts | None = None
+    shares: Amounts, fitted: Fitted, update: Update | None, source: str, tokens: Amounts | None = None
 ) -> Prior:
     """Shares of the fit's domains, or in an update of the real ones, as a prior.
 
@@ -202,23 +200,23 @@ def _as_prior(
         tokens: token counts. Inside `existing` the prior is by these, if they are known: ``shares`` may have the ratios
             of the old mixture there.
     """
-    real = plan is not None and shares.keys() == set(plan.domains)
-    check_names(shares, plan.domains if real and plan is not None else fitted.domains, source)
+    real = update is not None and shares.keys() == set(update.domains)
+    check_names(shares, update.domains if real and update is not None else fitted.domains, source)
     if not sum(shares.values()) > 0:
         raise InputError(f"{source}: all shares are 0. Give at least one domain a share above 0.")
-    contracted = plan.contract_prior(shares) if real and plan is not None else shares
+    contracted = update.contract_prior(shares) if real and update is not None else shares
     total = sum(contracted.values())
     result = {name: contracted[name] / total for name in fitted.domains}
     kl = dict(result)
-    natural = next((x for x in (tokens, shares) if x and plan is not None and x.keys() == set(plan.domains)), None)
-    if natural is not None and plan is not None and plan.inner:
-        empty = [name for name, x in plan.inner.items() if x > 0 and not natural[name] > 0]
+    natural = next((x for x in (tokens, shares) if x and update is not None and x.keys() == set(update.domains)), None)
+    if natural is not None and update is not None and update.inner:
+        empty = [name for name, x in update.inner.items() if x > 0 and not natural[name] > 0]
         if empty:
             raise InputError(
                 f"{source}: the share of '{empty[0]}' is 0, but it has a weight in the old mixture, which is frozen. Give it a "
                 "share above 0, or unfreeze it."
             )
-        kl[EXISTING] *= float(np.exp(-_divergence(plan.inner, natural)))
+        kl[EXISTING] *= float(np.exp(-_divergence(update.inner, natural)))
     return Prior(result, source, kl)
 
 
@@ -261,7 +259,7 @@ class Caps:
         return f"{name} {self.largest[name]:.4g}{bound}"
 
 
-def find_caps(options: ProposeConfig, amount: Amount, fitted: Fitted, plan: UpdatePlan | None) -> Caps | None:
+def find_caps(options: ProposeConfig, amount: Amount, fitted: Fitted, update: Update | None) -> Caps | None:
     """The caps of the fit's domains; None without ``target_tokens``.
 
     Raises:
@@ -275,8 +273,8 @@ def find_caps(options: ProposeConfig, amount: Amount, fitted: Fitted, plan: Upda
             "priors with token_counts."
         )
     caps = {name: options.repetition * tokens / options.target_tokens for name, tokens in amount.tokens.items()}
-    if plan is not None and caps.keys() == set(plan.domains):
-        return Caps(plan.caps(caps), {name: plan.binding(name, caps) for name in plan.virtual})
+    if update is not None and caps.keys() == set(update.domains):
+        return Caps(update.caps(caps), {name: update.binding(name, caps) for name in update.virtual})
     check_names(caps, fitted.domains, "the token counts")
     return Caps(caps)
 

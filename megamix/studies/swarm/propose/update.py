@@ -2,7 +2,7 @@
 
 The old domains that nothing happens to keep the ratios they have and become one virtual domain, `existing`. The swarm
 is drawn, and the law fitted, over the virtual domains: `existing` and the free ones. Each virtual mixture is one of the
-real domains (`UpdatePlan.expand`).
+real domains (`Update.expand`).
 
     weight_d = x_d                        of a free domain d
     weight_i = x_existing * inner_i       of a frozen one, inner_i = its old weight over the sum of all frozen ones'
@@ -48,7 +48,7 @@ def default_members(num_domains: int) -> int:
 
 
 @dataclass(frozen=True)
-class UpdatePlan:
+class Update:
     """An update, resolved.
 
     Attributes:
@@ -79,7 +79,7 @@ class UpdatePlan:
         return len(self.virtual) == 1
 
     @property
-    def record(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What the history of mixtures keeps of the update."""
         return {
             "previous": self.previous,
@@ -149,7 +149,7 @@ class UpdatePlan:
         replace_file(directory / UPDATE_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
     @classmethod
-    def open(cls, directory: Path) -> UpdatePlan | None:
+    def open(cls, directory: Path) -> Update | None:
         """Reads DIR/update.json; None where there is none.
 
         Raises:
@@ -166,43 +166,43 @@ class UpdatePlan:
             raise InputError(f"{path} is not what `megamix swarm generate` writes ({error}). Make it anew.") from error
 
 
-def plan_update(update: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> UpdatePlan:
+def resolve_update(config: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> Update:
     """Works out which domains are frozen and which are free.
 
     Args:
-        old: the mixture in ``update.previous``.
+        old: the mixture in ``config.previous``.
         token_counts: {domain: tokens} of the K domains after the update, in their order; the prior follows from them.
 
     Raises:
         InputError: an update of a domain that is not there or there already, two updates of one, data that does not
             have the domains that follow, or frozen domains that have no weight.
     """
-    _check_names(update, old.weights)
-    kept = _carried_over(update, old.weights)
-    free = {*update.add, *update.revise, *update.unfreeze}
-    free |= {part for parts in update.partition.values() if isinstance(parts, tuple) for part in parts}
-    _check_data({*kept, *free}, update, old, token_counts)
+    _check_names(config, old.weights)
+    kept = _carried_over(config, old.weights)
+    free = {*config.add, *config.revise, *config.unfreeze}
+    free |= {part for parts in config.partition.values() if isinstance(parts, tuple) for part in parts}
+    _check_data({*kept, *free}, config, old, token_counts)
     domains = tuple(token_counts)
-    if update.reuse == "none":
+    if config.reuse == "none":
         frozen: dict[str, float] = {}
     else:
         frozen = {name: kept[name] for name in domains if name in kept and name not in free}
     if frozen and not sum(frozen.values()) > 0:
         raise InputError(
             f"swarm.update: the old domains that would be frozen ({', '.join(frozen)}) all have weight 0 in "
-            f"{update.previous}, so they have no ratios to keep. Use reuse: none, or unfreeze them."
+            f"{config.previous}, so they have no ratios to keep. Use reuse: none, or unfreeze them."
         )
     inner = {name: weight / sum(frozen.values()) for name, weight in frozen.items()}
     virtual = tuple(name for name in domains if name not in inner) + ((EXISTING,) if inner else ())
-    change = update.model_dump(mode="json", include={"add", "remove", "partition", "revise", "unfreeze"})
-    plan = UpdatePlan(domains, virtual, inner, {}, str(update.previous), old.weights, change, update.reuse, old.history)
-    return UpdatePlan(**{**vars(plan), "prior": _prior(plan, update, token_counts)})
+    change = config.model_dump(mode="json", include={"add", "remove", "partition", "revise", "unfreeze"})
+    update = Update(domains, virtual, inner, {}, str(config.previous), old.weights, change, config.reuse, old.history)
+    return Update(**{**vars(update), "prior": _prior(update, config, token_counts)})
 
 
-def _prior(plan: UpdatePlan, update: UpdateConfig, token_counts: Mapping[str, float]) -> dict[str, float]:
-    shares = plan.contract_prior(token_counts)
-    share = update.existing_share
-    if share is None or plan.settled:
+def _prior(update: Update, config: UpdateConfig, token_counts: Mapping[str, float]) -> dict[str, float]:
+    shares = update.contract_prior(token_counts)
+    share = config.existing_share
+    if share is None or update.settled:
         return shares
     if EXISTING not in shares:
         raise InputError("swarm.update.existing_share is given, but no domain is frozen. Leave it out.")
@@ -210,25 +210,25 @@ def _prior(plan: UpdatePlan, update: UpdateConfig, token_counts: Mapping[str, fl
     return {name: share if name == EXISTING else x * (1 - share) / rest for name, x in shares.items()}
 
 
-def _carried_over(update: UpdateConfig, old: Mapping[str, float]) -> dict[str, float]:
+def _carried_over(config: UpdateConfig, old: Mapping[str, float]) -> dict[str, float]:
     """Old weights under the new names, of every domain that has one without anything being found."""
-    gone = {*update.remove, *update.partition}
+    gone = {*config.remove, *config.partition}
     kept = {name: weight for name, weight in old.items() if name not in gone}
-    for whole, parts in update.partition.items():
+    for whole, parts in config.partition.items():
         if isinstance(parts, Mapping):
             total = sum(parts.values())
             kept |= {part: old[whole] * share / total for part, share in parts.items()}
     return kept
 
 
-def _check_names(update: UpdateConfig, old: Mapping[str, float]) -> None:
+def _check_names(config: UpdateConfig, old: Mapping[str, float]) -> None:
     """That every name is used once, and is there or not as its use wants."""
-    key, where = "swarm.update", f"the mixture in {update.previous}"
-    parts = {part: whole for whole, given in update.partition.items() for part in given}
+    key, where = "swarm.update", f"the mixture in {config.previous}"
+    parts = {part: whole for whole, given in config.partition.items() for part in given}
     uses: dict[str, str] = {}
-    named = [("add", update.add), ("remove", update.remove), ("partition", tuple(update.partition))]
-    named += [("revise", update.revise), ("unfreeze", update.unfreeze)]
-    named += [(f"a part of '{whole}'", tuple(given)) for whole, given in update.partition.items()]
+    named = [("add", config.add), ("remove", config.remove), ("partition", tuple(config.partition))]
+    named += [("revise", config.revise), ("unfreeze", config.unfreeze)]
+    named += [(f"a part of '{whole}'", tuple(given)) for whole, given in config.partition.items()]
     for use, names in named:
         for name in names:
             if name in uses:
@@ -243,17 +243,17 @@ def _check_names(update: UpdateConfig, old: Mapping[str, float]) -> None:
                 )
     if EXISTING in {*old, *uses}:
         raise InputError(f"{key}: a domain is called '{EXISTING}', the name of the frozen old mixture. Rename it.")
-    for whole, given in update.partition.items():
+    for whole, given in config.partition.items():
         shares = list(given.values()) if isinstance(given, Mapping) else [1.0]
         if not given or min(shares) < 0 or not 0 < sum(shares) < np.inf:
             raise InputError(f"{key}.partition: '{whole}' has the parts {given}, expected names, or shares above 0.")
 
 
-def _check_data(expected: set[str], update: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> None:
+def _check_data(expected: set[str], config: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> None:
     missing = sorted(name for name in expected if name not in token_counts)
     extra = [name for name in token_counts if name not in expected]
     if missing:
-        kept = [name for name in missing if name in old.weights and name not in update.revise]
+        kept = [name for name in missing if name in old.weights and name not in config.revise]
         hint = f" Domains that are gone belong under remove: {', '.join(kept)}." if kept else ""
         raise InputError(
             f"swarm.update: the data does not have {', '.join(missing)}; it has {', '.join(token_counts)}. Prepare them, or "

@@ -25,7 +25,7 @@ from megamix.core.text import listed
 from megamix.studies.runs import Member, members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
-from megamix.studies.swarm.propose.update import UpdatePlan
+from megamix.studies.swarm.propose.update import Update
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -76,7 +76,7 @@ def collect(
     names = [member.name for member in done]
     domains, columns = _same_keys(ratios, names, "domains"), _same_keys(values, names, "metrics")
     weights = np.array([[row[name] for name in domains] for row in ratios])
-    update = UpdatePlan.open(out)
+    update = Update.open(out)
     if update is not None:
         weights = update.contract(np.array([[row[name] for name in update.domains] for row in ratios]))
         domains = list(update.virtual)
