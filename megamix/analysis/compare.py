@@ -38,19 +38,19 @@ METRICS = {
     "steps": "steps to target",
     "tokens": "tokens to target",
 }
-"""What is compared, and its name in tables; losses in nats per token."""
+"""Metrics compared, and their names in tables; losses in nats per token."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run came to.
+    """Results of one run.
 
     Attributes:
         name: short, from its directory.
         macro, worst, micro: validation loss after the last step: mean over domains, of the worst domain, weighted by
             natural share; None where a domain's natural share is not known.
         target: the mean loss over domains to reach; None where there is none for this seed.
-        steps, tokens: when it was reached, on the straight line between two evaluations; None where it was not.
+        steps, tokens: when the target was reached, on the line between two evaluations; None where it was not.
         curve: (tokens, mean loss over domains) of every evaluation.
     """
 
@@ -73,7 +73,7 @@ class Summary:
     """One metric of one variant.
 
     Attributes:
-        seeds: how many runs the variant has.
+        seeds: number of runs of the variant.
         mean: over the seeds; None where a run has no number.
         difference: from the baseline, over the seeds that both have; None for the baseline, and where there are none.
     """
@@ -87,7 +87,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, and what follows from them for each variant; the baseline comes first."""
+    """Runs and summaries of their variants; the baseline comes first."""
 
     runs: list[RunResult]
     summaries: list[Summary]
@@ -96,7 +96,7 @@ class Comparison:
     written: list[Path]
 
     def report(self) -> Report:
-        """Two tables and what they mean."""
+        """Two tables, and how to read them."""
         words = (
             f"differences are from {self.baseline}, seed by seed, with 95 % intervals (Student's t; two seeds at least); * : "
             "the interval does not hold 0.\nlosses: on held-out text, nats per token; macro: mean over domains; target: "

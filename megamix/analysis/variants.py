@@ -41,7 +41,7 @@ def check_comparable(runs: Sequence[RecordedRun]) -> None:
 
 
 def _evaluation(run: RecordedRun) -> dict[str, Any]:
-    """What must be the same for losses to be comparable; None for what is not known."""
+    """Settings that must agree for losses to be comparable; None for unknown ones."""
     config, last = run.config, run.evaluations[-1]
     names = sorted(last["domain_loss"])
     found: dict[str, Any] = {
@@ -86,7 +86,7 @@ def _plain_name(config: RunConfig) -> str:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What makes a variant, by key path."""
+    """Settings that tell variants apart, by key path."""
     flat = _flat(config.model_dump(mode="json"), "")
     kept = {
         key: value

@@ -1,12 +1,10 @@
-"""Fit configs of Olmix (``olmix fit --config``), read as what they mean here.
+"""Fit configs of Olmix (``olmix fit --config``).
 
-What of them concerns the fit becomes keys of `FitConfig`; what concerns the proposal is written beside the fit, as
-priors.json and propose.json, where ``megamix swarm propose DIR`` finds it. What has no counterpart is refused, with the
-reason.
+Keys about the fit become keys of `FitConfig`. Keys about the proposal are written beside the fit, as priors.json and
+propose.json, where ``megamix swarm propose DIR`` finds them. Keys without a counterpart are refused, with the reason.
 
-Differences in what is kept: runs are chosen (``n_test``, ``train_split``) by another generator, so that the same seed
-chooses other runs; the law is fitted to the end rather than for a number of steps; MMLU's subjects are not gathered
-into groups unless ``eval`` has them as families.
+Differences: another generator chooses runs (``n_test``, ``train_split``), so that the same seed chooses others; the law
+is fitted to convergence, not for a number of steps; MMLU's subjects form groups only where ``eval`` says so.
 
 Format: github.com/allenai/olmix, ``olmix/fit/config.py`` and ``configs/examples/fit``.
 """
@@ -27,16 +25,49 @@ from megamix.core.text import listed
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fit import fit
 from megamix.studies.swarm.fit.fitted import Fitted
-from megamix.studies.swarm.propose.config import ProposeConfig
+from megamix.studies.swarm.priors import FILE as PRIORS_FILE
+from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
 
 SECTIONS = ("swarm", "priors", "eval", "proposer", "constraints", "filtering")
-PRIORS, PROPOSE = "priors.json", "propose.json"
 _FRACTION = re.compile(r"\s*([0-9.eE+-]+)\s*(?:/\s*([0-9.eE+-]+)\s*)?")
 _NO_COUNTERPART = {
     "autoscale": "its law extrapolates to another number of tokens, which needs swarms of several sizes",
     "bimix": "its law is of a domain's own share and of the tokens, which needs swarms of several sizes",
     "search": "it takes the best run of the swarm without a fit",
 }
+
+
+def fit_from(out: Path, ratios: Path | None, metrics: Path | None, config: Path | None, overrides: list[str]) -> Fitted:
+    """Fits the tables, by a config of either form and overrides of the command line.
+
+    Args:
+        ratios, metrics: the files; None: the paths in a config of Olmix, relative to the current directory.
+        config: a fit config of Olmix, or a YAML file with keys of `FitConfig`.
+        overrides: ``key=value``, over those of the config.
+
+    Raises:
+        InputError: a config or a table that cannot be used, or no path of one.
+    """
+    data = read_yaml(config) if config is not None else {}
+    olmix = validate(OlmixFit, data, str(config)) if _is_olmix(data) else None
+    if olmix is not None:
+        data = olmix.fit_config()
+        ratios, metrics = ratios or olmix.swarm.ratios, metrics or olmix.swarm.metrics
+    options = validate(FitConfig, apply_overrides(data, overrides), str(config or "the options of fit"))
+    if ratios is None or metrics is None:
+        raise InputError(
+            f"no {'ratios' if ratios is None else 'metrics'}.csv is named. Give --ratios and --metrics, or --config with"
+            " the section 'swarm' of a fit config of Olmix."
+        )
+    fitted = fit(ratios, metrics, out, options)
+    if olmix is not None:
+        olmix.write(out, fitted.metrics, fitted.domains)
+    return fitted
+
+
+def _is_olmix(data: dict[str, Any]) -> bool:
+    """Whether a YAML mapping is a fit config of Olmix rather than one of `FitConfig`'s keys."""
+    return any(name in data for name in SECTIONS) or isinstance(data.get("regression"), dict)
 
 
 class _Swarm(Config):
@@ -191,7 +222,7 @@ class OlmixFit(Config):
         return self
 
     def fit_config(self) -> dict[str, Any]:
-        """The keys of `FitConfig` that say the same. Runs without a value are dropped, as Olmix does."""
+        """The corresponding keys of `FitConfig`. Runs without a value are dropped, as in Olmix."""
         families = self.eval.families if self.eval is not None else {}
         filtering = self.filtering
         dropped = set(filtering.drop_metrics)
@@ -210,7 +241,7 @@ class OlmixFit(Config):
         }
 
     def propose_config(self, metrics: tuple[str, ...], domains: tuple[str, ...]) -> ProposeConfig:
-        """What it says of the proposal, for a fit of these metrics and domains. A metric without a weight counts 1."""
+        """Options of the proposal for a fit of these metrics and domains. A metric without a weight counts 1."""
         weights, fixed = self.filtering.obj_weights, self.filtering.fixed_weight
         _check_names("filtering.obj_weights", weights, metrics, "fitted metric")
         _check_names("filtering.fixed_weight", fixed, domains, "domain of the swarm")
@@ -246,13 +277,8 @@ class OlmixFit(Config):
     def write(self, folder: Path, metrics: tuple[str, ...], domains: tuple[str, ...]) -> None:
         """Writes priors.json and propose.json."""
         proposal = self.propose_config(metrics, domains).model_dump(mode="json", exclude_unset=True)
-        for name, content in ((PRIORS, self.priors_of(domains)), (PROPOSE, proposal)):
+        for name, content in ((PRIORS_FILE, self.priors_of(domains)), (OPTIONS_FILE, proposal)):
             replace_file(folder / name, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def is_olmix(data: dict[str, Any]) -> bool:
-    """Whether a YAML mapping is a fit config of Olmix rather than one of `FitConfig`'s keys."""
-    return any(name in data for name in SECTIONS) or isinstance(data.get("regression"), dict)
 
 
 def _check_names(key: str, given: Any, known: tuple[str, ...], what: str) -> None:
@@ -270,31 +296,3 @@ def _number(text: str) -> float:
         return float(match[1]) / float(match[2] or 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"got {text!r}, expected a number or a fraction such as 7/52.") from None
-
-
-def fit_from(out: Path, ratios: Path | None, metrics: Path | None, config: Path | None, overrides: list[str]) -> Fitted:
-    """Fits what the command line says.
-
-    Args:
-        ratios, metrics: the files; None: those that a config of Olmix names, as seen from the current directory.
-        config: a fit config of Olmix, or a YAML file with keys of `FitConfig`.
-        overrides: ``key=value``, over those of the config.
-
-    Raises:
-        InputError: also where a file is named nowhere.
-    """
-    data = read_yaml(config) if config is not None else {}
-    olmix = validate(OlmixFit, data, str(config)) if is_olmix(data) else None
-    if olmix is not None:
-        data = olmix.fit_config()
-        ratios, metrics = ratios or olmix.swarm.ratios, metrics or olmix.swarm.metrics
-    options = validate(FitConfig, apply_overrides(data, overrides), str(config or "the options of fit"))
-    if ratios is None or metrics is None:
-        raise InputError(
-            f"no {'ratios' if ratios is None else 'metrics'}.csv is named. Give --ratios and --metrics, or --config with"
-            " the section 'swarm' of a fit config of Olmix."
-        )
-    fitted = fit(ratios, metrics, out, options)
-    if olmix is not None:
-        olmix.write(out, fitted.metrics, fitted.domains)
-    return fitted

@@ -1,4 +1,4 @@
-"""Token counts and shares of a data set: what a swarm is drawn around, and what bounds repetition.
+"""Token counts and shares of a data set: the centre of a swarm, and the bounds of repetition.
 
 {"token_counts": {"web": 70, "code": 30}, "relative_sizes": {"web": 0.7, "code": 0.3}}     Olmix's keys
 """
@@ -20,7 +20,7 @@ FILE = "priors.json"
 
 @dataclass(frozen=True)
 class Priors:
-    """What is known of the domains before any run.
+    """Token counts and shares of the domains.
 
     Attributes:
         token_counts: {domain: training tokens}.
@@ -59,7 +59,7 @@ class Priors:
 
 
 def priors_of(data: Path, domains: Sequence[str] | None = None) -> Priors:
-    """Those of a prepared data set.
+    """Priors of a prepared data set.
 
     Args:
         data: its manifest, or its folder.

@@ -1,4 +1,4 @@
-"""How a swarm is fitted: the options of ``megamix swarm fit``, and the key ``swarm.fit`` of a job's config."""
+"""Options of ``megamix swarm fit``, which are also the key ``swarm.fit`` of a study's config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Regression = Literal["log_linear", "lightgbm", "gp"]
 
 
 class FitConfig(Config):
-    """How a law is fitted to a swarm's ratios and metrics."""
+    """Options of a fit to a swarm's ratios and metrics."""
 
     regression: Regression = "log_linear"
     """log_linear: f_j(x) = exp(c_j) + exp(A_j . x) for metric j, x the mixture; lightgbm: boosted trees; gp: a Gaussian
@@ -71,7 +71,7 @@ class FitConfig(Config):
 
     @property
     def resamples(self) -> int:
-        """How many fits to resampled runs there are."""
+        """Number of fits to resampled runs."""
         if self.bootstrap is not None:
             return self.bootstrap
         return 100 if self.regression == "log_linear" else 0

@@ -1,4 +1,4 @@
-"""``megamix swarm fit``: from ratios.csv and metrics.csv to a law, how well it predicts, and its uncertainty."""
+"""``megamix swarm fit``: fits a law to ratios.csv and metrics.csv, and measures its predictions and its uncertainty."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ def learn(ratios: Path, metrics: Path, config: FitConfig) -> Fitted:
 
 
 def choose_ridge(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig) -> tuple[float, Array]:
-    """The ridge asked for, or that of `RIDGES` which predicts runs that were not fitted best: the smallest mean
-    absolute error, in each metric's standard deviation, over all metrics. As it is one number for all metrics, the
-    quality of these predictions is hardly flattered by the choice.
+    """Chooses the ridge of `RIDGES` with the smallest held-out error, unless the config gives one.
+
+    The error is the mean absolute one over all metrics, in each metric's standard deviation. One number for all metrics
+    hardly flatters the quality of these predictions.
 
     Returns:
-        The ridge, and what `cross_validate` says with it.
+        The ridge, and the result of `cross_validate` with it.
     """
     if config.regression != "log_linear" or config.ridge != "auto":
         ridge = 0.0 if config.ridge == "auto" else config.ridge
@@ -91,7 +92,7 @@ def choose_ridge(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig)
 
 
 def fit_model(table: SwarmTable, config: FitConfig, ridge: float) -> Model:
-    """The regression that ``config`` asks for, on all runs of a table."""
+    """Fits the regression of ``config`` to all runs of a table."""
     if config.regression == "log_linear":
         return fit_log_linear(table, starts=config.starts, seed=config.seed, delta=config.delta, ridge=ridge)
     return _fit_other(table.ratios_RK, table.values_RJ, config)
@@ -102,7 +103,7 @@ def _fit_other(x_RK: Array, y_RJ: Array, config: FitConfig) -> Model:
 
 
 def cross_validate(table: SwarmTable, fold_R: NDArray[np.intp], config: FitConfig, ridge: float = 0.0) -> Array:
-    """What a fit without its fold says of each run, float64 [R, J]. No fit starts from one that has seen the fold."""
+    """Held-out predictions, float64 [R, J]: each run's by a fit without its fold, started from no fit that saw it."""
     x_RK, y_RJ = table.ratios_RK, table.values_RJ
     held_out_RJ = np.empty_like(y_RJ)
     num_folds, num_metrics = int(fold_R.max()) + 1, len(table.metrics)
@@ -148,7 +149,7 @@ def bootstrap(table: SwarmTable, model: Model, config: FitConfig, ridge: float) 
 
 
 def report(fitted: Fitted, out: Path) -> Report:
-    """How well the fit predicts runs that it has not seen, and where everything is; warns where that is badly."""
+    """Report of a fit: its held-out predictions and its files. Warns of poor ranks."""
     spread = by_name(fitted.metrics, fitted.table.values_RJ.std(axis=0))
     rows = [_row(name, fitted.cross_validation[name], spread[name]) for name in fitted.metrics]
     rows += [_row(f"family {name}", one, None) for name, one in fitted.family_cross_validation.items()]
@@ -201,7 +202,7 @@ def _file(path: Path) -> dict[str, str]:
 
 
 def _coefficients(model: Model) -> dict[str, Any] | None:
-    """The law in words: each metric's floor, exp(c), and A by domain."""
+    """The law's coefficients by name: each metric's floor, exp(c), and A by domain."""
     if not isinstance(model, LogLinearLaw):
         return None
     return {

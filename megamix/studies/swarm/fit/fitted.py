@@ -1,4 +1,4 @@
-"""A fitted swarm as it lies in a folder: fit.json to be read by people, fit.npz with the same numbers and more."""
+"""Fitted swarm and its files: fit.json for people, fit.npz with the same numbers and more."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ JSON, NPZ = "fit.json", "fit.npz"
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was learned from a swarm of R runs, K domains and J metrics (or families, where those were fitted).
+    """Fit to a swarm of R runs, K domains and J metrics (or families, with ``per: family``).
 
     Attributes:
-        families: of ``metrics``, by name; none where families were fitted, whose names are then ``metrics``.
-        model: gives the predictions.
-        table: the runs that were fitted.
-        cross_validation: how runs that were left out of a fit were predicted.
+        families: ``metrics`` by family; empty with ``per: family``, where the families are the metrics.
+        table: the fitted runs.
+        cross_validation: quality of the held-out predictions.
         family_cross_validation: the same for the means of the families' metrics.
-        held_out_RJ: float64 [R, J], what was predicted of each run by a fit without it.
-        boot_c_BJ: float64 [B, J], c of the fits to resampled runs; B is 0 where there are none.
+        held_out_RJ: float64 [R, J], predictions of each run by a fit without it.
+        boot_c_BJ: float64 [B, J], c of the fits to resampled runs; B may be 0.
         boot_A_BJK: float64 [B, J, K].
-        details: what else fit.json says, by the names of `DETAILS`.
+        details: further entries of fit.json, by the names of `DETAILS`.
     """
 
     families: dict[str, tuple[str, ...]]
@@ -67,7 +66,7 @@ class Fitted:
 
     @property
     def law(self) -> LogLinearLaw | None:
-        """The law, where that is what was fitted."""
+        """The law; None for other regressions."""
         return self.model if isinstance(self.model, LogLinearLaw) else None
 
     def predict(self, x_NK: Array) -> Array:
@@ -75,7 +74,7 @@ class Fitted:
         return self.model.predict(np.asarray(x_NK, dtype=np.float64))
 
     def bootstrap_predict(self, x_NK: Array) -> Array:
-        """What the fits to resampled runs predict, float64 [B, N, J]; B may be 0."""
+        """Predictions of the fits to resampled runs, float64 [B, N, J]; B may be 0."""
         return predict(x_NK, self.boot_c_BJ, self.boot_A_BJK)
 
     def save(self, folder: Path) -> None:

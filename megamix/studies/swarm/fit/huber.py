@@ -1,4 +1,4 @@
-"""Many small fits of y = e + exp(a . x), e >= 0, by Huber loss at once: Levenberg-Marquardt over a batch.
+"""Batched Huber fits of y = e + exp(a . x), e >= 0, by Levenberg-Marquardt.
 
 In e and a the loss has a long bent valley: a higher floor goes with larger coefficients. With u the mean of y, and
 
@@ -35,7 +35,7 @@ _SMALL_EXPONENT = 0.02
 
 @dataclass(frozen=True)
 class Problems:
-    """P problems over R runs and K domains.
+    """P fit problems over R runs and K domains.
 
     Attributes:
         x_RK: float64 [R, K], mixtures.
@@ -70,7 +70,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Solution:
-    """Where P problems ended.
+    """Solutions of P fit problems.
 
     Attributes:
         floor_P: float64 [P], e, >= 0.
@@ -85,7 +85,7 @@ class Solution:
     converged_P: NDArray[np.bool_]
 
     def or_better(self, other: Solution) -> Solution:
-        """Of each problem the end with the lower loss."""
+        """Of each problem the solution with the lower loss."""
         other_P = other.loss_P < self.loss_P
         return Solution(
             np.where(other_P, other.floor_P, self.floor_P),
@@ -145,7 +145,7 @@ def _descend(
 
 
 class _Curve:
-    """The values at (b, p), and what its derivatives are made of.
+    """Values at (b, p), and the parts of their derivatives.
 
     Attributes:
         value_PR: float64 [P, R], f.

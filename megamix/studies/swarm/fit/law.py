@@ -21,8 +21,9 @@ Array = NDArray[np.float64]
 _LARGEST_EXPONENT = 700.0
 """exp of it is still a float64."""
 _SCATTER = 2.0
-"""Standard deviation of what half of the starts add to the guessed coefficients. On 144 laws that are not quite true, 8
-starts found the best known fit of 96 %, and were 0.07 % above it on the mean; with 0.5, of 94 % and 0.3 %."""
+"""Standard deviation of the noise that half of the starts add to the guessed coefficients. On 144 laws that are not
+quite true, 8 starts found the best known fit of 96 %, and were 0.07 % above it on the mean; with 0.5, of 94 % and
+0.3 %."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class LogLinearLaw:
         return predict(x_NK, self.c_J, self.A_JK)
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
-        """What is to be kept of it, by name."""
+        """Arrays to save, by name."""
         return {"c_J": self.c_J, "A_JK": self.A_JK}
 
 
@@ -111,7 +112,7 @@ def fit_weighted(
 
 
 def _guess(problems: Problems, share: float) -> tuple[Array, Array]:
-    """Guesses of floor and A.
+    """Guesses floor and A.
 
     Args:
         share: where the floor is, from 0 (just below the lowest value) to 1 (at 0), on a logarithmic scale of the gap.

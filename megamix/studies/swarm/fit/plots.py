@@ -1,5 +1,4 @@
-"""Plots of a fit: predictions of runs that were not fitted against their values, and what each domain does to each
-metric."""
+"""Plots of a fit: held-out predictions against values, and the effect of each domain on each metric."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def plot_fit(fitted: Fitted, folder: Path) -> list[Path]:
 
 
 def predictions_figures(fitted: Fitted) -> list[Figure]:
-    """Nine metrics a page: each run's value and what a fit without that run says; on the diagonal they agree."""
+    """Pages of nine metrics: each run's value and its held-out prediction, which agree on the diagonal."""
     per_page, pages = _COLUMNS * _ROWS, []
     for first in range(0, len(fitted.metrics), per_page):
         numbers = range(first, min(first + per_page, len(fitted.metrics)))
@@ -75,7 +74,7 @@ def _predictions(fitted: Fitted, j: int, figure: Figure, where: tuple[int, int, 
 
 
 def effects(fitted: Fitted) -> Array:
-    """What each metric gains when a domain gains 0.1 of weight at the mean mixture, the others shrinking alike.
+    """Change of each metric when a domain gains 0.1 of weight at the mean mixture, the others shrinking alike.
 
     Returns:
         float64 [K, J], in standard deviations of the metric over the runs.

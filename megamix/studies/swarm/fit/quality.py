@@ -1,4 +1,4 @@
-"""How well runs that were not fitted are predicted: R2, Spearman's rank correlation, and RMSE."""
+"""Quality of held-out predictions: R2, Spearman's rank correlation and RMSE, by folds of the runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fold_of_runs(num_runs: int, folds: int | None, seed: int) -> NDArray[np.intp
 
 
 def quality(actual_RJ: Array, predicted_RJ: Array, names: Sequence[str]) -> Quality:
-    """How the predictions of R runs compare to their values, for each of J metrics; folds are pooled."""
+    """Quality of the predictions of R runs for each of J metrics; folds are pooled."""
     return {
         name: _one(actual_R, predicted_R)
         for name, actual_R, predicted_R in zip(names, actual_RJ.T, predicted_RJ.T, strict=True)

@@ -1,4 +1,4 @@
-"""What can be fitted to a swarm besides the log-linear law: boosted trees and Gaussian processes.
+"""Regressions besides the log-linear law: boosted trees and Gaussian processes.
 
 Both are fitted to one metric at a time, with settings for the tens to hundreds of runs that a swarm has, and are the
 same for the same input: one thread, and a seed.
@@ -31,7 +31,7 @@ class Model(Protocol):
         ...
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What is to be kept of it, by name; `load_model` makes the same model of them."""
+        """Arrays to save, by name; `load_model` makes the same model of them."""
         ...
 
 

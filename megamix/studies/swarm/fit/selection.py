@@ -1,4 +1,4 @@
-"""Which runs, domains and metrics of a swarm are fitted, and whether there is enough of them."""
+"""Selection of the runs, domains and metrics to fit, and the check that they are enough."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _FEWEST_RUNS = 5
 
 
 def read_selected(ratios: Path, metrics: Path, config: FitConfig) -> tuple[SwarmTable, Families]:
-    """The runs to be fitted or tested, on the domains and metrics that are asked for.
+    """Reads the runs to fit or test, on the domains and metrics of ``config``.
 
     Returns:
-        The table, and the families among its metrics; where families are fitted, they are the table's metrics and
-        there are none among them.
+        The table, and the families of its metrics; with ``per: family`` the table's metrics are the families.
     """
     families = {
         name: tuple(metric for metric in members if metric not in config.drop_metrics)

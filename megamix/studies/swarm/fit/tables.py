@@ -1,4 +1,4 @@
-"""A swarm's two tables, in Olmix's form: ratios.csv (what each run was trained on) and metrics.csv (what came of it).
+"""A swarm's two tables, in Olmix's form: ratios.csv (mixture of each run) and metrics.csv (its results).
 
     run,name,index,web,code      run,name,index,loss_web,loss_code
     0000,0000,0,0.7,0.3          0000,0000,0,3.1,2.2
@@ -41,7 +41,7 @@ class SwarmTable:
     Attributes:
         ratios_RK: float64 [R, K], every row sums to 1.
         values_RJ: float64 [R, J], finite; lower is better.
-        dropped: runs that stand in the files and were left out for want of a value.
+        dropped: runs of the files that lack a value and were left out.
     """
 
     runs: tuple[str, ...]
@@ -66,7 +66,7 @@ def read_table(
         missing: what becomes of a run that is in one file only or has no finite number for a metric: ``refuse`` is an
             error with their names, ``drop`` leaves them out and says which.
         only: the metrics to read; the others may lack values. None: all.
-        drop: metrics not to read. One that is not in the file is said.
+        drop: metrics not to read; warns of one that the file lacks.
 
     Raises:
         InputError: a file that cannot be read or is cut off, ratios that are no mixture, a missing value, an unknown
@@ -115,7 +115,7 @@ def write_metrics(path: Path, runs: Sequence[str], metrics: Sequence[str], value
 
 @dataclass(frozen=True)
 class _Csv:
-    """The fields of a file as text.
+    """Fields of a CSV file as text.
 
     Attributes:
         kind: what a column is.
@@ -180,7 +180,7 @@ def _read_csv(path: Path, kind: str) -> _Csv:
 
 
 def _columns(header: list[str], path: Path, kind: str) -> tuple[int, list[int]]:
-    """Where the run stands, and where the domains or metrics."""
+    """Column of the run, and columns of the domains or metrics."""
     ids = [place for place, name in enumerate(header) if name in _ID_COLUMNS]
     if len(ids) != 1:
         raise InputError(
@@ -215,7 +215,7 @@ def _chosen_metrics(results: _Csv, only: Sequence[str] | None, drop: Sequence[st
 
 
 def _lacking(mixtures: _Csv, results: _Csv, chosen: tuple[str, ...], values: Array) -> dict[str, str]:
-    """The runs without all they need, and what each lacks."""
+    """{run: reason} of the runs that lack a row or a value."""
     lacking = {run: f"not in {results.path.name}" for run in mixtures.rows if run not in results.rows}
     lacking |= {run: f"not in {mixtures.path.name}" for run in results.rows if run not in mixtures.rows}
     for run, row in zip(results.rows, values, strict=True):

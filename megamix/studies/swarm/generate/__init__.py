@@ -1,1 +1,1 @@
-"""The mixtures of a swarm's members."""
+"""Mixtures of a swarm's members."""

@@ -1,4 +1,4 @@
-"""How the mixtures of a swarm are sampled. Names and defaults are Olmix's where it has them."""
+"""Options of a swarm's mixtures. Names and defaults are Olmix's where it has them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Level:
-    """What the weights of one level have to keep.
+    """Prior and bounds of one level.
 
     Attributes:
         names: of the M entries.
@@ -54,14 +54,14 @@ class Level:
         return (self.prior > 0) & (self.cap > 0) & (self.cap >= self.minimum - SLACK)
 
     def check(self, what: str, where: str = "") -> None:
-        """Looks whether there are such weights.
+        """Refuses bounds that no weights meet.
 
         Args:
-            what: an entry, in a word.
-            where: of what they are entries.
+            what: the word for an entry, for messages.
+            where: the words for the level, for messages.
 
         Raises:
-            InputError: no weights keep all of it; with the numbers.
+            InputError: no weights meet all bounds; with the numbers.
         """
         for name, prior, cap, required in zip(self.names, self.prior, self.cap, self.required, strict=True):
             if not required:
@@ -90,7 +90,7 @@ class Level:
             )
 
     def draw(self, strength: float, random: np.random.Generator) -> Floats | None:
-        """float64 [M]: weights that keep all of it, and sum to 1; None where this draw leaves no way to.
+        """float64 [M]: drawn weights within all bounds, sum 1; None where this draw leads to none.
 
         Args:
             strength: the sum of the concentrations.
@@ -103,7 +103,7 @@ class Level:
         return self.bounded(drawn) if drawn.any() else None
 
     def bounded(self, wanted: Floats) -> Floats | None:
-        """float64 [M]: the weights near ``wanted`` that keep all of it; None where there are none.
+        """float64 [M]: the weights nearest to ``wanted`` within all bounds; None where there are none.
 
         Args:
             wanted: float64 [M], not negative.
@@ -156,8 +156,8 @@ def flattened(prior: Floats, temperature: float) -> Floats:
 
 
 def strength_of(number: int, low: float, high: float) -> float:
-    """The strength of a draw: even in the logarithm over any number of draws, and that of a draw does not depend on how
-    many there are (van der Corput's sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ...).
+    """Strength of a draw: even in the logarithm over any number of draws, and independent of that number (van der
+    Corput's sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ...).
 
     Args:
         number: of the draw, from 0.

@@ -1,4 +1,4 @@
-"""The mixtures of a swarm: from a prior, token counts and `GenerateConfig` to one row of weights per member.
+"""Mixtures of a swarm, drawn from a prior within the bounds of `GenerateConfig`: one row of weights per member.
 
 Legend: K domains, S sources, N members.
 """
@@ -36,14 +36,13 @@ def source_of(domain: str) -> str:
 
 @dataclass(frozen=True)
 class MixtureSpace:
-    """Draws mixtures. `check` first.
+    """Prior and bounds of a swarm's mixtures, which it draws. Call `check` first.
 
     Attributes:
         domains: the K domains.
         prior: float64 [K], sums to 1; the manual priors of the config are not in it yet.
-        config: how to draw.
         token_counts: {domain: training tokens}; needed where `GenerateConfig.repetition` is set.
-        repetition_tokens: those of the run that must not repeat a domain more often.
+        repetition_tokens: tokens of the run that `GenerateConfig.repetition` bounds.
     """
 
     domains: tuple[str, ...]
@@ -215,7 +214,7 @@ class MixtureSpace:
         return min(own, largest_total(usable, self._required_topics(source), self.config.minimum("topic")))
 
     def _least(self, source: str) -> float:
-        """A weight at which the topics of a source are to be shared out, for a check."""
+        """Weight of a source at which `check` shares out its topics."""
         fixed = self.config.fixed_source_weights.get(source, 0.0)
         return fixed if fixed > 0 else max(min(self.config.minimum("source"), self._largest(source)), 1e-12)
 
@@ -303,7 +302,7 @@ class MixtureSpace:
 def draw_mixtures(space: MixtureSpace, members: int, existing: Floats | None = None) -> Floats:
     """Draws the mixtures of a swarm.
 
-    The n-th depends on the seed, the config, the prior and those before it, but not on how many there are.
+    The n-th depends on the seed, the config, the prior and the ones before it, but not on their number.
 
     Args:
         existing: float64 [rows, K], mixtures to keep away from.

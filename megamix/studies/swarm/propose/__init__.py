@@ -1,1 +1,1 @@
-"""The mixture that a fitted law proposes, and updates of an earlier one."""
+"""Proposals of a mixture by a fitted law, and updates of an earlier proposal."""

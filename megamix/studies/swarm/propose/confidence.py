@@ -1,4 +1,4 @@
-"""How sure a proposal is: what is predicted, how far that varies over resampled runs, and how far it is from any run.
+"""Confidence in a proposal: predictions, their spread over resampled runs, and the distance to the nearest run.
 
 Legend: K domains, J metrics, R runs, B resamples.
 """
@@ -25,10 +25,10 @@ _BEYOND = 1e-6
 
 
 def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any]:
-    """What mixture.json says of how sure the mixture ``x_K`` is.
+    """Entries of mixture.json about the confidence in the mixture ``x_K``.
 
     Args:
-        resamples: for so many of the B resampled fits the mixture is worked out again.
+        resamples: how many of the B resampled fits are solved for a mixture of their own.
     """
     fitted = question.fitted
     tried_R = fitted.table.values_RJ @ question.v_J
@@ -71,8 +71,8 @@ def confidence(question: Question, x_K: Floats, resamples: int) -> dict[str, Any
 
 
 def alternatives(question: Question) -> list[dict[str, Any]]:
-    """What the mixtures with a larger weight of the KL would gain: nearer to the prior and to what was tried, they are
-    predicted to gain less and are surer to. A row for each weight, the question's own first."""
+    """Predicted gains with larger weights of the KL: nearer to the prior and to the runs, smaller and surer. A row for
+    each weight, the question's own first."""
     fitted = question.fitted
     law = fitted.law
     if law is None or question.worst or question.kl == 0:
@@ -97,7 +97,7 @@ def alternatives(question: Question) -> list[dict[str, Any]]:
 
 
 def _distance(question: Question, x_K: Floats) -> dict[str, Any]:
-    """How far the mixture is from those tried: total variation, half the sum of the absolute differences."""
+    """Distances to the mixtures tried: total variation, half the sum of the absolute differences."""
     table = question.fitted.table
     apart_R = np.abs(table.ratios_RK - x_K).sum(axis=1) / 2
     nearest = int(np.argmin(apart_R))

@@ -1,4 +1,4 @@
-"""The config of ``megamix swarm propose``."""
+"""Options of ``megamix swarm propose``, and of an update of a mixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pydantic
 from megamix.core.config import Config
 
 OPTIONS_FILE = "propose.json"
-"""Options that stay with a fit: keys of `ProposeConfig`, which those of the command line go over."""
+"""Options that stay with a fit: keys of `ProposeConfig`; the command line overrides them."""
 
 
 class ProposeConfig(Config):

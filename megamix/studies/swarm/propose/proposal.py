@@ -1,4 +1,4 @@
-"""DIR/mixture.json: a proposed mixture, how it was found, how sure it is, and the chain of updates behind it."""
+"""Proposal and its file, DIR/mixture.json: weights, method, confidence, and the chain of updates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Proposal:
-    """A mixture and what is known of it.
+    """Proposed mixture.
 
     Attributes:
         weights: {domain: weight}, which sum to 1.
         predicted: {metric: value} at these weights.
-        details: what else mixture.json holds, JSON-serialisable: prior, bounds, objective, optimality, confidence.
-        history: how the weights came about, oldest first; see `history_entry`. The last entry is of this mixture.
+        details: further entries of mixture.json, JSON-serialisable: prior, bounds, objective, optimality, confidence.
+        history: the chain of updates, oldest first; see `history_entry`. The last entry is this mixture's.
     """
 
     weights: dict[str, float]
@@ -39,9 +39,9 @@ def history_entry(
     """One link of the chain of updates.
 
     Args:
-        found: the weights that were worked out, of virtual domains where some were frozen.
-        weights: those of the real domains that follow.
-        runs: proxy runs that it took.
+        found: the weights found, of virtual domains where some were frozen.
+        weights: the weights of the real domains.
+        runs: number of proxy runs.
         update: `Update.summary` where the mixture is an update of another.
     """
     return {

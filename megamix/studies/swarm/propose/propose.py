@@ -1,10 +1,9 @@
-"""From a fit to a mixture: the best by the fit, near the prior and within bounds, and how sure that is.
+"""Proposal of a mixture: the best by a fit, near the prior and within bounds.
 
     minimise  sum_j v_j f_j(x) + kl * KL(x || prior)     over  sum x = 1, 0 <= x_k <= cap_k
 
-For the log-linear law this is convex and solved exactly (`megamix.studies.swarm.propose.solve`); for trees and Gaussian
-processes, and for the worst mixture, the answer is the best that a search found
-(`megamix.studies.swarm.propose.search`), and says so.
+For the log-linear law the problem is convex and solved exactly (`megamix.studies.swarm.propose.solve`). For trees,
+Gaussian processes and the worst mixture the answer is the best of a search (`megamix.studies.swarm.propose.search`).
 
 Source: Olmix, Chen et al., arXiv 2602.12237, section 3.
 
@@ -58,16 +57,16 @@ def propose(
     seed: int = 0,
     resamples: int = 20,
 ) -> Proposal:
-    """The best mixture by a fit.
+    """Finds the best mixture by a fit.
 
     Args:
         prior: {domain: share} of all K domains, sum 1.
         caps: {domain: largest weight}; feasible (`check_feasible`).
         objective: {metric or family: weight}; default: all metrics alike.
-        fixed: {domain: weight} that is settled.
+        fixed: {domain: weight}.
         kl_prior: q of the KL term, if not the prior.
         worst: the largest objective (minus the KL) instead of the smallest.
-        resamples: fits to resampled runs for which the mixture is worked out again; not for the worst.
+        resamples: fits to resampled runs that are solved, too, for intervals of the weights; not for the worst.
 
     Raises:
         InputError: an unknown metric.
@@ -121,7 +120,7 @@ def _question(
 
 
 def _best(question: Question) -> tuple[Floats, dict[str, Any]]:
-    """The mixture, and how exact it is."""
+    """Solves or searches. Returns the mixture and its optimality."""
     law, tried = question.fitted.law, question.fitted.table.ratios_RK
     if law is not None and not question.worst:
         found = solve(question.problem(law.A_JK))
@@ -214,7 +213,7 @@ def _of_real_domains(
     options: ProposeConfig,
     runs: int,
 ) -> Proposal:
-    """The proposal as it is written: with the chain of updates, and in an update over the real domains."""
+    """Adds the chain of updates, and expands an update to the real domains."""
     details = dict(found.details)
     details["prior"] = {"source": prior.source, **details["prior"]}
     if caps is not None:
@@ -229,8 +228,7 @@ def _of_real_domains(
 
 
 def propose_settled(directory: Path, update: Update) -> tuple[Proposal, Path]:
-    """Writes the mixture of an update in which nothing is to be found (`Update.settled`): the old weights,
-    renormalised."""
+    """Writes the mixture of an update that frees no weight (`Update.settled`): the old weights, renormalised."""
     weights = by_name(update.domains, update.expand(np.ones(1)))
     entry = history_entry(directory, {update.virtual[0]: 1.0}, weights, 0, update.summary)
     details = {"optimality": {"method": "the old weights, renormalised: no proxy runs"}}

@@ -1,4 +1,4 @@
-"""What a proposal is asked for: objective, prior and bounds, from options and the files of a swarm.
+"""Objective, prior and bounds of a proposal, from options and the files of a swarm.
 
 Legend: K domains of the fit (virtual ones in an update), J metrics.
 """
@@ -29,7 +29,7 @@ _KEYS = ("relative_sizes", "token_counts")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a fit, as arrays.
+    """Objective, prior and bounds of a proposal, as arrays.
 
     Attributes:
         v_J: float64 [J], weights of the metrics; sum 1.
@@ -65,13 +65,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Prior:
-    """Where a mixture starts from.
+    """Prior of a proposal.
 
     Attributes:
-        shares: of the fit's domains, which sum to 1.
-        source: where they come from, in words.
-        kl: q of the KL term, of the fit's domains; need not sum to 1. In an update that of `existing` is lower by
-            exp(-KL(its ratios || their shares)), so that the term is the KL of the real domains.
+        shares: {domain of the fit: share}, sum 1.
+        source: where they come from, for messages.
+        kl: q of the KL term by domain of the fit; need not sum to 1. In an update the share of `existing` is multiplied
+            by exp(-KL(its ratios || their shares)), so that the term is the KL of the real domains.
     """
 
     shares: Amounts
@@ -154,10 +154,10 @@ def _numbers(content: Mapping[str, Any], source: str) -> Amounts:
 
 
 def find_prior(directory: Path, fitted: Fitted, options: ProposeConfig, update: Update | None) -> tuple[Prior, Amount]:
-    """The prior, and what is known of token counts.
+    """Finds the prior and the token counts.
 
-    The first of these that there is: the file in the options, DIR/priors.json, that of an update (DIR/update.json), the
-    shares of the given token counts, the mean of the mixtures tried.
+    The prior is the first of these: the file in the options, DIR/priors.json, the prior in DIR/update.json, the shares
+    of the given token counts, the mean of the mixtures tried.
 
     Raises:
         InputError: a file that cannot be used, or domains that are not those of the fit.
@@ -243,7 +243,7 @@ def check_names(found: Mapping[str, object], wanted: tuple[str, ...], source: st
 
 @dataclass(frozen=True)
 class Caps:
-    """Largest weights by how often a domain may be read.
+    """Largest weights that the limit of repetition allows.
 
     Attributes:
         largest: by domain of the fit; may be above 1.
@@ -280,7 +280,7 @@ def find_caps(options: ProposeConfig, amount: Amount, fitted: Fitted, update: Up
 
 
 def check_feasible(options: ProposeConfig, caps: Caps | None, prior: Prior) -> None:
-    """That the bounds can be met.
+    """Refuses bounds that no mixture meets.
 
     Raises:
         InputError: they cannot; with the numbers that bind, and those that would do.

@@ -1,4 +1,4 @@
-"""A proposed mixture in words, tables and a picture, and where each of its weights came from."""
+"""Report and plot of a proposal, and the origin of its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMOTE = 0.1
 
 
 def report(proposal: Proposal, path: Path) -> Report:
-    """What `propose` says; ``path`` is the file that was written."""
+    """Report of `propose`; ``path`` is the file written."""
     details = proposal.details
     parts: list[str | Table] = [_headline(details), _weights_table(proposal), _metrics_table(proposal)]
     if "virtual" in details:
@@ -102,7 +102,7 @@ def _metrics_table(proposal: Proposal) -> Table:
 
 
 def _kl_table(alternatives: list[dict[str, Any]]) -> Table:
-    """What a larger KL would give."""
+    """Gains with larger weights of the KL."""
     rows = [
         (
             f"{row['kl']:g}" + (" (this)" if place == 0 else ""),
@@ -121,7 +121,7 @@ def _interval(bounds: list[float] | None) -> str:
 
 
 def _sureness(details: Mapping[str, Any]) -> list[str]:
-    """How sure the answer is, a sentence a line."""
+    """Sentences on the confidence, one a line."""
     lines = [_gain(details), _distance(details["distance"]), _exactness(details["optimality"])]
     ranks = [row["spearman"] for row in details["fit"]["cross_validation"].values() if row.get("spearman") is not None]
     if ranks and np.mean(ranks) < GOOD_RANKS:
@@ -169,11 +169,10 @@ def _exactness(exact: Mapping[str, Any]) -> str:
 
 
 def explain(proposal: Proposal, domain: str | None = None) -> Report:
-    """Where the weights came from: a column for each step of the chain of updates, and for one domain each step in
-    words.
+    """Origin of the weights: a column for each link of the chain of updates, and a sentence for each link.
 
     Raises:
-        InputError: a domain that no step has had.
+        InputError: a domain that no link has.
     """
     history = proposal.history
     names = list(dict.fromkeys(name for entry in reversed(history) for name in entry["weights"]))
@@ -216,7 +215,7 @@ def _step(entry: Mapping[str, Any]) -> str:
 
 
 def _path_of(entry: Mapping[str, Any], name: str) -> str:
-    """How one step came to a domain's weight."""
+    """Origin of a domain's weight in one link."""
     weight, update = entry["weights"].get(name), entry["update"]
     if weight is None:
         return f"has no domain '{name}'"

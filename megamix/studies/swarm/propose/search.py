@@ -1,6 +1,6 @@
-"""Searches for a mixture where no method is exact: the worst one, and the best one of trees and Gaussian processes.
+"""Searches where no method is exact: for the worst mixture, and for the best by trees and Gaussian processes.
 
-What is found is the best of what was looked at, and said to be; the same seed looks at the same mixtures.
+The answer is the best of the mixtures looked at, which the seed determines.
 
 Legend: N mixtures, K domains, J metrics.
 """
@@ -25,7 +25,7 @@ _WIDTHS = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015, 0.007, 0.003)
 
 
 def search_worst(problem: Problem, tried_NK: Floats, seed: int) -> tuple[Floats, int]:
-    """Looks for the x with the largest sum_j v_j exp(A_j . x) - kl * KL(x || q) within the bounds of ``problem``.
+    """Searches for the x with the largest sum_j v_j exp(A_j . x) - kl * KL(x || q) within the bounds of ``problem``.
 
     The first term is convex, so every step replaces it by its tangent, which is below it: the maximum of the tangent
     minus the KL is known in closed form, and no step makes the value smaller. Where that ends depends on the start.
@@ -79,7 +79,7 @@ def _ascended(problem: Problem, x: Floats, floor_K: Floats, cap_K: Floats) -> Fl
 def search(
     value: Callable[[Floats], Floats], prior_K: Floats, floor_K: Floats, cap_K: Floats, tried_NK: Floats, seed: int
 ) -> tuple[Floats, int]:
-    """Looks for the mixture with the smallest ``value`` within bounds: draws around the prior and around what was
+    """Searches for the mixture with the smallest ``value`` within bounds: draws around the prior and around what was
     tried, then around the best of these, nearer and nearer.
 
     Args:

@@ -1,8 +1,8 @@
 """Mixture reuse: when the domains change, only the weights that the change touches are found anew.
 
-The old domains that nothing happens to keep the ratios they have and become one virtual domain, `existing`. The swarm
-is drawn, and the law fitted, over the virtual domains: `existing` and the free ones. Each virtual mixture is one of the
-real domains (`Update.expand`).
+The unchanged old domains keep their ratios and become one virtual domain, `existing`. The swarm is drawn, and the law
+fitted, over the virtual domains: `existing` and the free ones. `Update.expand` turns a virtual mixture into one of the
+real domains.
 
     weight_d = x_d                        of a free domain d
     weight_i = x_existing * inner_i       of a frozen one, inner_i = its old weight over the sum of all frozen ones'
@@ -49,16 +49,16 @@ def default_members(num_domains: int) -> int:
 
 @dataclass(frozen=True)
 class Update:
-    """An update, resolved.
+    """Resolved update of a mixture.
 
     Attributes:
         domains: the K real domains after the update.
-        virtual: the V domains that weights are found for; `existing`, where there is one, is the last.
+        virtual: the V domains whose weights are found; `existing`, if any, is the last.
         inner: {domain: share}, the ratios inside `existing`, which sum to 1; empty without it.
         prior: {virtual domain: share}, which sum to 1.
         previous: directory of the old mixture.
         old_weights: its weights.
-        change: what the config says of the domains.
+        change: the config's keys about domains.
         reuse: full, partial or none.
         history: the chain of updates up to the old mixture.
     """
@@ -75,12 +75,12 @@ class Update:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is to be found: the weights follow from the old ones, without any proxy run."""
+        """Whether the weights follow from the old ones without any proxy run."""
         return len(self.virtual) == 1
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the history of mixtures keeps of the update."""
+        """The update in the history of mixtures."""
         return {
             "previous": self.previous,
             **self.change,
@@ -122,8 +122,8 @@ class Update:
         return x
 
     def caps(self, caps: Mapping[str, float]) -> dict[str, float]:
-        """Bounds of the virtual domains' weights by those of the real ones: that of `existing` is the smallest of
-        cap / ratio over its domains."""
+        """Caps of the virtual domains from caps of the real ones: for `existing` the smallest cap / ratio of its
+        domains."""
         return {
             name: min(caps.get(member, np.inf) / share for member, share in self._members(name).items() if share > 0)
             for name in self.virtual
@@ -135,7 +135,7 @@ class Update:
         return min(members, key=lambda member: caps.get(member, np.inf) / members[member])
 
     def contract_prior(self, prior: Mapping[str, float]) -> dict[str, float]:
-        """Shares of the virtual domains by those of the real ones (K, relative)."""
+        """Shares of the virtual domains from (relative) shares of the K real ones."""
         total = sum(prior[name] for name in self.domains)
         return {name: sum(prior[member] for member in self._members(name)) / total for name in self.virtual}
 
@@ -167,7 +167,7 @@ class Update:
 
 
 def resolve_update(config: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> Update:
-    """Works out which domains are frozen and which are free.
+    """Determines which domains are frozen and which are free.
 
     Args:
         old: the mixture in ``config.previous``.
@@ -211,7 +211,7 @@ def _prior(update: Update, config: UpdateConfig, token_counts: Mapping[str, floa
 
 
 def _carried_over(config: UpdateConfig, old: Mapping[str, float]) -> dict[str, float]:
-    """Old weights under the new names, of every domain that has one without anything being found."""
+    """Old weights under the new names, of every domain that has one already."""
     gone = {*config.remove, *config.partition}
     kept = {name: weight for name, weight in old.items() if name not in gone}
     for whole, parts in config.partition.items():
@@ -222,7 +222,7 @@ def _carried_over(config: UpdateConfig, old: Mapping[str, float]) -> dict[str, f
 
 
 def _check_names(config: UpdateConfig, old: Mapping[str, float]) -> None:
-    """That every name is used once, and is there or not as its use wants."""
+    """Refuses a name that is used twice, or that must exist and does not, or the reverse."""
     key, where = "swarm.update", f"the mixture in {config.previous}"
     parts = {part: whole for whole, given in config.partition.items() for part in given}
     uses: dict[str, str] = {}
