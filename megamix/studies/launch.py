@@ -95,11 +95,7 @@ def _train_task(path: Path, overrides: list[str], resources: Resources) -> tuple
 def _prepare_tasks(
     arguments: tuple[str, ...], options: Mapping[str, Any], resources: Resources, shards: int, limit: int
 ) -> list[Task]:
-    """Tokenizer, shards and their merge.
-
-    Raises:
-        InputError: text that is not there, or options that the chain sets itself.
-    """
+    """Tokenizer, shards and their merge."""
     from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
     from megamix.prepare.documents import find_inputs
     from megamix.prepare.merge import shard_note_path

@@ -58,11 +58,7 @@ def members_of(folder: Path, overrides: Sequence[str]) -> list[Member]:
 def members_job(
     folder: Path, overrides: Sequence[str], members: Sequence[Member], resources: Resources, limit: int
 ) -> Job:
-    """Array with an index for each member of a folder.
-
-    Raises:
-        InputError: a plan that cannot work, or members that need different numbers of ranks.
-    """
+    """Array with an index for each member of a folder; raises InputError for members of different numbers of ranks."""
     options = [resources.of_run(member.config, str(member.path)) for member in members]
     odd = next((i for i, other in enumerate(options) if other != options[0]), None)
     if odd is not None:

@@ -76,11 +76,7 @@ def doremi(config_path: Path, overrides: list[str], only: TaskName | None) -> in
 
 
 def submit_doremi(config_path: Path, overrides: list[str], resources: Resources, *, dry_run: bool = False) -> str:
-    """Submits the tasks of the first round that is not done, and all that follows; returns what to print.
-
-    Raises:
-        InputError: a plan that cannot work, or that the cluster refuses.
-    """
+    """Submits the tasks of the first round that is not done, and all that follows; returns what to print."""
     study = read_study(config_path, overrides)
     command = ("doremi", str(config_path.absolute()), *absolute(overrides))
     tasks = target = _target(study, resources)
@@ -210,11 +206,7 @@ def _found(folder: Path) -> Weights:
 
 
 def _finished(config: RunConfig) -> RunState:
-    """The state in the last checkpoint of a run.
-
-    Raises:
-        InputError: the run is not done.
-    """
+    """The state in the last checkpoint of a run; raises InputError if the run is not done."""
     state = newest_state(config.run_dir / "checkpoints")
     if state is None or state.step < config.train.steps:
         raise InputError(

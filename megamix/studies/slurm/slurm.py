@@ -59,11 +59,7 @@ def check(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def submit(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs ``sbatch``; returns the job's number.
-
-    Raises:
-        InputError: Slurm refuses it.
-    """
+    """Runs ``sbatch``; returns the job's number, or raises InputError if Slurm refuses the job."""
     done = _start([command[0], "--parsable", *command[1:]], environment)
     if done.returncode:
         raise InputError(f"Slurm refuses this job: {_words(done.stderr)}.")

@@ -115,9 +115,6 @@ def submit_swarm(
     Args:
         target: resources of the target run.
         limit: members that run at a time; 0: all.
-
-    Raises:
-        InputError: a plan that cannot work, or that the cluster refuses.
     """
     study = read_study(config_path, overrides)
     _tell_cost(study)
@@ -127,11 +124,7 @@ def submit_swarm(
 
 
 def submit_members(folder: Path, overrides: list[str], resources: Resources, limit: int, *, dry_run: bool) -> str:
-    """Submits a run for each config of a folder as an array, and a job that writes their tables.
-
-    Raises:
-        InputError: a plan that cannot work, or that the cluster refuses.
-    """
+    """Submits a run for each config of a folder as an array, and a job that writes their tables."""
     members = members_of(folder, overrides)
     job = members_job(folder, overrides, members, resources, limit)
     gather = ("launch", *job.arguments, "--chain", "swarm", "--gather")
@@ -263,11 +256,7 @@ def _tell_cost(study: SwarmStudy) -> None:
 
 
 def _read_mixtures(path: Path, domains: tuple[str, ...]) -> Floats:
-    """float64 [rows, K]: the rows of a ratios.csv that have all their weight on these domains.
-
-    Raises:
-        InputError: it cannot be read, or has no such domains.
-    """
+    """float64 [rows, K]: the rows of a ratios.csv that have all their weight on these domains."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [[float(row.get(name) or 0.0) for name in domains] for row in csv.DictReader(file)]

@@ -127,11 +127,7 @@ def _metrics(run: RecordedRun, config: MetricsConfig) -> dict[str, float]:
 
 
 def _read_results(path: Path) -> dict[str, float]:
-    """A user's own results of a run.
-
-    Raises:
-        InputError: no such file, or it does not hold numbers by name.
-    """
+    """A user's own results of a run."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -153,11 +149,7 @@ def _read_results(path: Path) -> dict[str, float]:
 
 
 def _same_keys(rows: Sequence[dict[str, float]], names: Sequence[str], what: str) -> list[str]:
-    """The keys that all rows have.
-
-    Raises:
-        InputError: they differ.
-    """
+    """The keys that all rows have; raises InputError if they differ."""
     first = list(rows[0])
     for row, name in zip(rows, names, strict=True):
         odd = sorted(set(row) ^ set(first))
