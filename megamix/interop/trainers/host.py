@@ -107,7 +107,7 @@ class HostRun:
         loss_implementation: str = "auto",
         process_group: Any = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self.data_rank, self.reads_data = plan, data_rank, reads_data
         self.num_micro_batches = plan.share(data_rank).num_micro_batches
         self.loss = StepLoss(len(plan.domain_names), plan.vocab_size, device, loss_implementation, process_group)
         self._has_loss = has_loss

@@ -37,7 +37,6 @@ from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state, validation_reader
 from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
-from megamix.training.plan import DataPlan
 
 FOLDER = "megamix"
 """Folder, beside Megatron's checkpoints, of weights.jsonl and of one state of the data for each checkpoint."""
@@ -117,8 +116,7 @@ class MegatronMix:
         training = _TrainIterator(functools.partial(self._train_item, first))
         if not args.eval_iters:
             return training, None, None
-        consumed = getattr(args, "consumed_valid_samples", 0)
-        return training, _validation(run.plan, consumed, _data_rank(), _reads_data()), None
+        return training, _validation(run, getattr(args, "consumed_valid_samples", 0)), None
 
     # Megatron builds the iterators on every rank, not on the first of each tensor-parallel group alone.
     train_valid_test_datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -239,11 +237,12 @@ class MegatronMix:
         check_plan(args, plan)
         resumed = load_state(_state_path(args.load, args.iteration), plan, args.iteration) if args.iteration else None
         sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return HostRun(
             plan,
-            data_rank=_data_rank(),
-            reads_data=_reads_data(),
-            has_loss=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            reads_data=is_last or parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+            has_loss=is_last,
             device=_device(),
             record_dir=Path(args.save) / FOLDER if args.save else None,
             resumed=resumed,
@@ -308,10 +307,10 @@ class _TrainIterator(Iterator[_Item]):
         return item
 
 
-def _validation(plan: DataPlan, consumed: int, data_rank: int, reads_data: bool) -> Iterator[_Item]:
+def _validation(run: HostRun, consumed: int) -> Iterator[_Item]:
     """Endless micro-batches of validation samples, from all domains in equal shares."""
-    data, share = plan.config.data, plan.share(data_rank)
-    windows = [domain.num_windows(data.seq_length) for domain in plan.validation]
+    plan, share = run.plan, run.plan.share(run.data_rank)
+    windows = [domain.num_windows(plan.config.data.seq_length) for domain in plan.validation]
     blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
     blend.take(consumed)
     reader = validation_reader(plan)
@@ -320,7 +319,7 @@ def _validation(plan: DataPlan, consumed: int, data_rank: int, reads_data: bool)
     while True:
         domain_n, sample_n = blend.take(share.global_batch)
         batch = None
-        if reads_data:
+        if run.reads_data:
             shape = (share.num_micro_batches, share.micro_batch)
             batch = reader.batch(domain_n, sample_n, rows, shape).to(device)
         for index in range(share.num_micro_batches):
@@ -337,20 +336,6 @@ def _state_path(folder: Any, iteration: int) -> Path:
     if not folder:
         raise InputError(f"{HOST}'s --save and --load must name a folder: the state of the data is kept there.")
     return Path(folder) / FOLDER / f"iter_{iteration:07d}.json"
-
-
-def _data_rank() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_rank()
-
-
-def _reads_data() -> bool:
-    from megatron.core import parallel_state
-
-    return parallel_state.is_pipeline_first_stage(ignore_virtual=True) or parallel_state.is_pipeline_last_stage(
-        ignore_virtual=True
-    )
 
 
 def _device() -> torch.device:
