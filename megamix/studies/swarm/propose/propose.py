@@ -72,16 +72,27 @@ def propose(
         InputError: an unknown metric.
         MegamixError: no solution was found.
     """
-    question = _question(fitted, prior, kl_prior or prior, kl, caps or {}, fixed or {}, objective, worst, seed)
+    names, fixed = fitted.domains, fixed or {}
+    question = Question(
+        fitted,
+        v_J=objective_weights(objective, fitted),
+        prior_K=np.array([prior[name] for name in names], np.float64),
+        kl_prior_K=np.array([(kl_prior or prior)[name] for name in names], np.float64),
+        kl=kl,
+        floor_K=np.array([fixed.get(name, 0.0) for name in names]),
+        cap_K=np.array([fixed.get(name, min((caps or {}).get(name, 1.0), 1.0)) for name in names]),
+        worst=worst,
+        seed=seed,
+    )
     x_K, optimality = _best(question)
     used = {metric: v for metric, v in by_name(fitted.metrics, question.v_J).items() if v > 0}
     details: dict[str, Any] = {
         "worst": worst,
         "objective": used,
         "kl": {"weight": kl, "divergence": divergence(x_K, question.kl_prior_K) if kl > 0 else None},
-        "prior": {"shares": by_name(fitted.domains, question.prior_K)},
-        "caps": None if caps is None else by_name(fitted.domains, np.minimum(question.cap_K, 1.0)),
-        "fixed": dict(fixed or {}),
+        "prior": {"shares": by_name(names, question.prior_K)},
+        "caps": None if caps is None else by_name(names, np.minimum(question.cap_K, 1.0)),
+        "fixed": dict(fixed),
         "optimality": optimality,
         "fit": {
             "regression": fitted.regression,
@@ -90,33 +101,7 @@ def propose(
         },
         **confidence(question, x_K, 0 if worst else min(resamples, len(fitted.boot_c_BJ))),
     }
-    return Proposal(by_name(fitted.domains, x_K), by_name(fitted.metrics, fitted.predict(x_K[None])[0]), details)
-
-
-def _question(
-    fitted: Fitted,
-    prior: Mapping[str, float],
-    kl_prior: Mapping[str, float],
-    kl: float,
-    caps: Mapping[str, float],
-    fixed: Mapping[str, float],
-    objective: Mapping[str, float] | None,
-    worst: bool,
-    seed: int,
-) -> Question:
-    floor_K = np.array([fixed.get(name, 0.0) for name in fitted.domains])
-    cap_K = np.array([fixed.get(name, min(caps.get(name, 1.0), 1.0)) for name in fitted.domains])
-    return Question(
-        fitted,
-        objective_weights(objective, fitted),
-        np.array([prior[name] for name in fitted.domains], np.float64),
-        np.array([kl_prior[name] for name in fitted.domains], np.float64),
-        kl,
-        floor_K,
-        cap_K,
-        worst,
-        seed,
-    )
+    return Proposal(by_name(names, x_K), by_name(fitted.metrics, fitted.predict(x_K[None])[0]), details)
 
 
 def _best(question: Question) -> tuple[Floats, dict[str, Any]]:
