@@ -107,6 +107,10 @@ def test_special_cases() -> None:
         constraints={"type": "eq", "fun": lambda x: x.sum() - 0.7}, method="SLSQP", options={"ftol": 1e-14},
     )  # fmt: skip
     assert np.delete(found.x_K, 1) == pytest.approx(reduced.x, abs=1e-5)
+    settled = np.array([0.4, 0.3, 0.3, 0.0])
+    for caps in (settled, np.array([0.4, 0.3, 0.3, 1.0])):  # no weight is free, or one for which nothing is left
+        for kl in (0.0, 0.05):
+            assert solve(Problem(p.v_J, p.A_JK, kl, p.prior_K, settled, caps)).x_K == pytest.approx(settled, abs=1e-12)
     tight = Problem(p.v_J, p.A_JK, 0.05, p.prior_K, np.zeros(4), np.array([0.4, 0.3, 0.2, 0.1]))
     assert solve(tight).x_K == pytest.approx([0.4, 0.3, 0.2, 0.1])
 

@@ -44,6 +44,7 @@ _SNAP = 1e-9
 _SMALLEST_LOG = -690.0
 """Logarithm of the smallest weight where the KL forbids 0."""
 _ROUNDING = 1e-16
+"""Weights below this do not change the sum of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def _by_clarabel(problem: Problem, near_K: Floats, settings: dict[str, Any]) -> 
     cvxpy = need("cvxpy", "a proposal")
     floor_K, cap_K = problem.bounds
     free = cap_K > floor_K
+    if not free.any():
+        return floor_K, 0
     log_J = np.log(problem.v_J)
     smallest = np.log(problem.kl) if problem.kl > 0 else -np.inf
     size = np.logaddexp.reduce(log_J + problem.A_JK @ near_K, initial=smallest)
