@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
@@ -269,17 +268,9 @@ def _checkpoint(path: Path) -> Report:
         f"data        {state.manifest}\n"
         f"tokenizer   SHA-256 {prints['tokenizer']['sha256']}"
     )
-    return Report([head, _blend_table(list(prints["data"]["domains"]), blend.counts, blend.weights, blend.epochs)])
-
-
-def _blend_table(
-    names: list[str], counts: NDArray[np.int64], weights: NDArray[np.float64], epochs: NDArray[np.float64]
-) -> Table:
-    rows = [
-        (name, f"{count:,}", f"{weight:.4f}", f"{epoch:.2f}")
-        for name, count, weight, epoch in zip(names, counts, weights, epochs, strict=True)
-    ]
-    return Table(("domain", "samples taken", "weight", "epochs"), rows)
+    columns = zip(prints["data"]["domains"], blend.counts, blend.weights, blend.epochs, strict=True)
+    rows = [(name, f"{count:,}", f"{weight:.4f}", f"{epoch:.2f}") for name, count, weight, epoch in columns]
+    return Report([head, Table(("domain", "samples taken", "weight", "epochs"), rows)])
 
 
 def _checkpoint_problem(path: Path) -> str | None:

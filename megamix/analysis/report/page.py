@@ -50,12 +50,15 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def report_page(runs: Sequence[RecordedRun]) -> str:
     """The page as text."""
     shown = Shown(runs, [run_table(run) for run in runs], run_names([run.run_dir for run in runs]))
-    data, thinned = Data(), []
+    data = Data()
+    sampling = [(index, weight_series(run, shown.points)) for index, run in enumerate(runs)]
+    # DoReMi's, where they act on the loss.
+    alpha = recorded_series_of(runs, "loss_weights", shown.points)
     parts = [
         ("", "", cards(shown) + _verdict(shown)),
         ("loss", "Validation loss", _legend(shown) + charts.mean_charts(shown, data)),
-        ("weights", "Sampling weights", _weights(shown, data, thinned)),
-        ("alpha", "Loss weights", _loss_weights(shown, data, thinned)),
+        ("weights", "Sampling weights", _domain_key(shown) + _weights(shown, sampling, "weights", "Weights", data)),
+        ("alpha", "Loss weights", _weights(shown, alpha, "alpha", "Loss weights", data)),
         ("domains", "Loss by domain", _by_domain(shown, data)),
         ("shares", "Realised and asked shares", _shares(shown)),
         ("epochs", "Epochs read", _run_key(shown, charts.epoch_chart(shown))),
@@ -71,6 +74,7 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
         f'<section id="{key}"><h2>{title}</h2>{content}</section>' if key else content for key, title, content in parts
     )
     title = f"megamix: {', '.join(shown.names)}"
+    heading = escape(shown.names[0]) if len(runs) == 1 else f"{len(runs)} runs side by side"
     style = rules(len(shown.domains), len(runs)) + _asset("report.css")
     # Inside a script element only "<" could end it.
     numbers = json.dumps(data.charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -79,8 +83,8 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body>"
-        f'<header><h1>{_heading(shown)}</h1><nav aria-label="Sections">{links}</nav></header>'
-        f"<main>{body}</main>{_notes(shown, thinned)}"
+        f'<header><h1>{heading}</h1><nav aria-label="Sections">{links}</nav></header>'
+        f"<main>{body}</main>{_notes(shown, sampling, alpha)}"
         '<div id="tip" role="status" hidden></div>'
         f'<script type="application/json" id="data">{numbers}</script><script>{_asset("report.js")}</script>'
         "</body></html>\n"
@@ -89,10 +93,6 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
 
 def _asset(name: str) -> str:
     return files("megamix.analysis.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _heading(shown: Shown) -> str:
-    return escape(shown.names[0]) if len(shown.runs) == 1 else f"{len(shown.runs)} runs side by side"
 
 
 def _verdict(shown: Shown) -> str:
@@ -178,26 +178,13 @@ def _domain_key(shown: Shown) -> str:
     return f'<ul class="key domains">{entries}</ul>'
 
 
-def _weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
-    series = [weight_series(run, shown.points) for run in shown.runs]
-    thinned += [(f"sampling weights of {name}", one) for name, one in zip(shown.names, series, strict=True)]
-    y = weight_axis([one.values for one in series])
-    drawn = [
-        charts.weight_charts(shown, index, one, y, f"weights:{index}", "Weights", data)
-        for index, one in enumerate(series)
-    ]
-    return _domain_key(shown) + "".join(drawn)
-
-
-def _loss_weights(shown: Shown, data: Data, thinned: list[tuple[str, Series]]) -> str:
-    """DoReMi's weights, where they act on the loss."""
-    known = recorded_series_of(shown.runs, "loss_weights", shown.points)
-    if not known:
+def _weights(shown: Shown, found: Sequence[tuple[int, Series]], key: str, what: str, data: Data) -> str:
+    """The weights of runs, by their index, on one axis."""
+    if not found:
         return ""
-    thinned += [(f"loss weights of {shown.names[index]}", one) for index, one in known]
-    y = weight_axis([one.values for _, one in known])
+    y = weight_axis([series.values for _, series in found])
     return "".join(
-        charts.weight_charts(shown, index, one, y, f"alpha:{index}", "Loss weights", data) for index, one in known
+        charts.weight_charts(shown, index, series, y, f"{key}:{index}", what, data) for index, series in found
     )
 
 
@@ -216,10 +203,12 @@ def _shares(shown: Shown) -> str:
     return key + drawn if drawn else ""
 
 
-def _notes(shown: Shown, thinned: Sequence[tuple[str, Series]]) -> str:
+def _notes(shown: Shown, sampling: Sequence[tuple[int, Series]], alpha: Sequence[tuple[int, Series]]) -> str:
     """Points that the charts leave out, and numbers that are not known."""
     notes = []
-    for what, series in thinned:
+    drawn = [(f"sampling weights of {shown.names[index]}", series) for index, series in sampling]
+    drawn += [(f"loss weights of {shown.names[index]}", series) for index, series in alpha]
+    for what, series in drawn:
         if series.tolerance:
             notes.append(
                 f"The {what} changed {series.left_out + len(series.tokens) - 2:,} times; the chart draws the "
