@@ -294,7 +294,7 @@ def test_a_job_that_does_not_get_on_ends_and_says_where_each_rank_is(job: Ranks)
     assert job.wait() == [1, 1, 1]
     for rank in range(3):
         assert "nothing has advanced for 0.05 min (watchdog.stall_minutes). rank 1 (" in job.said(rank)
-        assert "step 4, evaluating, at tests/test_watchdog.py:" in job.said(rank)
+        assert "step 4, evaluating, at training/test_watchdog.py:" in job.said(rank)
         assert " in spin; ranks 0, 2 (" in job.said(rank)
         assert " in wait. " in job.said(rank)
 
