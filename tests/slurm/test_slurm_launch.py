@@ -255,7 +255,7 @@ def test_a_swarm_submits_members_that_are_not_done_nor_in_the_queue(
     assert after[1] != before[1]
 
 
-@pytest.mark.usefixtures("launch")
+@pytest.mark.usefixtures("slurm", "launch")  # in this order: the cluster clears the environment that jobs inherit
 def test_a_swarm_in_one_command_and_what_of_it_waits_for_a_member_submitted_again(
     slurm: Cluster, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
