@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Queued:
 def queued(name: str) -> list[Queued]:
     """The user's jobs of a name that wait or run, members of arrays one by one.
 
-    A job that is ending is left out: what is submitted now waits for it (``--dependency=singleton``).
+    A job that is ending is left out, and so is the job that asks: what is submitted now waits for it
+    (``--dependency=singleton``).
     """
     # %A: a member's own number; %F: that of the array; %K: its index, N/A where there is no array.
     shown = _run(
@@ -39,7 +41,7 @@ def queued(name: str) -> list[Queued]:
     found = []
     for line in shown.splitlines():
         job, member, state = line.split()
-        if state not in ("COMPLETING", "CANCELLED"):
+        if state not in ("COMPLETING", "CANCELLED") and job != os.environ.get("SLURM_JOB_ID"):
             found.append(Queued(int(job), int(member) if member.isdigit() else None, state))
     return found
 
