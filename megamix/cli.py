@@ -307,7 +307,7 @@ def doctor(
 ) -> None:
     """Check a run's plan and this machine before a job starts.
 
-    Example: megamix doctor configs/demo.yaml --ranks 8
+    Example: megamix doctor configs/demo.yaml engine.data=4 --ranks 8
     """
     from megamix.analysis.doctor import doctor as run
     from megamix.core.config import load_config

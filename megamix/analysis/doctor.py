@@ -227,7 +227,7 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
     mix, columns = shape.mix, ["domain", "tokens", "natural share", "initial weight", "planned epochs"]
     if mix is None:
         if not names:
-            return f"domains      known once the data is there; initial weights: {shape.config.mixture}"
+            return f"domains      known once the data is there; initial weights: {mixture_of(shape.config.mixture).describe()}"
         rows = [(name, ABSENT, ABSENT, number(weight), ABSENT) for name, weight in zip(names, initial, strict=True)]
         return Table(columns, rows)
     if shape.plan is not None:

@@ -210,7 +210,7 @@ class MixExchange:
         stats, updated = None, False
         if self._mixer is not None:
             stats = self._statistics(step, reduced[:k])
-            wanted, updated = self._update(self._mixer, stats, self._rewards(step, stats, reduced[k:-1]), step)
+            wanted, updated = self._update(self._mixer, self._rewards(step, stats, reduced[k:-1]), step)
             weights[0] = torch.from_numpy(wanted)
             given = checked_loss_weights(self._mixer)
             if (given is None) != (self._loss_weights is None):
@@ -260,7 +260,7 @@ class MixExchange:
         nothing = np.zeros(stats.num_domains)
         return DomainStats(nothing, nothing, weights=stats.weights)
 
-    def _update(self, mixer: Mixer, stats: DomainStats, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
+    def _update(self, mixer: Mixer, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
         """The weights that follow from ``step``, and whether they were computed anew."""
         policy, effective_step = self._policy, self._policy.effective_step(step)
         wanted = policy.wanted(mixer, rewards, step)

@@ -51,7 +51,7 @@ def launch(
     """
     from megamix.studies.doremi.tasks import submit_doremi
     from megamix.studies.slurm.submit import submit_or_show
-    from megamix.studies.swarm.run.collect import collect
+    from megamix.studies.swarm.collect import collect
     from megamix.studies.swarm.tasks import submit_members
 
     for name, given, wanted in (("--shards", shards is not None, "prepare"), ("--gather", gather, "swarm")):

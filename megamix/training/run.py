@@ -45,7 +45,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     with RunLock(config.run_dir) as lock:
         resumed = open_checkpoint(plan)
         _open_sources(plan, resumed)
-        if resumed is not None and resumed.step >= config.train.steps and not _is_to_be_converted(config, resumed):
+        if resumed is not None and resumed.step >= config.train.steps and not _needs_conversion(config, resumed):
             log.info(
                 "%s is done: all its %d steps are. To train anew, choose another run_dir.",
                 config.run_dir,
@@ -96,7 +96,7 @@ def _open_sources(plan: Plan, resumed: Resumed | None) -> None:
     open_reference(plan)
 
 
-def _is_to_be_converted(config: RunConfig, resumed: Resumed) -> bool:
+def _needs_conversion(config: RunConfig, resumed: Resumed) -> bool:
     """Whether the last checkpoint of a run that is done is of another format than ``engine.checkpoint_format``."""
     own = isinstance(config.engine, MegatronConfig) and config.engine.checkpoint_format == "dist"
     return own != (store.kind(resumed.path) != store.LAYERS)

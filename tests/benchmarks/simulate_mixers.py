@@ -1,6 +1,6 @@
-"""How mixers do on simulated domains (tests/simulated_world.py), in about a minute without any model.
+"""How mixers do on simulated domains (tests/support/simulated_world.py), in about a minute without any model.
 
-    PYTHONPATH=.:kernels:tests/support python tests/benchmarks/simulate_mixers.py --seeds 5 --steps 500 2000
+    python tests/benchmarks/simulate_mixers.py --seeds 5 --steps 500 2000
 
 For each kind of world: the mean loss of the learnable domains at the end, over the seeds, and in brackets how many of
 the seeds are better than official's; then the share of all samples that went to noise. What wins here need not win on
@@ -10,11 +10,16 @@ text: the curves have no learning rate, no forgetting and no interference. It is
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
 from simulated_world import World
 
-from megamix.mixing.mixers import make_mixer
+from megamix.mixing import make_mixer
 
 WORLDS = {
     "no noise": {},

@@ -1,6 +1,6 @@
 """The adapter for Hugging Face's Trainer, with transformers' own Trainer, against a loop in plain PyTorch.
 
-As a script it is one rank: ``test_adapters_hugging_face.py CONFIG FOLDER``.
+As a script it is one rank: ``test_hugging_face_trainer.py CONFIG FOLDER``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from megamix.cli import app
 from megamix.core.errors import InputError
 from megamix.studies.slurm.slurm import queued
-from megamix.studies.swarm.run.collect import collect
+from megamix.studies.swarm.collect import collect
+from megamix.training.job.lock import RunLock
 
 pytest_plugins = ["cluster_fixture"]
 Launch = Callable[..., str]
@@ -304,6 +305,14 @@ def test_a_swarm_in_one_command_and_what_of_it_waits_for_a_member_submitted_agai
     ran = [Path(line["arguments"][-1]).name for line in events if line["event"] == "end"]
     assert sorted(ran[:3]) == ["0000.yaml", "0001.yaml", "0002.yaml"]
     assert ran[3:] == ["collect", "fit", "propose", "target.yaml", "target.yaml"]  # the last on two ranks
+
+
+def test_a_swarm_that_runs_here_is_not_submitted(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Its members' configs would be written anew under the run."""
+    path = swarm_config(tiny_config, swarm={"generate": {"members": 3, "min_strength": 4}})
+    with RunLock(tmp_path / "run"), pytest.raises(InputError, match="another job works in"):
+        command("swarm", "all", path, "train.lr=1e-9", "--slurm", "--dry-run")
+    assert not (tmp_path / "run" / "members").exists()
 
 
 @pytest.mark.parametrize("study", [("doremi",), ("swarm", "all")])

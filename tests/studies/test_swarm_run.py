@@ -23,9 +23,9 @@ from tiny_swarm import DOMAINS, swarm_config
 from megamix.core.config import read_yaml
 from megamix.core.errors import InputError
 from megamix.studies.runs import members_of
+from megamix.studies.swarm.collect import collect
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import read_table
-from megamix.studies.swarm.run.collect import collect
 from megamix.studies.swarm.tasks import swarm
 
 Megamix = Callable[..., subprocess.CompletedProcess[str]]

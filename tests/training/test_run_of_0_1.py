@@ -114,6 +114,14 @@ def test_states_that_cannot_be_read(resumed: Path) -> None:
     del raw["sampler"]
     with pytest.raises(ResumeRefused, match=r"run holds no state of a run \(.*'sampler'"):
         RunState.from_json(raw, Path("run"))
+    for broken in ([], None, {**raw, "sampler": {}, "shadow": None}, {**raw, "sampler": {}, "guard": 3}):
+        with pytest.raises(ResumeRefused, match="run holds no state of a run"):
+            RunState.from_json(broken, Path("run"))
+
+
+def test_the_state_of_a_rank_without_a_mixer_is_read_again() -> None:
+    state = RunState(3, {}, {}, {}, GuardState(), "data")
+    assert RunState.from_json(json.loads(json.dumps(state.to_json())), Path("run")) == state
 
 
 def test_it_can_be_looked_at(kept: Path, resumed: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def run(
 
     Example: megamix swarm run configs/swarm/demo.yaml --at-once 2
     """
-    from megamix.studies.swarm.run.collect import FOLDER
+    from megamix.studies.swarm.collect import FOLDER
     from megamix.studies.swarm.study import read_study
     from megamix.studies.swarm.tasks import submit_members
     from megamix.studies.swarm.tasks import swarm as take
@@ -101,8 +101,8 @@ def collect(
 
     Example: megamix swarm collect configs/swarm/demo.yaml
     """
-    from megamix.studies.swarm.run.collect import FOLDER
-    from megamix.studies.swarm.run.collect import collect as take
+    from megamix.studies.swarm.collect import FOLDER
+    from megamix.studies.swarm.collect import collect as take
     from megamix.studies.swarm.study import read_study
 
     study = read_study(config, overrides or [])

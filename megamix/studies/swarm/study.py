@@ -18,13 +18,13 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.mixing.mixers import normalise_weights
 from megamix.studies.runs import refuse_settled, write_yaml
+from megamix.studies.swarm.collect import CONFIG, FOLDER
 from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.levels import Floats
 from megamix.studies.swarm.generate.mixtures import MixtureSpace
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.question import read_amounts
 from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
-from megamix.studies.swarm.run.collect import CONFIG, FOLDER
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import Plan, make_plan
 

@@ -32,6 +32,7 @@ from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job, members_of, run_task, write_yaml
 from megamix.studies.slurm.resources import Resources
 from megamix.studies.slurm.submit import submit_or_show
+from megamix.studies.swarm.collect import FOLDER, METRICS, RATIOS, collect, is_collected, place_of_tables
 from megamix.studies.swarm.fit.fitted import JSON as FIT
 from megamix.studies.swarm.fit.tables import write_ratios
 from megamix.studies.swarm.generate.levels import Floats
@@ -40,7 +41,6 @@ from megamix.studies.swarm.priors import FILE as PRIORS
 from megamix.studies.swarm.priors import Priors
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
 from megamix.studies.swarm.propose.update import UPDATE_FILE
-from megamix.studies.swarm.run.collect import FOLDER, METRICS, RATIOS, collect, is_collected, place_of_tables
 from megamix.studies.swarm.study import SwarmStudy, read_study, tokens_of, write_members
 from megamix.studies.swarm.update import cost
 from megamix.studies.tasks import Job, Stamp, Task, run_tasks
@@ -117,10 +117,11 @@ def submit_swarm(
         limit: members that run at a time; 0: all.
     """
     study = read_study(config_path, overrides)
-    _tell_cost(study)
     command = ("swarm", "all", str(config_path.absolute()), *absolute(overrides))
-    tasks = _tasks(study, None, Submission(command, resources, target, limit))
-    return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
+    with RunLock(study.run_dir):  # not while the same swarm runs here: its members' configs are written
+        _tell_cost(study)
+        tasks = _tasks(study, None, Submission(command, resources, target, limit))
+        return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
 
 
 def submit_members(folder: Path, overrides: list[str], resources: Resources, limit: int, *, dry_run: bool) -> str:

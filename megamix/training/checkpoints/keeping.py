@@ -33,7 +33,7 @@ def mend(folder: Path) -> None:
         final = path.with_suffix("")
         if path != final:
             os.replace(path, final)
-            get_logger().info("%s has its name again, which the run before was killed in giving it", final)
+            get_logger().info("%s: completed the rename that a killed run had begun", final)
     for path in steps_in(folder, BEFORE).values():
         _remove(path)
     for path in steps_in(folder, PARTIAL).values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,10 @@ class RunState:
     step: int
     fingerprints: dict[str, dict[str, Any]]
     sampler: dict[str, Any]
-    mixer: dict[str, Any] | None
     shadow: dict[str, ShadowState]
     guard: GuardState
     manifest: str
+    mixer: dict[str, Any] | None = None
     seed: int | None = None
     interval: dict[str, Any] | None = None
 
@@ -62,7 +61,7 @@ class RunState:
         return {"version": VERSION, **{key: value for key, value in asdict(self).items() if value is not None}}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: Path) -> RunState:
+    def from_json(cls, data: Any, where: Path) -> RunState:
         """The state that `to_json`, or megamix 0.1, has written.
 
         Args:
@@ -71,18 +70,18 @@ class RunState:
         Raises:
             ResumeRefused: it is of a newer version, or is no such state.
         """
-        version = data.get("version", 0)
+        version = data.get("version", 0) if isinstance(data, dict) else 0
         if version not in range(VERSION + 1):
             raise ResumeRefused(
                 f"the state in {where} is of version {version!r}; this megamix reads versions up to {VERSION}. Continue "
                 "with the megamix that wrote it, or a newer one."
             )
-        found = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         try:
+            found = {field.name: data[field.name] for field in fields(cls) if field.name in data}
             found["shadow"] = {name: ShadowState(**each) for name, each in data.get("shadow", {}).items()}
             found["guard"] = GuardState(**data.get("guard", {}))
             return cls(**found)
-        except TypeError as problem:
+        except (AttributeError, TypeError) as problem:
             raise ResumeRefused(
                 f"{where} holds no state of a run ({problem}). Continue from another checkpoint."
             ) from problem

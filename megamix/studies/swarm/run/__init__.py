@@ -1,1 +1,0 @@
-"""The members of a swarm: their configs, their runs on this machine, their results."""
