@@ -176,7 +176,7 @@ def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
         natural = run.manifest.natural_weights(names)
     # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
     first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
-    stages = read_stages(config, names, natural) if staged else first
+    stages = read_stages(config, names, num_samples, natural) if staged else first
     train = config.train
     constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
     return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)

@@ -117,7 +117,8 @@ class ByName(Kinds):
 
 
 class ByKey(Kinds):
-    """Marks a field whose config class follows from a key that only this class has, with text or a list as its value.
+    """Marks a field whose config class follows from a key that only this class has, with text, a list or a mapping as
+    its value, or with a number where it is the only key: mappings of names to numbers stay what they are.
 
     Args:
         kinds: the class of each such key.
@@ -138,18 +139,24 @@ class ByKey(Kinds):
 
     def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """A mapping with only further keys of a kind is of that kind."""
-        for key, kind in self._kinds.items():
-            further = kind.model_fields.keys() - {key}
-            if (key in old) != (key in new) and (key in new or not further & new.keys()):
-                return True
-        return False
+        before, after = self._tag(old), self._tag(new)
+        further = self._kinds[before].model_fields.keys() - {before} if before in self._kinds else new.keys()
+        chosen = after in self._kinds and after not in old
+        return before != after and (chosen or not further & new.keys())
 
     def _tag(self, value: object) -> str:
         for key, kind in self._kinds.items():
-            chosen = isinstance(value, Mapping) and isinstance(value.get(key), str | Path | list | tuple)
-            if chosen or isinstance(value, kind):
+            if isinstance(value, kind) or (isinstance(value, Mapping) and _chooses(key, value)):
                 return key
         return "mapping" if isinstance(value, Mapping) else "plain"
+
+
+def _chooses(key: str, value: Mapping[Any, Any]) -> bool:
+    """Whether ``value`` is of the kind that ``key`` chooses; see `ByKey`."""
+    given = value.get(key)
+    return isinstance(given, str | Path | list | tuple | Mapping) or (
+        isinstance(given, int | float) and len(value) == 1
+    )
 
 
 KindsByKey = Mapping[str, Kinds]

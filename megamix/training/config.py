@@ -157,8 +157,9 @@ class MixConfig(Config):
     data: DataConfig
     mixture: MixtureConfig = "natural"
     """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
-    sum 1; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until
-    the mixer first changes the weights."""
+    sum 1; {temperature: POWER}, natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of
+    every domain allow; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in
+    force until the mixer first changes the weights."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
     shadow: tuple[MixerConfig, ...] = ()
@@ -199,8 +200,8 @@ class MixConfig(Config):
         known = isinstance(value, dict | Config) or value in ("uniform", "natural")
         if not known:
             raise ValueError(
-                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{file: PATH}}, {{from_run: RUN}}, "
-                "{from_swarm: DIR} or {stages: [...]}."
+                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{temperature: POWER}}, "
+                "{unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}."
             )
         return value
 

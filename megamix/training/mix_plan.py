@@ -68,7 +68,7 @@ class MixPlan:
                     f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times, beyond data.max_epochs {limit:g}, "
                     "because data.on_exhausted is repeat."
                 )
-            elif epochs > MANY_EPOCHS:
+            elif epochs > MANY_EPOCHS * (1 + 1e-9):
                 found.append(
                     f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times; more than {MANY_EPOCHS:g} epochs add little. "
                     "Lower its weight or set data.max_epochs."
@@ -112,15 +112,15 @@ def make_policy(
         InputError: see `read_stages` and `read_constraints`.
     """
     train = config.train
-    stages = read_stages(config, names, natural)
+    stages = read_stages(config, names, num_samples, natural)
     constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
     return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
 
 
-def read_stages(config: MixConfig, names: tuple[str, ...], natural: Floats) -> Stages:
-    """Resolves ``mixture``; see `Mixture.resolve`."""
+def read_stages(config: MixConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], natural: Floats) -> Stages:
+    """Resolves ``mixture``; see `Mixture.resolve`, and `MixPlan` for the arrays."""
     train = config.train
-    frame = MixFrame(names, natural, train.steps, train.global_batch * config.data.seq_length, _read_run)
+    frame = MixFrame(names, natural, num_samples, train.steps, train.global_batch, config.data.seq_length, _read_run)
     return mixture_of(config.mixture).resolve(frame)
 
 

@@ -31,14 +31,27 @@ class MixFrame:
 
     Attributes:
         natural: float64 [K], shares of the training tokens.
+        num_samples: int64 [K], training windows per domain and epoch.
         read_run: the weights of a run directory by domain: mean or final.
     """
 
     names: Names
     natural: Floats
+    num_samples: NDArray[np.int64]
     num_steps: int
-    tokens_per_step: int
+    global_batch: int
+    seq_length: int
     read_run: Callable[[Path, str], Mapping[str, float]]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.num_steps * self.global_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.global_batch * self.seq_length
 
 
 class Mixture:
@@ -100,6 +113,68 @@ class _PlainMixture(Mixture):
         return self.value
 
 
+class TemperatureMixture(Config, Mixture):
+    """Natural shares to a power, normalised.
+
+    The power is the alpha of XLM-R and mT5 (Conneau et al., 2020; Xue et al., 2021) and the inverse of a sampling
+    temperature T (Arivazhagan et al., 2019): shares^(1/T).
+    """
+
+    temperature: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    """The power: 0 is uniform, 0.5 the square root of the shares, 1 natural."""
+
+    def describe(self) -> str:
+        return f"natural shares to the power {self.temperature:g}"
+
+    def label(self) -> str:
+        return "sqrt" if self.temperature == 0.5 else f"natural^{self.temperature:g}"
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        # Divided by the largest first, so that a large power leaves one of them.
+        powers = (frame.natural / frame.natural.max()) ** self.temperature
+        return powers / powers.sum()
+
+    def fingerprint(self, names: Names, stages: Stages) -> object:
+        return {"temperature": self.temperature}
+
+
+class UnimaxConfig(Config):
+    """Settings of a UniMax mixture."""
+
+    max_epochs: float = pydantic.Field(gt=0, allow_inf_nan=False)
+    """Times that no domain is read more often than."""
+
+
+class UnimaxMixture(Config, Mixture):
+    """The samples of a run, spread over the domains as evenly as a bound on epochs allows (UniMax, Chung et al., 2023,
+    arXiv 2304.09151, algorithm 1)."""
+
+    unimax: UnimaxConfig
+    """max_epochs: times that no domain is read more often than."""
+
+    def describe(self) -> str:
+        return f"uniform with at most {self.unimax.max_epochs:g} epochs of a domain (UniMax)"
+
+    def label(self) -> str:
+        return f"unimax {self.unimax.max_epochs:g}"
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        limit, budget = self.unimax.max_epochs, frame.total_samples
+        most = limit * frame.num_samples
+        if budget > most.sum():
+            raise InputError(
+                f"{source}: unimax.max_epochs is {limit:g}, which allows {most.sum():,.0f} samples of "
+                f"{frame.num_samples.sum():,} in the data, but the run reads {budget:,}. Use at least "
+                f"{budget / frame.num_samples.sum():.4g}, or train for fewer steps."
+            )
+        samples, left = np.zeros(most.size), float(budget)
+        # From the smallest domain on, so that what one cannot take is spread over all that are left.
+        for taken, domain in enumerate(np.argsort(most, kind="stable")):
+            samples[domain] = min(most[domain], left / (most.size - taken))
+            left -= samples[domain]
+        return samples / samples.sum()
+
+
 class FileMixture(Config, Mixture):
     """Weights from a file."""
 
@@ -154,7 +229,7 @@ class SwarmMixture(Config, Mixture):
         return normalise_weights(found, frame.names, f"{source}, {self.describe()}")
 
 
-_FROM_ELSEWHERE = {"file": FileMixture, "from_run": RunMixture, "from_swarm": SwarmMixture}
+_ANYWHERE = {"temperature": TemperatureMixture, "file": FileMixture, "from_run": RunMixture, "from_swarm": SwarmMixture}
 
 
 class StageConfig(Config):
@@ -163,10 +238,10 @@ class StageConfig(Config):
     from_tokens: float = pydantic.Field(ge=0)
     """Tokens of the run before it."""
     weights: Annotated[
-        Word | dict[str, float] | FileMixture | RunMixture | SwarmMixture,
-        ByKey(_FROM_ELSEWHERE, mapping=dict[str, float], plain=Word),
+        Word | dict[str, float] | TemperatureMixture | FileMixture | RunMixture | SwarmMixture,
+        ByKey(_ANYWHERE, mapping=dict[str, float], plain=Word),
     ]
-    """uniform, natural, {domain: weight}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
+    """uniform, natural, {domain: weight}, {temperature: POWER}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
 
 
 class StagedMixture(Config, Mixture):
@@ -209,8 +284,15 @@ class StagedMixture(Config, Mixture):
 
 
 MixtureConfig = Annotated[
-    Word | dict[str, float] | FileMixture | RunMixture | SwarmMixture | StagedMixture,
-    ByKey({"stages": StagedMixture, **_FROM_ELSEWHERE}, mapping=dict[str, float], plain=Word),
+    Word
+    | dict[str, float]
+    | TemperatureMixture
+    | UnimaxMixture
+    | FileMixture
+    | RunMixture
+    | SwarmMixture
+    | StagedMixture,
+    ByKey({"unimax": UnimaxMixture, "stages": StagedMixture, **_ANYWHERE}, mapping=dict[str, float], plain=Word),
 ]
 
 

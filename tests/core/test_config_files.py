@@ -260,10 +260,24 @@ def test_another_engine_replaces_one_without_a_name() -> None:
         ({"web": 1, "code": 2}, {"stages": []}),
         ({"file": "w.json"}, {"web": 1}),
         ({"stages": []}, {"file": "w.json"}),
+        ({"web": 1, "code": 2}, {"temperature": 0.5}),
+        ({"temperature": 0.5}, {"web": 1}),
+        ({"temperature": 0.5}, {"temperature": 1, "web": 1}),
+        ({"temperature": 0.5}, {"unimax": {"max_epochs": 4}}),
+        ({"unimax": {"max_epochs": 4}}, {"unimax": "x"}),
     ],
 )
 def test_a_mixture_of_another_kind_replaces_the_mapping(old: dict[str, object], new: dict[str, object]) -> None:
     assert merge({"mixture": old}, {"mixture": new}, KINDS) == {"mixture": new}
+
+
+def test_a_mixture_of_the_same_kind_merges() -> None:
+    for old, new, merged in (
+        ({"temperature": 0.2}, {"temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 0.2, "web": 1}, {"temperature": 0.5}, {"temperature": 0.5, "web": 1}),  # domains
+        ({"from_run": "r"}, {"which": "final"}, {"from_run": "r", "which": "final"}),
+    ):
+        assert merge({"mixture": old}, {"mixture": new}, KINDS) == {"mixture": merged}
 
 
 def test_includes_merge_and_later_wins(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def stages_of(mixture: Any) -> Any:
         "mixture": mixture,
         "train": {"steps": 100, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
-    return read_stages(validate(RunConfig, config, "test"), NAMES, np.array([0.6, 0.3, 0.1]))
+    return read_stages(validate(RunConfig, config, "test"), NAMES, np.array([600, 300, 100]), np.array([0.6, 0.3, 0.1]))
 
 
 def bounds(**data: Any) -> Constraints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from megamix.mixing.weight_policy import Stages
 from megamix.training.checkpoints.resume import data_fingerprints
 from megamix.training.config import RunConfig
 from megamix.training.mix_plan import read_stages
-from megamix.training.plan import make_data_plan
+from megamix.training.mixture import MixFrame, UnimaxConfig, UnimaxMixture
+from megamix.training.plan import DataPlan, make_data_plan
 
 NAMES = ("web", "code")
 NATURAL = np.array([0.8, 0.2])
+SIZES = np.array([800, 200])
 
 
 def stages_of(mixture: Any, steps: int = 100) -> Stages:
-    """Of a run with 1000 tokens a step."""
+    """Of a run with 1000 tokens, 10 samples, a step; see `SIZES` for the samples there are."""
     config = {
         "run_dir": "run",
         "data": {"manifest": "data", "seq_length": 100},
@@ -33,7 +36,7 @@ def stages_of(mixture: Any, steps: int = 100) -> Stages:
         "mixture": mixture,
         "train": {"steps": steps, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
-    return read_stages(validate(RunConfig, config, "test"), NAMES, NATURAL)
+    return read_stages(validate(RunConfig, config, "test"), NAMES, SIZES, NATURAL)
 
 
 def test_one_mixture_holds_for_the_whole_run() -> None:
@@ -41,6 +44,85 @@ def test_one_mixture_holds_for_the_whole_run() -> None:
         found = stages_of(mixture)
         assert found.at(0).tolist() == found.at(99).tolist() == weights
         assert not any(found.changes_at(step) for step in range(100))
+
+
+def test_natural_shares_to_a_power() -> None:
+    for power, weights in ((0, [0.5, 0.5]), (1, NATURAL), (0.5, [2 / 3, 1 / 3]), (2, [16 / 17, 1 / 17]), (1e6, [1, 0])):
+        assert stages_of({"temperature": power}).at(0) == pytest.approx(weights, abs=1e-12)
+    stages = [{"from_tokens": 0, "weights": "natural"}, {"from_tokens": 3000, "weights": {"temperature": 0.5}}]
+    assert stages_of({"stages": stages}).at(3) == pytest.approx([2 / 3, 1 / 3])
+    for power in (-0.5, math.inf, True):
+        with pytest.raises(InputError, match=r"mixture.*temperature"):
+            stages_of({"temperature": power})
+
+
+def unimax_by_levels(sizes: list[int], budget: int, epochs: float) -> list[float]:
+    """Shares that are even up to a level which is found by bisection: an independent form of the rule."""
+    low, high = 0.0, float(budget)
+    for _ in range(200):
+        level = (low + high) / 2
+        low, high = (low, level) if sum(min(level, epochs * size) for size in sizes) > budget else (level, high)
+    return [min(low, epochs * size) / budget for size in sizes]
+
+
+@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.0, 4.0, 1e9])
+@pytest.mark.parametrize("steps", [10, 60, 100])
+def test_unimax_is_even_as_far_as_epochs_allow(steps: int, epochs: float) -> None:
+    found = stages_of({"unimax": {"max_epochs": epochs}}, steps).at(0)
+    assert found == pytest.approx(unimax_by_levels(SIZES.tolist(), 10 * steps, epochs), abs=1e-12)
+    assert (found * 10 * steps <= epochs * SIZES * (1 + 1e-12)).all()
+
+
+def test_unimax_over_many_domains() -> None:
+    """Of every size, several equal, in no order; also the budget that takes all there is."""
+    sizes = np.random.default_rng(0).integers(1, 500, 40)
+    sizes[[3, 9, 30]] = 77
+    for epochs in (1.0, 3.0):
+        for budget in (1, 40, 3000, int(sizes.sum() * epochs)):
+            frame = MixFrame(("",) * 40, sizes / sizes.sum(), sizes, 1, budget, 1, lambda path, which: {})
+            found = UnimaxMixture(unimax=UnimaxConfig(max_epochs=epochs)).weights(frame, "mixture")
+            assert found == pytest.approx(unimax_by_levels(sizes.tolist(), budget, epochs), abs=1e-12)
+            assert found.sum() == pytest.approx(1, abs=1e-15)
+
+
+def test_a_budget_that_unimax_cannot_meet() -> None:
+    assert stages_of({"unimax": {"max_epochs": 1}}).at(0) == pytest.approx(NATURAL)  # exactly what there is
+    message = r"mixture: unimax\.max_epochs is 1, which allows 1,000 samples of 1,000 in the data, but the run reads 1,010\. Use at least 1\.01"
+    with pytest.raises(InputError, match=message):
+        stages_of({"unimax": {"max_epochs": 1}}, steps=101)
+    with pytest.raises(InputError, match=r"mixture.*max_epochs"):
+        stages_of({"unimax": {"max_epochs": 0}})
+    with pytest.raises(InputError, match=r"unknown key 'mixture\.unimax\.epochs'"):
+        stages_of({"unimax": {"epochs": 4}})
+
+
+def test_published_mixtures_in_a_plan(data_dir: Path) -> None:
+    """They follow from the data and the length of the run; a resume compares what they depend on."""
+
+    def plan(mixture: str, *overrides: str) -> DataPlan:
+        return make_data_plan(small(f"data.manifest={data_dir}", f"mixture={mixture}", *overrides), 1)
+
+    sqrt, more = plan("{temperature: 0.5}"), plan("{temperature: 0.6}")
+    root = np.sqrt(sqrt.natural_weights)
+    assert sqrt.policy.initial_weights == pytest.approx(root / root.sum(), abs=1e-15)
+    assert data_fingerprints(sqrt)["mixture"] != data_fingerprints(more)["mixture"]
+    nearly_all = int(3.9 * sqrt.num_samples.sum()) // sqrt.config.train.global_batch
+    short, long = (plan("{unimax: {max_epochs: 4}}", f"train.steps={steps}") for steps in (1, nearly_all))
+    for found in (short, long):
+        wanted = unimax_by_levels(found.num_samples.tolist(), found.total_samples, 4)
+        assert found.policy.initial_weights == pytest.approx(wanted, abs=1e-12)
+    assert short.policy.initial_weights == pytest.approx([0.25] * 4)
+    assert long.policy.initial_weights == pytest.approx(long.natural_weights, rel=0.05)
+    assert long.epochs.max() > 3.99
+    assert data_fingerprints(short)["mixture"] != data_fingerprints(long)["mixture"]
+    assert not any("more than 4 epochs" in warning for warning in long.warnings())
+    assert "uniform with at most 4 epochs of a domain (UniMax)" in doctor(long.config).text()
+
+
+def test_domains_with_the_names_of_kinds() -> None:
+    """A mapping of several names to numbers is of domains."""
+    with pytest.raises(InputError, match=r"no domain 'temperature'"):
+        stages_of({"temperature": 0.5, "web": 0.5})
 
 
 def test_stages_change_at_the_first_step_from_their_tokens_on() -> None:
