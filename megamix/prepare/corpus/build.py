@@ -57,26 +57,30 @@ class CorpusReport:
 
 
 def build_corpus(
-    out: Path, *, large: bool = False, workers: int = 4, progress: bool = True, only: Sequence[str] | None = None
+    out: Path,
+    *,
+    name: str = "mini-pile",
+    workers: int = 4,
+    progress: bool = True,
+    only: Sequence[str] | None = None,
 ) -> CorpusReport:
-    """Builds the corpus in ``out``; whole domains that are there already are kept.
+    """Builds the corpus ``name`` in ``out``; whole domains that are there already are kept.
 
     Writes ``<domain>.jsonl.zst`` per domain (a JSON object ``{"text": ...}`` per line) and ``corpus.json`` (a
     `BuiltDomain` per domain that is present); downloads stay in ``.downloads``. The same packages give the same bytes.
 
     Args:
-        large: also build the domains of the larger list.
         workers: packages handled at a time, and processes that clean.
         progress: show progress, as bars on a terminal and as log lines elsewhere.
-        only: build these domains alone, however few.
+        only: build these domains alone, however few, of whichever corpus.
 
     Raises:
-        InputError: ``out`` cannot be written, another build is at work in it, a name in ``only`` is unknown, or too few
-            domains could be built; the message names each failure.
+        InputError: ``out`` cannot be written, another build is at work in it, a name is unknown, or too few domains
+            could be built; the message names each failure.
     """
     start = time.monotonic()
     out = Path(out)
-    sources = _chosen(large, only)
+    sources = _chosen(name, only)
     if workers < 1:
         raise InputError(f"workers is {workers}, expected at least 1.")
     with _held(out):
@@ -103,12 +107,15 @@ def build_corpus(
     return report
 
 
-def _chosen(large: bool, only: Sequence[str] | None) -> list[Source]:
+def _chosen(name: str, only: Sequence[str] | None) -> list[Source]:
+    corpora = {source.corpus for source in SOURCES.values()}
+    if name not in corpora:
+        raise InputError(f"there is no corpus '{name}'." + did_you_mean(name, corpora))
     if only is None:
-        return [source for source in SOURCES.values() if large or not source.large]
-    for name in only:
-        if name not in SOURCES:
-            raise InputError(f"there is no domain '{name}' in the corpus." + did_you_mean(name, SOURCES))
+        return [source for source in SOURCES.values() if source.corpus == name]
+    for domain in only:
+        if domain not in SOURCES:
+            raise InputError(f"there is no domain '{domain}' in the corpus." + did_you_mean(domain, SOURCES))
     return [source for source in SOURCES.values() if source.domain in only]
 
 

@@ -47,7 +47,7 @@ def _per_file(function: Callable[[bytes], str]) -> Callable[[bytes], str]:
 
     def clean(files: Iterable[Member]) -> Iterator[Document]:
         for name, data in files:
-            if name.endswith(".gz"):
+            if name.endswith((".gz", ".dz")):
                 with damage_reported(name):
                     data = gzip.decompress(data)
             yield name, function(data)
@@ -112,6 +112,14 @@ def summaries(files: Iterable[Member]) -> Iterator[Document]:
         for key, article in json.loads(data).items():
             title, text = (article.get("title") or key).strip(), (article.get("extract") or "").strip()
             yield f"{name}#{key}", f"{title}\n\n{text}" if text else ""
+
+
+@_cleaner
+def poems(files: Iterable[Member]) -> Iterator[Document]:
+    """Poems: title, author and lines."""
+    for name, data in files:
+        for number, poem in enumerate(json.loads(data)):
+            yield f"{name}#{number:04d}", "\n".join([poem["title"], poem["author"], "", *poem["paragraphs"]])
 
 
 _RECIPE_WORDS = {

