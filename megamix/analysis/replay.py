@@ -132,7 +132,13 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
     results = []
     for name, config in zip(shadow_names(configs), configs, strict=True):
         blend = _blend(run, statistics.domain_names)
-        mixer = make_mixer(config, statistics.domain_names, blend.weights)
+        objective = run.objective()
+        if not objective and find_mixer(getattr(config, "name", None))[1].follows_objective:
+            raise InputError(
+                f"{run.run_dir}: the mixer {name} follows the run's objective, natural shares, which are not on record and "
+                f"can only be worked out with the data set. {run.missing_data}"
+            )
+        mixer = make_mixer(config, statistics.domain_names, blend.weights, objective or None)
         lines = _lines(Shadow(name, mixer, blend, policy), statistics, drawn_with)
         results.append(_result(run, Ledger(lines, run.ledger.seed, run.ledger.sampling), name, drawn_with, folder))
     used = _compared("used", run.ledger, drawn_with, run)

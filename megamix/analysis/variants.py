@@ -48,7 +48,7 @@ def _evaluation(run: RecordedRun) -> dict[str, Any]:
         "the set of domains": ", ".join(names),
         "the last evaluation's number of tokens": last["tokens"],
         "data.seq_length": config.data.seq_length,
-        "evaluate.batches x train.micro_batch": config.evaluate.batches * config.train.micro_batch,
+        "evaluate.samples": config.evaluate.samples,
         "data.eod_mask_loss": config.data.eod_mask_loss,
         "data.reset_position_ids": config.data.reset_position_ids,
     }

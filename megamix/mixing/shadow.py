@@ -51,7 +51,7 @@ class Shadow:
         first_step: counts from 0.
         change: the ``change`` of its first lines where the run did not begin with this mixer; None where it did.
         announce: whether its first weights are not logged yet.
-        identity: the config, as far as it must stay the same on resume (`DataPlan.mixer_identity`).
+        identity: the config, as far as it must stay the same on resume (`DataPlan.mixer_fingerprint`).
     """
 
     def __init__(

@@ -9,5 +9,5 @@ reference/   reference losses for DoReMi
 checkpoints/ state of a run on disk, and resume
 plan         a config with its data and ranks, checked; mix_plan: its mixture
 records/     what a run writes
-config       every key of a run; mixture: the kinds of its mixture
+config       every key of a run; mixture: the kinds of its mixture; objective: what the model is to be good at
 """

@@ -12,6 +12,7 @@ from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig,
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import MixerConfig, StaticConfig, wants_evaluation
 from megamix.training.mixture import BoundConfig, MixtureConfig
+from megamix.training.objective import ObjectiveConfig
 
 
 class DataConfig(Config):
@@ -72,8 +73,9 @@ class EvaluateConfig(Config):
     every: int = pydantic.Field(default=100, ge=0)
     """Steps between evaluations; one before the first step and one after the last are always made. 0: only those
     two."""
-    batches: int = pydantic.Field(default=16, gt=0)
-    """Micro-batches of validation samples per domain (fewer where a domain has not that many)."""
+    samples: int = pydantic.Field(default=64, gt=0)
+    """Validation samples per domain (fewer where a domain has not that many). `batches` in its place is read as that
+    many times train.micro_batch, as in configs written before there was this key."""
 
 
 class ResumeConfig(Config):
@@ -160,6 +162,9 @@ class MixConfig(Config):
     sum 1; {temperature: POWER}, natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of
     every domain allow; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in
     force until the mixer first changes the weights."""
+    objective: ObjectiveConfig = "natural"
+    """What the model is to be good at: the weights of the domains in the objective loss, by which evaluations judge it.
+    natural (each domain's share of the training tokens), uniform, or {domain: weight}, normalised to sum 1."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
     shadow: tuple[MixerConfig, ...] = ()
@@ -225,6 +230,30 @@ class RunConfig(MixConfig):
     watchdog: WatchdogConfig = WatchdogConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _samples_of_batches(cls, data: object) -> object:
+        """Configs outside, and those that older runs recorded, count micro-batches."""
+        evaluate = data.get("evaluate") if isinstance(data, dict) else None
+        if not isinstance(data, dict) or not isinstance(evaluate, dict) or "batches" not in evaluate:
+            return data
+        batches = evaluate["batches"]
+        if "samples" in evaluate:
+            raise ValueError(
+                f"evaluate: samples is {evaluate['samples']} and batches is {batches}, and either says how many samples a "
+                "domain is evaluated on. Remove batches."
+            )
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ValueError(
+                f"evaluate.batches is {batches!r}, expected a whole number above 0. Or give evaluate.samples."
+            )
+        train = data.get("train")
+        micro_batch = train.get("micro_batch") if isinstance(train, dict) else getattr(train, "micro_batch", None)
+        # A micro-batch that is none is reported under its own key.
+        samples = batches * (micro_batch if isinstance(micro_batch, int) and micro_batch > 0 else 1)
+        kept = {key: value for key, value in evaluate.items() if key != "batches"}
+        return {**data, "evaluate": {**kept, "samples": samples}}
 
 
 KINDS = kinds_of(RunConfig)

@@ -77,7 +77,7 @@ class MixedData:
         share = plan.share(data_rank)
         if dist.get_rank() == 0:
             weights = blend.segment_at(self.step * plan.config.train.global_batch).weights
-            self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights)
+            self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights, plan.objective_weights)
             if resumed is not None:
                 resumed.set_mixer(self.mixer)
             self.shadows = open_shadows(plan, blend, self.step, resumed)
@@ -123,7 +123,7 @@ class MixedData:
         if loss_weights is None or not isinstance(config, ScheduleConfig):
             # At least one: a batch with every label masked has a loss of 0, not of 0 / 0.
             return Objective(float(max(batch.num_tokens, 1)))
-        weights, normaliser = config.objective(loss_weights, batch.domain_tokens, self.sampler.weights_at(self.step))
+        weights, normaliser = config.loss_factors(loss_weights, batch.domain_tokens, self.sampler.weights_at(self.step))
         tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
@@ -216,15 +216,16 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
     saved = {} if resumed is None else resumed.state.shadow
     shadows = []
     for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
-        own, identity = saved.get(name), plan.mixer_identity(config)
-        if resumed is not None and own is not None and own.config == identity:
+        own, identity = saved.get(name), plan.mixer_fingerprint(config)
+        # Before there was an objective, the config alone was saved.
+        if resumed is not None and own is not None and own.config in (identity, identity["mixer"]):
             part = replace(resumed, state=replace(resumed.state, mixer=own.mixer, sampler=own.sampler))
             its_blend, change = part.blend(plan)
         else:
             part, its_blend = None, Blend.from_state_dict(blend.state_dict())
             change = None if step == 0 else {"parts": ["shadow"], "domains": None}
         start = step * plan.config.train.global_batch
-        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights)
+        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights, plan.objective_weights)
         if part is not None:
             part.set_mixer(mixer)
         shadows.append(

@@ -19,6 +19,7 @@ from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
 from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.base import Engine
 from megamix.mixing.mixers import OdmConfig, wants_evaluation
+from megamix.training.objective import weighted_loss
 from megamix.training.plan import Plan
 from megamix_kernels import DomainSums
 
@@ -73,13 +74,13 @@ class EvaluationSamples:
 
 
 class Validation:
-    """The validation loss of a run: ``evaluate.batches`` micro-batches of every domain's held-out samples."""
+    """The validation loss of a run: ``evaluate.samples`` of every domain's held-out samples."""
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
-        wanted = plan.config.evaluate.batches * plan.config.train.micro_batch
-        self._samples = EvaluationSamples(plan, engine, plan.validation, wanted)
+        self._samples = EvaluationSamples(plan, engine, plan.validation, plan.config.evaluate.samples)
         self._names = plan.domain_names
         self._natural = plan.natural_weights
+        self._objective = plan.objective_weights
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """The ``evaluate`` line of metrics.jsonl without step and tokens; every rank calls it and gets the same."""
@@ -91,12 +92,18 @@ class Validation:
             value if math.isfinite(value) and count else None
             for value, count in zip(loss.tolist(), sums.tokens.tolist(), strict=True)
         ]
-        known = {name: value for name, value in zip(self._names, finite, strict=True) if value is not None}
+        domain_loss = dict(zip(self._names, finite, strict=True))
+        known = {name: value for name, value in domain_loss.items() if value is not None}
+        worst = max(known, key=lambda name: known[name]) if known else None
+        objective = dict(zip(self._names, self._objective.tolist(), strict=True))
         return {
-            "domain_loss": dict(zip(self._names, finite, strict=True)),
+            "objective_loss": weighted_loss(objective, domain_loss),
+            "domain_loss": domain_loss,
             "macro_loss": sum(known.values()) / len(known) if known else None,
-            "micro_loss": float(loss @ self._natural) if len(known) == len(self._names) else None,
-            "worst_domain": max(known, key=lambda name: known[name]) if known else None,
+            "micro_loss": weighted_loss(dict(zip(self._names, self._natural.tolist(), strict=True)), domain_loss),
+            "worst_domain": worst,
+            "worst_loss": None if worst is None else known[worst],
+            "objective": objective,
         }
 
 

@@ -13,6 +13,7 @@ from megamix.mixing.constraints import Constraints
 from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.config import DataConfig, MixConfig
 from megamix.training.mixture import MixFrame, bound_of, mixture_of, read_bounds
+from megamix.training.objective import objective_weights
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -30,6 +31,7 @@ class MixPlan:
         domain_names: in the order of every array with one entry a domain.
         num_samples: int64 [K], training windows per domain and epoch.
         natural_weights: float64 [K], shares of the training tokens.
+        objective_weights: float64 [K], of the domains in the objective loss; sum 1.
         policy: which weights hold where, by ``mixture`` and constraints.
     """
 
@@ -37,6 +39,7 @@ class MixPlan:
     domain_names: tuple[str, ...]
     num_samples: NDArray[np.int64]
     natural_weights: Floats
+    objective_weights: Floats
     policy: WeightPolicy
 
     @property
@@ -100,7 +103,8 @@ def planned_mix(config: MixConfig) -> MixPlan | None:
             )
     num_samples = ((tokens - 1) // length).astype(np.int64)
     natural = tokens / tokens.sum()
-    return MixPlan(config, names, num_samples, natural, make_policy(config, names, num_samples, natural))
+    objective = objective_weights(config.objective, names, natural)
+    return MixPlan(config, names, num_samples, natural, objective, make_policy(config, names, num_samples, natural))
 
 
 def make_policy(

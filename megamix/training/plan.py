@@ -24,8 +24,10 @@ from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
 from megamix.engines.models.config import ModelConfig
+from megamix.mixing.mixers import find_mixer
 from megamix.training.config import MixConfig, RunConfig
 from megamix.training.mix_plan import MixPlan, make_policy
+from megamix.training.objective import objective_weights
 
 if TYPE_CHECKING:
     from megamix.engines.models.pretrained import PretrainedWeights
@@ -70,6 +72,16 @@ class DataPlan(MixPlan):
         the hash of the reference model stands in its place."""
         found = mixer.model_dump(mode="json")
         return found if found.get("reference") is None else {**found, "reference": self.reference_sha256}
+
+    def mixer_fingerprint(self, mixer: Config) -> dict[str, Any]:
+        """What must not change on resume, JSON-serialisable: the `mixer_identity`, and the objective of a mixer that
+        follows it. The words natural and uniform stay what they are where the domains change."""
+        found: dict[str, Any] = {"mixer": self.mixer_identity(mixer)}
+        if find_mixer(getattr(mixer, "name", None))[1].follows_objective:
+            given = self.config.objective
+            weights = self.objective_weights.tolist()
+            found["objective"] = given if isinstance(given, str) else dict(zip(self.domain_names, weights, strict=True))
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -160,6 +172,7 @@ def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) ->
         domain_names=names,
         num_samples=num_samples,
         natural_weights=natural,
+        objective_weights=objective_weights(config.objective, names, natural),
         policy=make_policy(config, names, num_samples, natural),
         manifest=manifest,
         data_size=data_size,

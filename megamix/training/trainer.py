@@ -28,6 +28,7 @@ from megamix.training.data_loop import MixedData
 from megamix.training.evaluate import RewardEvaluation, Validation
 from megamix.training.job.signals import asked_to_stop
 from megamix.training.job.watchdog import Watchdog
+from megamix.training.objective import objective_name
 from megamix.training.plan import Plan
 from megamix.training.records.events import Event
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
@@ -218,8 +219,11 @@ class Trainer:
         line = self.validation.run(self.engine)
         if self.record is not None:
             self.record.evaluate({"step": self.step, "tokens": self._tokens(), **line})
-            macro, worst = number(line["macro_loss"]), line["worst_domain"]
-            get_logger().info("step %d: validation loss %s (mean over domains), worst %s", self.step, macro, worst)
+            get_logger().info(
+                "step %d: validation loss %s (objective %s), mean over domains %s, worst %s",
+                self.step, number(line["objective_loss"]), objective_name(self.config.objective),
+                number(line["macro_loss"]), line["worst_domain"],
+            )  # fmt: skip
 
     def save(self) -> None:
         """Takes a checkpoint before step ``self.step``; with checkpoint.asynchronous it is on disk later."""

@@ -194,7 +194,7 @@ def test_seeds_that_only_one_side_has(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"data": {"seq_length": 32}}, "data.seq_length is 32 and 16"),
-        ({"evaluate": {"batches": 3}}, "evaluate.batches x train.micro_batch is 12 and 64"),
+        ({"evaluate": {"batches": 3}}, "evaluate.samples is 12 and 64"),
         ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss is True and False"),
         ({"steps": 30}, "number of tokens is 3840 and 5120"),
         ({"steps": 0, "train": {"steps": 1}}, "has no evaluation after training"),

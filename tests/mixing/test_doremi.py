@@ -172,7 +172,7 @@ ALPHA = np.array([0.4, 0.3, 0.2, 0.1])
 
 def differentiated(config: DoremiConfig, sampling: np.ndarray, losses_N: torch.Tensor) -> float:
     """The objective by the domain loss itself: each token has two logits that give its loss."""
-    weights_K, normaliser = config.objective(ALPHA, np.array(TOKENS), sampling)
+    weights_K, normaliser = config.loss_factors(ALPHA, np.array(TOKENS), sampling)
     # Label 0 with logits (0, x): loss = log(1 + e^x).
     logits_NV = torch.stack([torch.zeros_like(losses_N), torch.log(torch.expm1(losses_N))], dim=1)
     out = domain_cross_entropy(
@@ -210,7 +210,7 @@ def test_weights_that_are_the_sampling_weights_leave_the_loss_alone() -> None:
     """Official: alpha = q weighs all tokens alike; paper: it does where each domain has its share of the tokens."""
     tokens = np.array([40, 30, 20, 10])
     for normalisation in ("official", "paper"):
-        weights_K, normaliser = DoremiConfig(normalisation=normalisation).objective(ALPHA, tokens, ALPHA)
+        weights_K, normaliser = DoremiConfig(normalisation=normalisation).loss_factors(ALPHA, tokens, ALPHA)
         np.testing.assert_allclose(weights_K / normaliser, 1 / 100, rtol=1e-14)
 
 
@@ -218,7 +218,7 @@ def test_weights_that_are_the_sampling_weights_leave_the_loss_alone() -> None:
 @pytest.mark.parametrize(("alpha", "tokens"), [([0.5, 0.5, 0.0], [0, 0, 4]), ([0.5, 0.3, 0.2], [0, 0, 0])])
 def test_an_objective_without_weight_is_zero(normalisation: str, alpha: list[float], tokens: list[int]) -> None:
     config = validate(DoremiConfig, {"normalisation": normalisation}, "mixer")
-    weights_K, normaliser = config.objective(np.array(alpha), np.array(tokens), np.array([0.5, 0.5, 0.0]))
+    weights_K, normaliser = config.loss_factors(np.array(alpha), np.array(tokens), np.array([0.5, 0.5, 0.0]))
     assert normaliser > 0
     assert math.isfinite(normaliser)
     assert (weights_K * tokens).sum() == 0

@@ -131,9 +131,9 @@ def test_the_default_objective_is_the_weighted_mean_over_tokens() -> None:
     domain = rng.integers(0, 3, 50)
     losses, weights = rng.random(50), np.array([0.2, 3.0, 0.0])
     tokens = np.bincount(domain, minlength=3)
-    factors, normaliser = ScheduleConfig().objective(weights, tokens, np.full(3, 1 / 3))
+    factors, normaliser = ScheduleConfig().loss_factors(weights, tokens, np.full(3, 1 / 3))
     assert (factors[domain] * losses).sum() / normaliser == pytest.approx(np.average(losses, weights=weights[domain]))
-    factors, normaliser = ScheduleConfig().objective(weights, np.array([0, 0, 9]), np.full(3, 1 / 3))
+    factors, normaliser = ScheduleConfig().loss_factors(weights, np.array([0, 0, 9]), np.full(3, 1 / 3))
     assert (factors @ [0, 0, 9.0]) / normaliser == 0  # not 0 / 0
 
 

@@ -94,6 +94,7 @@ def make_mixer(
     config: Mapping[str, Any] | Config,
     domains: Sequence[str],
     initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
+    objective: Mapping[str, float] | Sequence[float] | FloatArray | None = None,
 ) -> Mixer:
     """Builds the mixer that ``config`` names.
 
@@ -102,6 +103,7 @@ def make_mixer(
             object.
         domains: The K domain names.
         initial_weights: K relative weights in that order, or by name.
+        objective: K relative weights of the domains in the loss that the run is judged by. Default: the initial ones.
 
     Raises:
         InputError: An unknown mixer or key (the message names the nearest right one), a value out of range, weights
@@ -111,7 +113,10 @@ def make_mixer(
     config_class, mixer_class = find_mixer(name)
     if not isinstance(config, config_class):
         config = validate(config_class, dict(config), f"mixer '{name}'")
-    return mixer_class(config, domains, initial_weights)
+    mixer = mixer_class(config, domains, initial_weights)
+    if objective is not None:
+        mixer.set_objective(objective)
+    return mixer
 
 
 __all__ = [

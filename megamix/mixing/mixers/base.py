@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -35,11 +35,12 @@ class ScheduleConfig(Config):
     update_times: int = Field(default=-1, ge=-1)
     """How many times the weights change before they stay as they are; -1: for ever."""
 
-    def objective(
+    def loss_factors(
         self, loss_weights_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray, /
     ) -> tuple[FloatArray, float]:
-        """Objective of a step under a mixer with loss weights: the sum over its tokens of factor[domain] * loss,
-        divided by a normaliser. By default the weighted mean over tokens, so that equal weights change nothing.
+        """Factors of the losses in a step under a mixer with loss weights. What is differentiated is the sum over its
+        tokens of factor[domain] * loss, divided by a normaliser; by default the weighted mean over tokens, so that
+        equal weights change nothing.
 
         Every rank calls it, so the result must depend on the config and the arguments alone.
 
@@ -75,6 +76,9 @@ class Mixer(ABC):
     name: str = ""
     """The mixer's name in messages and states; default: the name that the config chose it by."""
 
+    follows_objective: ClassVar[bool] = True
+    """Whether the weights depend on `objective`, so that a resume with another one is a change of the mixer."""
+
     def __init__(
         self,
         config: Config,
@@ -94,6 +98,7 @@ class Mixer(ABC):
         self._schedule = config if isinstance(config, ScheduleConfig) else ScheduleConfig()
         self._domains = names
         self._weights = normalise_weights(initial_weights, names, "initial weights")
+        self._objective = self._weights
         self._pending: DomainStats | None = None
         self._step = 0
         self._num_updates = 0
@@ -153,9 +158,15 @@ class Mixer(ABC):
         return self._weights.copy()
 
     @property
+    def objective(self) -> FloatArray:
+        """float64 [K], the weights of the domains in the loss that the run is judged by (a copy); they sum to 1. By
+        default the initial weights; `make_mixer` sets it after the constructor."""
+        return self._objective.copy()
+
+    @property
     def loss_weights(self) -> FloatArray | None:
-        """float64 [K], weights of each domain's losses in the next step (see `ScheduleConfig.objective`); None in every
-        step where the mixer has none."""
+        """float64 [K], weights of each domain's losses in the next step (see `ScheduleConfig.loss_factors`); None
+        in every step where the mixer has none."""
         return None
 
     @property
@@ -171,6 +182,14 @@ class Mixer(ABC):
     def changed_at(self, step: int) -> bool:
         """Whether the weights were computed anew in the call for ``step``; true only of the latest such step."""
         return self._num_updates > 0 and self._last_update == step
+
+    def set_objective(self, weights: Mapping[str, float] | Sequence[float] | FloatArray) -> None:
+        """Sets `objective`, K relative weights in the order of the domains or by name; before the first update.
+
+        Raises:
+            InputError: Weights that cannot be used.
+        """
+        self._objective = normalise_weights(weights, self._domains, "objective")
 
     def update(self, stats: DomainStats, step: int) -> FloatArray:
         """Updates the mixer with the statistics of one optimizer step; returns the weights to sample with from here on.

@@ -64,7 +64,7 @@ class DoremiConfig(ScheduleConfig):
     """Folder of the reference model's losses (`megamix reference`); null: a reference loss of 0, so that the proxy's
     own loss drives the weights."""
 
-    def objective(self, alpha_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray) -> tuple[FloatArray, float]:
+    def loss_factors(self, alpha_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray) -> tuple[FloatArray, float]:
         """What a step with ``apply: loss`` differentiates: the sum over its tokens of loss_weights[domain] * loss,
         divided by a normaliser.
 
@@ -97,6 +97,7 @@ class DoremiMixer(Mixer):
     """
 
     name = "doremi"
+    follows_objective = False
     config: DoremiConfig
 
     def __init__(

@@ -157,6 +157,7 @@ class OdmMixer(Mixer):
     """
 
     name = "odm"
+    follows_objective = False
     config: OdmConfig
 
     def __init__(

@@ -20,6 +20,7 @@ class StaticMixer(Mixer):
     """Keeps the initial weights; what every online mixer is compared with."""
 
     name = "static"
+    follows_objective = False
 
     def _new_weights(self, step: int) -> FloatArray | None:
         return None

@@ -220,6 +220,7 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     accepted = plan.config.checkpoint.accept_changed
     saved = state.fingerprints
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
+    saved = _with_objective(saved, present["mixer"], domains is not None)
     changed = _changed_parts(saved, present)
     if domains is not None:
         # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
@@ -249,7 +250,7 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
         "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
         "mixture": {"mixture": mixture_of(config.mixture).fingerprint(plan.domain_names, plan.policy.stages)},
-        "mixer": {"mixer": plan.mixer_identity(config.mixer)},
+        "mixer": plan.mixer_fingerprint(config.mixer),
         "constraints": _constraints(plan),
         "order": {
             "seed": config.train.seed,
@@ -268,6 +269,22 @@ def _constraints(plan: DataPlan) -> dict[str, Any]:
     for key, resolved in (("min_weight", constraints.floor), ("max_weight", constraints.cap)):
         found[key] = bound_of(getattr(data, key)).fingerprint(plan.domain_names, resolved)
     return found
+
+
+def _with_objective(
+    saved: Mapping[str, Mapping[str, Any]], mixer: Mapping[str, Any], other_domains: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Saved `fingerprints` whose objective can be compared with that of ``mixer``, the same part now.
+
+    An objective that was not saved counts as unchanged: the mixer did not follow it, or there was none yet. So does one
+    that names domains, where these differ: it cannot stay what it was.
+    """
+    before = dict(saved.get("mixer", {}))
+    was, now = before.pop("objective", None), mixer.get("objective")
+    if now is not None:
+        by_name = isinstance(was, Mapping) and isinstance(now, Mapping)
+        before["objective"] = now if was is None or (other_domains and by_name) else was
+    return {**saved, "mixer": before}
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megamix.core.config import read_yaml, validate
 from megamix.core.errors import InputError
 from megamix.core.files import read_json_lines
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.mixers import without_code
 from megamix.training.config import RunConfig
+from megamix.training.objective import objective_weights
 from megamix.training.records.ledger import Ledger
 
 CONFIG = "config.resolved.yaml"
@@ -118,6 +121,17 @@ class RecordedRun:
             return {}
         names = self.ledger.lines[-1]["domain_names"]
         return dict(zip(names, self.manifest.natural_weights(names).tolist(), strict=True))
+
+    def objective(self) -> dict[str, float]:
+        """The weights of the objective; those of the last evaluation, which every run since there is an objective has
+        on record, or what the config says. Empty where they are natural shares that are not known."""
+        if self.evaluations and "objective" in self.evaluations[-1]:
+            return self.evaluations[-1]["objective"]
+        names, natural = tuple(self.ledger.lines[-1]["domain_names"]), self.natural_shares()
+        if self.config.objective == "natural":
+            return natural
+        weights = objective_weights(self.config.objective, names, np.zeros(len(names)))
+        return dict(zip(names, weights.tolist(), strict=True))
 
 
 def _relocate(config: RunConfig, run_dir: Path) -> RunConfig:
