@@ -1,4 +1,5 @@
 # make demo: from raw text to a mixed, trained model.  make test: all tests.  make check: lint, types, layers, spelling.
+# make clean: removes the environments, data and runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # The build of PyTorch; pip options may follow it, for example to choose the CPU build.
@@ -53,5 +54,6 @@ lock:
 newest: $(READY)
 	PYTHON=$(BIN)/python .ci/newest
 
+# Everything that is made here: also all data and runs.
 clean:
 	rm -rf $(VENV) $(VENV)-newest data runs build *.egg-info

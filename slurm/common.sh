@@ -1,4 +1,4 @@
-# What the job scripts of this folder share; they source it. It only defines functions.
+# Functions shared by the job scripts of this folder.
 #
 #   begin_job               environment, names, signals
 #   preflight CONFIG ...    `megamix doctor` on every node
@@ -6,9 +6,8 @@
 #   once COMMAND ...        `megamix COMMAND ...` as one process
 #   end_job CODE            requeues or ends the job
 #
-# A preempted run: Slurm sends USR1 to the batch script alone (--signal=B:USR1@...); srun passes on what it is sent to the
-# ranks; they write a checkpoint and exit 75; the job is requeued and goes on from there. When a node is lost, srun waits
-# until Slurm has missed it and requeues the job by itself.
+# Preemption: Slurm sends USR1 to the batch script (--signal=B:USR1@...), srun passes it to the ranks, they write a checkpoint
+# and exit 75, and the job is requeued. When a node is lost, Slurm requeues the job itself.
 
 say() { echo "megamix: $*"; }
 
@@ -17,19 +16,19 @@ begin_job() {
   # shellcheck source=slurm/env.sh
   source "${MEGAMIX_ENV:-$MEGAMIX_SLURM/env.sh}"
   set -u
-  # To Slurm, the number of the last member of an array is that of the whole array.
+  # The last member of an array has the number of the array itself.
   job=$SLURM_JOB_ID
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   restart=${SLURM_RESTART_COUNT:-0}
   logs=${MEGAMIX_LOGS:-$PWD/logs}
-  # The first rank that ends otherwise than with 0 says so here; the name is of this start of the job only.
+  # The first rank that fails writes its exit code here; one file per start of the job.
   export MEGAMIX_OUTCOME=$logs/.outcome-$SLURM_JOB_ID-$restart
   mkdir -p "$logs"
   python=${MEGAMIX_PYTHON:-python} nodes=$SLURM_JOB_NUM_NODES
   tasks=${MEGAMIX_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
   cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
   ((cpus > 0)) || cpus=1
-  # srun would take the job's number of tasks for that of each step.
+  # Else srun gives each step the job's number of tasks.
   unset SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
   find_container
   export MEGAMIX_SLURM MASTER_ADDR MASTER_PORT
@@ -37,7 +36,7 @@ begin_job() {
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
   child='' asked=''
   trap 'asked=1; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || :' USR1
-  # Of scancel the ranks hear from Slurm itself. This shell has to outlive them.
+  # scancel reaches the ranks through Slurm; this shell must outlive them.
   trap : TERM
   say "job $job, start $((restart + 1)), $(date +%FT%T): $nodes nodes ($SLURM_JOB_NODELIST) of $tasks ranks;" \
     "logs in $logs/$SLURM_JOB_ID-*.log"
@@ -59,15 +58,14 @@ find_container() {
   fi
 }
 
-# await PID: its exit code, though signals come in between. `wait` is for what has ended: interrupted by a trap, that of
-# bash 5.2 may lose the code.
+# await PID: its exit code, despite signals. `wait` only once it has ended: interrupted by a trap, bash 5.2 may lose the code.
 await() {
-  [ -n "${idle:-}" ] || exec {idle}<> <(:) # nothing ever comes from there
+  [ -n "${idle:-}" ] || exec {idle}<> <(:) # never written to
   while kill -0 "$1" 2>/dev/null; do read -r -t 0.2 -u "$idle" || :; done
   wait "$1"
 }
 
-# step [OPTION ...] PROGRAM ...: a job step that hears of USR1. Steps share the job's CPUs out among their own tasks.
+# step [OPTION ...] PROGRAM ...: a job step that receives USR1. Each step divides the job's CPUs among its tasks.
 step() {
   local code=0
   srun --nodes="$nodes" --kill-on-bad-exit=1 --overcommit ${pyxis[@]+"${pyxis[@]}"} "$@" </dev/null &
@@ -79,7 +77,7 @@ step() {
 
 preflight() {
   [ "${MEGAMIX_PREFLIGHT:-1}" != 0 ] || return 0
-  # Every node is to be heard, so none ends the others. Only a failure is told of all.
+  # A node that fails does not end the others, so that each reports. Only failures are printed for all nodes.
   # shellcheck disable=SC2016
   step --kill-on-bad-exit=0 --ntasks="$nodes" bash -c '
     code=0 said=$("$@" 2>&1) || code=$?
@@ -121,7 +119,7 @@ once() {
 
 end_job() {
   local code=$1
-  # srun says the highest code of all ranks, torchrun 1: not that of the rank whose end was the cause.
+  # srun returns the highest code of all ranks, torchrun 1: neither is the code of the rank that failed first.
   if [ -e "$MEGAMIX_OUTCOME" ]; then
     read -r code <"$MEGAMIX_OUTCOME"
     rm -f "$MEGAMIX_OUTCOME"

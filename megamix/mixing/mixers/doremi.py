@@ -42,26 +42,25 @@ class DoremiConfig(ScheduleConfig):
     """Which mixer this configures."""
 
     eta: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Step size of the weights; DataFlex's is 0.1. The paper's, 1, goes with its batches (24,000 tokens of each domain)
-    and 200,000 steps: with small batches weights follow their noise, and less is better (0.02 at 340 tokens)."""
+    """Step size of the weights. The paper's 1 goes with 24,000 tokens of each domain in each of 200,000 steps;
+    DataFlex's is 0.1. Smaller batches need less, lest the weights follow their noise (0.02 at 340 tokens)."""
 
     smoothing: float = Field(default=1e-3, ge=0, le=1, allow_inf_nan=False)
-    """c: share of the uniform weights mixed into every update; the paper's is 1e-3, DataFlex's 1e-2."""
+    """c: share of uniform weights in every update; the paper's is 1e-3, DataFlex's 1e-2."""
 
     apply: Literal["loss", "sampling"] = "loss"
     """What the weights act on. loss: each token's loss, while domains are sampled with the initial weights (the paper);
     sampling: the blend, while all tokens weigh the same."""
 
     normalisation: Literal["paper", "official"] = "paper"
-    """With apply: loss, what is minimised. paper: the sum of alpha times each domain's mean loss; official: the sum
-    over tokens of alpha / sampling weight times loss, divided by the sum of those factors (the repository)."""
+    """Loss to minimise with apply: loss. paper: the sum of alpha times each domain's mean loss; official: the sum over
+    tokens of alpha / sampling weight times loss, divided by the sum of those factors (the repository)."""
 
     initial_score: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Excess loss that a domain has until it is first seen; the repository's is ln(vocabulary size), which floods such
-    a domain."""
+    """Excess loss of a domain until it is first seen; the repository's ln(vocabulary size) floods such a domain."""
 
     reference: Path | None = None
-    """Folder of the reference model's losses (`megamix reference`); null: a reference loss of 0, so that the proxy's
+    """Folder of the reference model's losses (`megamix reference`); null: reference losses of 0, so that the proxy's
     own loss drives the weights."""
 
     def loss_factors(self, alpha_K: FloatArray, tokens_K: IntArray, sampling_K: FloatArray) -> tuple[FloatArray, float]:

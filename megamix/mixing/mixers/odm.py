@@ -105,22 +105,21 @@ class OdmConfig(ScheduleConfig):
     reward."""
 
     exponent_clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """gibbs only: how far below the largest exponent the others may lie; null: without limit."""
+    """gibbs only: how far below the largest exponent the others may lie; null: no limit."""
 
     min_exploration_rate: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
-    """The exploration rate, and so every domain's weight (up to normalisation), does not fall below this."""
+    """Lower bound of the exploration rate, and so of every weight (up to normalisation)."""
 
     reward_from: Literal["training", "evaluation"] = "training"
-    """training: the losses of the tokens trained on, which cost nothing; evaluation (DataFlex): before each update
-    after the warm-up the losses of num_eval_samples training samples of every domain, the same each time."""
+    """training: the losses of the tokens trained on, at no cost; evaluation (DataFlex): before each update after the
+    warm-up the losses of num_eval_samples training samples of every domain, the same each time."""
 
     num_eval_samples: int = Field(default=500, gt=0)
-    """reward_from: evaluation only: samples per domain (fewer where a domain has not that many), kept in memory. An
-    update costs a forward pass over all of them, about a third of training on as many: set update_every accordingly."""
+    """reward_from: evaluation only: samples per domain (fewer if it has fewer), kept in memory. An update costs a
+    forward pass over all of them, about a third of training on as many: set update_every accordingly."""
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the update of ``step``, counted from 1, needs an evaluation; a function of the config alone, so that
-        every rank knows without asking."""
+        """Whether the update of ``step``, from 1, needs an evaluation; by the config alone, so every rank knows."""
         if self.reward_from == "training" or step <= self.warmup_steps or step % self.update_every:
             return False
         # Every evaluation sees every domain, so each of these updates changes the weights.
@@ -139,7 +138,7 @@ class OdmConfig(ScheduleConfig):
 
 
 def wants_evaluation(config: Config) -> bool:
-    """Whether a mixer of this config is to see the losses of an evaluation instead of those of training."""
+    """Whether a mixer of this config is rewarded by an evaluation instead of training."""
     return isinstance(config, OdmConfig) and config.reward_from == "evaluation"
 
 

@@ -21,64 +21,64 @@ class GenerateConfig(Config):
     """
 
     members: int | None = pydantic.Field(default=None, gt=0)
-    """Mixtures, the prior included. Default: 5 a domain whose weight is to be found, 16 at least. With more of
-    them, and all else the same, the first ones stay as they are."""
+    """Number of mixtures, the prior included. Default: 5 per domain whose weight is free, at least 16. A larger number
+    keeps the first ones as they are."""
     seed: int = pydantic.Field(default=42, ge=0)
-    """Of the draws."""
+    """Seed of the draws."""
     include_prior: bool = True
-    """Whether the prior is the first member. Every proposal is compared with it, and a measured value is better than a
-    predicted one."""
+    """Make the prior the first member. Every proposal is compared with it, best by a measured value."""
     min_strength: Strength = 0.1
-    """Strengths of the members lie between min and max, evenly in their logarithm: the sum of the concentrations. At a
-    small one few domains have all the weight, at a large one members are near the prior."""
+    """Smallest strength, the sum of the Dirichlet concentrations. Members' strengths are spaced evenly in their
+    logarithm up to the largest; with a small one few domains have all the weight, with a large one members are near the
+    prior."""
     max_strength: Strength = 5.0
-    """See min_strength."""
+    """Largest strength; see min_strength."""
     min_source_strength: Strength | None = None
-    """Of the sources; default: min_strength."""
+    """For sources; default: min_strength."""
     max_source_strength: Strength | None = None
-    """Of the sources; default: max_strength."""
+    """For sources; default: max_strength."""
     min_topic_strength: Strength | None = None
-    """Of the topics in their source; default: min_strength."""
+    """For topics in their source; default: min_strength."""
     max_topic_strength: Strength | None = None
-    """Of the topics in their source; default: max_strength."""
+    """For topics in their source; default: max_strength."""
     minimum_weight: Share = 0.002
-    """A weight is 0 or at least this; smaller ones become 0 and the others rise in proportion."""
+    """Smallest weight but 0; smaller ones become 0 and the others rise in proportion."""
     minimum_source_weight: Share | None = None
-    """Of a source; default: minimum_weight."""
+    """For sources; default: minimum_weight."""
     minimum_topic_weight: Share | None = None
-    """Of a topic, as a share of its source; default: minimum_weight."""
+    """For topics, as a share of their source; default: minimum_weight."""
     mix_temperature: Strength = 1.0
-    """Shares of the prior are raised to this power: below 1 it is flatter, above 1 steeper."""
+    """Power on the shares of the prior: below 1 it becomes flatter, above 1 steeper."""
     source_mix_temperature: Strength | None = None
-    """Of the sources; default: mix_temperature."""
+    """For sources; default: mix_temperature."""
     topic_mix_temperature: Strength | None = None
-    """Of the topics in their source; default: mix_temperature."""
+    """For topics in their source; default: mix_temperature."""
     nonzero_weight: tuple[str, ...] = ()
-    """Domains, or sources, that have at least the minimum weight in every member."""
+    """Domains or sources with at least the minimum weight in every member."""
     manual_prior: dict[str, Share] = pydantic.Field(default={})
-    """{source: share} in place of that of the prior. All are scaled to sum 1 then."""
+    """{source: share} instead of the prior's; all are then scaled to sum 1."""
     manual_topic_prior: dict[str, Share] = pydantic.Field(default={})
-    """{source:topic: share of its source} in place of that of the prior. Those of a source are scaled to sum 1 then."""
+    """{source:topic: share of its source} instead of the prior's; a source's are then scaled to sum 1."""
     fixed_source_weights: dict[str, Share] = pydantic.Field(default={})
     """{source: weight} in every member; the other sources share what is left."""
     fixed_topic_weights: dict[str, Share] = pydantic.Field(default={})
     """{source:topic: share of its source} in every member, for all topics of a source: Olmix's `weight` of a topic."""
     max_weight: dict[str, Share] = pydantic.Field(default={})
-    """{domain or source: weight} that no member exceeds."""
+    """{domain or source: largest weight in a member}."""
     repetition: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
-    """No domain is read more often than this: weight x repetition_tokens <= repetition x tokens of the domain. Default:
-    as often as its weight asks. Olmix's allow_repetition: false is 1."""
+    """Times that a domain may be read: weight x repetition_tokens <= repetition x tokens of the domain. Default: no
+    limit. Olmix's allow_repetition: false is 1."""
     repetition_tokens: Literal["member", "target"] | Annotated[float, pydantic.Field(gt=0)] = "member"
-    """Of which run: member, of a proxy; target, of the run that the swarm is for; or a number of tokens."""
+    """Tokens of the run: member, a proxy's; target, those of the run that the swarm is for; or a number."""
     support: Literal["threshold", "dense", "sparse"] = "threshold"
-    """Which domains have a weight. threshold: those drawn above the minimum weight; dense: all; sparse: of those a
-    random part of the topics (of the sources, where there are no topics)."""
+    """Domains with a weight. threshold: those drawn above the minimum weight; dense: all; sparse: of those a random
+    part of the topics (of the sources, where there are no topics)."""
     left_out: Share = 0.5
-    """Of sparse: the probability that a domain has no weight in a member."""
+    """sparse only: probability that a domain has no weight in a member."""
     min_distance: float = pydantic.Field(default=0.01, ge=0, lt=1)
-    """Total variation distance, half the sum of the differences, that members keep from each other."""
+    """Smallest total variation distance (half the sum of the differences) between members."""
     existing_mix_file: Path | None = None
-    """A ratios.csv from whose rows they keep that distance, too."""
+    """A ratios.csv; members keep that distance from its rows, too."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> GenerateConfig:

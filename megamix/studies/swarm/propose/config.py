@@ -14,56 +14,55 @@ OPTIONS_FILE = "propose.json"
 
 
 class ProposeConfig(Config):
-    """What the proposed mixture is to be best at, and within which bounds. DIR/propose.json has the same keys."""
+    """Objective and bounds of the proposed mixture. DIR/propose.json has the same keys."""
 
     kl: float = pydantic.Field(default=0.05, ge=0, allow_inf_nan=False)
-    """How strongly the mixture is held near the prior: lambda of lambda * KL(mixture || prior), in the unit of the
-    objective. 0: not at all."""
+    """Factor of the penalty KL(mixture || prior), in the unit of the objective; 0: no penalty."""
     use_natural_kl: bool = False
-    """The KL is to the natural shares (of the token counts), whatever prior the swarm was drawn around."""
+    """Take the KL to the natural shares (of the token counts), whatever prior the swarm was drawn around."""
     priors: Path | None = None
-    """JSON or YAML: what `swarm priors` writes, or {domain: share}. Default: DIR/priors.json, else the shares of the
+    """JSON or YAML: the output of `swarm priors`, or {domain: share}. Default: DIR/priors.json, else the shares of the
     token counts, else the mean of the mixtures tried."""
     target_tokens: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
-    """Tokens of the run that the mixture is for. With it no domain is read more often than `repetition` times."""
+    """Tokens of the run that the mixture is for; with it no domain is read more than `repetition` times."""
     repetition: float = pydantic.Field(default=4.0, gt=0, allow_inf_nan=False)
-    """How often a domain may be read: weight * target_tokens <= repetition * tokens of the domain."""
+    """Times that a domain may be read: weight * target_tokens <= repetition * tokens of the domain."""
     token_counts: Path | dict[str, float] | None = None
-    """{domain: tokens}, or a file like that of `priors`. Default: those of the priors."""
+    """{domain: tokens}, or a file like `priors`. Default: the counts in the priors."""
     objective: Path | dict[str, float] | None = None
-    """{metric or family: weight}, or a JSON or YAML file of it: the mean to be made small. Default: all metrics
+    """{metric or family: weight} of the mean to minimise, or a JSON or YAML file with it. Default: all metrics
     alike."""
     fixed_weight: dict[str, float] = pydantic.Field(default={})
-    """{domain: weight} that is settled beforehand."""
+    """{domain: weight} that the mixture keeps."""
     worst: bool = False
-    """Look for the mixture with the largest objective within the same bounds, for comparison."""
+    """Find the mixture with the largest objective within the same bounds, for comparison."""
     seed: int = pydantic.Field(default=0, ge=0)
-    """Of everything drawn at random."""
+    """Seed of all random draws."""
     resamples: int = pydantic.Field(default=20, ge=0)
-    """Resamples of the runs for which the mixture is worked out again, to see how far its weights vary."""
+    """Resamples of the runs for which the mixture is found again; they give the intervals of its weights."""
 
 
 class UpdateConfig(Config):
-    """How the domains differ from those of a mixture that was found before, for ``swarm.update``."""
+    """Changes of the domains since an earlier mixture, for ``swarm.update``."""
 
     previous: Path
-    """Directory of the swarm whose mixture.json is brought up to date."""
+    """Directory of the swarm whose mixture.json is updated."""
     add: tuple[str, ...] = ()
-    """Domains that are new."""
+    """New domains."""
     remove: tuple[str, ...] = ()
-    """Domains that are no longer there; the others are scaled up."""
+    """Dropped domains; the others are scaled up."""
     partition: dict[str, tuple[str, ...] | dict[str, float]] = pydantic.Field(default={})
-    """{domain: [parts]}: the domain is replaced by parts, each with a weight that is to be found; {domain: {part:
-    share}}: the parts share the weight of the domain as stated, and nothing is to be found."""
+    """{domain: [parts]}: parts replace the domain, each with a weight to find; {domain: {part: share}}: they share its
+    weight as stated."""
     revise: tuple[str, ...] = ()
-    """Domains with other data under the same name."""
+    """Domains with new data under the same name."""
     reuse: Literal["full", "partial", "none"] = "full"
-    """full: the old domains that nothing happens to keep the ratios they have, as one virtual domain `existing`;
-    partial: but for those in unfreeze; none: the weights of all domains are found anew."""
+    """full: unaffected old domains keep their ratios, as one virtual domain `existing`; partial: all but those in
+    unfreeze; none: all weights are found anew."""
     unfreeze: tuple[str, ...] = ()
-    """Old domains that nothing happens to, whose weights are to be found anew all the same."""
+    """Unaffected old domains whose weights are found anew."""
     existing_share: float | None = pydantic.Field(default=None, gt=0, lt=1)
-    """Share of `existing` in the prior. Default: that of its domains together."""
+    """Share of `existing` in the prior. Default: the sum of its domains' shares."""
 
     @pydantic.model_validator(mode="after")
     def _is_an_update(self) -> UpdateConfig:
