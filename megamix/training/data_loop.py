@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
-from megamix.data.loader import Batch, Loader, WindowReader
+from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
 from megamix.engines.base import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
@@ -100,7 +100,8 @@ class MixedData:
             judge=self.guard.judge,
             on_report=self._report,
         )
-        self.loader = Loader(self.sampler, self._reader() if reads_data else None, device.type == "cuda")
+        reader = plan.reader(plan.domains, open_reference(plan)) if reads_data else None
+        self.loader = Loader(self.sampler, reader, device.type == "cuda")
         for _ in range(plan.config.data.weight_lag + 1):
             self.loader.request()
 
@@ -192,17 +193,6 @@ class MixedData:
         """Cancels pending work, without waiting for it."""
         self.loader.close()
         self.exchange.close()
-
-    def _reader(self) -> WindowReader:
-        plan, data = self.plan, self.plan.config.data
-        return WindowReader(
-            plan.domains,
-            data.seq_length,
-            plan.vocab_size,
-            eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
-            reference=open_reference(plan),
-        )
 
 
 def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:

@@ -43,15 +43,8 @@ class EvaluationSamples:
         self.num_micro_batches = -(-rounds // multiple) * multiple
         self._batch = None
         if place.reads_data:
-            reader = WindowReader(
-                streams,
-                config.data.seq_length,
-                plan.vocab_size,
-                eod_mask_loss=config.data.eod_mask_loss,
-                reset_position_ids=config.data.reset_position_ids,
-            )
             rows = np.arange(place.data_rank, self.num_micro_batches * place.data_size, place.data_size)
-            self._batch = self._build(reader, domain_n, sample_n, rows, config.train.micro_batch)
+            self._batch = self._build(plan.reader(streams), domain_n, sample_n, rows, config.train.micro_batch)
 
     def _build(
         self,

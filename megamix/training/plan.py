@@ -6,6 +6,7 @@ the data files and needs neither torch nor a GPU. `megamix doctor` prints a plan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from megamix.training.mix_plan import MixPlan, make_policy
 from megamix.training.objective import objective_weights
 
 if TYPE_CHECKING:
+    from megamix.data.loader import WindowReader
+    from megamix.data.reference_losses import ReferenceLosses
     from megamix.engines.models.pretrained import PretrainedWeights
 
 Floats = NDArray[np.float64]
@@ -92,6 +95,20 @@ class DataPlan(MixPlan):
         """The part of every batch that a data-parallel rank reads."""
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
+
+    def reader(self, streams: Sequence[DomainTokens], reference: ReferenceLosses | None = None) -> WindowReader:
+        """Reader of the samples of a split: `domains` or `validation`."""
+        from megamix.data.loader import WindowReader
+
+        data = self.config.data
+        return WindowReader(
+            streams,
+            data.seq_length,
+            self.vocab_size,
+            eod_mask_loss=data.eod_mask_loss,
+            reset_position_ids=data.reset_position_ids,
+            reference=reference,
+        )
 
     def blend(self, through_step: int | None = None) -> Blend:
         """The blend at position 0; see `WeightPolicy.initial_blend`."""

@@ -17,10 +17,8 @@ from interop_files import (
     as_dict,
     at_every_position,
     blend,
-    changing_run,
     error_of,
     lines_of,
-    write_data,
     write_run,
 )
 
@@ -30,15 +28,7 @@ from megamix.training.records.ledger import Ledger
 from megamix.training.records.mean_weights import mean_weights
 from megamix.training.records.recorded_run import RecordedRun
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("export"))
-
-
-@pytest.fixture(scope="module")
-def run(data: Path) -> tuple[Path, list[Line], Blend]:
-    return changing_run(data)
+pytest_plugins = ["interop_fixtures"]
 
 
 def test_mean_is_the_integral(run: tuple[Path, list[Line], Blend]) -> None:

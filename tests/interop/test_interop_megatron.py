@@ -21,7 +21,6 @@ from interop_files import (
     as_dict,
     at_every_position,
     blend,
-    changing_run,
     error_of,
     write_data,
     write_documents,
@@ -32,15 +31,7 @@ from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.weight_files import read_weights
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("export"))
-
-
-@pytest.fixture(scope="module")
-def run(data: Path) -> tuple[Path, list[Line], Blend]:
-    return changing_run(data)
+pytest_plugins = ["interop_fixtures"]
 
 
 def gpt_config(**keys: Any) -> Any:

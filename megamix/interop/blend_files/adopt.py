@@ -10,7 +10,6 @@ splits. The test share of ``--split`` is not used.
 from __future__ import annotations
 
 import bisect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import replace_file, replace_json, writing
 from megamix.core.text import Report, Table
 from megamix.data.tokens.indexed import IndexedTokens, bin_path
 from megamix.data.tokens.manifest import (
@@ -144,13 +143,11 @@ def adopt(
         domains=entries,
     )
     weights = _weights(manifest, sources.weights)
-    try:
+    with writing(f"to {out}", "Choose another --out."):
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / TOKENIZER_FILE, path.read_bytes())
-        replace_file(out / MIXTURE_FILE, (json.dumps(weights, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+        replace_json(out / MIXTURE_FILE, weights)
         manifest.save()
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another --out.") from error
     return Adopted(manifest, weights, {domain.name: _endings(domain, loaded.eod_id) for domain in domains})
 
 

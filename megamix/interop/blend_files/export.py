@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.files import replace_file, writing
 from megamix.data.tokens.manifest import FILE_NAME, Manifest, Split
 from megamix.data.tokens.stream import DomainTokens
 from megamix.mixing.megatron_blend import data_path, per_split_json
@@ -145,11 +145,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    try:
+    with writing(path, "Choose another --out."):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another --out.") from error
 
 
 def _files(manifest: Manifest, weights: Mapping[str, float], split: Split) -> list[tuple[float, str]]:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 import megamix
 from megamix.core.config import validate
-from megamix.core.errors import InputError, MegamixError, ResumeRefused, did_you_mean
+from megamix.core.errors import InputError, MegamixError, ResumeRefused, check_known
 from megamix.core.files import sync_folder
 from megamix.data.tokens.manifest import TOKENIZER_FILE, Manifest
 from megamix.engines.models import ModelConfig
@@ -75,8 +75,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
             one, or ``out`` is not empty.
         ResumeRefused: the checkpoint is damaged.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype is '{dtype}'." + did_you_mean(dtype, DTYPES))
+    check_known([dtype], DTYPES, "--dtype is")
     out = out.absolute()
     _check_out(out)
     source, run = _find(path)

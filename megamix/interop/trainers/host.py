@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamix.core.config import apply_overrides, read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
-from megamix.data.loader import Batch, WindowReader
+from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.base import Objective
 from megamix.engines.step_loss import StepLoss
@@ -63,18 +64,6 @@ def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: 
     """Raises InputError unless an option of the host has the value that the adapter needs."""
     if seen != wanted:
         raise InputError(f"{host}'s {option} is {seen!r}, expected {wanted!r}. {remedy}")
-
-
-def validation_reader(plan: DataPlan) -> WindowReader:
-    """Reader of the plan's validation samples."""
-    data = plan.config.data
-    return WindowReader(
-        plan.validation,
-        data.seq_length,
-        plan.vocab_size,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-    )
 
 
 class HostRun:

@@ -32,7 +32,7 @@ from transformers.trainer_callback import ExportableState
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.data.loader import IGNORED_LABEL, Batch
-from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike, validation_reader
+from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike
 from megamix.training.plan import DataPlan
 
 HOST = "the Trainer"
@@ -235,7 +235,7 @@ class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
         self._index, self._vocab_size = index, plan.vocab_size
         available = plan.validation[index].num_windows(plan.config.data.seq_length)
         self._num_samples = available if samples is None else min(samples, available)
-        self._reader = validation_reader(plan)
+        self._reader = plan.reader(plan.validation)
 
     def __len__(self) -> int:
         return self._num_samples

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from megamix.core.errors import InputError, MegamixError
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch
-from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state, validation_reader
+from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state
 from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
 
 FOLDER = "megamix"
@@ -313,7 +313,7 @@ def _validation(run: HostRun, consumed: int) -> Iterator[_Item]:
     windows = [domain.num_windows(plan.config.data.seq_length) for domain in plan.validation]
     blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
     blend.take(consumed)
-    reader = validation_reader(plan)
+    reader = plan.reader(plan.validation)
     rows = np.arange(share.global_batch)[share.samples]
     device = _device()
     while True:
