@@ -1,12 +1,11 @@
-"""The project's logger, which writes plain lines to standard error from rank 0, and the progress line of a run."""
+"""The project's logger, plain lines to standard error from rank 0, and a line on a terminal that renews itself."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 _FORMAT = "%(asctime)s %(message)s"
 _CLEAR_LINE = "\r\x1b[K"
@@ -42,21 +41,9 @@ class _StatusAwareHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def show_progress(step: int, steps: int, line: Mapping[str, Any]) -> None:
-    """Shows a ``train`` line of metrics.jsonl: in a line that renews itself on a terminal, as a log line elsewhere."""
+def show_status(text: str, *, is_last: bool) -> None:
+    """Writes a line to a terminal; the next one, or a log line, takes its place unless it is the last."""
     global _status_shown
-    text = (
-        f"step {step}/{steps}: loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, "
-        f"{line['step_seconds']:.2f} s/step"
-    )
-    if not sys.stderr.isatty():
-        get_logger().info("%s", text)
-        return
-    left = round((steps - step) * line["step_seconds"])
-    done = 24 * step // steps
-    bar = "#" * done + "-" * (24 - done)
-    sys.stderr.write(
-        f"{_CLEAR_LINE}[{bar}] {text}, {left // 60}:{left % 60:02d} left" + ("\n" if step == steps else "")
-    )
+    sys.stderr.write(_CLEAR_LINE + text + ("\n" if is_last else ""))
     sys.stderr.flush()
-    _status_shown = step < steps
+    _status_shown = not is_last

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megamix.core.errors import MegamixError, Preempted
-from megamix.core.log import get_logger, show_progress
+from megamix.core.log import get_logger
 from megamix.core.text import number
 from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
@@ -31,6 +31,7 @@ from megamix.training.job.watchdog import Watchdog
 from megamix.training.objective import objective_name
 from megamix.training.plan import Plan
 from megamix.training.records.events import Event
+from megamix.training.records.progress_line import show_progress
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
 from megamix.training.step_clock import StepClock
