@@ -121,7 +121,7 @@ def train(
     Example: megamix train configs/demo.yaml train.steps=100 run_dir=runs/short
     """
     if help_config:
-        from megamix.core.config import apply_overrides, read_yaml
+        from megamix.core.config_files import apply_overrides, read_yaml
         from megamix.core.config_help import config_help
         from megamix.studies.doremi.config import DoremiRunConfig
         from megamix.training.config import KINDS

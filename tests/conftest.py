@@ -68,7 +68,7 @@ def data_dir(text_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a model that trains in seconds; keyword arguments are merged over it, as an override is."""
-    from megamix.core.config import merge
+    from megamix.core.config_files import merge
     from megamix.training.config import KINDS
 
     def write(**sections: Any) -> Path:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megamix.analysis.doctor import doctor
-from megamix.core.config import load_config, read_yaml, validate
+from megamix.core.config import load_config, validate
+from megamix.core.config_files import read_yaml
 from megamix.core.files import shipped_folder
 from megamix.data.sampler import Slice
 from megamix.engines.models.config import ModelConfig

@@ -19,7 +19,8 @@ from readme_code import PAGES, Code, anchors, command_lines, links, pieces_of_co
 from small_config import SMALL
 
 from megamix.cli import app
-from megamix.core.config import Config, apply_overrides, configs_in, merge, read_yaml, validate
+from megamix.core.config import Config, configs_in, validate
+from megamix.core.config_files import apply_overrides, merge, read_yaml
 from megamix.core.yaml_text import parse_yaml
 from megamix.studies.doremi.config import DoremiStudyConfig
 from megamix.studies.swarm.config import SwarmStudyConfig

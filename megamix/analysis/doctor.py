@@ -143,10 +143,8 @@ def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Domains and initial weights; none without data, unless the config spells them out."""
     if shape.mix is not None:
         return shape.mix.domain_names, shape.mix.policy.initial_weights
-    mixture = shape.config.mixture
-    if isinstance(mixture, dict):
-        return tuple(mixture), normalise_weights(mixture, tuple(mixture), "mixture")
-    return (), np.zeros(0)
+    given = mixture_of(shape.config.mixture).given()
+    return ((), np.zeros(0)) if given is None else (tuple(given), normalise_weights(given, tuple(given), "mixture"))
 
 
 def _mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
@@ -172,8 +170,7 @@ def _what_runs(shape: _Shape) -> str:
         ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
         ("ranks", f"{shape.world_size} = {_factors(config.engine)} x data {shape.data_size}; {_engine(config.engine)}"),
         ("other sizes", _other_sizes(config)),
-        ("schedule", f"{micro_batches} of {train.micro_batch} samples per rank and step; "
-                     f"pipeline bubble {shape.bubble:.1%}"),
+        ("per rank", f"{micro_batches} of {train.micro_batch} samples per step; pipeline bubble {shape.bubble:.1%}"),
         ("mixture", _mixture_line(shape)),
         ("mixer", f"{config.mixer.name}; weights act {delay} after the one they follow from"),
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamix.core.config import read_yaml
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.training.checkpoints.store import LISTING, complete_steps
 from megamix.training.records.events import EVENTS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megamix.core.errors import InputError
@@ -87,20 +87,17 @@ def _plain_name(config: RunConfig) -> str:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Settings that tell variants apart, by key path."""
-    flat = _flat(config.model_dump(mode="json"), "")
     kept = {
         key: value
-        for key, value in flat.items()
+        for key, value in flatten(config.model_dump(mode="json")).items()
         if not any(key == skipped or key.startswith(f"{skipped}.") for skipped in _WITHOUT_EFFECT)
     }
     return {**kept, "engine.precision": config.engine.precision}
 
 
-def _flat(value: Any, prefix: str) -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            path: leaf
-            for key, part in value.items()
-            for path, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: value}
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train.steps": 100, ...}``."""
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= flatten(part, f"{prefix}{key}.") if isinstance(part, Mapping) and part else {f"{prefix}{key}": part}
+    return flat

@@ -1,27 +1,24 @@
-"""The base of every config class, and how YAML files and ``key.path=value`` overrides become one.
+"""The base of every config class, and how plain data (`megamix.core.config_files`) becomes one.
 
 Each config class lives beside the thing it configures and derives from `Config`: frozen, and a key it does not know is
-an error that names the nearest right one. A YAML file may start from others with ``include: [a.yaml, b.yaml]`` (paths
-relative to itself); later values win, mappings merge.
+an error that names the nearest right one.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 from pydantic_core import core_schema
 
+from megamix.core.config_files import Kinds, Origins, apply_overrides, read_with_origins
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.yaml_text import parse_yaml
 
 C = TypeVar("C", bound="Config")
-Origins = dict[tuple[str, ...], Path]
-"""The file that each key of a config, given by its path, comes from."""
 
 
 class Config(pydantic.BaseModel):
@@ -41,17 +38,6 @@ class Config(pydantic.BaseModel):
                 if bool not in members and (int in members or float in members):
                     raise ValueError(f"{key} is {str(value).lower()}, expected a number.")
         return data
-
-
-class Kinds:
-    """Marks a field whose mapping is of one of several kinds: ``Annotated[Union, mark]``.
-
-    A mapping of another kind replaces the one it is laid over; one of the same kind merges with it (`merge`).
-    """
-
-    def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-        """Whether ``new`` is of another kind than ``old``, which it is laid over."""
-        raise NotImplementedError
 
 
 class DefaultName(Kinds):
@@ -159,10 +145,6 @@ def _chooses(key: str, value: Mapping[Any, Any]) -> bool:
     )
 
 
-KindsByKey = Mapping[str, Kinds]
-NO_KINDS: KindsByKey = types.MappingProxyType({})
-
-
 def kinds_of(model: type[Config]) -> dict[str, Kinds]:
     """The marks in a config class, at any depth, by key."""
     found: dict[str, Kinds] = {}
@@ -178,99 +160,6 @@ def configs_in(annotation: Any) -> list[type[Config]]:
     if _is_config(annotation):
         return [annotation]
     return [config for argument in typing.get_args(annotation) for config in configs_in(argument)]
-
-
-def read_yaml(path: Path, kinds: KindsByKey = NO_KINDS) -> dict[str, Any]:
-    """Reads a YAML mapping and the files it includes (depth first; the including file wins).
-
-    Args:
-        kinds: see `merge`.
-    """
-    return _read_yaml(Path(path), kinds, {})
-
-
-def _read_yaml(path: Path, kinds: KindsByKey, origins: Origins, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.resolve()
-    if path in chain:
-        raise InputError(f"{path} includes itself by way of {' -> '.join(str(p) for p in chain)}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        by = f", which {chain[-1]} includes" if chain else ""
-        raise InputError(f"cannot read the config {path}{by}: {error.strerror or error}. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a YAML file: it is not UTF-8 text ({error.reason}).") from error
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        found = "is empty" if data is None else f"holds a {type(data).__name__}"
-        raise InputError(f"{path} {found}, expected a mapping of keys to values.")
-    included = data.pop("include", [])
-    if isinstance(included, str):
-        included = [included]
-    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
-        raise InputError(f"{path}: include is {included!r}, expected a path or a list of paths.")
-    merged: dict[str, Any] = {}
-    for name in included:
-        merged = merge(merged, _read_yaml(path.parent / name, kinds, origins, (*chain, path)), kinds)
-    origins.update(dict.fromkeys(_paths(data), path))
-    return merge(merged, data, kinds)
-
-
-def _paths(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The path of every key, at every depth."""
-    for key, value in data.items():
-        yield (key,)
-        if isinstance(value, dict):
-            yield from ((key, *rest) for rest in _paths(value))
-
-
-def merge(base: dict[str, Any], over: dict[str, Any], kinds: KindsByKey = NO_KINDS) -> dict[str, Any]:
-    """``base`` updated by ``over``; nested mappings merge key by key, except where ``over`` is of another kind: then
-    none of the old keys apply.
-
-    Args:
-        kinds: how mappings at a key, at any depth, are told apart; see `kinds_of`.
-    """
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            replaces = key in kinds and kinds[key].differ(old, value)
-            result[key] = dict(value) if replaces else merge(old, value, kinds)
-        else:
-            result[key] = value
-    return result
-
-
-def apply_overrides(
-    data: dict[str, Any],
-    overrides: list[str],
-    kinds: KindsByKey = NO_KINDS,
-    origins: Origins | None = None,
-) -> dict[str, Any]:
-    """Applies ``key.path=value`` items and further YAML files, in their order.
-
-    Values are YAML, so ``train.steps=10`` is an int and ``train={steps: 10}`` a mapping.
-
-    Args:
-        kinds: see `merge`.
-        origins: is told which keys the files have.
-    """
-    for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals and item.endswith((".yaml", ".yml")):
-            data = merge(data, _read_yaml(Path(item), kinds, {} if origins is None else origins), kinds)
-            continue
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise InputError(
-                f"override '{item}' is neither of the form key.path=value, for example train.steps=100, nor a .yaml file."
-            )
-        value: Any = parse_yaml(text, f"override '{item}'") if text.strip() else None
-        for key in reversed(keys):
-            value = {key: value}
-        data = merge(data, value, kinds)
-    return data
 
 
 def validate(model: type[C], data: Any, source: str, origins: Mapping[tuple[str, ...], Path] | None = None) -> C:
@@ -398,7 +287,7 @@ def _names(member: Any) -> tuple[Any, ...]:
 def load_config(model: type[C], path: Path, overrides: list[str] | None = None) -> C:
     """Reads ``path`` with its includes, applies the overrides and validates the whole as ``model``."""
     path, origins, kinds = Path(path), Origins(), kinds_of(model)
-    data = apply_overrides(_read_yaml(path, kinds, origins), overrides or [], kinds, origins)
+    data = apply_overrides(read_with_origins(path, kinds, origins), overrides or [], kinds, origins)
     overridden = [tuple(item.partition("=")[0].strip().split(".")) for item in overrides or []]
     included = {
         keys: file

@@ -45,6 +45,14 @@ class Preempted(MegamixError):
     exit_code = EXIT_PREEMPTED
 
 
+def check_known(names: Iterable[str], known: Iterable[str], unknown: str) -> None:
+    """Raises InputError for the first name that is not known: ``UNKNOWN 'name'. Did you mean ...?``"""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise InputError(f"{unknown} '{name}'." + did_you_mean(str(name), known))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: `` Did you mean 'x'?`` or, when nothing is near, the list of known names."""
     names = sorted(known)

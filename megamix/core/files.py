@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,35 @@ from megamix.core.errors import InputError, MegamixError
 def replace_file(path: Path, data: bytes) -> None:
     """Puts ``data`` under ``path`` whole or not at all: a temporary file, flushed to disk, takes its name."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Writes a JSON file for people and programs, as `replace_file` does."""
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def writing(place: object, remedy: str) -> Iterator[None]:
+    """Turns an OSError into an InputError: ``cannot write PLACE: reason. REMEDY``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {place}: {error.strerror or error}. {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError, MegamixError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.files import read_json, replace_json, writing
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
@@ -132,15 +132,8 @@ def read_info(folder: Path) -> CacheInfo:
             f"the reference losses in {folder} are not finished. Run the same `megamix reference` command again: it goes "
             "on where it stopped."
         )
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror or error}. Give the folder that `megamix reference` wrote."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}. Run `megamix reference` again.") from error
-    return validate(CacheInfo, data, str(path))
+    lost, damaged = "Give the folder that `megamix reference` wrote.", "Run `megamix reference` again."
+    return validate(CacheInfo, read_json(path, lost=lost, damaged=damaged), str(path))
 
 
 def is_cache(folder: Path) -> bool:
@@ -281,28 +274,25 @@ def open_progress(folder: Path, info: CacheInfo) -> int | None:
         begun, done = read_progress(folder)
         _check_continues(begun, info, folder, remedy)
         return done
-    try:
+    with writing(f"to {folder}", remedy):
         folder.mkdir(parents=True, exist_ok=True)
         for name, domain in info.domains.items():
             with losses_path(folder, name).open("wb") as file:
                 file.truncate(domain.windows * info.seq_length * DTYPE.itemsize)
         save_progress(folder, info, 0)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}. {remedy}") from error
     return 0
 
 
 def save_progress(folder: Path, info: CacheInfo, done: int) -> None:
     """Writes that ``done`` rows are safe on disk; one process calls this, after every rank's `sync`."""
-    data = {"done": done, "info": info.model_dump(mode="json")}
-    replace_file(folder / PROGRESS, json.dumps(data, indent=1).encode())
+    replace_json(folder / PROGRESS, {"done": done, "info": info.model_dump(mode="json")})
 
 
 def finish(folder: Path, info: CacheInfo) -> None:
     """Finishes a cache whose rows are all safe on disk."""
     data = info.model_dump(mode="json")
     head = {key: data[key] for key in ("format", "version")}
-    replace_file(folder / FILE_NAME, (json.dumps({**head, **data}, indent=1) + "\n").encode())
+    replace_json(folder / FILE_NAME, {**head, **data})
     (folder / PROGRESS).unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known
 from megamix.core.files import read_json, read_text
 
 MegatronSplit = Literal["train", "valid", "test"]
@@ -109,9 +109,7 @@ def parse_per_split(data: Mapping[str, Any], source: str) -> dict[MegatronSplit,
     Raises:
         InputError: a missing or unknown key, something else than a list, a string or null, or see `parse_blend`.
     """
-    for key in data:
-        if key not in PER_SPLIT_KEYS:
-            raise InputError(f"{source}: unknown split '{key}'." + did_you_mean(str(key), PER_SPLIT_KEYS))
+    check_known(data, PER_SPLIT_KEYS, f"{source}: unknown split")
     missing = [split for split in SPLITS if split not in data]
     if missing:
         raise InputError(

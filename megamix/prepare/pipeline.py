@@ -12,12 +12,11 @@ manifest. A single job merges at its end. The manifest is removed before any fil
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import replace_file, sha256_of
 from megamix.core.log import get_logger
 from megamix.core.processes import num_cores
 from megamix.data.tokens.indexed import pick_dtype
@@ -149,7 +148,7 @@ def _provide_tokenizer(
     note = read_note(TokenizerNote, note_path)
     if note is not None and path.is_file():
         same = all(getattr(note, key) == value for key, value in made_from.items())
-        if same and hashlib.sha256(path.read_bytes()).hexdigest() == note.sha256:
+        if same and sha256_of(path) == note.sha256:
             return LoadedTokenizer(path, note.eod_id)
     if shard.count > 1:
         raise InputError(

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from megamix.core.config import Config, load_config
+from megamix.core.config import C, load_config, validate
+from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import replace_file, writing
 from megamix.studies.slurm.resources import Resources
 from megamix.studies.tasks import Job, Task, is_run_done
-from megamix.training.config import RunConfig
+from megamix.training.config import KINDS, RunConfig
 from megamix.training.run import train
 
 
@@ -81,7 +82,7 @@ def run_task(name: str, path: Path, inputs: Sequence[Path] = (), resources: Reso
     job = None
     if resources is not None:
         # Its mixture may not be there yet; its data was checked when the config was written.
-        options = resources.of_run(config, str(path), check_data=False)
+        options = resources.of_run(config, str(path.absolute()), check_data=False)
         job = Job("train.sbatch", (str(path.absolute()),), options)
     return Task(name, lambda: is_run_done(config, (path, *inputs)), lambda: train(path, []), job)
 
@@ -103,17 +104,32 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
         InputError: it cannot be written.
     """
     data = yaml.safe_dump(dict(content), sort_keys=False).encode()
-    try:
+    with writing(path, "Choose another run_dir."):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != data:
             replace_file(path, data)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another run_dir.") from error
 
 
-def refuse_settled(section: Config, settled: Mapping[str, Sequence[str]], key: str, why: str) -> None:
-    """Raises InputError for keys of a study's runs, in its config, that would have no effect."""
+def read_section(
+    model: type[C], key: str, path: Path, overrides: list[str], settled: Mapping[str, Sequence[str]], why: str
+) -> tuple[dict[str, Any], C]:
+    """Reads the config of a study.
+
+    Args:
+        key: the study's own key in the config.
+        settled: {run: keys that have no effect}; ``why`` says why.
+
+    Returns:
+        The run's config without ``key``, not validated; the config under ``key``.
+
+    Raises:
+        InputError: a key or value that cannot be used.
+    """
+    data = apply_overrides(read_yaml(path, KINDS), overrides, KINDS)
+    section = data.pop(key, None)
+    config = validate(model, {} if section is None else section, f"{path}, {key}")
     for run, names in settled.items():
         for name in names:
-            if name in (getattr(section, run) or {}):
-                raise InputError(f"{key}.{run}.{name} cannot be set: {why}")
+            if name in (getattr(config, run) or {}):
+                raise InputError(f"{path}: {key}.{run}.{name} cannot be set: {why}")
+    return data, config

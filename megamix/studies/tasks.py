@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megamix.core.config import Config
 from megamix.core.errors import EXIT_OK
-from megamix.core.files import replace_file
+from megamix.core.files import replace_json
 from megamix.core.log import get_logger
 from megamix.training.checkpoints.state import newest_state
 from megamix.training.config import RunConfig
@@ -115,8 +115,7 @@ class Stamp:
 
     def set(self) -> None:
         """Notes that the outputs have been made."""
-        content = json.dumps(self._noted() | self._present(), indent=1)
-        replace_file(self.folder / STAMPS, (content + "\n").encode())
+        replace_json(self.folder / STAMPS, self._noted() | self._present())
 
     def _noted(self) -> dict[str, list[str]]:
         path = self.folder / STAMPS

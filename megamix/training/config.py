@@ -257,4 +257,4 @@ class RunConfig(MixConfig):
 
 
 KINDS = kinds_of(RunConfig)
-"""The keys of a run's config whose mappings are of several kinds; for `megamix.core.config.merge`."""
+"""The keys of a run's config whose mappings are of several kinds; for `megamix.core.config_files.merge`."""

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megamix.core.errors import MegamixError
 from megamix.core.files import AppendFile
 from megamix.core.log import get_logger
+from megamix.core.text import listed
 from megamix.data.sampler import StepSamples
 from megamix.training.checkpoints.state import GuardState
 from megamix.training.checkpoints.store import complete_steps
@@ -213,12 +214,9 @@ class Guard:
         if not sums.tokens.any():
             text += ", which is all of the step: the weights are at fault rather than a sample"
         if samples:
-            shown = ", ".join(
-                f"{bad.position} (sample {bad.sample} of '{bad.domain}', {bad.tokens} tokens)"
-                for bad in samples[:SHOWN]
-            )
-            more = f" and {len(samples) - SHOWN} more (see {RECORD})" if len(samples) > SHOWN else ""
-            text += f"; at position {shown}{more}"
+            words = [f"{bad.position} (sample {bad.sample} of '{bad.domain}', {bad.tokens} tokens)" for bad in samples]
+            where = f" (see {RECORD})" if len(samples) > SHOWN else ""
+            text += f"; at position {listed(words, SHOWN)}{where}"
             if self._run is not None:
                 text += f"; `megamix inspect {self._run.run_dir} --sample {samples[0].position}` shows the documents"
         return text

@@ -67,6 +67,10 @@ class Mixture:
         """A short name for tables and plots."""
         raise NotImplementedError
 
+    def given(self) -> dict[str, float] | None:
+        """{domain: weight} that the config itself states; None for weights from elsewhere."""
+        return None
+
     def weights(self, frame: MixFrame, source: str) -> Floats:
         """float64 [K], sum 1.
 
@@ -103,6 +107,9 @@ class _PlainMixture(Mixture):
 
     def label(self) -> str:
         return self.value if isinstance(self.value, str) else "given weights"
+
+    def given(self) -> dict[str, float] | None:
+        return self.value if isinstance(self.value, dict) else None
 
     def weights(self, frame: MixFrame, source: str) -> Floats:
         if isinstance(self.value, dict):

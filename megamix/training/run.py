@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from megamix.core.config import load_config
-from megamix.core.errors import EXIT_OK, InputError
+from megamix.core.errors import EXIT_OK
+from megamix.core.files import writing
 from megamix.core.log import get_logger
 from megamix.engines.config import MegatronConfig
 from megamix.training.checkpoints import store
@@ -108,11 +109,7 @@ def _prepare_run_dir(config: RunConfig) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    try:
+    with writing(f"to run_dir {config.run_dir}", "Choose another."):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (config.run_dir / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to run_dir {config.run_dir}: {error.strerror or error}. Choose another."
-        ) from error

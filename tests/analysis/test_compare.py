@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from megamix.analysis.compare import compare
 from megamix.analysis.paired import t_interval
 from megamix.cli import app
-from megamix.core.config import merge
+from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
 from megamix.training.config import KINDS

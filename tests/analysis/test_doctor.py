@@ -78,7 +78,7 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
     # 16 samples are 4 micro-batches of 4, which go into 1, 2 or 4 turns on ranks in pairs.
     assert "2, 4, 8 ranks (2 for a copy of the model; 16 samples in micro-batches of 4)" in text
     # Two micro-batches on two stages: (2 - 1) / (2 + 2 - 1).
-    assert "2 micro-batches of 4 samples per rank and step; pipeline bubble 33.3%" in text
+    assert "2 micro-batches of 4 samples per step; pipeline bubble 33.3%" in text
     # 160 samples x 3/4 over 93 windows.
     assert any(line.split() == ["web", "3,000", "0.7500", "0.7500", "1.29"] for line in text.splitlines())
     assert f"anew in {tmp_path / 'new' / 'run'}" in text

@@ -21,8 +21,8 @@ from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear
 from megamix.studies.swarm.fit.tables import SwarmTable
 from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import Proposal
+from megamix.studies.swarm.propose.reuse import Update, default_members, resolve_update
 from megamix.studies.swarm.propose.solve import Problem, solve
-from megamix.studies.swarm.propose.update import Update, default_members, resolve_update
 
 KL, NOISE, SEEDS = 0.05, 0.02, 8
 FIRST = [f"d{number}" for number in range(10)]

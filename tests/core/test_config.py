@@ -15,7 +15,8 @@ import yaml
 from commands import ROOT, RUN_SECONDS
 from small_config import SMALL, small
 
-from megamix.core.config import Config, load_config, read_yaml, validate
+from megamix.core.config import Config, load_config, validate
+from megamix.core.config_files import read_yaml
 from megamix.core.config_help import config_help
 from megamix.core.errors import EXIT_BAD_INPUT, InputError
 from megamix.core.files import shipped_folder

@@ -12,7 +12,8 @@ import pytest
 from commands import ENVIRONMENT
 from small_config import SMALL, small
 
-from megamix.core.config import apply_overrides, load_config, merge, read_yaml
+from megamix.core.config import load_config
+from megamix.core.config_files import apply_overrides, merge, read_yaml
 from megamix.core.errors import InputError
 from megamix.core.yaml_text import parse_yaml
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig

@@ -181,12 +181,17 @@ def test_damaged_caches_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"cannot read the reference losses {path} of domain 'a/b'"):
         ReferenceLosses(tmp_path, info)
     (tmp_path / "reference.json").write_text("{")
-    with pytest.raises(InputError, match=r"reference.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"reference.json is not valid JSON.*Run `megamix reference` again"):
+        ReferenceLosses(tmp_path, info)
+    (tmp_path / "reference.json").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"reference.json is not text"):
         ReferenceLosses(tmp_path, info)
     (tmp_path / "reference.json").write_text(json.dumps({**info.model_dump(), "version": 2}))
     with pytest.raises(InputError, match="version"):
         ReferenceLosses(tmp_path, info)
-    with pytest.raises(InputError, match=r"cannot read .*nowhere/reference.json"):
+    with pytest.raises(
+        InputError, match=r"cannot read .*nowhere/reference.json: .*Give the folder that `megamix reference` wrote"
+    ):
         ReferenceLosses(tmp_path / "nowhere", info)
 
 

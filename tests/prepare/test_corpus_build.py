@@ -18,6 +18,7 @@ import zstandard
 from packages import make_deb
 
 from megamix.core.errors import InputError
+from megamix.core.files import sha256_of
 from megamix.prepare.corpus import build, build_corpus, domain, fetch
 from megamix.prepare.corpus.clean import CLEANERS
 from megamix.prepare.corpus.sources import SOURCES, Package, Source
@@ -74,7 +75,7 @@ def test_build_writes_sorted_unique_documents_and_the_index(shop: Shop, tmp_path
     assert index["version"] == "1:2.0"
     assert index["documents"] == 3
     assert index["text_bytes"] == sum(len(text) for text in read(tmp_path / "a/two.jsonl.zst"))
-    assert index["sha256"] == domain.file_sha256(tmp_path / "a" / index["file"])
+    assert index["sha256"] == sha256_of(tmp_path / "a" / index["file"])
     assert index["licence"] == "free"
     build_corpus(tmp_path / "b", progress=False, workers=1)
     for name in ("one.jsonl.zst", "four.jsonl.zst", "corpus.json"):
@@ -169,9 +170,9 @@ def test_interrupted_write_leaves_nothing(shop: Shop, tmp_path: Path, monkeypatc
             domain.build_domain(shop.sources["one"], archive, "1", tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
     # A process that is killed cannot tidy up; the next build does.
-    (tmp_path / "out/.one.jsonl.zst.123.tmp").write_bytes(b"half")
+    (tmp_path / "out/one.jsonl.zst.tmp").write_bytes(b"half")
     build_corpus(tmp_path / "out", progress=False, only=["one"])
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_suspicious_and_wrong_sizes(shop: Shop, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from megamix.cli import app
 from megamix.core.errors import InputError
-from megamix.studies.slurm.slurm import queued
+from megamix.studies.slurm.commands import queued
 from megamix.studies.swarm.collect import collect
+from megamix.studies.tasks import Task
 from megamix.training.job.lock import RunLock
 
 pytest_plugins = ["cluster_fixture"]
@@ -155,7 +156,7 @@ def test_two_launches_that_meet_run_one_after_the_other(
 ) -> None:
     """Neither sees the other in the queue."""
     config = tiny_config()
-    monkeypatch.setattr("megamix.studies.slurm.slurm.queued", lambda name: [])
+    monkeypatch.setattr("megamix.studies.slurm.commands.queued", lambda name: [])
     launch(config)
     launch(config)
     jobs = sorted(map(int, slurm.run("squeue", "--noheader", "--format=%A").stdout.split()))
@@ -305,6 +306,32 @@ def test_a_swarm_in_one_command_and_what_of_it_waits_for_a_member_submitted_agai
     ran = [Path(line["arguments"][-1]).name for line in events if line["event"] == "end"]
     assert sorted(ran[:3]) == ["0000.yaml", "0001.yaml", "0002.yaml"]
     assert ran[3:] == ["collect", "fit", "propose", "target.yaml", "target.yaml"]  # the last on two ranks
+
+
+def test_a_swarm_is_free_while_its_jobs_are_submitted(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that begins at once takes the lock of the swarm itself."""
+    path = swarm_config(tiny_config, swarm={"generate": {"members": 3, "min_strength": 4}, "target": {}})
+    free: list[bool] = []
+
+    def submitted(folder: Path, tasks: Sequence[Task], *, dry_run: bool) -> str:
+        with RunLock(folder):
+            free.append(len(list((folder / "members").glob("*.yaml"))) == 3)
+        return ", ".join(task.name for task in tasks)
+
+    monkeypatch.setattr("megamix.studies.swarm.tasks.submit_or_show", submitted)
+    assert command("swarm", "all", path, "train.lr=1e-3", "--slurm") == "swarm, collect, fit, propose, target"
+    assert free == [True]
+
+
+@pytest.mark.parametrize("study", [("launch", "--chain", "doremi"), ("doremi", "--slurm")])
+def test_what_is_wrong_with_all_runs_of_doremi_is_said_of_the_first(
+    tiny_config: Callable[..., Path], tmp_path: Path, study: tuple[str, ...]
+) -> None:
+    config = tiny_config(mixer={"name": "doremi"}, doremi={"target": {}})
+    with pytest.raises(InputError, match=f"^{tmp_path}/run/reference.yaml on 3 nodes"):
+        command(*study, config, "--nodes", 3, "--dry-run")
 
 
 def test_a_swarm_that_runs_here_is_not_submitted(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

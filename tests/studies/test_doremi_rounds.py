@@ -18,7 +18,7 @@ import yaml
 from commands import ENVIRONMENT
 from records import record, samples
 
-from megamix.core.config import read_yaml
+from megamix.core.config_files import read_yaml
 from megamix.data.reference_losses import read_info
 
 STEPS, ROUNDS = 16, 3

@@ -285,7 +285,7 @@ def in_process(*arguments: str) -> int:
         (["doremi.reference.mixer={name: odm}"], r"doremi\.reference\.mixer cannot be set"),
         (["doremi.proxy.run_dir=elsewhere"], r"doremi\.proxy\.run_dir cannot be set"),
         (["--only", "target"], r"doremi.target is null"),
-        (["--only", "cache", "doremi.proxy.mixer.reference=null"], "there is no cache step"),
+        (["--only", "cache", "doremi.proxy.mixer.reference=null"], "there is no task cache"),
         (["--only", "weights"], r"run/proxy has taken 0 of its 12 steps"),
         (["--only", "cache"], r"run/reference has taken 0 of its 12 steps"),
     ],
@@ -298,7 +298,7 @@ def test_bad_input(tiny_config: Callable[..., Path], arguments: list[str], messa
 def test_under_torchrun(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="take the steps one by one"):
+    with pytest.raises(InputError, match="take the tasks one by one"):
         in_process("doremi", str(tiny_config()))
 
 

@@ -21,7 +21,7 @@ from megamix.core.log import get_logger
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fit import cross_validate, fit, learn, report
 from megamix.studies.swarm.fit.fitted import Fitted
-from megamix.studies.swarm.fit.huber import Problems, solve
+from megamix.studies.swarm.fit.huber import Problems, minimise
 from megamix.studies.swarm.fit.law import fit_log_linear, log_floor, predict
 from megamix.studies.swarm.fit.plots import effects
 from megamix.studies.swarm.fit.quality import fold_of_runs, quality
@@ -385,7 +385,7 @@ def test_a_solution_is_kept_by_the_solver() -> None:
     table = swarm_of(known_law(3, 4), 30, noise=0.05)
     fitted = fit_log_linear(table)
     problems = Problems(table.ratios_RK, table.values_RJ.T, np.ones((4, 30)), 0.02)
-    again = solve(problems, np.exp(fitted.c_J), fitted.A_JK)
+    again = minimise(problems, np.exp(fitted.c_J), fitted.A_JK)
     assert again.converged_P.all()
     x = mixtures(20, 3, seed=2)
     assert predict(x, log_floor(again.floor_P), again.a_PK) == pytest.approx(fitted.predict(x), abs=1e-6)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from tiny_swarm import swarm_config
 
-from megamix.core.config import load_config, read_yaml, validate
+from megamix.core.config import load_config, validate
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import Floats, strength_of
@@ -310,6 +311,12 @@ def test_members_are_configs_of_runs_and_the_same_again(tiny_config: Callable[..
     assert all(more[name] == content for name, content in first.items() if name.startswith("members/"))
     assert swarm(config, [], "generate") == 0
     assert tree_of(run) == first
+
+
+def test_the_priors_alone_leave_no_config_of_a_target(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = swarm_config(tiny_config, swarm={"target": {}})
+    assert swarm(config, [], "priors") == 0
+    assert set(tree_of(tmp_path / "run")) == {"swarm.yaml", "priors.json"}
 
 
 def test_a_member_that_was_run_is_not_replaced_by_another(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_swarm import DOMAINS, swarm_config
 from typer.testing import CliRunner
 
 from megamix.cli import app
-from megamix.core.config import read_yaml
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.studies.swarm.fit.fitted import Fitted

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from synthetic import known_law, swarm_of
 
-from megamix.core.config import merge
+from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios

@@ -23,8 +23,8 @@ from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, writ
 from megamix.studies.swarm.propose.propose import propose_in, propose_settled
 from megamix.studies.swarm.propose.report import explain
 from megamix.studies.swarm.propose.report import report as told
+from megamix.studies.swarm.propose.reuse import EXISTING, Update, default_members, resolve_update
 from megamix.studies.swarm.propose.solve import Problem, divergence, solve
-from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
 from megamix.studies.swarm.update import cost, report
 
 OLD = {"web": 0.5, "code": 0.3, "mail": 0.2, "law": 0.0}

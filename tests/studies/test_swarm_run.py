@@ -20,7 +20,7 @@ from processes import children, wait_for_step, wait_until_gone
 from records import lines, record
 from tiny_swarm import DOMAINS, swarm_config
 
-from megamix.core.config import read_yaml
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.studies.runs import members_of
 from megamix.studies.swarm.collect import collect

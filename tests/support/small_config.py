@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megamix.core.config import apply_overrides, validate
+from megamix.core.config import validate
+from megamix.core.config_files import apply_overrides
 from megamix.core.yaml_text import parse_yaml
 from megamix.training.config import KINDS, RunConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megamix.core.config import merge
+from megamix.core.config_files import merge
 from megamix.training.config import KINDS
 
 DOMAINS = ("code", "tables", "topics")

@@ -15,7 +15,7 @@ from poisoned import VOCAB, Read, plant, poisoned_model, read_by, with_any
 from records import lines, record, samples
 
 from megamix.analysis.inspect import inspect_sample
-from megamix.core.config import merge
+from megamix.core.config_files import merge
 from megamix.training.config import KINDS
 from megamix.training.guard import RECORD
 

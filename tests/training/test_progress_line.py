@@ -32,7 +32,10 @@ def test_on_a_terminal_each_line_and_each_log_line_takes_the_place_of_the_one_be
     assert done.endswith("done")
 
 
-def test_elsewhere_it_is_logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_it_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
     with caplog.at_level(logging.INFO, "megamix"):
         show_progress(1, 10, LINE)
     assert f"step 1/10: {TEXT}" in caplog.text

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 
 from megamix.analysis import palette
 from megamix.analysis.labels import spread
-from megamix.core.errors import InputError
+from megamix.core.files import writing
 
 _INK = "#222222"
 STYLE: Any = {
@@ -74,14 +74,10 @@ def save_figure(figure: Figure, path: Path) -> Path:
         InputError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with writing(path, "Choose another folder with --out."):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary, format="png", facecolor="white")
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}. Choose another folder with --out."
-        ) from error
     return path
 
 

@@ -11,6 +11,7 @@ from megamix.analysis.report.looks import run_class, swatch
 from megamix.analysis.report.svg import tokens_text
 from megamix.analysis.series import worst
 from megamix.analysis.summary import DomainRow, RunTable
+from megamix.analysis.variants import flatten
 from megamix.training.records.recorded_run import RecordedRun
 
 _ABSENT = "\N{EN DASH}"
@@ -116,7 +117,7 @@ def _cell(key: str, value: float | None, digits: int) -> str:
 
 def config_table(shown: Shown) -> str:
     """The keys in which the configs differ; for one run all keys, behind a fold."""
-    flat = [flatten(run.config.model_dump(mode="json")) for run in shown.runs]
+    flat = [_as_text(flatten(run.config.model_dump(mode="json"))) for run in shown.runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "run_dir"]
     if len(flat) == 1:
         rows = "".join(f"<tr><th scope=row>{escape(key)}</th><td>{escape(flat[0][key])}</td></tr>" for key in keys)
@@ -141,12 +142,5 @@ def config_table(shown: Shown) -> str:
     )
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"train.steps": "100", ...}``."""
-    flat: dict[str, str] = {}
-    for key, part in value.items():
-        if isinstance(part, Mapping) and part:
-            flat |= flatten(part, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "null" if part is None else str(part)
-    return flat
+def _as_text(flat: Mapping[str, Any]) -> dict[str, str]:
+    return {key: "null" if value is None else str(value) for key, value in flat.items()}

@@ -17,8 +17,8 @@ import numpy as np
 import pydantic
 
 from megamix.core.config import Config, validate
-from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import read_json, replace_file
+from megamix.core.errors import InputError, check_known, did_you_mean
+from megamix.core.files import read_json, replace_file, sha256_of
 from megamix.data.tokens.indexed import bin_path, idx_path
 from megamix.data.tokens.stream import DomainTokens
 
@@ -228,8 +228,7 @@ class Manifest(Config):
                 for prefix, wanted in zip(split.prefixes, split.sha256, strict=True):
                     path = bin_path(self.folder / prefix)
                     if path not in hashes:
-                        with open(path, "rb") as file:
-                            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                        hashes[path] = sha256_of(path)
                     seen = hashes[path]
                     if seen != wanted:
                         raise InputError(
@@ -246,8 +245,7 @@ class Manifest(Config):
 
     def _split(self, name: str, split: str) -> SplitEntry:
         domain = self.domain(name)
-        if split not in ("train", "validation"):
-            raise InputError(f"unknown split '{split}'." + did_you_mean(split, ("train", "validation")))
+        check_known([split], ("train", "validation"), "unknown split")
         return domain.train if split == "train" else domain.validation
 
     def _check(self, path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import pydantic
 
-from megamix.core.config import Config, read_yaml
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.config import Config
+from megamix.core.config_files import read_yaml
+from megamix.core.errors import InputError, check_known
 from megamix.core.files import shipped_folder
 from megamix.engines.models.pretrained_config import read_pretrained_config
 
@@ -153,8 +154,7 @@ def preset(name: str) -> dict[str, Any]:
         InputError: the preset does not exist.
     """
     known = {path.stem: path for path in (shipped_folder("configs") / "models").glob("*.yaml")}
-    if name not in known:
-        raise InputError(f"model.preset: unknown '{name}'." + did_you_mean(name, known))
+    check_known([name], known, "model.preset: unknown")
     return read_yaml(known[name])
 
 

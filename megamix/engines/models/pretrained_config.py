@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError
+from megamix.core.files import read_json
 
 CLASSES = {"neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM"}
 """Architecture -> the equivalent class of transformers."""
@@ -79,14 +80,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or holds no object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror or error}. Give the folder of a model in Hugging Face's form."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}. Copy it again.") from error
+    data = read_json(path, lost="Give the folder of a model in Hugging Face's form.", damaged="Copy it again.")
     if not isinstance(data, dict):
         raise InputError(f"{path} holds a {type(data).__name__}, expected an object. Copy it again.")
     return data

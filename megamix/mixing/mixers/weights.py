@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known
 from megamix.core.text import listed
 
 FloatArray = npt.NDArray[np.float64]
@@ -71,9 +71,7 @@ def normalise_weights(
 
 def _in_order(weights: Mapping[str, float], domains: Sequence[str], source: str) -> list[Any]:
     """The values of a mapping in the order of ``domains``; every name must be there, and no other."""
-    for name in weights:
-        if name not in domains:
-            raise InputError(f"{source}: there is no domain '{name}'." + did_you_mean(str(name), domains))
+    check_known(weights, domains, f"{source}: there is no domain")
     missing = [domain for domain in domains if domain not in weights]
     if missing:
         raise InputError(

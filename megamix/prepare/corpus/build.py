@@ -5,15 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamix.core import locks
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known
+from megamix.core.files import replace_json, writing
 from megamix.prepare.corpus import fetch as registry
-from megamix.prepare.corpus.domain import BuiltDomain, WrongSize, build_apart, finished, write_whole
+from megamix.prepare.corpus.domain import BuiltDomain, WrongSize, build_apart, finished
 from megamix.prepare.corpus.progress import BuildProgress
 from megamix.prepare.corpus.sources import SOURCES, Package, Source
 from megamix.prepare.corpus.unpack import DamagedArchive
@@ -109,13 +109,10 @@ def build_corpus(
 
 def _chosen(name: str, only: Sequence[str] | None) -> list[Source]:
     corpora = {source.corpus for source in SOURCES.values()}
-    if name not in corpora:
-        raise InputError(f"there is no corpus '{name}'." + did_you_mean(name, corpora))
+    check_known([name], corpora, "there is no corpus")
     if only is None:
         return [source for source in SOURCES.values() if source.corpus == name]
-    for domain in only:
-        if domain not in SOURCES:
-            raise InputError(f"there is no domain '{domain}' in the corpus." + did_you_mean(domain, SOURCES))
+    check_known(only, SOURCES, "the corpus has no domain")
     return [source for source in SOURCES.values() if source.domain in only]
 
 
@@ -123,21 +120,17 @@ def _chosen(name: str, only: Sequence[str] | None) -> list[Source]:
 def _held(out: Path) -> Iterator[None]:
     """Makes ``out`` and keeps other builds away from it."""
     with contextlib.ExitStack() as held:
-        try:
+        with writing(f"to {out}", "Choose a folder that you may write to."):
             out.mkdir(parents=True, exist_ok=True)
             lock = locks.hold(
                 out / ".lock", f"another build is at work in {out}. Wait for it, or choose another folder."
             )
             held.enter_context(lock)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {out}: {error.strerror or error}. Choose a folder that you may write to."
-            ) from error
         yield
 
 
 def _remove_leftovers(out: Path) -> None:
-    for path in [*out.glob(".*.tmp"), *out.glob(".records/.*.tmp")]:
+    for path in [*out.glob("*.tmp"), *out.glob(".records/*.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -202,7 +195,7 @@ def _write_index(out: Path) -> None:
     """``corpus.json`` lists whatever is present and whole, also from earlier builds with other choices."""
     present = [built for source in SOURCES.values() if (built := finished(out, source))]
     index = {"format": 1, "domains": {built.domain: dataclasses.asdict(built) for built in present}}
-    write_whole(out / "corpus.json", (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode())
+    replace_json(out / "corpus.json", index)
 
 
 def _too_few(report: CorpusReport) -> str:

@@ -11,12 +11,12 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 from pathlib import Path
 
 import zstandard
 
+from megamix.core.files import replace_file, replace_json, sha256_of
 from megamix.prepare.corpus.clean import CLEANERS, cut, tidy
 from megamix.prepare.corpus.sources import Source
 from megamix.prepare.corpus.unpack import DamagedArchive, members
@@ -61,27 +61,10 @@ def finished(out: Path, source: Source) -> BuiltDomain | None:
     """A domain whose file is whole and made by the present recipe; None otherwise."""
     try:
         built = BuiltDomain(**json.loads(note_path(out, source.domain).read_text(encoding="utf-8")))
-        whole = built.recipe == RECIPE and file_sha256(out / built.file) == built.sha256
+        whole = built.recipe == RECIPE and sha256_of(out / built.file) == built.sha256
     except (OSError, ValueError, TypeError):
         return None
     return built if whole else None
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that ``path`` never holds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def documents(source: Source, archive: Path) -> list[str]:
@@ -138,8 +121,10 @@ def build_domain(source: Source, archive: Path, version: str, out: Path) -> Buil
         licence=source.licence,
         warning=warning,
     )
-    write_whole(out / built.file, data)
-    write_whole(note_path(out, source.domain), json.dumps(dataclasses.asdict(built), ensure_ascii=False).encode())
+    note = note_path(out, source.domain)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out / built.file, data)
+    replace_json(note, dataclasses.asdict(built))
     return built
 
 

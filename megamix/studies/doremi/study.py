@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamix.core.config import apply_overrides, load_config, merge, read_yaml, validate
+from megamix.core.config import load_config, validate
+from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.studies.doremi.config import DoremiStudyConfig
-from megamix.studies.runs import refuse_settled, write_yaml
+from megamix.studies.runs import read_section, write_yaml
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import make_plan
 from megamix.training.reference.run import check_same_data
@@ -92,14 +93,13 @@ def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
     Raises:
         InputError: a key or value that cannot be used, named with its run; a reference run of other data.
     """
-    data = apply_overrides(read_yaml(config_path, KINDS), overrides, KINDS)
-    section = data.pop("doremi", None)
-    config = validate(DoremiStudyConfig, {} if section is None else section, f"{config_path}, doremi")
-    refuse_settled(
-        config,
+    data, config = read_section(
+        DoremiStudyConfig,
+        "doremi",
+        config_path,
+        overrides,
         SETTLED,
-        f"{config_path}: doremi",
-        "DoReMi settles the reference run's mixer, the target's mixture, and where each run is (RUN/STEP). Remove the key, "
+        "DoReMi settles the reference run's mixer, the target's mixture, and where each run is (RUN/TASK). Remove the key, "
         "or train that run with `megamix train`.",
     )
     study = DoremiStudy(data, config, validate(RunConfig, data, str(config_path)).run_dir, str(config_path))

@@ -61,7 +61,7 @@ def doremi(config_path: Path, overrides: list[str], only: TaskName | None) -> in
     """
     if job_world_size() is not None:
         raise InputError(
-            "megamix doremi starts its own ranks. Under torchrun or srun, take the steps one by one: first, outside of "
+            "megamix doremi starts its own ranks. Under torchrun or srun, take the tasks one by one: first, outside of "
             "them, `megamix doremi CONFIG --only configs`; then `megamix train RUN/reference.yaml`, `megamix reference "
             "RUN/reference --out RUN/cache --for RUN/proxy.yaml`, `megamix train RUN/proxy.yaml`; then, outside again, "
             "`megamix doremi CONFIG --only weights`."
@@ -79,17 +79,20 @@ def submit_doremi(config_path: Path, overrides: list[str], resources: Resources,
     """Submits the tasks of the first round that is not done, and all that follows; returns what to print."""
     study = read_study(config_path, overrides)
     command = ("doremi", str(config_path.absolute()), *absolute(overrides))
-    tasks = target = _target(study, resources)
+    tasks: list[Task] = []
+    target_follows = True
     for number, round_tasks in _rounds(study, resources):
         if number == study.config.rounds:
             job = command_job((*command, "--only", "weights"), resources)
-            tasks = [*round_tasks, Task("weights", lambda: _is_saved(study), job=job), *target]
-            break
-        if not all(task.is_done() for task in round_tasks):
+            tasks = [*round_tasks, Task("weights", lambda: _is_saved(study), job=job)]
+        elif not all(task.is_done() for task in round_tasks):
             job = command_job((*command, "--slurm", *resources.arguments()), resources)
             tasks = [*round_tasks, Task(_name("weights", number), job=job)]
+            target_follows = False
+        if tasks:
             break
-    return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
+    target = _target(study, resources)  # last, so that what is wrong with all runs is said of the first
+    return submit_or_show(study.run_dir, [*tasks, *(target if target_follows else ())], dry_run=dry_run)
 
 
 def _rounds(study: DoremiStudy, resources: Resources | None) -> Iterator[tuple[int, list[Task]]]:
@@ -159,7 +162,7 @@ def _run_one(study: DoremiStudy, only: TaskName) -> int:
         )
     if only in ("reference", "cache") and not study.needs_reference:
         raise InputError(
-            f"{study.source}: the proxy's mixer.reference is given, so there is no {only} step. Remove it."
+            f"{study.source}: the proxy's mixer.reference is given, so there is no task {only}. Remove it."
         )
     if only == "weights":
         _save_weights(study, _result(study, number)[0])

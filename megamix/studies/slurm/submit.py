@@ -18,7 +18,7 @@ from pathlib import Path
 from megamix.core.errors import InputError
 from megamix.core.files import shipped_folder
 from megamix.core.log import get_logger
-from megamix.studies.slurm import slurm
+from megamix.studies.slurm import commands
 from megamix.studies.tasks import Job, Task, run_tasks
 
 OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "PMI")
@@ -30,11 +30,11 @@ class Chain:
     """Tasks that follow on each other, and the folder of what they make.
 
     Attributes:
-        tasks: read once, so that a task can be made of what those before it have made.
+        tasks: all with a job.
     """
 
     folder: Path
-    tasks: Iterable[Task]
+    tasks: Sequence[Task]
 
     def job_name(self, task: Task) -> str:
         """The name of a task's job: the same for the same folder, from wherever it is submitted."""
@@ -49,13 +49,10 @@ class Chain:
 
     def jobs(self) -> list[tuple[Task, Job | None]]:
         """Each task with its job; None for one that is done. What follows a task that is not done is not done either,
-        but for members of arrays. Tasks without a job are run here."""
+        but for members of arrays."""
         found: list[tuple[Task, Job | None]] = []
         for task in self.tasks:
-            if task.job is None:
-                run_tasks([task])
-                continue
-            if task.job.members is not None:
+            if task.job is not None and task.job.members is not None:
                 done = not task.job.members
             else:
                 done = all(job is None for _, job in found) and task.is_done()
@@ -98,10 +95,10 @@ def submit(chain: Chain) -> None:
     """
     log, inherited = get_logger(), _inherited()
     jobs = chain.jobs()
-    queued = {task.name: slurm.queued(chain.job_name(task)) for task, job in jobs if job is not None}
+    queued = {task.name: commands.queued(chain.job_name(task)) for task, job in jobs if job is not None}
     for task, job in jobs:
         if job is not None and not queued[task.name]:
-            slurm.check(chain.command(task, job, job.members, ()), inherited | chain.environment(job))
+            commands.check(chain.command(task, job, job.members, ()), inherited | chain.environment(job))
     _make_logs(chain)
     before: list[str] = []
     is_new = False
@@ -116,12 +113,12 @@ def submit(chain: Chain) -> None:
             numbers = ", ".join(map(str, sorted({one.job for one in found})))
             log.info("%s: not submitted again, job %s is %s (%s)", task.name, numbers, states, name)
             if is_new:
-                slurm.wait_for([one for one in found if one.state == "PENDING"], dependency_of(job, before))
+                commands.wait_for([one for one in found if one.state == "PENDING"], dependency_of(job, before))
         if members is not None:
             members = tuple(member for member in members if member not in {one.member for one in found})
         if members or (members is None and not found):
             command = chain.command(task, job, members, before)
-            number = slurm.submit(command, inherited | chain.environment(job))
+            number = commands.submit(command, inherited | chain.environment(job))
             which = "" if members is None else f", members {', '.join(map(str, members))}"
             log.info("%s: submitted as job %d (%s)%s", task.name, number, name, which)
             after.append(str(number))
@@ -152,9 +149,21 @@ def show(chain: Chain) -> str:
     return "\n".join(lines)
 
 
+def run_those_without_job(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks with a job; runs the others. Each is read when those before it are done: it may be made of their
+    outputs."""
+    left = []
+    for task in tasks:
+        if task.job is None:
+            run_tasks([task])
+        else:
+            left.append(task)
+    return left
+
+
 def submit_or_show(folder: Path, tasks: Iterable[Task], *, dry_run: bool) -> str:
     """Submits tasks, or with ``dry_run`` only says what would be submitted; returns what to print."""
-    chain = Chain(folder, tasks)
+    chain = Chain(folder, run_those_without_job(tasks))
     if dry_run:
         return show(chain)
     submit(chain)

@@ -268,7 +268,9 @@ def update(
 @app.command()
 def explain(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="With a mixture.json.")],
-    domain: Annotated[str | None, typer.Argument(help="Each step of one domain, in words.")] = None,
+    domain: Annotated[
+        str | None, typer.Argument(help="Origin of one domain's weight in each mixture, in words.")
+    ] = None,
 ) -> None:
     """Show where the weights of a mixture came from, through the updates before it.
 

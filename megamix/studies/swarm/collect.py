@@ -18,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.core.config import read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.core.files import read_text
 from megamix.core.log import get_logger
 from megamix.core.text import listed
 from megamix.studies.runs import Member, members_of
 from megamix.studies.swarm.config import MetricsConfig
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
-from megamix.studies.swarm.propose.update import Update
+from megamix.studies.swarm.propose.reuse import Update
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -128,13 +130,8 @@ def _metrics(run: RecordedRun, config: MetricsConfig) -> dict[str, float]:
 
 def _read_results(path: Path) -> dict[str, float]:
     """A user's own results of a run."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror or error}. swarm.metrics.file names a file in every run's directory: "
-            "write it there, then collect again."
-        ) from error
+    lost = "swarm.metrics.file names a file in every run's directory: write it there, then collect again."
+    text = read_text(path, lost=lost)
     try:
         if path.suffix == ".csv":
             found = {row["metric"]: float(row["value"]) for row in csv.DictReader(text.splitlines())}

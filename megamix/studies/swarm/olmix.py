@@ -11,16 +11,16 @@ Format: github.com/allenai/olmix, ``olmix/fit/config.py`` and ``configs/examples
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-from megamix.core.config import Config, apply_overrides, read_yaml, validate
+from megamix.core.config import Config, validate
+from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.files import replace_json
 from megamix.core.text import listed
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fit import fit
@@ -278,7 +278,7 @@ class OlmixFit(Config):
         """Writes priors.json and propose.json."""
         proposal = self.propose_config(metrics, domains).model_dump(mode="json", exclude_unset=True)
         for name, content in ((PRIORS_FILE, self.priors_of(domains)), (OPTIONS_FILE, proposal)):
-            replace_file(folder / name, (json.dumps(content, indent=1) + "\n").encode())
+            replace_json(folder / name, content)
 
 
 def _check_names(key: str, given: Any, known: tuple[str, ...], what: str) -> None:

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.files import replace_json, writing
 from megamix.core.text import Table, plural
 from megamix.data.tokens.manifest import Manifest
 
@@ -43,11 +41,9 @@ class Priors:
             InputError: it cannot be written.
         """
         content = {"token_counts": self.token_counts, "relative_sizes": self.relative_sizes}
-        try:
+        with writing(path, "Choose another place."):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another place.") from error
+            replace_json(path, content)
 
     def table(self) -> Table:
         """A row for each domain, and the sums."""
@@ -69,8 +65,5 @@ def priors_of(data: Path, domains: Sequence[str] | None = None) -> Priors:
         InputError: no data set, or a domain that it does not have.
     """
     manifest = Manifest.load(data)
-    for name in domains or ():
-        if name not in manifest.domain_names:
-            raise InputError(f"{data} has no domain '{name}'." + did_you_mean(name, manifest.domain_names))
     names = domains or manifest.domain_names
     return Priors.natural({name: manifest.domain(name).train.tokens for name in names})

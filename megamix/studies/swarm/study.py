@@ -13,18 +13,19 @@ from typing import Any
 
 import yaml
 
-from megamix.core.config import apply_overrides, merge, read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import merge
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import replace_file, writing
 from megamix.mixing.mixers import normalise_weights
-from megamix.studies.runs import refuse_settled, write_yaml
+from megamix.studies.runs import read_section, write_yaml
 from megamix.studies.swarm.collect import CONFIG, FOLDER
 from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.levels import Floats
 from megamix.studies.swarm.generate.mixtures import MixtureSpace
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.question import read_amounts
-from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
+from megamix.studies.swarm.propose.reuse import EXISTING, Update, default_members, resolve_update
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import Plan, make_plan
 
@@ -161,14 +162,13 @@ def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:
     Raises:
         InputError: a key or value that cannot be used, named with its run.
     """
-    data = apply_overrides(read_yaml(config_path, KINDS), overrides, KINDS)
-    section = data.pop("swarm", None)
     source = str(config_path)
-    config = validate(SwarmStudyConfig, {} if section is None else section, f"{source}, swarm")
-    refuse_settled(
-        config,
+    data, config = read_section(
+        SwarmStudyConfig,
+        "swarm",
+        config_path,
+        overrides,
         SETTLED,
-        f"{source}: swarm",
         "a swarm settles the mixtures of its runs, where they are, and that the proxies' mixer is static. Remove the key.",
     )
     if config.propose.worst:
@@ -214,12 +214,10 @@ def write_members(swarm: Path, base: dict[str, Any], domains: Sequence[str], wei
                 f"member {path.stem} of {swarm} was run, and {what}: its result would not be that of this swarm. Take "
                 f"another run_dir for the new swarm, undo the change, or delete {swarm / RUNS} to begin anew."
             )
-    try:
+    with writing(f"to {folder}", "Choose another run_dir."):
         folder.mkdir(parents=True, exist_ok=True)
         for path in present.keys() - wanted.keys():
             path.unlink()
         for path, content in wanted.items():
             if present.get(path) != content:
                 replace_file(path, content)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}. Choose another run_dir.") from error

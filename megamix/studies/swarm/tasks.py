@@ -16,7 +16,7 @@ DIR is the config's run_dir.
 from __future__ import annotations
 
 import csv
-import json
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,13 @@ from typing import Literal
 import numpy as np
 
 from megamix.core.errors import EXIT_OK, InputError
-from megamix.core.files import replace_file
+from megamix.core.files import replace_json
 from megamix.core.log import get_logger
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job, members_of, run_task, write_yaml
 from megamix.studies.slurm.resources import Resources
-from megamix.studies.slurm.submit import submit_or_show
+from megamix.studies.slurm.submit import run_those_without_job, submit_or_show
 from megamix.studies.swarm.collect import FOLDER, METRICS, RATIOS, collect, is_collected, place_of_tables
 from megamix.studies.swarm.fit.fitted import JSON as FIT
 from megamix.studies.swarm.fit.tables import write_ratios
@@ -40,7 +40,7 @@ from megamix.studies.swarm.generate.mixtures import draw_mixtures
 from megamix.studies.swarm.priors import FILE as PRIORS
 from megamix.studies.swarm.priors import Priors
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
-from megamix.studies.swarm.propose.update import UPDATE_FILE
+from megamix.studies.swarm.propose.reuse import UPDATE_FILE
 from megamix.studies.swarm.study import SwarmStudy, read_study, tokens_of, write_members
 from megamix.studies.swarm.update import cost
 from megamix.studies.tasks import Job, Stamp, Task, run_tasks
@@ -91,10 +91,11 @@ def swarm(config_path: Path, overrides: list[str], only: TaskName | None = None,
     with RunLock(study.run_dir):
         if only is None:
             _tell_cost(study)
-            return run_tasks(_tasks(study, at_once))
+            return run_tasks(itertools.chain(_tasks(study, at_once), _target(study)))
         _refuse_absent(study, only)
         names = ("priors", "generate") if only == "generate" else (only,)
-        return run_tasks((task for task in _tasks(study, at_once) if task.name in names), again=True)
+        tasks = _target(study) if only == "target" else _tasks(study, at_once)
+        return run_tasks((task for task in tasks if task.name in names), again=True)
 
 
 def _refuse_absent(study: SwarmStudy, only: TaskName) -> None:
@@ -118,10 +119,12 @@ def submit_swarm(
     """
     study = read_study(config_path, overrides)
     command = ("swarm", "all", str(config_path.absolute()), *absolute(overrides))
-    with RunLock(study.run_dir):  # not while the same swarm runs here: its members' configs are written
+    submission = Submission(command, resources, target, limit)
+    # Not while the same swarm runs here: its members' configs are written. The jobs take this lock themselves.
+    with RunLock(study.run_dir):
         _tell_cost(study)
-        tasks = _tasks(study, None, Submission(command, resources, target, limit))
-        return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
+        tasks = run_those_without_job(itertools.chain(_tasks(study, None, submission), _target(study, submission)))
+    return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
 
 
 def submit_members(folder: Path, overrides: list[str], resources: Resources, limit: int, *, dry_run: bool) -> str:
@@ -135,7 +138,7 @@ def submit_members(folder: Path, overrides: list[str], resources: Resources, lim
 
 
 def _tasks(study: SwarmStudy, at_once: int | None, slurm: Submission | None = None) -> Iterator[Task]:
-    """The tasks of a swarm, each made when those before it are done or submitted: an array is made of configs."""
+    """The tasks up to the mixture, each made when those before it are done: an array is made of configs."""
     folder = study.run_dir / FOLDER
 
     def job(task: TaskName) -> Job | None:
@@ -149,6 +152,10 @@ def _tasks(study: SwarmStudy, at_once: int | None, slurm: Submission | None = No
         yield Task("collect", lambda: _tables(study).holds(), lambda: _collect(study), job("collect"))
         yield Task("fit", _law(study).holds, lambda: _fit(study), job("fit"))
     yield Task("propose", lambda: _mixture(study).holds(), lambda: _propose(study), job("propose"))
+
+
+def _target(study: SwarmStudy, slurm: Submission | None = None) -> Iterator[Task]:
+    """The target run, if there is one; its config is written when the task is asked for."""
     if study.target is not None:
         path = study.run_dir / "target.yaml"
         write_yaml(path, study.target.model_dump(mode="json"))
@@ -238,8 +245,7 @@ def _propose(study: SwarmStudy) -> int:
     else:
         # What `megamix swarm propose DIR` goes by, too.
         options = _options(study)
-        content = json.dumps(options.model_dump(mode="json", exclude_defaults=True), indent=1)
-        replace_file(study.run_dir / OPTIONS_FILE, (content + "\n").encode())
+        replace_json(study.run_dir / OPTIONS_FILE, options.model_dump(mode="json", exclude_defaults=True))
         report(*propose_in(study.run_dir, options)).show()
     _mixture(study).set()
     return EXIT_OK

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamix.core.config import read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.core.files import writing
 from megamix.core.text import ABSENT, Report, Table, number, plural
 from megamix.studies.swarm.priors import priors_of
 from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import read_proposal
 from megamix.studies.swarm.propose.propose import propose_settled
 from megamix.studies.swarm.propose.question import read_amounts
-from megamix.studies.swarm.propose.update import EXISTING, Update, default_members, resolve_update
+from megamix.studies.swarm.propose.reuse import EXISTING, Update, default_members, resolve_update
 
 
 def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) -> Update:
-    """Works out the update in a YAML file.
+    """Resolves the update in a YAML file.
 
     Args:
         path: keys of `UpdateConfig`.
@@ -40,16 +42,14 @@ def read_update(path: Path, data: Path, domains: Sequence[str] | None = None) ->
 
 
 def start_update(update: Update, out: Path) -> Path | None:
-    """Writes OUT/update.json, and OUT/mixture.json where nothing is to be found; its path then.
+    """Writes OUT/update.json; where no weight is free also OUT/mixture.json, and returns its path.
 
     Raises:
         InputError: they cannot be written.
     """
-    try:
+    with writing(f"to {out}", "Choose another directory."):
         out.mkdir(parents=True, exist_ok=True)
         update.save(out)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another directory.") from error
     return propose_settled(out, update)[1] if update.settled else None
 
 

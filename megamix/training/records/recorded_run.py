@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megamix.core.config import read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.core.files import read_json_lines
 from megamix.data.tokens.manifest import Manifest

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.core.files import sha256_of
 from megamix.core.log import get_logger
 from megamix.core.text import Report, Table, by_name, listed, number, plural
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fitted import Fitted
-from megamix.studies.swarm.fit.huber import Problems, solve
+from megamix.studies.swarm.fit.huber import Problems, minimise
 from megamix.studies.swarm.fit.law import LogLinearLaw, fit_log_linear, fit_weighted, log_floor, predict
 from megamix.studies.swarm.fit.quality import GOOD_RANKS, Quality, family_quality, fold_of_runs, quality
 from megamix.studies.swarm.fit.regressors import Model, fit_processes, fit_trees
@@ -143,7 +143,7 @@ def bootstrap(table: SwarmTable, model: Model, config: FitConfig, ridge: float) 
         ridge,
     )
     floor_P, A_PK = np.tile(np.exp(model.c_J), config.resamples), np.tile(model.A_JK, (config.resamples, 1))
-    found = solve(problems, floor_P, A_PK)
+    found = minimise(problems, floor_P, A_PK)
     c_BJ = log_floor(found.floor_P).reshape(config.resamples, num_metrics)
     return c_BJ, found.a_PK.reshape(config.resamples, num_metrics, num_domains)
 
@@ -198,7 +198,7 @@ def _good(spearman: float | None) -> bool:
 
 
 def _file(path: Path) -> dict[str, str]:
-    return {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"path": str(path), "sha256": sha256_of(Path(path))}
 
 
 def _coefficients(model: Model) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
-from megamix.core.files import read_json, replace_file
+from megamix.core.files import read_json, replace_file, writing
 from megamix.studies.swarm.fit.config import Regression
 from megamix.studies.swarm.fit.law import LogLinearLaw, predict
 from megamix.studies.swarm.fit.quality import Quality
@@ -107,14 +107,10 @@ class Fitted:
             "family_cross_validation": self.family_cross_validation,
             **self.details,
         }
-        try:
+        with writing(f"the fit to {folder}", "Choose another folder with --out."):
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(folder / NPZ, buffer.getvalue())
             replace_file(folder / JSON, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-        except OSError as error:
-            raise InputError(
-                f"cannot write the fit to {folder}: {error.strerror or error}. Choose another folder with --out."
-            ) from error
 
     @classmethod
     def open(cls, folder: Path) -> Fitted:

@@ -69,8 +69,8 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Solutions of P fit problems.
+class Minima:
+    """Local minima of P fit problems.
 
     Attributes:
         floor_P: float64 [P], e, >= 0.
@@ -84,10 +84,10 @@ class Solution:
     loss_P: Array
     converged_P: NDArray[np.bool_]
 
-    def or_better(self, other: Solution) -> Solution:
-        """Of each problem the solution with the lower loss."""
+    def or_better(self, other: Minima) -> Minima:
+        """Of each problem the minimum with the lower loss."""
         other_P = other.loss_P < self.loss_P
-        return Solution(
+        return Minima(
             np.where(other_P, other.floor_P, self.floor_P),
             np.where(other_P[:, None], other.a_PK, self.a_PK),
             np.where(other_P, other.loss_P, self.loss_P),
@@ -95,7 +95,7 @@ class Solution:
         )
 
 
-def solve(problems: Problems, floor_P: Array, a_PK: Array, *, max_steps: int = 200) -> Solution:
+def minimise(problems: Problems, floor_P: Array, a_PK: Array, *, max_steps: int = 200) -> Minima:
     """Refines guesses to local minima: no step makes a loss larger.
 
     Args:
@@ -108,7 +108,7 @@ def solve(problems: Problems, floor_P: Array, a_PK: Array, *, max_steps: int = 2
     for first in range(0, len(floor_P), _BATCH):
         index = np.arange(first, min(first + _BATCH, len(floor_P)))
         parts.append(_descend(problems.rows(index), outer_RQ, floor_P[index], a_PK[index], max_steps))
-    return Solution(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Minima(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def _descend(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.studies.swarm.fit.huber import Problems, Solution, solve
+from megamix.studies.swarm.fit.huber import Minima, Problems, minimise
 from megamix.studies.swarm.fit.tables import SwarmTable
 
 Array = NDArray[np.float64]
@@ -100,12 +100,12 @@ def fit_weighted(
     """
     problems = Problems(x_RK, y_PR, weight_PR, delta, ridge)
     generator = np.random.default_rng([seed, 1])
-    best: Solution | None = None
+    best: Minima | None = None
     for start in range(starts):
         floor_P, a_PK = _guess(problems, (start + generator.uniform(0, 1)) / starts if start else 1.0)
         if start >= (starts + 1) // 2:
             a_PK = a_PK + generator.normal(0, _SCATTER, x_RK.shape[1])
-        found = solve(problems, floor_P, a_PK)
+        found = minimise(problems, floor_P, a_PK)
         best = found if best is None else best.or_better(found)
     assert best is not None
     return best.floor_P, best.a_PK

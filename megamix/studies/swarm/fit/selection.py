@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known, did_you_mean
 from megamix.core.log import get_logger
 from megamix.core.text import listed, plural
 from megamix.studies.swarm.fit.config import FitConfig
@@ -52,9 +52,7 @@ def read_selected(ratios: Path, metrics: Path, config: FitConfig) -> tuple[Swarm
 
 def _on_domains(table: SwarmTable, domains: tuple[str, ...], all_nonzero: bool) -> SwarmTable:
     """The runs whose weights on ``domains`` sum to 1, without the other domains."""
-    for name in domains:
-        if name not in table.domains:
-            raise InputError(f"support_domains names '{name}'." + did_you_mean(name, table.domains))
+    check_known(domains, table.domains, "support_domains names")
     ratios = table.ratios_RK[:, [table.domains.index(name) for name in domains]]
     kept = np.abs(ratios.sum(axis=1) - 1) <= SUM_TOLERANCE
     if all_nonzero:

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_file
+from megamix.core.errors import InputError, check_known
+from megamix.core.files import read_text, replace_file
 from megamix.core.log import get_logger
 from megamix.core.text import listed, plural
 
@@ -148,13 +148,7 @@ class _Csv:
 
 
 def _read_csv(path: Path, kind: str) -> _Csv:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a CSV file: it is not UTF-8 text ({error.reason}).") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
     header = [name.strip() for name in next(reader, [])]
     run_column, places = _columns(header, path, kind)
     rows: dict[str, list[str]] = {}
@@ -202,9 +196,7 @@ def _columns(header: list[str], path: Path, kind: str) -> tuple[int, list[int]]:
 
 
 def _chosen_metrics(results: _Csv, only: Sequence[str] | None, drop: Sequence[str]) -> tuple[str, ...]:
-    for name in only or ():
-        if name not in results.columns:
-            raise InputError(f"{results.path} has no metric '{name}'." + did_you_mean(name, results.columns))
+    check_known(only or (), results.columns, f"{results.path} has no metric")
     absent = [name for name in drop if name not in results.columns]
     if absent:
         get_logger().warning("%s has none of the metrics to drop: %s", results.path, listed(absent))

@@ -5,14 +5,14 @@ Legend: K domains, S sources, N members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import (
     SLACK,
@@ -90,12 +90,13 @@ class MixtureSpace:
             InputError: a name that is no domain, or bounds that no mixture keeps; with the numbers.
         """
         config = self.config
-        for key in ("manual_topic_prior", "fixed_topic_weights"):
-            _check_names(key, getattr(config, key), self.domains)
-        for key in ("manual_prior", "fixed_source_weights"):
-            _check_names(key, getattr(config, key), self.sources)
-        for key in ("max_weight", "nonzero_weight"):
-            _check_names(key, getattr(config, key), (*self.domains, *self.sources))
+        for keys, known in (
+            (("manual_topic_prior", "fixed_topic_weights"), self.domains),
+            (("manual_prior", "fixed_source_weights"), self.sources),
+            (("max_weight", "nonzero_weight"), (*self.domains, *self.sources)),
+        ):
+            for key in keys:
+                check_known(getattr(config, key), known, f"swarm.generate.{key}: there is no")
         self._check_repetition()
         self._check_fixed_topics()
         for name, indices in self.sources.items():
@@ -355,11 +356,3 @@ def _bounded_prior(level: Level) -> Floats | None:
 def _without_temperature(config: GenerateConfig) -> GenerateConfig:
     changes = {"mix_temperature": 1.0, "source_mix_temperature": None, "topic_mix_temperature": None}
     return config.model_copy(update=changes)
-
-
-def _check_names(
-    key: str, given: Sequence[str] | Mapping[str, float], known: Sequence[str] | Mapping[str, object]
-) -> None:
-    for name in given:
-        if name not in known:
-            raise InputError(f"swarm.generate.{key}: there is no '{name}'." + did_you_mean(name, known))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError
-from megamix.core.files import read_json, replace_file
+from megamix.core.files import read_json, replace_json, writing
 from megamix.mixing.weight_files import SWARM_MIXTURE, read_swarm_weights
 
 FORMAT = "megamix swarm mixture"
@@ -68,10 +67,8 @@ def write_proposal(directory: Path, proposal: Proposal) -> Path:
         "history": list(proposal.history),
     }
     path = directory / SWARM_MIXTURE
-    try:
-        replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose another directory.") from error
+    with writing(path, "Choose another directory."):
+        replace_json(path, content)
     return path
 
 

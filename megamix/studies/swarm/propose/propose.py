@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.config import read_yaml, validate
+from megamix.core.config import validate
+from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.core.text import by_name
 from megamix.studies.swarm.fit.fitted import Fitted
@@ -37,9 +38,9 @@ from megamix.studies.swarm.propose.question import (
     read_objective,
 )
 from megamix.studies.swarm.propose.report import draw
+from megamix.studies.swarm.propose.reuse import Update
 from megamix.studies.swarm.propose.search import search, search_worst
 from megamix.studies.swarm.propose.solve import divergence, solve
-from megamix.studies.swarm.propose.update import Update
 
 Floats = NDArray[np.float64]
 

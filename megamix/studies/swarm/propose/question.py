@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, check_known, did_you_mean
+from megamix.core.files import read_text
 from megamix.core.text import by_name, listed
 from megamix.core.yaml_text import parse_yaml
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.priors import FILE as PRIORS_FILE
 from megamix.studies.swarm.propose.config import ProposeConfig
+from megamix.studies.swarm.propose.reuse import EXISTING, UPDATE_FILE, Update
 from megamix.studies.swarm.propose.solve import Problem, solve
-from megamix.studies.swarm.propose.update import EXISTING, UPDATE_FILE, Update
 
 Floats = NDArray[np.float64]
 Amounts = dict[str, float]
@@ -136,11 +137,7 @@ def read_pairs(option: str, given: Sequence[str] | None, *, or_file: bool = Fals
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}. Check the path.") from error
-    content = parse_yaml(text, str(path))  # which JSON is
+    content = parse_yaml(read_text(path), str(path))  # which JSON is
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, expected a mapping of names to numbers.")
     return content
@@ -286,9 +283,7 @@ def check_feasible(options: ProposeConfig, caps: Caps | None, prior: Prior) -> N
         InputError: they cannot; with the numbers that bind, and those that would do.
     """
     fixed = options.fixed_weight
-    for name in fixed:
-        if name not in prior.shares:
-            raise InputError(f"fixed_weight: the swarm has no domain '{name}'." + did_you_mean(name, prior.shares))
+    check_known(fixed, prior.shares, "fixed_weight: the swarm has no domain")
     if any(not 0 <= weight <= 1 for weight in fixed.values()) or sum(fixed.values()) > 1 + 1e-12:
         raise InputError(f"fixed_weight is {fixed}, expected weights from 0 to 1 that sum to 1 at most.")
     unwanted = [name for name, weight in fixed.items() if weight > 0 and options.kl > 0 and not prior.kl[name] > 0]

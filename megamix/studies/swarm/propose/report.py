@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import check_known
 from megamix.core.text import ABSENT, Report, Table, number, plural
 from megamix.studies.swarm.fit.quality import GOOD_RANKS
 from megamix.studies.swarm.propose.proposal import Proposal
-from megamix.studies.swarm.propose.update import EXISTING
+from megamix.studies.swarm.propose.reuse import EXISTING
 
 PLOT = "mixture.png"
 REMOTE = 0.1
@@ -176,20 +176,14 @@ def explain(proposal: Proposal, domain: str | None = None) -> Report:
     """
     history = proposal.history
     names = list(dict.fromkeys(name for entry in reversed(history) for name in entry["weights"]))
-    if domain is not None and domain not in names:
-        raise InputError(f"no mixture in the chain has a domain '{domain}'." + did_you_mean(domain, names))
-    rows = [(name, *(_cell(entry, name) for entry in history)) for name in names if domain is None or name == domain]
-    columns = (
-        "domain",
-        *(f"{number}. {Path(entry['directory']).name}" for number, entry in enumerate(history, start=1)),
-    )
+    shown = names if domain is None else [domain]
+    check_known(shown, names, "no mixture in the chain has a domain")
+    rows = [(name, *(_cell(entry, name) for entry in history)) for name in shown]
+    columns = ("domain", *(f"{n}. {Path(entry['directory']).name}" for n, entry in enumerate(history, 1)))
     runs = sum(entry["runs"] for entry in history)
-    words = [f"{step}. {entry['directory']}: {_step(entry)}" for step, entry in enumerate(history, start=1)]
-    if domain is not None:
-        words = [
-            f"{step}. {entry['directory']}: {_path_of(entry, domain)}" for step, entry in enumerate(history, start=1)
-        ]
-    note = "* frozen: its ratio to the other frozen ones is that of the step before"
+    said = [_link(entry) if domain is None else _path_of(entry, domain) for entry in history]
+    words = [f"{n}. {entry['directory']}: {text}" for n, (entry, text) in enumerate(zip(history, said, strict=True), 1)]
+    note = "* frozen: its ratio to the other frozen ones is that of the mixture before"
     return Report([Table(columns, rows), note, "\n".join(words), f"{plural(runs, 'proxy run')} in all"])
 
 
@@ -202,7 +196,7 @@ def _cell(entry: Mapping[str, Any], name: str) -> str:
     return number(weight) + ("*" if weight is not None and name in _frozen(entry) else "")
 
 
-def _step(entry: Mapping[str, Any]) -> str:
+def _link(entry: Mapping[str, Any]) -> str:
     update = entry["update"]
     if update is None:
         return f"found by a swarm of {plural(entry['runs'], 'run')} over {plural(len(entry['weights']), 'domain')}"

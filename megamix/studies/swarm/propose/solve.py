@@ -167,18 +167,18 @@ def _by_clarabel(problem: Problem, near_K: Floats, settings: dict[str, Any]) -> 
     if problem.kl > 0:
         objective += problem.kl * np.exp(-size) * cvxpy.sum(cvxpy.rel_entr(x_F, problem.prior_K[free]))
     bounds = [x_F >= floor_K[free], x_F <= cap_K[free], cvxpy.sum(x_F) == 1 - floor_K[~free].sum()]
-    task = cvxpy.Problem(cvxpy.Minimize(objective), bounds)
+    convex = cvxpy.Problem(cvxpy.Minimize(objective), bounds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the gap says how near it came
         try:
-            task.solve(solver="CLARABEL", **settings)
+            convex.solve(solver="CLARABEL", **settings)
         except cvxpy.error.SolverError:
             return near_K, 0
     if x_F.value is None:
         return near_K, 0
     answer_K = floor_K.copy()
     answer_K[free] = np.clip(x_F.value, floor_K[free], cap_K[free])
-    return answer_K, task.solver_stats.num_iters
+    return answer_K, convex.solver_stats.num_iters
 
 
 def _settled(problem: Problem, x_K: Floats) -> Iterator[Floats]:

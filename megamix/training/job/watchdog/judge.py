@@ -1,8 +1,8 @@
-"""Judging whether and why a job ends: rank 0's `Hub` judges the other ranks, a `Member` judges rank 0.
+"""Judging whether and why a job ends: rank 0's `Hub` judges the other ranks, each `Spoke` judges rank 0.
 
-    member -> hub    {"hello": rank, "secret", "host", "process"}, {"state": [...]}, {"bye"},
+    spoke -> hub    {"hello": rank, "secret", "host", "process"}, {"state": [...]}, {"bye"},
                      {"fail", "code", "stated", "step"}
-    hub -> member    {"state": [...]}, {"bye"}, {"verdict": {...}}, {"over"}
+    hub -> spoke    {"state": [...]}, {"bye"}, {"verdict": {...}}, {"over"}
 
 Times are differences of one host's monotonic clock: clocks of hosts are not compared.
 """
@@ -95,7 +95,7 @@ class _Peer:
         return Verdict(reason, EXIT_FAILED, self.rank)
 
 
-class Member:
+class Spoke:
     """The side of every rank but 0."""
 
     def __init__(self, joined: tuple[Connection, Invitation], world_size: int, config: WatchdogConfig) -> None:
@@ -253,7 +253,7 @@ class Hub:
         self._suspects.append((likelihood, verdict))
 
     def _judge(self) -> Verdict | None:
-        """The verdict once it is certain, sent to every member."""
+        """The verdict once it is certain, sent to every spoke."""
         verdict = self._likeliest() if self._suspects else self._silent_or_still()
         if verdict is not None:
             self._tell({"verdict": asdict(verdict)})
@@ -296,7 +296,7 @@ class Hub:
                 peer.connection.send(message)
 
     def part(self) -> None:
-        """Waits briefly until the members have the verdict and are gone."""
+        """Waits briefly until the spokes have the verdict and are gone."""
         deadline = time.monotonic() + PART_SECONDS
         left = [peer.connection for peer in self._peers if peer.connection is not None]
         while left and time.monotonic() < deadline:

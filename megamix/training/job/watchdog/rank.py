@@ -32,7 +32,7 @@ from megamix.core.errors import EXIT_FAILED, MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS, report_failure
 from megamix.training.job.watchdog.heartbeat import invite, join
-from megamix.training.job.watchdog.judge import UNSURE_SECONDS, Hub, Member, State, Verdict
+from megamix.training.job.watchdog.judge import UNSURE_SECONDS, Hub, Spoke, State, Verdict
 
 # How long a failing rank waits to be told whether it is the cause.
 ANSWER_SECONDS = UNSURE_SECONDS + 3.0
@@ -70,11 +70,11 @@ class Watchdog:
             return
         server, invitation = invite() if self._rank == 0 else (None, None)
         invitation = (share or _broadcast)(invitation)
-        link: Hub | Member
+        link: Hub | Spoke
         if server is not None:
             link = Hub(server, invitation, self._world_size, self._config)
         else:
-            link = Member(join(invitation, self._rank), self._world_size, self._config)
+            link = Spoke(join(invitation, self._rank), self._world_size, self._config)
         self._thread = threading.Thread(target=self._run, args=(link,), name="watchdog", daemon=True)
         self._thread.start()
 
@@ -114,7 +114,7 @@ class Watchdog:
         if self._thread is not None and self._thread.is_alive():
             self._is_said.wait(ANSWER_SECONDS)
 
-    def _run(self, link: Hub | Member) -> None:
+    def _run(self, link: Hub | Spoke) -> None:
         """The thread: beats, listens and judges until all ranks are done."""
         silence = self._config.silence_seconds
         shortest = min(period for period in (silence, 60 * self._config.stall_minutes) if period)
@@ -138,7 +138,7 @@ class Watchdog:
     def _state(self) -> State:
         return State(self._step, self._doing, time.monotonic() - self._since, _place(self._main))
 
-    def _obey(self, verdict: Verdict, link: Hub | Member) -> None:
+    def _obey(self, verdict: Verdict, link: Hub | Spoke) -> None:
         """Ends this process, unless it is the cause and reports it."""
         if verdict.rank == self._rank and verdict.is_told:
             link.part()

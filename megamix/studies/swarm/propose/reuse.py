@@ -14,7 +14,6 @@ Legend: N mixtures, K real domains, V virtual ones.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import read_json, replace_file
+from megamix.core.files import read_json, replace_json
 from megamix.studies.swarm.propose.config import UpdateConfig
 from megamix.studies.swarm.propose.proposal import Proposal
 
@@ -146,7 +145,7 @@ class Update:
     def save(self, directory: Path) -> None:
         """Writes DIR/update.json, which `propose` reads."""
         content = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        replace_file(directory / UPDATE_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        replace_json(directory / UPDATE_FILE, content)
 
     @classmethod
     def open(cls, directory: Path) -> Update | None:
