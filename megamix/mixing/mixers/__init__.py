@@ -24,7 +24,7 @@ from megamix.mixing.mixers.own import check_installed, installed, own_mixer
 from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixing.mixers.static import StaticConfig, StaticMixer
 from megamix.mixing.mixers.stats import DomainStats
-from megamix.mixing.mixers.weights import FloatArray, normalise_weights, project_to_capped_simplex
+from megamix.mixing.mixers.weights import DomainWeights, normalise_weights, project_to_capped_simplex
 
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
@@ -93,8 +93,8 @@ def without_code(config: dict[str, Any]) -> dict[str, Any]:
 def make_mixer(
     config: Mapping[str, Any] | Config,
     domains: Sequence[str],
-    initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    objective: Mapping[str, float] | Sequence[float] | FloatArray | None = None,
+    initial_weights: DomainWeights,
+    objective: DomainWeights | None = None,
 ) -> Mixer:
     """Builds the mixer that ``config`` names.
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.mixing.mixers.stats import DomainStats, IntArray
-from megamix.mixing.mixers.weights import FloatArray, normalise_weights
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray, normalise_weights
 
 
 class ScheduleConfig(Config):
@@ -79,12 +79,7 @@ class Mixer(ABC):
     follows_objective: ClassVar[bool] = True
     """Whether the weights depend on `objective`, so that a resume with another one is a change of the mixer."""
 
-    def __init__(
-        self,
-        config: Config,
-        domains: Sequence[str],
-        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    ) -> None:
+    def __init__(self, config: Config, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         self.name = vars(type(self)).get("name") or getattr(config, "name", type(self).__name__)
         names = tuple(str(domain) for domain in domains)
         repeated = sorted({domain for domain in names if names.count(domain) > 1})
@@ -183,7 +178,7 @@ class Mixer(ABC):
         """Whether the weights were computed anew in the call for ``step``; true only of the latest such step."""
         return self._num_updates > 0 and self._last_update == step
 
-    def set_objective(self, weights: Mapping[str, float] | Sequence[float] | FloatArray) -> None:
+    def set_objective(self, weights: DomainWeights) -> None:
         """Sets `objective`, K relative weights in the order of the domains or by name; before the first update.
 
         Raises:

@@ -32,7 +32,7 @@ from pydantic import Field
 from megamix.core.errors import InputError
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 from megamix.mixing.mixers.stats import LARGEST, DomainStats, IntArray
-from megamix.mixing.mixers.weights import FloatArray
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
 
 class DoremiConfig(ScheduleConfig):
@@ -88,23 +88,13 @@ class DoremiMixer(Mixer):
     """DoReMi's update; see the module's docstring for the formulas and `DoremiConfig` for the parameters.
 
     Statistics without excess losses stand for a reference loss of 0 where the config names no reference.
-
-    Args:
-        config: The parameters.
-        domains: The K domain names.
-        initial_weights: K relative weights, in that order or by name.
     """
 
     name = "doremi"
     follows_objective = False
     config: DoremiConfig
 
-    def __init__(
-        self,
-        config: DoremiConfig,
-        domains: Sequence[str],
-        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    ) -> None:
+    def __init__(self, config: DoremiConfig, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         super().__init__(config, domains, initial_weights)
         self._alpha = self.weights
         self._mean = self.weights

@@ -31,7 +31,7 @@ from megamix.core.config import Config
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 from megamix.mixing.mixers.stats import LARGEST, DomainStats
-from megamix.mixing.mixers.weights import FloatArray
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
 _MOVING_AVERAGE = {"alpha": 0.9, "estimate": "moving_average"}
 _PLAIN = {"reward_scale": 1.0, "reward_clip": None, "exponent_clip": None, "min_exploration_rate": 0.0}
@@ -148,23 +148,13 @@ class OdmMixer(Mixer):
     Rewards are estimated in the warm-up too, with the exploration rate following, as the repository does with
     ``internal_updates``. A domain that was sampled although its weight was 0 is importance-weighted by its share of the
     interval's tokens: 1 / pi does not exist there, and the share is what pi estimates.
-
-    Args:
-        config: The parameters.
-        domains: The K domain names.
-        initial_weights: K relative weights, in that order or by name.
     """
 
     name = "odm"
     follows_objective = False
     config: OdmConfig
 
-    def __init__(
-        self,
-        config: OdmConfig,
-        domains: Sequence[str],
-        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    ) -> None:
+    def __init__(self, config: OdmConfig, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         super().__init__(config, domains, initial_weights)
         self._log_space = config.reward == "exp_loss"
         # The estimated rewards R, or log R where the reward is an exponential; R = 0 at first.

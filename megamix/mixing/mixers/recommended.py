@@ -55,7 +55,7 @@ from pydantic import Field
 
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 from megamix.mixing.mixers.stats import DomainStats
-from megamix.mixing.mixers.weights import FloatArray
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
 _LARGEST_LOSS = 1e6
 """Nats per token; the squares of losses up to here can be summed without a thought to overflow."""
@@ -97,23 +97,13 @@ class RecommendedConfig(ScheduleConfig):
 
 
 class RecommendedMixer(Mixer):
-    """Rewards loss where it falls; see the module's docstring for the formulas.
-
-    Args:
-        config: The parameters.
-        domains: The K domain names.
-        initial_weights: K relative weights, in that order or by name; in force until slopes are known.
-    """
+    """Rewards loss where it falls; see the module's docstring for the formulas. Until slopes are known, the
+    initial weights are in force."""
 
     name = "recommended"
     config: RecommendedConfig
 
-    def __init__(
-        self,
-        config: RecommendedConfig,
-        domains: Sequence[str],
-        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    ) -> None:
+    def __init__(self, config: RecommendedConfig, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         super().__init__(config, domains, initial_weights)
         self._prior = self.weights
         self._tokens = np.zeros(self.num_domains)

@@ -16,6 +16,8 @@ from megamix.core.errors import InputError, check_known
 from megamix.core.text import listed
 
 FloatArray = npt.NDArray[np.float64]
+DomainWeights = Mapping[str, float] | Sequence[float] | FloatArray
+"""K weights, by name or in the order of the domains."""
 
 # Bounds that come from divisions (epochs x tokens / budget) may add up to 1 only within rounding; that is not the
 # user's mistake.
