@@ -30,7 +30,7 @@ import torch.distributed as dist
 from peers import INCOMING, PEERS, Loss, megamix, ours  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from megamix_kernels.inputs import Shard
+from megamix_kernels.inputs import VocabularyShard
 
 # The last is one rank's part of a vocabulary over 8 ranks.
 SHAPES = ["8192x50304", "16384x128256", "8192x131072", "4096x151936", "8192x32000", "16384x16032"]
@@ -168,7 +168,7 @@ def statistics_cost(bench: Bench, mode: str, path: str) -> list[dict[str, Any]]:
     for num_domains in (1, 22, 1024):
         loss = megamix(bench.device, implementation=path, promised=mode == "A", num_domains=num_domains)
         on = bench._median(lambda loss=loss: bench._step(loss))[-1]
-        with mock.patch.object(Shard, "holds_sums", False):
+        with mock.patch.object(VocabularyShard, "holds_sums", False):
             off = bench._median(lambda loss=loss: bench._step(loss))[-1]
         names = ("shape", "mode", "domains", "on_ms", "off_ms", "ratio")
         rows.append(dict(zip(names, (bench.shape, mode, num_domains, on, off, on / off), strict=True)))

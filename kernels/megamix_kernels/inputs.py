@@ -19,7 +19,7 @@ NUM_PARTIALS = 4
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabularyShard:
     """Columns of the vocabulary that this rank's logits hold.
 
     Attributes:
@@ -64,7 +64,7 @@ class Inputs:
     vocab_size: int
     divisor: float | Tensor
     gradient_scale: float | Tensor | None
-    shard: Shard
+    shard: VocabularyShard
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -118,7 +118,7 @@ def make_inputs(
         vocab_size=vocab_size,
         divisor=divisor,
         gradient_scale=checks.check_scalar("gradient_scale", options.gradient_scale, device, positive=False),
-        shard=Shard(first_column, min(max(vocab_size - first_column, 0), num_columns), group),
+        shard=VocabularyShard(first_column, min(max(vocab_size - first_column, 0), num_columns), group),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megamix_kernels.inputs import NUM_PARTIALS, Inputs, Shard, compute_dtype, counted_rows, gather_partials
+from megamix_kernels.inputs import NUM_PARTIALS, Inputs, VocabularyShard, compute_dtype, counted_rows, gather_partials
 
 # Elements of one block. On a CPU, 512 KiB of fp32 fit a core's second-level cache; elsewhere launches should be few,
 # and 64 MiB are small.
@@ -147,7 +147,7 @@ def _merged(partials_T4N: Tensor, inputs: Inputs, num_columns: int) -> Tensor:
     return torch.stack([max_N, norm_N, target_TN.amax(dim=0), deviation_N])
 
 
-def _own_columns(labels_N: Tensor, shard: Shard) -> tuple[Tensor, Tensor | None]:
+def _own_columns(labels_N: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor | None]:
     """Returns labels as columns of this rank, and whether the rank holds them (None: all); other columns are 0."""
     if shard.is_whole:
         return labels_N, None

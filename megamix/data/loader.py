@@ -77,9 +77,9 @@ class WindowReader:
     """Reads samples of several domains into batches and checks every token id against the vocabulary.
 
     Args:
-        eod_mask_loss: A label that is a document's first token becomes ``IGNORED_LABEL``.
-        reset_position_ids: Batches have ``positions``, which restart at 0 with every document in a sample.
-        reference: Source of the batches' ``reference``.
+        eod_mask_loss: a label that is a document's first token becomes ``IGNORED_LABEL``.
+        reset_position_ids: batches have ``positions``, which restart at 0 with every document in a sample.
+        reference: source of the batches' ``reference``.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class WindowReader:
                 ranks' tokens are not read: the index files say where documents begin.
             mine: int64 [M * B], places of this rank's samples, in order.
             shape: [M, B].
-            pin_memory: Pins the tensors. torch's cache reuses their memory for later batches, once copies are done, so
+            pin_memory: pins the tensors. torch's cache reuses their memory for later batches, once copies are done, so
                 nothing is allocated after the first steps.
         """
         window_nt = self.read(domain_n[mine], sample_n[mine])
@@ -210,7 +210,7 @@ class Loader:
     The train loop calls `request` for each step in turn, some steps ahead, and `get` for the oldest one.
 
     Args:
-        reader: None on a rank that needs no tokens; its sampler advances all the same.
+        reader: none on a rank that needs no tokens; its sampler advances all the same.
     """
 
     def __init__(self, sampler: Sampler, reader: WindowReader | None, pin_memory: bool) -> None:

@@ -89,10 +89,10 @@ class ReferenceLosses:
     """Reference losses of a run's domains, memory-mapped.
 
     Args:
-        key: The run's data, whose ``computed`` rows are ignored. The cache may hold more domains.
+        key: the run's data, whose ``computed`` rows are ignored. The cache may hold more domains.
 
     Raises:
-        InputError: No cache, or an unfinished, damaged or different one; the message says what differs.
+        InputError: no cache, or an unfinished, damaged or different one; the message says what differs.
     """
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
@@ -106,7 +106,7 @@ class ReferenceLosses:
         """Fills ``losses``, float32 [S], with the losses of a sample's labels.
 
         Raises:
-            InputError: The sample's losses were not computed.
+            InputError: the sample's losses were not computed.
         """
         losses[:] = self._rows[domain][sample]
         # Not "<= 0", which NaN would pass.
@@ -221,7 +221,7 @@ class Selection:
     """Windows of each domain that a cache holds, computed domain by domain, ascending.
 
     Args:
-        rows: For each domain ascending window numbers, or the number of windows from the first on.
+        rows: for each domain ascending window numbers, or the number of windows from the first on.
     """
 
     def __init__(self, rows: Sequence[Ints | int]) -> None:

@@ -98,11 +98,6 @@ class Sampler:
             )
 
     @property
-    def next_step(self) -> int:
-        """The first step that has not been dealt."""
-        return self._blend.position // self.share.global_batch
-
-    @property
     def num_domains(self) -> int:
         return self._blend.num_domains
 

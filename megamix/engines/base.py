@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megamix.data.loader import Batch
+from megamix.engines.step_loss import Objective, StepLoss
 
 # Long enough for a slow file system at start-up; a dead rank is noticed earlier, by its closed connections and by the
 # parent process.
@@ -57,25 +58,13 @@ class ParameterState:
     exp_avg_sq: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Objective:
-    """Objective of a step: the sum over its tokens of loss_weights[domain] * loss / normaliser.
-
-    Attributes:
-        normaliser: counted tokens of the global batch, which every rank knows before the forward pass.
-        loss_weights: float32 [K] on the engine's device; None weighs every token 1.
-    """
-
-    normaliser: float
-    loss_weights: torch.Tensor | None = None
-
-
 class Engine(ABC):
     """Model, optimizer and pipeline schedule over the ranks of the job."""
 
     place: Place
     micro_batch_multiple: int = 1
     """Divisor of the number of micro-batches in a step or an evaluation."""
+    _loss: StepLoss
 
     @abstractmethod
     def train_step(
@@ -92,22 +81,30 @@ class Engine(ABC):
             otherwise it reports only what it computes anyway, and the weights are undefined.
         """
 
-    @abstractmethod
     def non_finite_counts(self) -> torch.Tensor | None:
         """Tokens with a non-finite loss in each of this rank's samples, int32 [M, B] on the device; None on a rank
         without the loss, or if another rank reports them.
 
         Covers the last training step, from its ``on_statistics`` on; later steps do not overwrite the tensor.
         """
+        return self._loss.non_finite_counts if self.place.has_loss else None
 
-    @abstractmethod
     def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
         """Returns this rank's int64 [K, C] sums over a validation batch; training state is unchanged."""
+        self._loss.start_evaluation()
+        self._forward(batch, num_micro_batches)
+        return self._loss.evaluation_sums
 
-    @abstractmethod
     def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
         """Returns the token losses of this rank's part of a batch, float32 [M, B, S] (0 where the label is ignored);
         None on a rank without the loss."""
+        self._loss.start_evaluation(keep_token_losses=True)
+        self._forward(batch, num_micro_batches)
+        return self._loss.token_losses()
+
+    @abstractmethod
+    def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
+        """Runs the model without gradients and hands the logits of each micro-batch to the loss."""
 
     @abstractmethod
     def grad_norm(self) -> float | None:

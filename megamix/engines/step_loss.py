@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,22 @@ import torch.distributed as dist
 
 from megamix.core.errors import InputError
 from megamix.data.loader import IGNORED_LABEL
-from megamix.engines.base import Objective
 from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy
 from megamix_kernels.loss import choose_backend
 from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Objective of a step: the sum over its tokens of loss_weights[domain] * loss / normaliser.
+
+    Attributes:
+        normaliser: counted tokens of the global batch, which every rank knows before the forward pass.
+        loss_weights: float32 [K] on the engine's device; None weighs every token 1.
+    """
+
+    normaliser: float
+    loss_weights: torch.Tensor | None = None
 
 
 class StepLoss:

@@ -17,7 +17,7 @@ from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
-from megamix.engines.base import Objective
+from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
 from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
@@ -36,7 +36,7 @@ class MixedData:
 
     Args:
         data_rank: which of the data-parallel slices of every global batch this rank reads.
-        reads_data: False on a rank that needs no tokens, such as a pipeline stage in the middle.
+        reads_data: false on a rank that needs no tokens, such as a pipeline stage in the middle.
         device: of the model; batches stay on the CPU, pinned where it is a GPU.
         resumed: the checkpoint to continue from, as rank 0 sees it; None starts anew.
         evaluates: whether the trainer submits sums of evaluations where the mixer wants them.

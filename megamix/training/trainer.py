@@ -18,8 +18,8 @@ from megamix.core.text import number
 from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
 from megamix.data.sampler import DataExhausted
-from megamix.engines.base import Objective
 from megamix.engines.choose import make_engine
+from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import Requests
 from megamix.training.checkpoints import saving, store
 from megamix.training.checkpoints.resume import Resumed, fingerprints

@@ -34,8 +34,9 @@ from megamix.core.errors import MegamixError
 from megamix.core.processes import num_cores
 from megamix.core.text import Table, gib
 from megamix.data.loader import Batch
-from megamix.engines.base import Engine, Objective
+from megamix.engines.base import Engine
 from megamix.engines.choose import make_engine, start_distributed
+from megamix.engines.step_loss import Objective
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.job.local_ranks import job_world_size

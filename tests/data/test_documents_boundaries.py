@@ -201,9 +201,9 @@ def engine_job(result: str) -> None:
     """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
     import torch.distributed as dist
 
-    from megamix.engines.base import Objective
     from megamix.engines.config import DeepSpeedConfig
     from megamix.engines.deepspeed.engine import DeepSpeedEngine, start_distributed
+    from megamix.engines.step_loss import Objective
 
     torch.set_num_threads(1)
     start_distributed()

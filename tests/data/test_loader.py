@@ -98,7 +98,7 @@ def test_rank_without_tokens_deals_all_the_same(domains: list[DomainTokens]) -> 
     for _ in range(3):
         loader.request()
     assert [loader.get()[0] for _ in range(3)] == [None, None, None]
-    assert sampler.next_step == 3
+    assert sampler.deal().step == 3
     loader.close()
 
 
@@ -150,21 +150,18 @@ def test_settle_runs_before_its_step_is_dealt(domains: list[DomainTokens]) -> No
     """The step waits for ``settle``, whose weights it is dealt with; ``request`` itself does not wait."""
     sampler = make_sampler(domains)
     loader = make_loader(domains, sampler)
-    release, steps = threading.Event(), []
+    release = threading.Event()
 
     def settle() -> None:
         assert release.wait(60)
-        steps.append(sampler.next_step)
-        sampler.set_weights([0.0, 0.0, 1.0], step=1)
+        sampler.set_weights([0.0, 0.0, 1.0], step=1)  # raises if step 1 was dealt
 
     loader.request()
     loader.request(settle)
     loader.request()
     first = loader.get()[0]
-    assert sampler.next_step == 1
     release.set()
     second, third = loader.get()[0], loader.get()[0]
-    assert steps == [1]
     assert first is not None
     assert second is not None
     assert third is not None
@@ -188,7 +185,7 @@ def test_close_does_not_wait_for_what_is_under_way(domains: list[DomainTokens]) 
     assert started.wait(60)
     loader.close()
     assert not release.is_set()
-    assert sampler.next_step == 0
+    assert sampler.deal().step == 0
     release.set()
 
 

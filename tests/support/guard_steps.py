@@ -25,9 +25,10 @@ import torch.distributed as dist
 from tiny_models import SEED, model_config
 
 from megamix.data.loader import IGNORED_LABEL, Batch
-from megamix.engines.base import Engine, Objective, ParameterState
+from megamix.engines.base import Engine, ParameterState
 from megamix.engines.choose import make_engine, start_distributed
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig, TrainConfig
+from megamix.engines.step_loss import Objective
 from megamix_kernels import DomainSums
 
 SEQ_LENGTH, NUM_DOMAINS, VOCAB, POISON = 16, 3, 62, 61

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from tiny_models import SEED, build, model_config, run
 
 from megamix.data.loader import IGNORED_LABEL, Batch
-from megamix.engines.base import Objective
 from megamix.engines.config import TrainConfig
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.step_loss import Objective
 
 SEQ_LENGTH, NUM_DOMAINS, VALID, STEPS = 16, 3, 61, 4
 LR = 1e-2

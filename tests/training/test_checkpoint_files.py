@@ -26,7 +26,7 @@ from megamix.training.checkpoints.store import (
     damage,
     newest,
     read_listing,
-    read_state,
+    read_state_json,
     write_listing,
 )
 
@@ -44,7 +44,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert (listing.step, listing.holds, sorted(listing.files)) == (10, "layers", FILES)
     for step in (9, 10):
         assert damage(folder / f"step_{step}") is None
-        assert read_state(folder / f"step_{step}") == {"step": step}
+        assert read_state_json(folder / f"step_{step}") == {"step": step}
         assert loads(folder / f"step_{step}", step)
     assert not loads(folder / "step_9", 10)
 
@@ -199,7 +199,7 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path) -> None:
     sys.addaudithook(watch)
     try:
         assert newest(folder) == path
-        assert read_state(path) == {"step": 10}
+        assert read_state_json(path) == {"step": 10}
         assert loads(path, 10)
     finally:
         watching = False

@@ -64,15 +64,15 @@ class IndexedTokens:
     """One ``.bin`` / ``.idx`` pair, memory-mapped.
 
     Args:
-        prefix: Path without ``.bin`` / ``.idx``.
-        verify: Compare every pointer with the lengths before it: one pass over the index, 12 bytes a sequence. File
+        prefix: path without ``.bin`` / ``.idx``.
+        verify: compare every pointer with the lengths before it: one pass over the index, 12 bytes a sequence. File
             sizes are always checked.
 
     Attributes:
-        tokens: The whole stream, mapped read-only, [num_tokens] of ``dtype``.
+        tokens: the whole stream, mapped read-only, [num_tokens] of ``dtype``.
 
     Raises:
-        InputError: A file is missing or unreadable, is no index of version 1, or index and data disagree.
+        InputError: a file is missing or unreadable, is no index of version 1, or index and data disagree.
     """
 
     def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:

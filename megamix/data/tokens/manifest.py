@@ -133,10 +133,10 @@ class Manifest(Config):
         """Reads and checks a manifest.
 
         Args:
-            path: The file, or the folder it lies in.
+            path: the file, or the folder it lies in.
 
         Raises:
-            InputError: No such file, not JSON, another format or version, wrong or missing entries, two domains with
+            InputError: no such file, not JSON, another format or version, wrong or missing entries, two domains with
                 one name, a missing token file, token ids beyond the vocabulary, or a wrong fingerprint.
         """
         path = Path(path)
@@ -192,7 +192,7 @@ class Manifest(Config):
         """Opens one split of a domain as a token stream; for ``verify`` see `IndexedTokens`.
 
         Raises:
-            InputError: No such domain or split, or files that are damaged or differ from the manifest.
+            InputError: no such domain or split, or files that are damaged or differ from the manifest.
         """
         entry = self._split(name, split)
         tokens = DomainTokens(name, self.prefixes(name, split), entry.tokens, verify=verify, ranges=entry.ranges)
@@ -208,7 +208,7 @@ class Manifest(Config):
         """Opens the tokenizer.
 
         Raises:
-            InputError: It is missing, damaged, or not the one the tokens were made with.
+            InputError: it is missing, damaged, or not the one the tokens were made with.
         """
         from megamix.data.tokens.tokenizer import LoadedTokenizer
 
@@ -220,7 +220,7 @@ class Manifest(Config):
         """Reads every token file and compares its hash: slow, but detects changed bytes in a file of the right size.
 
         Raises:
-            InputError: Changed contents; the message names the domain and the file.
+            InputError: changed contents; the message names the domain and the file.
         """
         hashes: dict[Path, str] = {}  # the splits of a domain may share a file
         for domain in self.domains:

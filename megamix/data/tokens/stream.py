@@ -28,15 +28,15 @@ class DomainTokens:
     """Several ``.bin`` / ``.idx`` pairs as the one token stream of a domain.
 
     Args:
-        name: The domain; every error message names it.
-        prefixes: Paths without suffix, in stream order.
-        expected_tokens: What the manifest says the stream holds; None leaves it unchecked.
-        verify: See `IndexedTokens`.
-        ranges: One per prefix: [first document, end document) of that file, or None for all of it. The stream, its
+        name: the domain; every error message names it.
+        prefixes: paths without suffix, in stream order.
+        expected_tokens: what the manifest says the stream holds; None leaves it unchecked.
+        verify: see `IndexedTokens`.
+        ranges: one per prefix: [first document, end document) of that file, or None for all of it. The stream, its
             counts and its windows are of these documents only.
 
     Raises:
-        InputError: A file is damaged (see `IndexedTokens`), a range does not fit its file, or the number of tokens is
+        InputError: a file is damaged (see `IndexedTokens`), a range does not fit its file, or the number of tokens is
             not the expected one.
     """
 
@@ -89,7 +89,7 @@ class DomainTokens:
         """A copy of tokens [start, start + length), ``dtype`` [length], across files.
 
         Raises:
-            InputError: The range leaves the stream.
+            InputError: the range leaves the stream.
         """
         spans = self.spans(start, length)
         tokens = np.empty(length, self.dtype)
@@ -126,7 +126,7 @@ class DomainTokens:
         """Sample ``index``: tokens [index * S, index * S + S + 1), ``dtype`` [S + 1]; neighbours share one token.
 
         Raises:
-            InputError: The domain has no such window.
+            InputError: the domain has no such window.
         """
         tokens = np.empty(seq_length + 1, self.dtype)
         self.read_window(index, tokens)

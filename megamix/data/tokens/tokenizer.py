@@ -34,7 +34,7 @@ class TokenizerSpec:
         """Reads ``train:SIZE``, ``hf:NAME``, or the path of a tokenizer.json (or of a folder that holds one).
 
         Raises:
-            InputError: None of these, a vocabulary below 257 entries, or a file that does not exist.
+            InputError: none of these, a vocabulary below 257 entries, or a file that does not exist.
         """
         kind, _, rest = text.partition(":")
         if kind == "train":
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a byte-level BPE; the same texts give the same bytes.
 
     Args:
-        vocab_size: Entries; a small text may yield fewer. `END_OF_DOCUMENT` has id 0.
+        vocab_size: entries; a small text may yield fewer. `END_OF_DOCUMENT` has id 0.
 
     Returns:
         The contents of a tokenizer.json.
@@ -89,7 +89,7 @@ def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
         The contents of its tokenizer.json, and its end-of-sequence token if it has one.
 
     Raises:
-        InputError: The hub cannot be reached, has no such tokenizer, or the tokenizer has no tokenizer.json form.
+        InputError: the hub cannot be reached, has no such tokenizer, or the tokenizer has no tokenizer.json form.
     """
     from transformers import AutoTokenizer
 
@@ -113,15 +113,15 @@ class LoadedTokenizer:
     A document that contains ``<|endoftext|>`` does not produce that token. Nothing is added, truncated or padded.
 
     Args:
-        eod: The end-of-document token, by name or id; None looks for the usual names.
+        eod: the end-of-document token, by name or id; None looks for the usual names.
 
     Attributes:
-        vocab_size: Largest token id + 1.
-        eod_id: The end-of-document token.
-        sha256: Hash of the file, hexadecimal.
+        vocab_size: largest token id + 1.
+        eod_id: the end-of-document token.
+        sha256: hash of the file, hexadecimal.
 
     Raises:
-        InputError: The file is missing or damaged, or has no end-of-document token.
+        InputError: the file is missing or damaged, or has no end-of-document token.
     """
 
     def __init__(self, path: str | Path, eod: str | int | None = None) -> None:
@@ -152,7 +152,7 @@ class LoadedTokenizer:
         """Checks the tokenizer against the hash that the tokens were made with.
 
         Raises:
-            InputError: The hashes differ.
+            InputError: the hashes differ.
         """
         if self.sha256 != sha256:
             raise InputError(

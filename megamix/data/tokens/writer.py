@@ -39,13 +39,13 @@ class IndexedWriter:
     is truncated.
 
     Args:
-        prefix: Path without suffix; its folder must exist.
-        dtype: Type of a token, one of the eight of the format.
-        kept: Tokens and documents of an earlier writer to keep.
-        seen: Called with all kept tokens in order, in pieces.
+        prefix: path without suffix; its folder must exist.
+        dtype: type of a token, one of the eight of the format.
+        kept: tokens and documents of an earlier writer to keep.
+        seen: called with all kept tokens in order, in pieces.
 
     Raises:
-        FileNotFoundError: The earlier writer's files are gone or hold less than ``kept``.
+        FileNotFoundError: the earlier writer's files are gone or hold less than ``kept``.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class IndexedWriter:
         """Appends several documents at once.
 
         Args:
-            tokens: Concatenated documents, integers [sum(lengths)].
-            lengths: Tokens of each document, integers [documents].
+            tokens: concatenated documents, integers [sum(lengths)].
+            lengths: tokens of each document, integers [documents].
 
         Raises:
-            InputError: A token does not fit the dtype.
+            InputError: a token does not fit the dtype.
         """
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         if lengths.sum() != len(tokens):

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megamix.data.loader import Batch
-from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, ParameterState, Place
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place
 from megamix.engines.config import DeepSpeedConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
-from megamix.engines.step_loss import StepLoss, is_finite_everywhere
+from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
@@ -121,19 +121,6 @@ class DeepSpeedEngine(Engine):
         is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
         self._steps += is_finite
         return is_finite
-
-    def non_finite_counts(self) -> torch.Tensor | None:
-        return self._loss.non_finite_counts if self.place.has_loss else None
-
-    def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
-        self._loss.start_evaluation()
-        self._forward(batch, num_micro_batches)
-        return self._loss.evaluation_sums
-
-    def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
-        self._loss.start_evaluation(keep_token_losses=True)
-        self._forward(batch, num_micro_batches)
-        return self._loss.token_losses()
 
     def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
         data = _micro_batches(batch) if batch is not None else None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
-from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, Objective, OwnFormat, ParameterState
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, OwnFormat, ParameterState
 from megamix.engines.config import MegatronConfig, TrainConfig
 from megamix.engines.megatron import checkpoint, setup
 from megamix.engines.megatron.context import context_part, whole_samples
@@ -28,7 +28,7 @@ from megamix.engines.megatron.names import ParameterMap, parameter_maps
 from megamix.engines.megatron.setup import get_forward_backward_func, parallel_state, tensor_parallel
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import make_layer
-from megamix.engines.step_loss import StepLoss, is_finite_everywhere
+from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
 
 
 def start_distributed() -> None:
@@ -129,21 +129,11 @@ class MegatronEngine(Engine, OwnFormat):
         """Trained parameters of this rank, which hold the gradients that Megatron sums."""
         return (p for chunk in self._chunks for p in chunk.parameters() if p.requires_grad)
 
-    def non_finite_counts(self) -> torch.Tensor | None:
-        return self._loss.non_finite_counts if self.place.has_loss else None
-
-    def evaluate(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor:
-        self._loss.start_evaluation()
-        self._evaluate(batch, num_micro_batches)
-        return self._loss.evaluation_sums
-
     def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
-        self._loss.start_evaluation(keep_token_losses=True)
-        self._evaluate(batch, num_micro_batches)
-        loss_MSB = self._loss.token_losses()
+        loss_MSB = super().token_losses(batch, num_micro_batches)
         return None if loss_MSB is None else whole_samples(loss_MSB.transpose(1, 2), self._context_group)
 
-    def _evaluate(self, batch: Batch | None, num_micro_batches: int) -> None:
+    def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
         with cpu_stand_ins(), torch.no_grad():
             for chunk in self._wrapped:
                 chunk.eval()

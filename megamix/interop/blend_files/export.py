@@ -33,7 +33,7 @@ WHOLE_SPLIT = "100,0,0"
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedBlend:
     """Blend as text, which ends with a newline, and notes for its user."""
 
     text: str
@@ -63,7 +63,7 @@ class DataSet:
 
 def export_blend(
     path: Path, format: str = "megatron", which: str | None = None, weights: Path | None = None
-) -> Exported:
+) -> ExportedBlend:
     """Static mixture of a run or a data set.
 
     Args:
@@ -102,7 +102,7 @@ def is_run(path: Path) -> bool:
     raise InputError(f"{path} is neither a run (it has no {CONFIG}) nor a data set (no {FILE_NAME}). Check the path.")
 
 
-def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported:
+def render(weights: Mapping[str, float], format: str, data: DataSet) -> ExportedBlend:
     """Weights by domain as text.
 
     Raises:
@@ -111,12 +111,12 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
     if format not in FORMATS:
         raise InputError(f"--format {format}: no such format." + did_you_mean(format, FORMATS))
     if format == "json":
-        return Exported(_json(dict(weights)), [])
+        return ExportedBlend(_json(dict(weights)), [])
     manifest = data.manifest
     if manifest is None:
         raise InputError(f"{data.source}: --format {format} needs its data set. {data.missing} Or use --format json.")
     if format == "doremi":
-        return Exported(_json(doremi_config(weights, {name: data.natural.get(name, 0.0) for name in weights})), [])
+        return ExportedBlend(_json(doremi_config(weights, {name: data.natural.get(name, 0.0) for name in weights})), [])
     gone = [name for name, weight in weights.items() if weight > 0 and name not in manifest.domain_names]
     if gone:
         raise InputError(
@@ -130,13 +130,13 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
     if format == "megatron":
         split = manifest.split or WHOLE_SPLIT
         why = "which its validation is held out by" if manifest.split else "validation lies in files of its own"
-        return Exported(data_path(train) + "\n", [*notes, f"Give Megatron --split {split}: {why}."])
+        return ExportedBlend(data_path(train) + "\n", [*notes, f"Give Megatron --split {split}: {why}."])
     if manifest.split is not None:
         raise InputError(
             f"{data.source}: its validation is held out of the same files by --split {manifest.split}, which"
             " --per-split-data-args-path cannot say. Use --format megatron with that --split."
         )
-    return Exported(_json(per_split_json(train, _files(manifest, data.natural, "validation"))), notes)
+    return ExportedBlend(_json(per_split_json(train, _files(manifest, data.natural, "validation"))), notes)
 
 
 def write_text(path: Path, text: str) -> None:

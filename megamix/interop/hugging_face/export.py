@@ -43,7 +43,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """Exported model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Exported:
         return f"{self.out}: the model of {self.source} ({size})"
 
 
-def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MAX_SHARD_BYTES) -> Exported:
+def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MAX_SHARD_BYTES) -> ExportedModel:
     """Writes the model of a run to the folder ``out``.
 
     Args:
@@ -101,7 +101,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
         raise MegamixError(f"cannot write {out}: {error.strerror or error}. Free space or choose another.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(out, source, *exported)
+    return ExportedModel(out, source, *exported)
 
 
 def _check_out(out: Path) -> None:

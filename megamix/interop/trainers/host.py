@@ -23,8 +23,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
 from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
-from megamix.engines.base import Objective
-from megamix.engines.step_loss import StepLoss
+from megamix.engines.step_loss import Objective, StepLoss
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
 from megamix.training.checkpoints.state import RunState
 from megamix.training.config import KINDS, MixConfig

@@ -88,8 +88,8 @@ class RunState:
 
 
 def read_state(path: Path, patience: float = 0.0) -> RunState:
-    """The state in a checkpoint; see `store.read_state`."""
-    return RunState.from_json(store.read_state(path, patience), path)
+    """The state in a checkpoint; see `store.read_state_json`."""
+    return RunState.from_json(store.read_state_json(path, patience), path)
 
 
 def newest_state(folder: Path) -> RunState | None:

@@ -218,7 +218,7 @@ def wait_for(path: Path, deadline: float) -> bool:
             os.listdir(path.parent)
 
 
-def read_state(path: Path, patience: float = 0.0) -> dict[str, Any]:
+def read_state_json(path: Path, patience: float = 0.0) -> dict[str, Any]:
     """state.json of a checkpoint, as JSON (`megamix.training.checkpoints.state`).
 
     Args:
