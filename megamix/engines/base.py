@@ -18,6 +18,11 @@ from megamix.engines.step_loss import Objective, StepLoss
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
+def local_device() -> torch.device:
+    """GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Place:
     """Position of this process in the job."""

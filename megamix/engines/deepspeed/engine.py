@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megamix.data.loader import Batch
-from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place
+from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
 from megamix.engines.config import DeepSpeedConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
 
         world_size = dist.get_world_size()
         data_size = engine.data_size(world_size)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = local_device()
         self._loss = StepLoss(num_domains, vocab_size, device, loss_implementation)
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level

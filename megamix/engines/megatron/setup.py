@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-from megamix.engines.base import Place
+from megamix.engines.base import Place, local_device
 from megamix.engines.config import MegatronConfig, TrainConfig
 from megamix.engines.megatron.model import MixChunk
 
@@ -39,7 +39,6 @@ def start_groups(engine: MegatronConfig) -> None:
 
 def place(engine: MegatronConfig, *, reads_all_stages: bool) -> Place:
     """Returns this rank's place in the process groups."""
-    cuda = torch.cuda.is_available()
     return Place(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -47,7 +46,7 @@ def place(engine: MegatronConfig, *, reads_all_stages: bool) -> Place:
         data_size=parallel_state.get_data_parallel_world_size(),
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         num_stages=engine.pipeline,
-        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        device=local_device(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         reads_all_stages=reads_all_stages,

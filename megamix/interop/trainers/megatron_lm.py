@@ -35,6 +35,7 @@ import torch.distributed as dist
 from megamix.core.errors import InputError, MegamixError
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.engines.base import local_device
 from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state
 from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
 
@@ -243,7 +244,7 @@ class MegatronMix:
             data_rank=parallel_state.get_data_parallel_rank(),
             reads_data=is_last or parallel_state.is_pipeline_first_stage(ignore_virtual=True),
             has_loss=is_last,
-            device=_device(),
+            device=local_device(),
             record_dir=Path(args.save) / FOLDER if args.save else None,
             resumed=resumed,
             loss_implementation=self._loss_implementation,
@@ -262,7 +263,7 @@ class MegatronMix:
         from megatron.core import parallel_state
 
         batch = run.next_batch()
-        self._batch = None if batch is None else batch.to(_device())
+        self._batch = None if batch is None else batch.to(local_device())
         divided_by = 1.0
         if batch is not None and self._get_args().calculate_per_token_loss:
             # Megatron counts the tokens that `loss_func` returns over micro-batches and ranks.
@@ -315,7 +316,7 @@ def _validation(run: HostRun, consumed: int) -> Iterator[_Item]:
     blend.take(consumed)
     reader = plan.reader(plan.validation)
     rows = np.arange(share.global_batch)[share.samples]
-    device = _device()
+    device = local_device()
     while True:
         domain_n, sample_n = blend.take(share.global_batch)
         batch = None
@@ -336,7 +337,3 @@ def _state_path(folder: Any, iteration: int) -> Path:
     if not folder:
         raise InputError(f"{HOST}'s --save and --load must name a folder: the state of the data is kept there.")
     return Path(folder) / FOLDER / f"iter_{iteration:07d}.json"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -33,7 +33,7 @@ from megamix.training.checkpoints.store import (
     damage_of_files,
     describe,
     files_in,
-    read_listing,
+    listing_of,
     refusal,
     write_json,
     write_listing,
@@ -310,7 +310,7 @@ def _shared_out(seen: list[list[str]]) -> dict[str, int]:
 def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: bool = False) -> None:
     """Sets the engine's weights and optimizer state; each rank reads the layers it holds.
 
-    Layers are safetensors files. A own format is read by its engine; Megatron's holds pickled files, which it opens
+    Layers are safetensors files. An own format is read by its engine; Megatron's holds pickled files, which it opens
     only after their hashes are checked (`megamix.engines.megatron.checkpoint`).
 
     Args:
@@ -320,10 +320,7 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
         ResumeRefused: a file is damaged, or only another engine can read it.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    try:
-        listing = read_listing(path, PATIENCE_SECONDS)
-    except ValueError as problem:
-        raise refusal(path, str(problem)) from problem
+    listing = listing_of(path, PATIENCE_SECONDS)
 
     def check(names: list[str]) -> None:
         problem = damage_of_files(path, listing, names, deadline, hashes=not verified)

@@ -8,7 +8,7 @@
         checkpoint.json             every file's size and SHA-256, and a SHA-256 of this list; written last, before the
                                     directory gets its name
 
-An engine with a own format has a folder of its name in place of ``layers``, which it alone reads.
+An engine with an own format has a folder of its name in place of ``layers``, which it alone reads.
 
 The files are written under ``step_200.partial`` by all ranks and renamed once every rank has finished
 (`megamix.training.checkpoints.saving`, `megamix.training.checkpoints.keeping`). Nothing but an engine's own format is
@@ -149,6 +149,18 @@ def read_listing(path: Path, patience: float = 0.0) -> Listing:
         raise ValueError(f"{LISTING} cannot be used ({problem})") from problem
 
 
+def listing_of(path: Path, patience: float = 0.0) -> Listing:
+    """`read_listing` of a checkpoint that was named by its path.
+
+    Raises:
+        ResumeRefused: it is damaged.
+    """
+    try:
+        return read_listing(path, patience)
+    except ValueError as problem:
+        raise refusal(path, str(problem)) from problem
+
+
 def write_listing(path: Path, listing: Listing) -> None:
     """Writes checkpoint.json, which makes the checkpoint complete."""
     content = {"format": FORMAT, "version": VERSION, **vars(listing)}
@@ -241,15 +253,8 @@ def refusal(path: Path, problem: str) -> ResumeRefused:
 
 
 def kind(path: Path) -> str:
-    """The form of the weights of a checkpoint, see `Listing.holds`.
-
-    Raises:
-        ResumeRefused: its checkpoint.json is damaged.
-    """
-    try:
-        return read_listing(path).holds
-    except ValueError as problem:
-        raise refusal(path, str(problem)) from problem
+    """The form of the weights of a checkpoint, see `Listing.holds`; raises as `listing_of`."""
+    return listing_of(path).holds
 
 
 def files_in(path: Path, folder: str) -> list[str]:
@@ -263,10 +268,7 @@ def verify(path: Path, name: str) -> None:
     Raises:
         ResumeRefused: it is damaged.
     """
-    try:
-        listing = read_listing(path)
-    except ValueError as problem:
-        raise refusal(path, str(problem)) from problem
+    listing = listing_of(path)
     if name not in listing.files:
         raise ResumeRefused(f"the checkpoint {path} has no {name}: it is of another model.")
     problem = damage_of_files(path, listing, [name], time.monotonic())
