@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
-from commands import STDLIB, run_megamix
+from commands import LAUNCH_VARIABLES, STDLIB, run_megamix
 
 # Files that take tens of seconds, the longest first: begun last, one of them would keep one of two workers idle.
 LONGEST = [
@@ -43,6 +45,16 @@ def _documents() -> Iterator[tuple[str, list[str]]]:
     yield "topics", [part.replace("\\n'\n", "\n") for part in re.split(r"\n '\w[\w-]*': ", topics)]
     packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))[:40]
     yield "packages", [path.read_text(encoding="utf-8") for path in packages]
+
+
+@pytest.fixture
+def outside_of_a_job() -> Iterator[None]:
+    """No trace of another job in the environment, and none left behind."""
+    with mock.patch.dict(os.environ):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in LAUNCH_VARIABLES:
+                del os.environ[name]
+        yield
 
 
 @pytest.fixture(scope="session")

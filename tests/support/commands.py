@@ -22,6 +22,11 @@ ENVIRONMENT = {
 }
 RUN_SECONDS = 300
 """Limit of every wait that a defect would make endless. No test is about time: a busy machine may take minutes."""
+LAUNCH_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMP_NUM_THREADS", "MEGAMIX_FAILURE_REPORTS"),
+}
+"""Environment variables that make a process a rank of a job."""
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
