@@ -13,7 +13,7 @@ import typer
 from megamix.core.errors import EXIT_FAILED, MegamixError
 from megamix.interop.blend_files.cli import app as blend
 from megamix.studies.launch import Overrides, launch
-from megamix.studies.slurm.resources import DryRun, Resources, Slurm, slurm_options
+from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
 
 app = typer.Typer(
@@ -203,6 +203,52 @@ def doremi(
     if not slurm:
         raise typer.Exit(run(config, overrides or [], only))
     typer.echo(submit_doremi(config, overrides or [], resources, dry_run=dry_run), nl=False)
+
+
+def _arena_keys(asked: bool) -> None:
+    if asked:
+        from megamix.core.config_help import config_help
+        from megamix.studies.arena.config import ArenaConfig
+
+        typer.echo(config_help(ArenaConfig))
+        raise typer.Exit
+
+
+@app.command()
+@slurm_options
+def arena(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        Literal["data", "run", "collect"] | None,
+        typer.Option(help="data: traps and configs; run: also the members; collect: the results of those done so far."),
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Members at a time; default: arena.at_once.")] = None,
+    slurm: Slurm = False,
+    limit: Limit = 0,
+    dry_run: DryRun = False,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config", is_eager=True, callback=_arena_keys, help="Print every key of arena, and its meaning."
+        ),
+    ] = False,
+    *,
+    resources: Resources,
+) -> None:
+    """Compare mixing rules on your data: every arm with every seed, with and without traps, as ordinary runs; then
+    differences to natural weights and to the best static mixture, seed by seed, with intervals and a verdict. What is
+    done is passed over; what was interrupted goes on. The config is a run's, with the comparison under the key arena.
+
+    Example: megamix arena configs/arena/demo.yaml run_dir=runs/arena
+    """
+    from megamix.studies.arena.tasks import arena as run
+    from megamix.studies.arena.tasks import submit_arena
+
+    resources.refuse_without_slurm(only, dry_run=dry_run, slurm=slurm)
+    if not slurm:
+        raise typer.Exit(run(config, overrides or [], only, at_once=at_once))
+    typer.echo(submit_arena(config, overrides or [], resources, limit, dry_run=dry_run), nl=False)
 
 
 @app.command()

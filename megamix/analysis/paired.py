@@ -1,4 +1,4 @@
-"""Means of a handful of numbers with Student's t intervals."""
+"""Means of a handful of numbers with Student's t intervals, and the difference that so few can show."""
 
 from __future__ import annotations
 
@@ -36,3 +36,24 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         return Interval(mean, None, number)
     quantile = float(t.ppf((1 + confidence) / 2, number - 1))
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(number), number)
+
+
+def smallest_visible(deviation: float, number: int, power: float = 0.8, confidence: float = 0.95) -> float | None:
+    """The mean of normally distributed numbers whose t interval excludes 0 with a probability of ``power``.
+
+    Args:
+        deviation: standard deviation of the numbers.
+        number: how many there are; None for fewer than two.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if number < 2:
+        return None
+    bound = float(t.ppf((1 + confidence) / 2, number - 1))
+
+    def missing(shift: float) -> float:
+        # The other tail, which a mean of the wrong sign would be in, is left out: below 1e-4 where power is 0.8.
+        return float(nct.sf(bound, number - 1, shift)) - power
+
+    return float(brentq(missing, 0.0, 2 * bound + 2)) * deviation / math.sqrt(number)

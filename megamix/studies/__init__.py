@@ -1,1 +1,1 @@
-"""Several runs that find a mixture: DoReMi and swarms, here or on Slurm. Each study is a list of `tasks`."""
+"""Several runs that find a mixture: DoReMi, swarms and the arena, here or on Slurm. Each study is a list of `tasks`."""

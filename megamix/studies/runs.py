@@ -21,10 +21,15 @@ from megamix.training.run import train
 
 @dataclass(frozen=True)
 class Member:
-    """One of several runs that a study compares: an ordinary run with a config file."""
+    """One of several runs that a study compares: an ordinary run with a config file.
+
+    Attributes:
+        until: the step that the study lets it train to; None: its last.
+    """
 
     path: Path
     config: RunConfig
+    until: int | None = None
 
     @property
     def name(self) -> str:
@@ -33,8 +38,8 @@ class Member:
 
     @property
     def is_done(self) -> bool:
-        """Whether its last checkpoint is of its last step."""
-        return is_run_done(self.config)
+        """Whether its last checkpoint is of its last step, or of the one that the study lets it train to."""
+        return is_run_done(self.config, until=self.until)
 
 
 def members_of(folder: Path, overrides: Sequence[str]) -> list[Member]:
@@ -57,10 +62,20 @@ def members_of(folder: Path, overrides: Sequence[str]) -> list[Member]:
 
 
 def members_job(
-    folder: Path, overrides: Sequence[str], members: Sequence[Member], resources: Resources, limit: int
+    folder: Path,
+    overrides: Sequence[str],
+    members: Sequence[Member],
+    resources: Resources,
+    limit: int,
+    *,
+    check_data: bool = True,
 ) -> Job:
-    """Array with an index for each member of a folder; raises InputError for members of different numbers of ranks."""
-    options = [resources.of_run(member.config, str(member.path)) for member in members]
+    """Array with an index for each member of a folder; raises InputError for members of different numbers of ranks.
+
+    Args:
+        check_data: whether data and mixtures of the members are there already.
+    """
+    options = [resources.of_run(member.config, str(member.path), check_data=check_data) for member in members]
     odd = next((i for i, other in enumerate(options) if other != options[0]), None)
     if odd is not None:
         raise InputError(

@@ -80,10 +80,11 @@ def run_tasks(tasks: Iterable[Task], *, again: bool = False) -> int:
     return EXIT_OK
 
 
-def is_run_done(config: RunConfig, inputs: Sequence[Path] = ()) -> bool:
-    """Whether a run's last checkpoint is of its last step, and the run was started after ``inputs`` last changed."""
+def is_run_done(config: RunConfig, inputs: Sequence[Path] = (), until: int | None = None) -> bool:
+    """Whether a run's last checkpoint is of its last step, or of ``until`` or later, and the run was started after
+    ``inputs`` last changed."""
     state = newest_state(config.run_dir / "checkpoints")
-    if state is None or state.step < config.train.steps:
+    if state is None or state.step < (until or config.train.steps):
         return False
     return not inputs or is_newer(config.run_dir / "config.resolved.yaml", inputs)
 

@@ -192,7 +192,7 @@ class MixConfig(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _one_run(cls, data: object) -> object:
-        for key, command in (("doremi", "doremi"), ("swarm", "swarm all")):
+        for key, command in (("doremi", "doremi"), ("swarm", "swarm all"), ("arena", "arena")):
             if isinstance(data, dict) and key in data and key not in cls.model_fields:
                 raise ValueError(
                     f"the key {key} is for `megamix {command}`, which makes several runs. Use that, or remove the key."

@@ -1,0 +1,360 @@
+"""The results of an arena: a line for each member, and differences between arms, seed by seed.
+
+    RUN_DIR/results.csv    a line for each arm, seed, trap, objective, budget and model
+    RUN_DIR/results.json   for each of these cells the arms' means, and paired differences with intervals
+    RUN_DIR/results.md     the same as tables
+
+All losses are means over the run's own domains on their held-out text, in nats per token, also where a trap adds a
+domain. A difference is the arm's objective loss less the baseline's, so below 0 it is better.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from megamix import __version__
+from megamix.analysis.paired import Interval, smallest_visible, t_interval
+from megamix.core.errors import InputError
+from megamix.core.files import replace_file, writing
+from megamix.core.text import Report
+from megamix.studies.arena.config import NATURAL, NO_TRAP
+from megamix.studies.arena.study import ArenaStudy, Condition, Entry, Weights
+from megamix.training.checkpoints.state import newest_state
+from megamix.training.records.recorded_run import RecordedRun
+
+CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of results.csv: a member, judged by one objective.
+
+    Attributes:
+        model: empty for the run's own.
+        objective_loss, macro_loss, micro_loss, worst_loss: after the last step; micro weights domains by their natural
+            share without a trap.
+        steps_to_target: the step, on the line between two evaluations, at which the objective loss comes down to the
+            final one of the arm `natural` of the same seed and condition; None where it does not.
+        noise_tokens: tokens spent on the trap's domain; None without a trap.
+        seconds: in training steps.
+        curve: (step, objective loss) of every evaluation.
+    """
+
+    arm: str
+    objective: str
+    model: str
+    budget: int
+    trap: str
+    seed: int
+    objective_loss: float
+    macro_loss: float
+    micro_loss: float
+    worst_loss: float
+    worst_domain: str
+    steps_to_target: float | None
+    tokens: int
+    noise_tokens: int | None
+    seconds: float
+    member: str
+    curve: Curve
+
+
+COLUMNS = tuple(field.name for field in fields(Row) if field.name != "curve")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm against a baseline, paired by seed.
+
+    Attributes:
+        against: natural, best_static, or best_static_without_trap.
+        baseline: the arm that this is.
+        deviation: standard deviation of the differences; None for fewer than two seeds.
+        smallest_visible: the difference that this many seeds show with a probability of 0.8.
+    """
+
+    against: str
+    baseline: str
+    interval: Interval
+    deviation: float | None
+    smallest_visible: float | None
+
+    @property
+    def verdict(self) -> str:
+        """In words; "no difference found" unless the interval excludes 0."""
+        mean, half = self.interval.mean, self.interval.half_width
+        if half is None:
+            return "one seed, no interval"
+        if not self.interval.excludes_zero:
+            return "no difference found"
+        gain = abs(mean)
+        return f"{'better' if mean < 0 else 'worse'} by {gain:.4f} ({gain - half:.4f} to {gain + half:.4f})"
+
+    def record(self) -> dict[str, Any]:
+        """For results.json."""
+        half = self.interval.half_width
+        low_high = None if half is None else [self.interval.mean - half, self.interval.mean + half]
+        return {
+            "baseline": self.baseline,
+            "mean": self.interval.mean,
+            "interval": low_high,
+            "number": self.interval.number,
+            "deviation": self.deviation,
+            "smallest_visible": self.smallest_visible,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The arms under one objective and condition.
+
+    Attributes:
+        rows: {arm: {seed: row}}, of members that are done.
+        best_static: the static arms, by their mean loss over the seeds that all of them have; the lowest first.
+        differences: {arm: its differences}.
+    """
+
+    objective: str
+    condition: Condition
+    rows: Mapping[str, Mapping[int, Row]]
+    best_static: tuple[str, ...]
+    differences: Mapping[str, Sequence[Difference]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of an arena, as far as its members are done."""
+
+    study: ArenaStudy
+    rows: tuple[Row, ...]
+    done: int
+    total: int
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """A cell for each objective and condition with a row."""
+        found: dict[tuple[str, Condition], Cell] = {}
+        for objective in self.study.objectives:
+            # Without the trap first: what a trap is compared with.
+            for condition in sorted(self.study.conditions, key=lambda one: one.trap != NO_TRAP):
+                rows = self._rows_of(objective, condition)
+                if rows:
+                    plain = found.get((objective, Condition(condition.model, condition.steps, NO_TRAP)))
+                    found[objective, condition] = self._cell(objective, condition, rows, plain)
+        return list(found.values())
+
+    def _rows_of(self, objective: str, condition: Condition) -> dict[str, dict[int, Row]]:
+        rows: dict[str, dict[int, Row]] = {}
+        key = (objective, condition.model or "", condition.steps, condition.trap)
+        for row in self.rows:
+            if (row.objective, row.model, row.budget, row.trap) == key:
+                rows.setdefault(row.arm, {})[row.seed] = row
+        return {arm: rows[arm] for arm in self.study.arms if arm in rows}
+
+    def _cell(
+        self, objective: str, condition: Condition, rows: Mapping[str, Mapping[int, Row]], plain: Cell | None
+    ) -> Cell:
+        arms = self.study.arms
+        best = best_of({arm: found for arm, found in rows.items() if arms[arm].is_static and arms[arm].mean_of is None})
+        differences: dict[str, list[Difference]] = {}
+        for arm, mine in rows.items():
+            found = []
+            if NATURAL in rows and arm != NATURAL:
+                found.append(difference("natural", NATURAL, mine, rows[NATURAL]))
+            rival = next((name for name in best if name != arm), None)
+            if rival is not None:
+                found.append(difference("best_static", rival, mine, rows[rival]))
+            if condition.trap != NO_TRAP and plain is not None and plain.best_static:
+                rival = plain.best_static[0]
+                found.append(difference("best_static_without_trap", rival, mine, plain.rows[rival]))
+            differences[arm] = [one for one in found if one is not None]
+        return Cell(objective, condition, rows, best, differences)
+
+    def csv(self) -> str:
+        """results.csv; an empty cell where there is no number."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, column) for column in COLUMNS] for row in self.rows)
+        return text.getvalue()
+
+    def json(self) -> dict[str, Any]:
+        """results.json."""
+        return {
+            "megamix": __version__,
+            "members": {"done": self.done, "total": self.total},
+            "seeds": list(self.study.config.seeds),
+            "objectives": self.study.objectives,
+            "comparisons": sum(len(found) for cell in self.cells for found in cell.differences.values()),
+            "cells": [self._cell_record(cell) for cell in self.cells],
+        }
+
+    def _cell_record(self, cell: Cell) -> dict[str, Any]:
+        return {
+            "objective": cell.objective,
+            **asdict(cell.condition),
+            "best_static": cell.best_static[0] if cell.best_static else None,
+            "arms": {arm: arm_record(cell, arm) for arm in cell.rows},
+        }
+
+
+def arm_record(cell: Cell, arm: str) -> dict[str, Any]:
+    """Means of an arm over its seeds, and its differences."""
+    rows = list(cell.rows[arm].values())
+    losses = [row.objective_loss for row in rows]
+    reached = [row.steps_to_target for row in rows]
+    means = {
+        key: statistics.fmean(getattr(row, key) for row in rows)
+        for key in ("objective_loss", "macro_loss", "micro_loss", "worst_loss", "seconds")
+    }
+    noise = [row.noise_tokens for row in rows if row.noise_tokens is not None]
+    return {
+        "seeds": [row.seed for row in rows],
+        **means,
+        "deviation": statistics.stdev(losses) if len(losses) > 1 else None,
+        # A mean over the seeds that got there would favour an arm that gets there rarely.
+        "steps_to_target": None if None in reached else statistics.fmean(step for step in reached if step is not None),
+        "reached_target": sum(step is not None for step in reached),
+        "noise_share": statistics.fmean(noise) / rows[0].tokens if noise else None,
+        "differences": {one.against: one.record() for one in cell.differences[arm]},
+    }
+
+
+def best_of(rows: Mapping[str, Mapping[int, Row]]) -> tuple[str, ...]:
+    """Arms by their mean objective loss over the seeds that all of them have; none where no seed is common."""
+    common = set.intersection(*(set(found) for found in rows.values())) if rows else set()
+    if not common:
+        return ()
+    mean = {arm: statistics.fmean(found[seed].objective_loss for seed in common) for arm, found in rows.items()}
+    return tuple(sorted(mean, key=lambda arm: mean[arm]))
+
+
+def difference(against: str, baseline: str, mine: Mapping[int, Row], theirs: Mapping[int, Row]) -> Difference | None:
+    """An arm less a baseline over the seeds that both have; None where there is none."""
+    pairs = [mine[seed].objective_loss - theirs[seed].objective_loss for seed in mine if seed in theirs]
+    if not pairs:
+        return None
+    deviation = statistics.stdev(pairs) if len(pairs) > 1 else None
+    smallest = None if deviation is None else smallest_visible(deviation, len(pairs))
+    return Difference(against, baseline, t_interval(pairs), deviation, smallest)
+
+
+def read_results(study: ArenaStudy) -> Results:
+    """Reads the records of the members that are done."""
+    runs = {entry.name: run for entry in study.entries if (run := _finished(study, entry)) is not None}
+    rows = [
+        _row(study, entry, runs[entry.name], objective, weights)
+        for entry in study.entries
+        if entry.name in runs
+        for objective, weights in study.objectives.items()
+        if entry.objective in (None, objective)
+    ]
+    targets = {_target_key(row): row.objective_loss for row in rows if row.arm == NATURAL}
+    reached = [_with_target(row, targets.get(_target_key(row))) for row in rows]
+    return Results(study, tuple(reached), len(runs), len(study.entries))
+
+
+def _target_key(row: Row) -> tuple[object, ...]:
+    return row.objective, row.model, row.budget, row.trap, row.seed
+
+
+def _with_target(row: Row, target: float | None) -> Row:
+    steps = None if target is None else first_step_at(row.curve, target)
+    return Row(**{**{field.name: getattr(row, field.name) for field in fields(row)}, "steps_to_target": steps})
+
+
+def first_step_at(curve: Sequence[tuple[int, float]], target: float) -> float | None:
+    """The step at which a loss first comes down to ``target``, on the line between two evaluations."""
+    before: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = step, loss
+    return None
+
+
+def _finished(study: ArenaStudy, entry: Entry) -> RecordedRun | None:
+    state = newest_state(study.run_dir_of(entry) / "checkpoints")
+    return RecordedRun.open(study.run_dir_of(entry)) if state and state.step >= entry.condition.steps else None
+
+
+def _row(study: ArenaStudy, entry: Entry, run: RecordedRun, objective: str, weights: Weights) -> Row:
+    last = {name: run.evaluations[-1]["domain_loss"][name] for name in study.domains}
+    lost = next((name for name, loss in last.items() if loss is None), None)
+    if lost is not None:
+        raise InputError(f"{run.run_dir}: the last validation loss of '{lost}' is not finite, so it has no mean.")
+    worst = max(last, key=lambda name: last[name])
+    condition = entry.condition
+    trap = study.traps.get(condition.trap)
+    spent = None
+    if trap is not None:
+        spent = run.ledger.counts(run.position)[trap.changed_domain] * run.config.data.seq_length
+    return Row(
+        arm=entry.arm.name,
+        objective=objective,
+        model=condition.model or "",
+        budget=condition.steps,
+        trap=condition.trap,
+        seed=entry.seed,
+        objective_loss=weighted(weights, last),
+        macro_loss=statistics.fmean(last.values()),
+        micro_loss=weighted(study.natural, last),
+        worst_loss=last[worst],
+        worst_domain=worst,
+        steps_to_target=None,
+        tokens=run.tokens,
+        noise_tokens=spent,
+        seconds=round(_seconds(run), 1),
+        member=entry.name,
+        curve=tuple(_curve(run, weights)),
+    )
+
+
+def _curve(run: RecordedRun, weights: Weights) -> Iterator[tuple[int, float]]:
+    """(step, objective loss), without the evaluations that lack a domain, which comes later."""
+    for line in run.evaluations:
+        losses = {name: line["domain_loss"].get(name) for name in weights}
+        if None not in losses.values():
+            yield line["step"], weighted(weights, losses)
+
+
+def weighted(weights: Weights, losses: Mapping[str, float]) -> float:
+    """The sum of weight times loss."""
+    return sum(weight * losses[name] for name, weight in weights.items())
+
+
+def _seconds(run: RecordedRun) -> float:
+    """The time of all training steps, without evaluations and checkpoints."""
+    before, found = 0, 0.0
+    for line in run.train:
+        found += (line["tokens"] - before) / line["tokens_per_second"] if line["tokens_per_second"] else 0.0
+        before = line["tokens"]
+    return found
+
+
+def collect(study: ArenaStudy) -> Report:
+    """Writes the results of the members that are done; returns what to print."""
+    from megamix.studies.arena.tables import markdown, report
+
+    results = read_results(study)
+    content = {
+        CSV: results.csv(),
+        JSON: json.dumps(results.json(), indent=1, allow_nan=False) + "\n",
+        MARKDOWN: markdown(results),
+    }
+    with writing(study.run_dir, "Choose another run_dir."):
+        study.run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in content.items():
+            replace_file(study.run_dir / name, text.encode())
+    return report(results, [study.run_dir / name for name in content])

@@ -1,0 +1,403 @@
+"""The runs of an arena, from one config: which members there are, and the config of each.
+
+arm x seed x condition (model, steps, trap), and x objective for an arm whose mixer follows it   -> a member
+
+RUN_DIR/members/begin    of traps of the kind late: the members up to the step at which the domain comes
+RUN_DIR/members/arms     all others, and how those of `begin` go on
+RUN_DIR/members/frozen   arms with the mean weights of other members
+RUN_DIR/runs/NAME        the runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megamix.core.config import validate
+from megamix.core.config_files import merge
+from megamix.core.errors import InputError
+from megamix.mixing.mixers import find_mixer
+from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
+from megamix.studies.arena.traps import Trap
+from megamix.studies.runs import Member, read_section, write_yaml
+from megamix.training.config import KINDS, RunConfig
+from megamix.training.plan import Plan, make_plan
+
+MEMBERS, RUNS, TRAPS = "members", "runs", "traps"
+BEGIN, ARMS, FROZEN_ARMS = "begin", "arms", "frozen"
+STATIC = {"name": "static"}
+SETTLED = (
+    "run_dir", "objective", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.micro_batch",
+    "data.manifest", "data.domains", "data.seq_length", "data.eod_mask_loss", "data.reset_position_ids", "evaluate",
+    "checkpoint.domains",
+)  # fmt: skip
+"""Keys that no arm may change: the arena sets them, or losses would not be comparable."""
+Run = dict[str, Any]
+Weights = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared.
+
+    Attributes:
+        changes: keys of a run that differ, nested.
+        is_static: whether no mixer changes its weights.
+        follows_objective: whether its mixer does.
+        mean_of: the arm whose mean weights it has; None for an arm with its own.
+    """
+
+    name: str
+    changes: Run
+    is_static: bool
+    follows_objective: bool
+    mean_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What all arms of a comparison share: the model (None: the run's), the number of steps and the trap."""
+
+    model: str | None
+    steps: int
+    trap: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member of the arena, before it has a config.
+
+    Attributes:
+        objective: that its mixer follows; None where it follows none.
+        name: of its config file and its run.
+    """
+
+    arm: Arm
+    objective: str | None
+    condition: Condition
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ArenaStudy:
+    """Resolved config of ``megamix arena``.
+
+    Attributes:
+        base: the run's config without the key ``arena``, not validated.
+        source: of the config, for messages.
+    """
+
+    base: Run
+    config: ArenaConfig
+    run_dir: Path
+    source: str
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Plan of the run itself, with natural weights."""
+        return make_plan(validate(RunConfig, {**self.base, "mixture": "natural", "mixer": STATIC}, self.source))
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The run's domains, over which all losses are averaged."""
+        return self.plan.domain_names
+
+    @cached_property
+    def natural(self) -> Weights:
+        """{domain: share of the training tokens}."""
+        return dict(zip(self.domains, self.plan.natural_weights.tolist(), strict=True))
+
+    @cached_property
+    def objectives(self) -> dict[str, Weights]:
+        """{name: weights of the domains} that arms are judged by."""
+        words = {"natural": self.natural, "uniform": dict.fromkeys(self.domains, 1 / len(self.domains))}
+        if self.config.objectives is not None:
+            return {name: words[name] for name in self.config.objectives}
+        own = self.plan.config.objective
+        if isinstance(own, str):
+            return {own: words[own]}
+        weights = self.plan.objective_weights.tolist()
+        return {"given": dict(zip(self.domains, weights, strict=True))}
+
+    @cached_property
+    def traps(self) -> dict[str, Trap]:
+        """The traps by name."""
+        found = self.config.traps.items()
+        return {name: Trap(name, trap, self.plan.manifest, self.domains) for name, trap in found}
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Controls, the arms of the config, and the mean of each that has a mixer."""
+        given = {name: nested(changes, f"{self.source}, arm {name}") for name, changes in self.config.arms.items()}
+        controls = {name: {"mixture": mixture, "mixer": STATIC} for name, mixture in CONTROLS.items()}
+        runs = {**(controls if self.config.controls else {}), **given}
+        found = {name: self._arm(name, changes) for name, changes in runs.items()}
+        means = {
+            arm.name + FROZEN: Arm(arm.name + FROZEN, {**arm.changes, "mixer": STATIC}, True, False, arm.name)
+            for arm in found.values()
+            if self.config.frozen_mean and not arm.is_static
+        }
+        return {**found, **means}
+
+    def _arm(self, name: str, changes: Run) -> Arm:
+        config = validate(RunConfig, self._with(changes), f"{self.source}, arm {name}")
+        mixer = find_mixer(config.mixer.name)[1]
+        return Arm(name, changes, config.mixer.name == "static", mixer.follows_objective)
+
+    @cached_property
+    def conditions(self) -> list[Condition]:
+        """All conditions, the longest runs last."""
+        steps = self.config.budgets or (self.plan.config.train.steps,)
+        models: tuple[str | None, ...] = tuple(self.config.models or (None,))
+        traps = (NO_TRAP, *self.traps)
+        return [Condition(model, budget, trap) for model in models for budget in steps for trap in traps]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """All members, those of a seed together."""
+        return [
+            Entry(arm, objective, condition, seed, self._name(arm, objective, condition, seed))
+            for seed in self.config.seeds
+            for condition in self.conditions
+            for arm in self.arms.values()
+            if arm.mean_of is None or not self._is_late(condition)
+            for objective in self._objectives_of(arm)
+        ]
+
+    def _objectives_of(self, arm: Arm) -> tuple[str | None, ...]:
+        parent = arm if arm.mean_of is None else self.arms[arm.mean_of]
+        return tuple(self.objectives) if parent.follows_objective else (None,)
+
+    def _is_late(self, condition: Condition) -> bool:
+        return condition.trap != NO_TRAP and self.config.traps[condition.trap].kind == "late"
+
+    def _name(self, arm: Arm, objective: str | None, condition: Condition, seed: int) -> str:
+        parts = [
+            f"seed{seed}",
+            *([condition.model] if condition.model is not None else []),
+            *([f"{condition.steps}steps"] if self.config.budgets else []),
+            *([condition.trap] if condition.trap != NO_TRAP else []),
+            arm.name if objective is None or len(self.objectives) == 1 else f"{arm.name}@{objective}",
+        ]
+        return ".".join(parts)
+
+    def folder(self, part: str) -> Path:
+        """The folder of the members' configs: `BEGIN`, `ARMS` or `FROZEN_ARMS`."""
+        return self.run_dir / MEMBERS / part
+
+    def run_dir_of(self, entry: Entry) -> Path:
+        """The directory of a member's run."""
+        return self.run_dir / RUNS / entry.name
+
+    def members(self, part: str) -> list[Member]:
+        """The members of a part, in the order of their array indices (that of the names' bytes)."""
+        folder, until = self.folder(part), {}
+        if part == BEGIN:
+            until = {entry.name: self._from_step(entry) for entry in self.entries_of(part)}
+        entries = sorted(self.entries_of(part), key=lambda entry: entry.name.encode())
+        configs = self.configs(part)
+        return [
+            Member(
+                folder / f"{entry.name}.yaml",
+                validate(RunConfig, configs[entry.name], f"{self.source}, {entry.name}"),
+                until.get(entry.name),
+            )
+            for entry in entries
+        ]
+
+    def entries_of(self, part: str) -> Iterator[Entry]:
+        """The entries of a part."""
+        for entry in self.entries:
+            if part == BEGIN:
+                wanted = self._is_late(entry.condition)
+            else:
+                wanted = (entry.arm.mean_of is not None) == (part == FROZEN_ARMS)
+            if wanted:
+                yield entry
+
+    def configs(self, part: str) -> dict[str, Run]:
+        """{member: its run's config} of a part."""
+        make = self._begin_run if part == BEGIN else self.run
+        return {entry.name: make(entry) for entry in self.entries_of(part)}
+
+    def run(self, entry: Entry) -> Run:
+        """The run's config of a member, not validated."""
+        condition, arm = entry.condition, entry.arm
+        run = self._with(arm.changes)
+        if condition.model is not None:
+            run = merge(run, {"model": (self.config.models or {})[condition.model]}, KINDS)
+        settled = {"train": {"seed": entry.seed, "steps": condition.steps}, "run_dir": str(self.run_dir_of(entry))}
+        run = merge(run, settled, KINDS)
+        run["objective"] = self._objective(entry)
+        if arm.mean_of is not None:
+            parent = replace(entry, arm=self.arms[arm.mean_of])
+            name = self._name(parent.arm, entry.objective, condition, entry.seed)
+            run["mixture"] = {"from_run": str(self.run_dir / RUNS / name), "which": "mean"}
+        if condition.trap == NO_TRAP:
+            return run
+        return self._trapped(run, entry, self.traps[condition.trap])
+
+    def _trapped(self, run: Run, entry: Entry, trap: Trap) -> Run:
+        """The config with the data of a trap."""
+        if not trap.writes_data:
+            added = {trap.changed_domain: self._weights(entry.arm)[trap.changed_domain]}
+            return merge(run, {"checkpoint": {"domains": {"add": added}}}, KINDS)
+        data = {key: value for key, value in run["data"].items() if key not in ("domains", "token_counts")}
+        found = {**run, "data": {**data, "manifest": str(self.run_dir / TRAPS / trap.name)}}
+        if trap.new_domain is not None and entry.arm.mean_of is None and names_domains(run.get("mixture")):
+            others = sum(self.plan.manifest.domain(name).train.tokens for name in self.domains)
+            share = trap.num_tokens / (others + trap.num_tokens)
+            weights = {name: weight * (1 - share) for name, weight in self._weights(entry.arm).items()}
+            found["mixture"] = {**weights, trap.new_domain: share}
+        return found
+
+    def _begin_run(self, entry: Entry) -> Run:
+        """The config of a member up to the step at which a domain comes."""
+        late = self.traps[entry.condition.trap].changed_domain
+        run = self.run(entry)
+        present = [name for name in self.domains if name != late]
+        checkpoint = {key: value for key, value in run["checkpoint"].items() if key != "domains"}
+        run |= {"data": {**run["data"], "domains": present}, "checkpoint": checkpoint}
+        run["train"] = {**run["train"], "stop_after": self._from_step(entry)}
+        if names_domains(run.get("mixture")):
+            run["mixture"] = {name: weight for name, weight in self._weights(entry.arm).items() if name != late}
+        if isinstance(run.get("objective"), Mapping):
+            run["objective"] = {name: weight for name, weight in run["objective"].items() if name != late}
+        return run
+
+    def _from_step(self, entry: Entry) -> int:
+        step = self.config.traps[entry.condition.trap].from_step
+        assert step is not None  # see TrapConfig
+        return step
+
+    def _objective(self, entry: Entry) -> str | Weights:
+        """The value of ``objective``: where a trap changes the domains or their sizes, the weights that it has without
+        the trap."""
+        name = entry.objective or next(iter(self.objectives))
+        trap = self.traps.get(entry.condition.trap)
+        if name in ("natural", "uniform") and (trap is None or not trap.writes_data):
+            return name
+        new = {trap.new_domain: 0.0} if trap is not None and trap.new_domain is not None else {}
+        return {**self.objectives[name], **new}
+
+    def _weights(self, arm: Arm) -> Weights:
+        """The weights that an arm begins with, without a trap."""
+        return self._arm_weights[arm.name]
+
+    @cached_property
+    def _arm_weights(self) -> dict[str, Weights]:
+        found = {}
+        for arm in self.arms.values():
+            if arm.mean_of is None:
+                weights = self._arm_plan(arm, None).policy.stages.at(0).tolist()
+                found[arm.name] = dict(zip(self.domains, weights, strict=True))
+        return found
+
+    def _arm_plan(self, arm: Arm, model: str | None) -> Plan:
+        """Plan of an arm without a trap; raises InputError that names the arm."""
+        run, where = self._with(arm.changes), f"{self.source}, arm {arm.name}"
+        if model is not None:
+            run = merge(run, {"model": (self.config.models or {})[model]}, KINDS)
+            where += f", model {model}"
+        try:
+            return make_plan(validate(RunConfig, run, where), verify=False)
+        except InputError as error:
+            said = str(error)
+            raise InputError(said if said.startswith(where) else f"{where}: {said}") from error
+
+    def _with(self, changes: Run) -> Run:
+        """The base with an arm's changes; a mixture is replaced as a whole."""
+        whole = {key: value for key, value in changes.items() if key == "mixture"}
+        return {"checkpoint": {}, **merge(self.base, changes, KINDS), **whole}
+
+    def check(self) -> None:
+        """Raises InputError for whatever would stop a member later."""
+        for name, trap in self.traps.items():
+            where = f"{self.source}: arena.traps.{name}"
+            trap.check(self.plan.config.data.seq_length, where)
+            steps = [condition.steps for condition in self.conditions if condition.trap == name]
+            if trap.config.from_step is not None and trap.config.from_step >= min(steps):
+                raise InputError(
+                    f"{where}.from_step is {trap.config.from_step}, and members end after {min(steps)} steps. Let the domain come earlier."
+                )
+        settled = (*SETTLED, "model") if self.config.models else SETTLED
+        for arm in self.arms.values():
+            for key in settled:
+                mine, wanted = (value_at(config, key) for config in (self._resolved(arm), self.plan.config))
+                if mine != wanted:
+                    raise InputError(
+                        f"{self.source}, arm {arm.name}: {key} is {mine}, and {wanted} in the run's config. All arms have the same: "
+                        "set it there, or leave it out here."
+                    )
+            if arm.mean_of is None:
+                for model in self.config.models or (None,):
+                    self._arm_plan(arm, model)
+
+    def _resolved(self, arm: Arm) -> RunConfig:
+        return validate(RunConfig, self._with(arm.changes), f"{self.source}, arm {arm.name}")
+
+    def write(self) -> None:
+        """Writes the configs of all members; those of members that are no longer asked for are removed.
+
+        Raises:
+            InputError: a member that has begun would have another config now.
+        """
+        for part in (BEGIN, ARMS, FROZEN_ARMS):
+            folder, wanted = self.folder(part), self.configs(part)
+            for path in folder.glob("*.yaml") if folder.is_dir() else ():
+                if path.stem not in wanted:
+                    path.unlink()
+            for name, run in wanted.items():
+                path = folder / f"{name}.yaml"
+                present = yaml.safe_load(path.read_bytes()) if path.is_file() else run
+                if present != run and (self.run_dir / RUNS / name).exists():
+                    raise InputError(
+                        f"the member {name} of {self.run_dir} has begun, and has another config now: its results would not be those of "
+                        f"this arena. Undo the change, give the changed arm another name, or delete {self.run_dir / RUNS / name} to begin it anew."
+                    )
+                write_yaml(path, run)
+
+
+def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
+    """Reads a config and checks all members before the first begins.
+
+    Raises:
+        InputError: a key or value that cannot be used, named with its arm or trap.
+    """
+    source = str(config_path)
+    data, config = read_section(ArenaConfig, "arena", config_path, overrides, {}, "")
+    run_dir = validate(RunConfig, data, source).run_dir
+    study = ArenaStudy(data, config, run_dir, source)
+    study.check()
+    return study
+
+
+def nested(changes: Mapping[str, Any], where: str) -> Run:
+    """Changes with dotted keys as nested mappings; raises InputError for one that is not of that form."""
+    found: Run = {}
+    for path, value in changes.items():
+        keys = str(path).split(".")
+        if not all(keys):
+            raise InputError(f"{where}: '{path}' is no key. Write key.path, for example mixer.name.")
+        for key in reversed(keys):
+            value = {key: value}
+        found = merge(found, value, KINDS)
+    return found
+
+
+def names_domains(mixture: object) -> bool:
+    """Whether a value of ``mixture`` is of certain domains, so that it says nothing about one more."""
+    return isinstance(mixture, Mapping) and not {"temperature", "unimax"} & mixture.keys()
+
+
+def value_at(config: Any, key: str) -> object:
+    """The value at a dotted key of a config; None where it has no such key."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config

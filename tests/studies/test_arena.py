@@ -1,0 +1,376 @@
+"""An arena before it runs: its members, the data of its traps, its statistics, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import chisquare, ttest_1samp, ttest_rel
+
+from megamix.analysis.paired import smallest_visible, t_interval
+from megamix.core.config_files import merge
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.studies.arena.results import Results, Row, best_of, difference, first_step_at
+from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
+from megamix.studies.arena.tables import markdown
+from megamix.training.config import KINDS, RunConfig
+from megamix.training.plan import make_plan
+
+Write = Callable[..., Path]
+DOMAINS = ("code", "tables", "topics")
+ODM = {"mixer": {"name": "odm", "preset": "official"}}
+ARENA: dict[str, Any] = {"seeds": [1, 2, 3], "arms": {"odm": ODM}}
+
+
+def config(tiny_config: Write, arena: dict[str, Any] | None = None, **sections: Any) -> Path:
+    shared: dict[str, Any] = {"data": {"domains": list(DOMAINS)}, "mixer": {"name": "static"}}
+    shared["arena"] = {**ARENA, **(arena or {})}
+    return tiny_config(**merge(shared, sections, KINDS))
+
+
+def study(tiny_config: Write, **arena: Any) -> ArenaStudy:
+    return read_study(config(tiny_config, arena), [])
+
+
+# Members
+
+
+def test_members_of_an_arena(tiny_config: Write) -> None:
+    """Arms, controls and the mean of what is online, with every seed, condition and trap; each with its own config."""
+    found = study(
+        tiny_config, traps={"noise": {"kind": "noise"}}, budgets=[8, 12], models={"thin": {"hidden_size": 16}}
+    )
+    assert list(found.arms) == ["natural", "uniform", "sqrt", "odm", "odm-frozen"]
+    assert len(found.entries) == 3 * 5 * 2 * 2
+    found.write()
+    paths = {path.stem: path for part in (ARMS, FROZEN_ARMS) for path in found.folder(part).glob("*.yaml")}
+    assert paths.keys() == {entry.name for entry in found.entries}
+    run = yaml.safe_load(paths["seed2.thin.8steps.odm"].read_text())
+    assert (run["train"]["seed"], run["train"]["steps"], run["model"]["hidden_size"]) == (2, 8, 16)
+    assert run["mixer"] == ODM["mixer"]
+    mean = yaml.safe_load(paths["seed2.thin.8steps.noise.odm-frozen"].read_text())
+    assert mean["mixture"] == {
+        "from_run": str(found.run_dir / "runs" / "seed2.thin.8steps.noise.odm"),
+        "which": "mean",
+    }
+    assert mean["mixer"] == {"name": "static"}
+
+
+def test_a_mixture_replaces_and_dotted_keys_are_nested(tiny_config: Write) -> None:
+    base = {"code": 0.2, "tables": 0.3, "topics": 0.5}
+    arms = {
+        "half": {"mixture": {"code": 0.5, "tables": 0.25, "topics": 0.25}},
+        "odm": {"mixer.name": "odm", "mixture": "natural"},
+    }
+    found = read_study(config(tiny_config, {"arms": arms}, mixture=base), [])
+    runs = {entry.arm.name: found.run(entry) for entry in found.entries}
+    assert runs["half"]["mixture"] == arms["half"]["mixture"]
+    assert runs["odm"]["mixer"] == {"name": "odm"}
+    assert runs["odm"]["mixture"] == "natural"
+    assert runs["uniform"]["mixture"] == "uniform"
+
+
+def test_arms_that_ignore_the_objective_run_once(tiny_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megamix.mixing.mixers import OdmMixer, RecommendedMixer
+
+    monkeypatch.setattr(OdmMixer, "follows_objective", False)
+    monkeypatch.setattr(RecommendedMixer, "follows_objective", True)
+    arms = {"odm": ODM, "new": {"mixer": {"name": "recommended"}}}
+    found = study(tiny_config, arms=arms, objectives=["uniform", "natural"], seeds=[1], controls=False)
+    assert {entry.name for entry in found.entries} == {
+        "seed1.odm", "seed1.new@uniform", "seed1.new@natural", "seed1.odm-frozen", "seed1.new-frozen@uniform",
+        "seed1.new-frozen@natural",
+    }  # fmt: skip
+    entry = next(entry for entry in found.entries if entry.name == "seed1.new-frozen@natural")
+    mean = found.run(entry)
+    assert Path(mean["mixture"]["from_run"]).name == "seed1.new@natural"
+
+
+def test_a_member_that_has_begun_keeps_its_config(tiny_config: Write) -> None:
+    found = study(tiny_config)
+    found.write()
+    (found.run_dir / "runs" / "seed1.odm").mkdir(parents=True)
+    more = read_study(config(tiny_config, {"seeds": [1, 4]}), [])
+    more.write()
+    assert sorted(path.stem for path in more.folder(ARMS).glob("*.odm.yaml")) == ["seed1.odm", "seed4.odm"]
+    with pytest.raises(InputError, match=r"the member seed1\.odm of .* has begun, and has another config now"):
+        read_study(config(tiny_config, train={"lr": 1e-3}), []).write()
+
+
+# Traps
+
+
+def written(found: ArenaStudy, name: str) -> Manifest:
+    folder = found.run_dir / "traps" / name
+    found.traps[name].write(folder, 64)
+    return Manifest.load(folder)
+
+
+def tokens_of(manifest: Manifest, name: str, split: Any = "train") -> np.ndarray:
+    stream = manifest.open_domain(name, split)
+    return stream.read(0, stream.num_tokens)
+
+
+def test_noise_is_uniform_and_leaves_the_rest_as_it_is(tiny_config: Write) -> None:
+    found = study(tiny_config, traps={"noise": {"kind": "noise", "share": 0.2, "seed": 3}})
+    manifest, source = written(found, "noise"), found.plan.manifest
+    assert manifest.domain_names == [*DOMAINS, "noise"]
+    for name in DOMAINS:
+        for split in ("train", "validation"):
+            assert getattr(manifest.domain(name), split).sha256 == getattr(source.domain(name), split).sha256
+    manifest.verify_hashes()
+    assert manifest.natural_weights()[-1] == pytest.approx(0.2, abs=1e-5)
+    tokens, eod = tokens_of(manifest, "noise"), source.tokenizer.eod_id
+    assert tokens[-1] == eod
+    counts = np.bincount(tokens, minlength=source.tokenizer.vocab_size)
+    assert counts[eod] == manifest.domain("noise").train.documents
+    assert chisquare(np.delete(counts, eod)).pvalue > 0.01
+    held_out = tokens_of(manifest, "noise", "validation")
+    assert held_out.size > 64
+    assert not np.array_equal(held_out[:64], tokens[:64])
+    assert manifest.domain("noise").validation.unigram_nats == pytest.approx(np.log(511), rel=0.05)
+
+
+def test_a_trap_is_the_same_again_and_refuses_other_settings(tiny_config: Write, tmp_path: Path) -> None:
+    found = study(tiny_config, traps={"noise": {"kind": "noise"}, "small": {"kind": "tiny", "domain": "code"}})
+    for name, trap in found.traps.items():
+        first = written(found, name)
+        trap.write(tmp_path / "again" / name, 64)
+        assert Manifest.load(tmp_path / "again" / name).fingerprint == first.fingerprint
+    changed = study(tiny_config, traps={"noise": {"kind": "noise", "seed": 1}})
+    with pytest.raises(InputError, match="made with other settings of the trap 'noise'"):
+        written(changed, "noise")
+
+
+def test_floor_repeats_one_short_text(tiny_config: Write) -> None:
+    found = study(tiny_config, traps={"floor": {"kind": "floor", "tokens": 5000}})
+    manifest = written(found, "floor")
+    tokens, eod = tokens_of(manifest, "floor"), manifest.tokenizer.eod_id
+    length = int(np.argmax(tokens == eod)) + 1
+    assert tokens.size == 5000
+    assert np.array_equal(tokens[:-length][: 40 * length], np.tile(tokens[:length], 40))
+
+
+def test_tiny_and_duplicates_are_documents_of_their_domain(tiny_config: Write) -> None:
+    traps = {
+        "tiny": {"kind": "tiny", "domain": "topics", "tokens": 3000},
+        "copied": {"kind": "duplicates", "domain": "topics", "name": "more", "share": 0.02},
+    }
+    found = study(tiny_config, traps=traps)
+    source = found.plan.manifest
+    whole, eod = tokens_of(source, "topics"), source.tokenizer.eod_id
+    documents = {part.tobytes() for part in np.split(whole, np.flatnonzero(whole == eod) + 1)}
+    tiny, copied = written(found, "tiny"), written(found, "copied")
+    assert tiny.domain_names == list(DOMAINS)
+    assert tiny.domain("topics").train.tokens == 3000
+    assert tiny.domain("topics").validation.sha256 == source.domain("topics").validation.sha256
+    assert copied.domain_names == [*DOMAINS, "more"]
+    assert copied.natural_weights()[-1] == pytest.approx(0.02, abs=1e-4)
+    assert copied.domain("more").validation.sha256 == source.domain("topics").validation.sha256
+    for manifest, name in ((tiny, "topics"), (copied, "more")):
+        tokens = tokens_of(manifest, name)
+        assert tokens[-1] == eod
+        parts = np.split(tokens, np.flatnonzero(tokens == eod) + 1)[:-1]
+        assert len(parts) == manifest.domain(name).train.documents
+        assert all(part.tobytes() in documents for part in parts[:-1])
+
+
+def test_members_with_a_trap(tiny_config: Write) -> None:
+    """The objective stays over the run's own domains; weights by name leave the new domain its share."""
+    given = {"code": 0.5, "tables": 0.25, "topics": 0.25}
+    found = study(tiny_config, arms={"given": {"mixture": given}}, traps={"noise": {"kind": "noise", "share": 0.2}})
+    written(found, "noise")
+    runs = {entry.arm.name: found.run(entry) for entry in found.entries if entry.condition.trap == "noise"}
+    assert runs["given"]["mixture"] == pytest.approx(
+        {"code": 0.4, "tables": 0.2, "topics": 0.2, "noise": 0.2}, abs=1e-5
+    )
+    assert runs["natural"]["mixture"] == "natural"
+    plan = make_plan(RunConfig.model_validate(runs["sqrt"]))
+    assert plan.domain_names == (*DOMAINS, "noise")
+    assert runs["natural"]["objective"] == pytest.approx({**found.natural, "noise": 0.0})
+
+
+def test_members_of_a_late_domain_begin_without_it(tiny_config: Write) -> None:
+    given = {"code": 0.5, "tables": 0.25, "topics": 0.25}
+    arms = {"given": {"mixture": given}, "odm": ODM}
+    found = study(tiny_config, arms=arms, traps={"late": {"kind": "late", "domain": "tables", "from_step": 5}})
+    begin, after = found.configs(BEGIN), found.configs(ARMS)
+    assert begin.keys() == {name for name in after if ".late." in name}
+    assert not any(".late." in name for name in found.configs(FROZEN_ARMS))
+    first, then = begin["seed1.late.given"], after["seed1.late.given"]
+    assert first["data"]["domains"] == ["code", "topics"]
+    assert first["mixture"] == {"code": 0.5, "topics": 0.25}
+    assert first["train"]["stop_after"] == 5
+    assert "stop_after" not in then["train"]
+    assert then["checkpoint"]["domains"] == {"add": {"tables": 0.25}}
+    assert first["run_dir"] == then["run_dir"]
+
+
+# Statistics
+
+
+def row(arm: str, seed: int, loss: float, **changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "arm": arm, "objective": "natural", "model": "", "budget": 12, "trap": "none", "seed": seed,
+        "objective_loss": loss, "macro_loss": loss, "micro_loss": loss, "worst_loss": loss, "worst_domain": "code",
+        "steps_to_target": None, "tokens": 6144, "noise_tokens": None, "seconds": 1.0, "member": f"seed{seed}.{arm}",
+        "curve": (),
+    }  # fmt: skip
+    return Row(**{**values, **changes})
+
+
+def test_smallest_visible_difference_is_seen_four_times_in_five() -> None:
+    """By simulation, against scipy's own test."""
+    rng = np.random.default_rng(5)
+    for number in (3, 5, 8):
+        shift = smallest_visible(2.0, number)
+        assert shift is not None
+        drawn = rng.normal(shift, 2.0, (40_000, number))
+        assert (ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    assert smallest_visible(2.0, 1) is None
+    assert smallest_visible(0.0, 5) == 0.0
+
+
+def test_differences_are_paired_by_seed() -> None:
+    rng = np.random.default_rng(1)
+    theirs = {seed: row("natural", seed, 4 + loss) for seed, loss in enumerate(rng.normal(0, 0.1, 6))}
+    mine = {
+        seed: row("odm", seed, theirs[seed].objective_loss - 0.02 + noise)
+        for seed, noise in enumerate(rng.normal(0, 0.01, 6))
+    }
+    found = difference("natural", "natural", mine, theirs)
+    assert found is not None
+    test = ttest_rel([r.objective_loss for r in mine.values()], [r.objective_loss for r in theirs.values()])
+    low, high = test.confidence_interval(0.95)
+    half = found.interval.half_width
+    assert half is not None
+    assert (found.interval.mean - half, found.interval.mean + half) == pytest.approx((low, high))
+    assert found.verdict == f"better by {-(low + high) / 2:.4f} ({-high:.4f} to {-low:.4f})"
+    # Another order of the seeds, one that only one of the two has: the same pairs.
+    again = difference("natural", "natural", dict(reversed(mine.items())) | {9: row("odm", 9, 0.0)}, theirs)
+    assert again is not None
+    assert again.interval.mean == pytest.approx(found.interval.mean)
+    assert again.interval.number == 6
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([4.1, 4.1, 4.1], "worse by 0.1000 (0.1000 to 0.1000)"),
+        ([4.1, 3.9, 4.0], "no difference found"),
+        ([3.9], "one seed, no interval"),
+    ],
+)
+def test_verdicts(losses: list[float], verdict: str) -> None:
+    theirs = {seed: row("natural", seed, 4.0) for seed in range(len(losses))}
+    mine = {seed: row("odm", seed, loss) for seed, loss in enumerate(losses)}
+    found = difference("natural", "natural", mine, theirs)
+    assert found is not None
+    assert found.verdict == verdict
+
+
+def test_the_best_static_arm_is_chosen_on_the_seeds_that_all_have() -> None:
+    rows = {
+        "natural": {1: row("natural", 1, 4.0), 2: row("natural", 2, 4.0)},
+        "uniform": {1: row("uniform", 1, 3.9), 2: row("uniform", 2, 4.05)},
+        "sqrt": {1: row("sqrt", 1, 3.95)},
+    }
+    assert best_of(rows) == ("uniform", "sqrt", "natural")
+    del rows["sqrt"]
+    assert best_of(rows) == ("uniform", "natural")
+    assert best_of({"natural": {1: row("natural", 1, 4.0)}, "uniform": {2: row("uniform", 2, 4.0)}}) == ()
+
+
+def test_step_at_which_a_target_is_reached() -> None:
+    curve = [(0, 6.0), (10, 5.0), (20, 4.0), (30, 4.5)]
+    assert first_step_at(curve, 4.25) == pytest.approx(np.interp(-4.25, [-6, -5, -4], [0, 10, 20]))
+    assert first_step_at(curve, 4.0) == 20
+    assert first_step_at(curve, 3.9) is None
+    assert first_step_at(curve, 7.0) == 0
+
+
+def test_results_of_rows(tiny_config: Write) -> None:
+    """What each arm is compared with, in results.json, and the same in the tables."""
+    found = study(tiny_config, traps={"noise": {"kind": "noise"}})
+    losses = {"natural": 4.0, "uniform": 3.9, "sqrt": 3.8, "odm": 3.7, "odm-frozen": 3.6}
+    rng, rows = np.random.default_rng(2), []
+    for trap in ("none", "noise"):
+        spent = {"trap": trap, "noise_tokens": 614 if trap == "noise" else None}
+        for seed in (1, 2, 3):
+            for arm, loss in losses.items():
+                more = 0.5 if trap == "noise" else 0.0
+                rows.append(row(arm, seed, loss + more + 0.001 * rng.standard_normal(), **spent))
+    results = Results(found, tuple(rows), 30, 30)
+    plain, noise = results.json()["cells"]
+    # The mean of an online arm is no control, whatever its loss.
+    assert plain["best_static"] == "sqrt"
+    against = {arm: plain["arms"][arm]["differences"].get("best_static", {}).get("baseline") for arm in losses}
+    assert against == {"natural": "sqrt", "uniform": "sqrt", "sqrt": "uniform", "odm": "sqrt", "odm-frozen": "sqrt"}
+    assert "natural" not in plain["arms"]["natural"]["differences"]
+    mine = [r.objective_loss for r in rows if (r.arm, r.trap) == ("odm", "noise")]
+    theirs = [r.objective_loss for r in rows if (r.arm, r.trap) == ("sqrt", "none")]
+    record = noise["arms"]["odm"]["differences"]["best_static_without_trap"]
+    low, high = ttest_rel(mine, theirs).confidence_interval(0.95)
+    assert record["interval"] == pytest.approx([low, high])
+    assert record["verdict"].startswith("worse by 0.39")
+    assert noise["arms"]["odm"]["noise_share"] == pytest.approx(614 / 6144)
+    assert noise["arms"]["odm"]["deviation"] == pytest.approx(np.std(mine, ddof=1))
+    read = list(csv.DictReader(results.csv().splitlines()))
+    assert [(line["arm"], line["seed"], line["trap"]) for line in read] == [(r.arm, str(r.seed), r.trap) for r in rows]
+    text = markdown(results)
+    assert f"| {record['verdict']} | 10.0 % |" in text
+    assert len(re.findall(r"^\| odm ", text, re.MULTILINE)) == 3
+    json.dumps(results.json(), allow_nan=False)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arena", "said"),
+    [
+        ({"seeds": [1, 1]}, "seeds names 1 twice"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"arms": {"a.b": {}}}, "a.b"),
+        ({"arms": {"odm": ODM, "odm-frozen": {}}}, "the arm name odm-frozen is taken"),
+        ({"arms": {"bad": {"train": {"lrr": 1}}}}, "arm bad: unknown key 'train.lrr'. Did you mean 'lr'?"),
+        ({"arms": {"bad": {"mixture": {"code": 1}}}}, "arm bad: .*tables"),
+        ({"arms": {"bad": {"mixer.": 1}}}, "arm bad: 'mixer.' is no key"),
+        ({"arms": {"bad": {"train.global_batch": 16}}}, "arm bad: train.global_batch is 16, and 8 in the run's config"),
+        ({"arms": {"bad": {"data.seq_length": 32}}}, "arm bad: data.seq_length is 32"),
+        ({"arms": {"bad": {"evaluate.every": 1}}}, "arm bad: evaluate is"),
+        ({"arms": {"bad": {"run_dir": "elsewhere"}}}, "arm bad: run_dir is elsewhere"),
+        ({"traps": {"none": {"kind": "noise"}}}, "a trap cannot be called none"),
+        ({"traps": {"t": {"kind": "nois"}}}, "kind: .*noise"),
+        ({"traps": {"t": {"kind": "tiny", "domain": "cod"}}}, "the run has no domain 'cod'. Did you mean 'code'?"),
+        ({"traps": {"t": {"kind": "tiny"}}}, "the kind tiny needs the key domain"),
+        ({"traps": {"t": {"kind": "noise", "from_step": 3}}}, "from_step is not a key of the kind noise"),
+        ({"traps": {"t": {"kind": "noise", "share": 0.1, "tokens": 9}}}, "share and tokens both"),
+        ({"traps": {"t": {"kind": "noise", "tokens": 64}}}, "would have 64 training tokens, and one sample needs 65"),
+        ({"traps": {"code": {"kind": "noise"}}}, "the data has a domain 'code' already"),
+        ({"traps": {"t": {"kind": "late", "domain": "code", "from_step": 12}}}, "from_step is 12, and members end after 12"),
+        ({"armz": {}}, "unknown key 'armz'"),
+    ],
+)  # fmt: skip
+def test_refused(tiny_config: Write, arena: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_study(config(tiny_config, arena), [])
+
+
+def test_an_arm_given_twice_is_refused(tiny_config: Write) -> None:
+    path = config(tiny_config)
+    path.write_text(path.read_text().replace("  arms:\n", "  arms:\n    odm: {}\n"))
+    with pytest.raises(InputError, match="odm"):
+        read_study(path, [])
+
+
+def test_interval_of_one_number_is_none() -> None:
+    assert t_interval([1.0]).half_width is None

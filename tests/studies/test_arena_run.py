@@ -1,0 +1,116 @@
+"""Arenas that run: killed and gone on with, a domain that comes late, frozen means, and the results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ENVIRONMENT, RUN_SECONDS
+from processes import children, wait_for_step, wait_until_gone
+from records import lines
+from test_arena import DOMAINS, ODM, config
+
+from megamix.core.config_files import read_yaml
+from megamix.core.errors import InputError
+from megamix.studies.arena.tasks import arena
+from megamix.training.records.mean_weights import run_weights
+from megamix.training.records.recorded_run import RecordedRun
+
+Megamix = Callable[..., subprocess.CompletedProcess[str]]
+Write = Callable[..., Path]
+LONG: dict[str, Any] = {"train": {"steps": 60}, "checkpoint": {"every": 20}, "evaluate": {"every": 20}}
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """results.csv without what depends on the clock."""
+    with (folder / "results.csv").open(newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_killed_and_started_again_it_has_the_same_results(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:
+    path = config(
+        tiny_config,
+        {"seeds": [1, 2], "controls": False, "frozen_mean": False, "arms": {"natural": {}, "odm": ODM}},
+        **LONG,
+    )
+    whole = f"run_dir={tmp_path / 'whole'}"
+    megamix("arena", path, whole, "--at-once", "2")
+
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megamix", "arena", str(path), "--at-once", "2"],
+        env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(run / "runs" / "seed1.natural", 25, process)
+    members = children(process.pid)
+    process.kill()
+    process.communicate(timeout=RUN_SECONDS)
+    wait_until_gone(members)
+    said = megamix("arena", path, "--only", "collect").stdout
+    assert "of 4 members are done" in said
+    assert len(rows(run)) < 4
+    said = megamix("arena", path, "--at-once", "2").stdout
+    assert "All 4 members are done." in said
+    assert [(row["arm"], row["seed"]) for row in rows(run)] == [
+        ("natural", "1"),
+        ("odm", "1"),
+        ("natural", "2"),
+        ("odm", "2"),
+    ]
+    assert rows(run) == rows(tmp_path / "whole")
+
+    # The numbers are those of the records.
+    for row in rows(run):
+        last = [line for line in lines(run / "runs" / row["member"] / "metrics.jsonl") if line["event"] == "evaluate"][
+            -1
+        ]
+        assert float(row["objective_loss"]) == pytest.approx(last["objective_loss"], abs=1e-12)
+        assert float(row["macro_loss"]) == pytest.approx(last["macro_loss"], abs=1e-12)
+        assert float(row["micro_loss"]) == pytest.approx(last["micro_loss"], abs=1e-12)
+        assert float(row["worst_loss"]) == last["worst_loss"]
+        assert int(row["tokens"]) == 60 * 8 * 64
+    assert float(rows(run)[0]["steps_to_target"]) <= 60
+    results = json.loads((run / "results.json").read_bytes())
+    losses = {(row["arm"], row["seed"]): float(row["objective_loss"]) for row in rows(run)}
+    found = results["cells"][0]["arms"]["odm"]["differences"]["natural"]
+    wanted = sum(losses["odm", seed] - losses["natural", seed] for seed in "12") / 2
+    assert found["mean"] == pytest.approx(wanted)
+
+
+def test_a_domain_that_comes_late_and_a_frozen_mean(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:
+    late = {"kind": "late", "domain": "tables", "from_step": 5}
+    path = config(tiny_config, {"seeds": [3], "controls": False, "arms": {"odm": ODM}, "traps": {"late": late}})
+    megamix("arena", path, "--at-once", "2")
+    runs = tmp_path / "run" / "runs"
+    assert sorted(folder.name for folder in runs.iterdir()) == ["seed3.late.odm", "seed3.odm", "seed3.odm-frozen"]
+
+    ledger = lines(runs / "seed3.late.odm" / "weights.jsonl")
+    arrival = next(line for line in ledger if "tables" in line["domain_names"])
+    assert arrival["position"] == 5 * 8
+    assert arrival["change"]["domains"]["added"] == ["tables"]
+    assert all("tables" not in line["domain_names"] for line in ledger[: ledger.index(arrival)])
+    plan = read_yaml(tmp_path / "run" / "members" / "arms" / "seed3.late.odm.yaml")
+    share = plan["checkpoint"]["domains"]["add"]["tables"]
+    assert dict(zip(arrival["domain_names"], arrival["domain_weights"], strict=True))["tables"] == pytest.approx(share)
+
+    parent, frozen = (RecordedRun.open(runs / name) for name in ("seed3.odm", "seed3.odm-frozen"))
+    weights = dict(zip(DOMAINS, frozen.ledger.lines[0]["domain_weights"], strict=True))
+    assert weights == pytest.approx(run_weights(parent, "mean"))
+    assert len(frozen.ledger.lines) == 1
+    by_trap = {(row["arm"], row["trap"]): row for row in rows(tmp_path / "run")}
+    assert by_trap.keys() == {("odm", "none"), ("odm-frozen", "none"), ("odm", "late")}
+    assert int(by_trap["odm", "late"]["noise_tokens"]) > 0
+    assert by_trap["odm", "none"]["noise_tokens"] == ""
+
+
+def test_it_does_not_start_within_a_job(tiny_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="megamix arena starts its own ranks"):
+        arena(config(tiny_config), [])
