@@ -85,7 +85,7 @@ def test_a_run_stops_resumes_and_is_the_uninterrupted_one(
 ) -> None:
     """By import path and command line in two parts; as an installed mixer in one go. Its weights are what the
     statistics of two steps give. Loss weights act as they should."""
-    assert README.count("\n") < 40
+    assert README.count("\n") < 45
     mixer = {"name": "progress:Progress", "temperature": 0.05}
     config = tiny_config(mixer=mixer, train={"steps": 6}, evaluate={"every": 0}, checkpoint={"every": 0})
     megamix("train", config, "train.stop_after=3", **environment(path))
@@ -102,17 +102,17 @@ def test_a_run_stops_resumes_and_is_the_uninterrupted_one(
     run_job(1, runs, **environment(path))
 
     assert record(tmp_path / "run") == record(twin)
-    (_, *lines) = record(twin)[1]
-    loss = np.zeros(4)
+    (start, *lines) = record(twin)[1]
+    fast = slow = np.zeros(4)
     for line in lines:
         nats, tokens = (np.array(line["statistics"][key]) for key in ("nats", "tokens"))
-        now = np.where(tokens > 0, nats / np.maximum(tokens, 1), loss)
-        fall = np.where(loss > 0, loss - now, 0)
-        wanted = np.exp(fall / 0.05)
+        now = np.where(tokens > 0, nats / np.maximum(tokens, 1), fast)
+        fast = np.where(slow == 0, now, 0.95 * fast + 0.05 * now)
+        slow = np.where(slow == 0, now, 0.99 * slow + 0.01 * now)
+        wanted = np.array(start["domain_weights"]) * (1 + np.clip((slow - fast) / 0.05, 0, 1))
         np.testing.assert_allclose(line["domain_weights"], wanted / wanted.sum(), rtol=1e-12)
-        loss = now
     assert len(lines) == 6
-    assert np.ptp([line["domain_weights"] for line in lines], axis=0).max() > 0.05
+    assert np.ptp([line["domain_weights"] for line in lines], axis=0).max() > 1e-4
 
     # Nobody else's code is needed to look at a run.
     (path / "progress.py").unlink()
@@ -124,6 +124,27 @@ def test_a_run_stops_resumes_and_is_the_uninterrupted_one(
     worse = last[2] - last[0]  # trained on the first domain alone: the others are worse off
     assert worse[0] < worse[1:].mean()
     assert worse[1:].min() > 1e-3
+
+
+def test_the_example_is_still_where_losses_are_noise(path: Path) -> None:
+    """16 samples a step over 12 domains, losses of single samples that differ by a nat, one in a hundred far off: a rule
+    that follows single steps gives a domain nearly all of the weight again and again."""
+    rng = np.random.default_rng(0)
+    mixer = make_mixer({"name": "progress:Progress"}, [f"d{i}" for i in range(12)], rng.dirichlet(np.full(12, 5.0)))
+    mixture = mixer.weights
+    level, before, hasty = rng.uniform(2, 5, 12), np.zeros(12), []
+    for step in range(1, 601):
+        samples = rng.multinomial(16, mixture)
+        noise = rng.standard_normal(12) / np.sqrt(np.maximum(samples, 1)) + 5 * (rng.random(12) < 0.01)
+        loss = np.where(samples > 0, level + 4 * step**-0.5 + noise, before)
+        weights = mixer.update(DomainStats(loss * samples * 256, samples * 256), step)
+        if step > 20:
+            assert weights.max() < 0.5
+            assert (weights < 2.01 * mixture).all()
+        share = np.exp((before - loss) / 0.1)
+        hasty.append(share.max() / share.sum())
+        before = loss
+    assert np.mean(np.array(hasty) > 0.9) > 0.5
 
 
 def test_the_default_objective_is_the_weighted_mean_over_tokens() -> None:
@@ -150,7 +171,7 @@ def test_state_and_name(path: Path) -> None:
     mixer.update(DomainStats([3.0, 2.0], [1, 1]), 1)
     twin = make_mixer({"name": "progress:Progress"}, ["a", "b"], [1, 1])
     twin.load_state_dict(json.loads(json.dumps(mixer.state_dict())))
-    expected = np.exp([10.0, 5.0])
+    expected = 1 + np.array([0.04, 0.02]) / 0.1  # 2.99 - 2.95 and 1.995 - 1.975
     for each in (mixer, twin):
         weights = each.update(DomainStats([2.0, 1.5], [1, 1]), 2)
         np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-12)
@@ -162,14 +183,14 @@ def test_its_estimates_follow_when_domains_change(path: Path) -> None:
     old.update(DomainStats([3.0, 2.0], [1, 1]), 1)
     new = make_mixer({"name": "progress:Progress"}, ["b1", "new", "b2", "a"], [1, 1, 1, 1])
     new.adopt_state(old.state_dict(), [1, None, 1, 0], np.full(4, 0.25))
-    assert new.state_dict()["loss"] == [2.0, 2.5, 2.0, 3.0]
+    assert new.state_dict()["fast"] == [2.0, 2.5, 2.0, 3.0]
     weights = new.update(DomainStats([1.9, 2.4, 1.9, 2.9], [1, 1, 1, 1]), 2)
     np.testing.assert_allclose(weights, 0.25, rtol=1e-12)
 
 
 def test_help_and_doctor_know_its_keys(path: Path) -> None:
     install(path, "somebodys-mixers", mine="progress:Progress", broken="nowhere:Mixer")
-    assert "Fall, in nats per token, that multiplies a weight by e." in config_help(RunConfig)
+    assert "Fall, in nats per token, from which on a weight is doubled." in config_help(RunConfig)
     assert "weights: list[float]  (required)" not in config_help(RunConfig)
     assert "weights: list[float]  (required)" in config_help(RunConfig, data={"mixer": {"name": "tilt:Tilt"}})
     config = small("mixer={name: mine, temperature: 0.5}", "model.vocab_size=512")

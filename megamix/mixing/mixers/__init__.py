@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 
 from megamix.core.config import ByName, Config, validate
 from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.mixers.ado import AdoConfig, AdoMixer
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixing.mixers.odm import OdmConfig, OdmMixer, wants_evaluation
@@ -29,6 +30,7 @@ from megamix.mixing.mixers.weights import DomainWeights, normalise_weights, proj
 MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
     "odm": (OdmConfig, OdmMixer),
+    "ado": (AdoConfig, AdoMixer),
     "recommended": (RecommendedConfig, RecommendedMixer),
     "doremi": (DoremiConfig, DoremiMixer),
 }
@@ -59,7 +61,7 @@ def _installed_configs() -> list[type[Config]]:
 
 
 MixerConfig = Annotated[
-    StaticConfig | OdmConfig | RecommendedConfig | DoremiConfig,
+    StaticConfig | OdmConfig | AdoConfig | RecommendedConfig | DoremiConfig,
     ByName(lambda name: find_mixer(name)[0], _installed_configs),
 ]
 """The config of any mixer, told apart by ``name``."""
@@ -121,6 +123,8 @@ def make_mixer(
 
 __all__ = [
     "MIXERS",
+    "AdoConfig",
+    "AdoMixer",
     "DomainStats",
     "DoremiConfig",
     "DoremiMixer",
