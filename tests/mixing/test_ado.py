@@ -1,4 +1,4 @@
-"""ADO against its formulas, written again over the whole history with scipy's minimiser, and its curves by themselves."""
+"""ADO against its formulas, written again over the whole history with scipy's minimiser; its curves by themselves."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def test_a_run_stops_resumes_and_is_the_uninterrupted_one(
 
 
 def test_the_example_is_still_where_losses_are_noise(path: Path) -> None:
-    """16 samples a step over 12 domains, losses of single samples that differ by a nat, one in a hundred far off: a rule
-    that follows single steps gives a domain nearly all of the weight again and again."""
+    """16 samples a step over 12 domains, losses of samples that differ by a nat, one in a hundred far off: a rule that
+    follows single steps gives a domain nearly all of the weight again and again."""
     rng = np.random.default_rng(0)
     mixer = make_mixer({"name": "progress:Progress"}, [f"d{i}" for i in range(12)], rng.dirichlet(np.full(12, 5.0)))
     mixture = mixer.weights

@@ -1,7 +1,7 @@
 """Adaptive data optimization (ADO): samples a domain the faster, the faster its fitted scaling curve falls.
 
-Source: Jiang et al., "Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws", arXiv 2410.11820, and its
-repository (yidingjiang/ado), whose constants are the defaults here.
+Source: Jiang et al., "Adaptive Data Optimization: Dynamic Sample Selection with Scaling Laws", arXiv 2410.11820, and
+its repository (yidingjiang/ado), whose constants are the defaults here.
 
 Notation: K domains; mu the initial weights (the sources' natural shares are ``mixture: natural``); t the step, from 0;
 n_t the samples of the run through step t, of *all* domains; L_t,i the mean loss of domain i in step t, or its last one
@@ -9,8 +9,8 @@ where it was absent (in the first step the mean of all); S L the losses smoothed
 filter. Each of the constants in words is a key of the config.
 
     every refit_every steps from fit_from on:
-        (a_i, e_i, alpha_i) = the curve exp(e) + exp(a) n^-alpha through (n_s, S L_s,i), s = fit_from, fit_from + fit_every,
-                              ... t, by the criterion of `megamix.mixing.mixers.scaling_curves`
+        (a_i, e_i, alpha_i) = the curve exp(e) + exp(a) n^-alpha through (n_s, S L_s,i), by the criterion of
+                              `megamix.mixing.mixers.scaling_curves`, s = fit_from, fit_from + fit_every, ... t
     every step:
         h       = credit_memory h + (1 - credit_memory) (shares of the step's samples), at first mu
         speed_i = max(alpha_i, min_exponent) exp(a_i) n_t^-alpha_i / n_t
@@ -19,16 +19,17 @@ filter. Each of the constants in words is a key of the config.
         A       = A - (A - q) / (t + 1), at first mu
 
 Traps. n counts all samples of the run, so curves say how fast a domain falls with training, whatever it was sampled
-from. With the published constants the first fit has a single point (step 1000) and means little, so weights follow curves
-from step 2000 on only; ``start`` puts them off. A floor of a mean loss below exp(0.5) nats is penalised, and a fall
-beyond exponent 0.8. mu enters twice, as h is near it: a small domain stays small. A is a mean over all steps, in which mu
-counts as long as the steps before the first fit: weights move slowly. What cannot be learnt has no falling part, so
-noise gets min_share. Shares are of tokens here, which are those of samples where labels are not masked, and n counts
-in units of ``sample_tokens`` tokens: its unit moves the starts and the penalties of a alone.
+from. With the published constants the first fit has a single point (step 1000), so its curves, in force to step 2000,
+are arbitrary; ``start`` puts fits off. Floors below exp(0.5) nats and exponents above 0.8 are penalised. mu enters
+twice, as h is near it: a small domain stays small. A is a mean over all steps, in which mu counts as long as it was
+sampled with: weights move slowly. What cannot be learnt has no falling part, so noise gets min_share of q. Shares are
+of tokens here, which are those of samples where no labels are masked, and n counts units of ``sample_tokens`` tokens:
+another unit moves the penalty of a alone.
 
-The published code keeps all losses and smooths them anew at every fit. A smoothed loss changes only while steps come within
-half a window after it, so the state holds those of a last window and, of every tenth step before it (fit_every), K
-smoothed ones: K + 1 numbers for ten steps. A fit takes 0.1 s of one core a domain, in the mixing thread.
+The published code keeps all losses and smooths them anew at every fit. A smoothed loss changes only while steps come
+within half a window after it, so the state holds the losses of a last window and the smoothed ones of every tenth step
+before it (fit_every): K + 1 numbers for ten steps, so it grows with the run. A fit takes 0.1 to 0.2 s of one core a
+domain, in the mixing thread.
 
 Shapes: every array is float64 [K] unless stated. P points.
 """
@@ -46,7 +47,7 @@ from megamix.core.config import Config
 from megamix.mixing.mixers.base import Mixer
 from megamix.mixing.mixers.scaling_curves import Penalties, fit_curve
 from megamix.mixing.mixers.stats import DomainStats
-from megamix.mixing.mixers.weights import FloatArray
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
 _SMALLEST_LOSS, _LARGEST_LOSS = 1e-6, 1e6
 """Nats per token; a curve is fitted to logarithms."""
@@ -129,23 +130,14 @@ class AdoConfig(Config):
 
 
 class AdoMixer(Mixer):
-    """Follows fitted scaling curves; see the module's docstring for the formulas.
-
-    Args:
-        config: The parameters.
-        domains: The K domain names.
-        initial_weights: K relative weights, in that order or by name: mu.
-    """
+    """Follows fitted scaling curves; the initial weights are mu. See the module's docstring for the formulas."""
 
     name = "ado"
     config: AdoConfig
 
-    def __init__(
-        self,
-        config: AdoConfig,
-        domains: Sequence[str],
-        initial_weights: Mapping[str, float] | Sequence[float] | FloatArray,
-    ) -> None:
+    follows_objective = False
+
+    def __init__(self, config: AdoConfig, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         super().__init__(config, domains, initial_weights)
         self._prior = self.weights
         self._credit = self.weights
