@@ -184,7 +184,7 @@ class AdoMixer(Mixer):
         from scipy.signal import savgol_filter
 
         losses = np.array(self._window)[:, 1:]
-        return savgol_filter(losses, self.config.smoothing_window, self.config.smoothing_degree, axis=0)
+        return np.asarray(savgol_filter(losses, self.config.smoothing_window, self.config.smoothing_degree, axis=0))
 
     def _new_weights(self, step: int) -> FloatArray | None:
         config, t = self.config, self._count - 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megamix.mixing.mixers.weights import FloatArray
 
@@ -213,10 +214,11 @@ class _Criterion:
         return moved
 
 
-def _solve(matrix: FloatArray, slope: FloatArray, pinned: FloatArray) -> FloatArray:
+def _solve(matrix: FloatArray, slope: FloatArray, pinned: npt.NDArray[np.bool_]) -> FloatArray:
     """-matrix^-1 slope, [B, 3], 0 in the pinned parameters."""
     free = ~pinned[:, :, None] & ~pinned[:, None, :]
     matrix = np.where(free, matrix, 0.0) + np.eye(3) * np.where(pinned, 1.0, 1e-12)[:, None, :]
     determinant = np.linalg.det(matrix)
     matrix = np.where((np.abs(determinant) > 1e-300)[:, None, None], matrix, np.eye(3))
-    return -np.linalg.solve(matrix, np.where(pinned, 0.0, slope)[:, :, None])[:, :, 0]
+    solved = np.linalg.solve(matrix, np.where(pinned, 0.0, slope)[:, :, None])[:, :, 0]
+    return -np.asarray(solved, np.float64)
