@@ -210,7 +210,7 @@ class Loader:
     The train loop calls `request` for each step in turn, some steps ahead, and `get` for the oldest one.
 
     Args:
-        reader: none on a rank that needs no tokens; its sampler advances all the same.
+        reader: None on a rank that needs no tokens; its sampler advances all the same.
     """
 
     def __init__(self, sampler: Sampler, reader: WindowReader | None, pin_memory: bool) -> None:

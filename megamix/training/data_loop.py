@@ -36,7 +36,7 @@ class MixedData:
 
     Args:
         data_rank: which of the data-parallel slices of every global batch this rank reads.
-        reads_data: false on a rank that needs no tokens, such as a pipeline stage in the middle.
+        reads_data: False on a rank that needs no tokens, such as a pipeline stage in the middle.
         device: of the model; batches stay on the CPU, pinned where it is a GPU.
         resumed: the checkpoint to continue from, as rank 0 sees it; None starts anew.
         evaluates: whether the trainer submits sums of evaluations where the mixer wants them.

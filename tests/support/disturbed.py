@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from typing import Any
 from commands import RUN_SECONDS, run_megamix
 from records import lines, record, samples
 
+from megamix.core import locks
 from megamix.data.tokens.manifest import Manifest
 
 MOMENTS = ("loading", "step", "step", "checkpoint", "checkpoint")
@@ -110,12 +110,12 @@ class Disturbed:
         return False
 
     def _nobody_is_left(self, ranks: list[int]) -> None:
+        """Waits for the lock as well: a killed rank is a zombie, but holds it, until its last thread has ended."""
         deadline = time.monotonic() + 60  # less than a run takes, which would end them too
-        while any(map(is_running, ranks)):
-            assert time.monotonic() < deadline, f"ranks outlived their job: {self.kills}"
-            time.sleep(0.02)
         with (self.run / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while any(map(is_running, ranks)) or not locks.take(file.fileno()):
+                assert time.monotonic() < deadline, f"outlived their job: {users(self.run / 'lock')}; {self.kills}"
+                time.sleep(0.02)
 
 
 def holder_of(run: Path) -> int | None:
@@ -130,6 +130,16 @@ def children(process: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def users(path: Path) -> list[int]:
+    """Processes other than this one that have a file open."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if entry.samefile(path) and int(entry.parts[2]) != os.getpid():
+                found.append(int(entry.parts[2]))
+    return found
 
 
 def num_threads(process: int) -> int:
