@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import ENVIRONMENT
+from processes import children, wait_until_gone
 from records import record, samples
 
 from megamix.core.config_files import read_yaml
@@ -59,8 +60,10 @@ def kill_when(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    ranks = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    wait_until_gone(ranks)  # until then they hold the lock of their run
 
 
 @pytest.fixture(scope="module")
