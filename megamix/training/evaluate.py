@@ -6,7 +6,6 @@ Legend: K domains, B samples in a micro-batch, S tokens in a sample.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix.data.loader import IGNORED_LABEL, Batch, WindowReader
+from megamix.core.text import by_name
+from megamix.data.documents import label_documents
+from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.base import Engine
 from megamix.mixing.mixers import OdmConfig, wants_evaluation
-from megamix.training.objective import weighted_loss
+from megamix.training.domain_losses import DocumentSums
 from megamix.training.plan import Plan
-from megamix_kernels import DomainSums
 
 
 class EvaluationSamples:
@@ -33,37 +33,47 @@ class EvaluationSamples:
     Args:
         streams: each domain's tokens, training or validation.
         wanted: samples per domain.
+
+    Attributes:
+        domain, sample: int64 [n], the samples of all ranks.
+        rows: int64 [M * B], places of this rank's rows among them; a row that is not counted has place 0.
     """
 
     def __init__(self, plan: Plan, engine: Engine, streams: Sequence[DomainTokens], wanted: int) -> None:
-        place, config = engine.place, plan.config
-        domain_n, sample_n = _choose(streams, config.data.seq_length, wanted)
+        self._place, config = engine.place, plan.config
+        place = self._place
+        self.domain, self.sample = choose_samples(streams, config.data.seq_length, wanted)
         per_round = config.train.micro_batch * place.data_size
-        rounds, multiple = -(-domain_n.size // per_round), engine.micro_batch_multiple
+        rounds, multiple = -(-self.domain.size // per_round), engine.micro_batch_multiple
         self.num_micro_batches = -(-rounds // multiple) * multiple
+        micro_batches = np.arange(place.data_rank, self.num_micro_batches * place.data_size, place.data_size)
+        self.rows = (micro_batches[:, None] * config.train.micro_batch + np.arange(config.train.micro_batch)).ravel()
+        filler = self.rows >= self.domain.size
+        self.rows[filler] = 0
         self._batch = None
         if place.reads_data:
-            rows = np.arange(place.data_rank, self.num_micro_batches * place.data_size, place.data_size)
-            self._batch = self._build(plan.reader(streams), domain_n, sample_n, rows, config.train.micro_batch)
+            shape = (self.num_micro_batches, config.train.micro_batch)
+            self._batch = plan.reader(streams).batch(self.domain, self.sample, self.rows, shape)
+            self._batch.labels.flatten(0, 1)[torch.from_numpy(filler)] = IGNORED_LABEL
 
-    def _build(
-        self,
-        reader: WindowReader,
-        domain_n: NDArray[np.int64],
-        sample_n: NDArray[np.int64],
-        micro_batches: NDArray[np.int64],
-        micro_batch: int,
-    ) -> Batch:
-        index = (micro_batches[:, None] * micro_batch + np.arange(micro_batch)).ravel()
-        filler = index >= domain_n.size
-        index[filler] = 0
-        batch = reader.batch(domain_n, sample_n, index, (self.num_micro_batches, micro_batch))
-        batch.labels.flatten(0, 1)[torch.from_numpy(filler)] = IGNORED_LABEL
-        return batch
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [M, B, S], this rank's labels, on the CPU; on a rank that reads data."""
+        assert self._batch is not None
+        return self._batch.labels
 
     def sums(self, engine: Engine) -> torch.Tensor:
         """This rank's int64 [K, C] sums over its samples; every rank of the job must call it."""
-        return engine.evaluate(self._batch, self.num_micro_batches).clone()
+        return engine.evaluate(self._on_device(), self.num_micro_batches).clone()
+
+    def token_losses(self, engine: Engine) -> torch.Tensor | None:
+        """The loss of each of this rank's labels, float32 [M, B, S], 0 where it is ignored; None on a rank without the
+        loss. Every rank of the job must call it."""
+        return engine.token_losses(self._on_device(), self.num_micro_batches)
+
+    def _on_device(self) -> Batch | None:
+        device = self._place.device
+        return self._batch if self._batch is None or device.type == "cpu" else self._batch.to(device)
 
 
 class Validation:
@@ -71,33 +81,27 @@ class Validation:
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._samples = EvaluationSamples(plan, engine, plan.validation, plan.config.evaluate.samples)
-        self._names = plan.domain_names
-        self._natural = plan.natural_weights
-        self._objective = plan.objective_weights
+        self._names, length = plan.domain_names, plan.config.data.seq_length
+        self._documents = label_documents(plan.validation, self._samples.domain, self._samples.sample, length)
+        self._natural, self._objective = (
+            by_name(self._names, weights) for weights in (plan.natural_weights, plan.objective_weights)
+        )
+        self._sums = DocumentSums(self._documents.number, engine.place.device)
+        self._adds = engine.place.has_loss and engine.place.is_first_copy
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """The ``evaluate`` line of metrics.jsonl without step and tokens; every rank calls it and gets the same."""
-        buffer = self._samples.sums(engine)
-        dist.all_reduce(buffer)
-        sums = DomainSums.from_buffer(buffer.cpu())
-        loss = sums.nats.numpy() / np.maximum(sums.tokens.numpy(), 1)
-        finite = [
-            value if math.isfinite(value) and count else None
-            for value, count in zip(loss.tolist(), sums.tokens.tolist(), strict=True)
-        ]
-        domain_loss = dict(zip(self._names, finite, strict=True))
-        known = {name: value for name, value in domain_loss.items() if value is not None}
-        worst = max(known, key=lambda name: known[name]) if known else None
-        objective = dict(zip(self._names, self._objective.tolist(), strict=True))
-        return {
-            "objective_loss": weighted_loss(objective, domain_loss),
-            "domain_loss": domain_loss,
-            "macro_loss": sum(known.values()) / len(known) if known else None,
-            "micro_loss": weighted_loss(dict(zip(self._names, self._natural.tolist(), strict=True)), domain_loss),
-            "worst_domain": worst,
-            "worst_loss": None if worst is None else known[worst],
-            "objective": objective,
-        }
+        losses = self._samples.token_losses(engine)
+        self._sums.buffer.zero_()
+        if self._adds:
+            assert losses is not None
+            document, counted = self._documents.of(self._samples.rows), self._samples.labels != IGNORED_LABEL
+            device = losses.device
+            self._sums.add(
+                torch.from_numpy(document).flatten().to(device), losses.flatten(), counted.flatten().to(device)
+            )
+        dist.all_reduce(self._sums.buffer)
+        return self._sums.losses(self._documents.domain, self._names).line(self._objective, self._natural)
 
 
 class RewardEvaluation:
@@ -126,7 +130,7 @@ class RewardEvaluation:
         return self._samples.sums(self._engine)
 
 
-def _choose(
+def choose_samples(
     streams: Sequence[DomainTokens], seq_length: int, wanted: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(domain, sample) of every row: at most ``wanted`` of each domain, evenly spaced."""

@@ -8,8 +8,9 @@
   step): ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
   ``mixing_seconds``;
 - ``evaluate``: ``step``, ``tokens``, ``objective_loss`` (weighted by ``objective``, which names every domain's weight),
-  ``domain_loss``, ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by natural share), ``worst_domain`` and
-  ``worst_loss``; null where a domain that counts has no finite loss.
+  ``domain_loss``, their standard errors by documents ``objective_error`` and ``domain_error``
+  (`megamix.training.domain_losses`), ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by natural share),
+  ``worst_domain`` and ``worst_loss``; null where a domain that counts has no finite loss.
 
 ``weights.jsonl`` is the ledger: one object per change of weights (and the initial ones, step 0): ``step`` whose
 statistics were used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``,
