@@ -24,14 +24,16 @@ from matplotlib.figure import Figure
 from megamix.analysis.labels import run_names
 from megamix.analysis.paired import Interval, t_interval
 from megamix.analysis.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
-from megamix.analysis.series import worst
+from megamix.analysis.series import objective_losses, worst
 from megamix.analysis.variants import check_comparable, variant_names
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_file
 from megamix.core.text import ABSENT, Report, Table, number, plural
+from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
 METRICS = {
+    "objective": "objective loss",
     "macro": "macro loss",
     "worst": "worst domain",
     "micro": "by natural share",
@@ -47,8 +49,8 @@ class RunResult:
 
     Attributes:
         name: short, from its directory.
-        macro, worst, micro: validation loss after the last step: mean over domains, of the worst domain, weighted by
-            natural share; None where a domain's natural share is not known.
+        objective, macro, worst, micro: validation loss after the last step: by the objective, mean over domains, of the
+            worst domain, weighted by natural share; None where a domain's natural share is not known.
         target: the mean loss over domains to reach; None where there is none for this seed.
         steps, tokens: when the target was reached, on the line between two evaluations; None where it was not.
         curve: (tokens, mean loss over domains) of every evaluation.
@@ -58,6 +60,7 @@ class RunResult:
     name: str
     variant: str
     seed: int
+    objective: float | None
     macro: float
     worst: float
     worst_domain: str
@@ -87,19 +90,20 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs and summaries of their variants; the baseline comes first."""
+    """Runs and summaries of their variants; the baseline comes first. All runs have the same ``objective``."""
 
     runs: list[RunResult]
     summaries: list[Summary]
     baseline: str
     target: float | None
+    objective: str
     written: list[Path]
 
     def report(self) -> Report:
         """Two tables, and how to read them."""
         words = (
             f"differences are from {self.baseline}, seed by seed, with 95 % intervals (Student's t; two seeds at least); * : "
-            "the interval does not hold 0.\nlosses: on held-out text, nats per token; macro: mean over domains; target: "
+            f"the interval does not hold 0.\nthe objective is {self.objective}; losses: on held-out text, nats per token; macro: mean over domains; target: "
             + (
                 f"a mean loss over domains of {self.target:g}."
                 if self.target is not None
@@ -113,7 +117,7 @@ class Comparison:
         columns = ("run", "variant", "seed", *METRICS.values())
         rows = [
             (
-                run.name, run.variant, str(run.seed), number(run.macro), f"{number(run.worst)} {run.worst_domain}",
+                run.name, run.variant, str(run.seed), number(run.objective), number(run.macro), f"{number(run.worst)} {run.worst_domain}",
                 number(run.micro), _count(run.steps), _count(run.tokens),
             )
             for run in self.runs
@@ -178,7 +182,7 @@ def compare(
     results.sort(key=lambda result: (order.index(result.variant), result.seed))
     summaries = [_summary(results, variant, metric, base) for variant in order for metric in METRICS]
     written = [] if out is None else _write(out, results, summaries, order)
-    return Comparison(results, summaries, base, target, written)
+    return Comparison(results, summaries, base, target, objective_name(runs[0].config.objective), written)
 
 
 def _refuse_repeated(runs: Sequence[RecordedRun], variants: Sequence[str]) -> None:
@@ -205,6 +209,7 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
         name=name,
         variant=variant,
         seed=run.config.train.seed,
+        objective=objective_losses(run)[-1],
         macro=last["macro_loss"],
         worst=highest,
         worst_domain=domain,
@@ -246,7 +251,9 @@ def _summary(results: Sequence[RunResult], variant: str, metric: str, base: str)
 
 
 def _write(out: Path, runs: Sequence[RunResult], summaries: Sequence[Summary], order: Sequence[str]) -> list[Path]:
-    columns = ("run_dir", "variant", "seed", "macro", "worst", "worst_domain", "micro", "target", "steps", "tokens")
+    columns = (
+        "run_dir", "variant", "seed", "objective", "macro", "worst", "worst_domain", "micro", "target", "steps", "tokens",
+    )  # fmt: skip
     rows = [[getattr(run, column) for column in columns] for run in runs]
     paths = [out / "runs.csv", out / "variants.csv", out / "comparison.png"]
     fields = ("mean", "half_width")

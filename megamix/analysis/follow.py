@@ -154,7 +154,10 @@ def _losses(run: LiveRun) -> str:
         parts.append(f"loss {run.train['loss']:.4f}")
     if run.evaluation is not None:
         step, macro = run.evaluation["step"], number(run.evaluation.get("macro_loss"))
-        parts.append(f"validation {macro} at step {step:,} (worst {run.evaluation.get('worst_domain')})")
+        mean = f"validation {macro}"
+        if run.evaluation.get("objective_loss") is not None:
+            mean = f"objective {number(run.evaluation['objective_loss'])}, {mean}"
+        parts.append(f"{mean} at step {step:,} (worst {run.evaluation.get('worst_domain')})")
     return ", ".join(parts)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megamix.analysis.series import objective_losses
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
 from megamix.core.text import Report, Table, gib, number, plural
@@ -25,6 +26,7 @@ from megamix.data.tokens.stream import DomainTokens
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.state import read_state
+from megamix.training.objective import objective_name
 from megamix.training.plan import domain_key
 from megamix.training.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
 from megamix.training.reference.cache import describe_cache
@@ -232,6 +234,9 @@ def _run(path: Path) -> Report:
         )
     if run.evaluations:
         last = run.evaluations[-1]
+        lines.append(
+            f"objective   {number(objective_losses(run)[-1])} ({objective_name(run.config.objective)}, step {last['step']})"
+        )
         lines.append(
             f"validation  {number(last.get('macro_loss'))} (mean over domains, step {last['step']}), "
             f"worst {last.get('worst_domain')}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.training.objective import objective_name, weighted_loss
 from megamix.training.records.recorded_run import RecordedRun
 
 Ints = NDArray[np.int64]
@@ -196,10 +197,30 @@ def validation_series(run: RecordedRun, most: int) -> Series:
 
 
 def mean_series(run: RecordedRun, most: int) -> Series:
-    """The validation loss: mean over domains, mean by natural share, and the worst domain's."""
-    rows = [[line.get("macro_loss"), line.get("micro_loss"), worst(line)[1]] for line in run.evaluations]
+    """The validation loss: by the run's objective, mean over domains, mean by natural share, and the worst domain's."""
+    objective = objective_losses(run)
+    rows = [
+        [loss, line.get("macro_loss"), line.get("micro_loss"), worst(line)[1]]
+        for loss, line in zip(objective, run.evaluations, strict=True)
+    ]
     tokens = [line["tokens"] for line in run.evaluations]
-    return Series.of(("macro", "micro", "worst"), tokens, rows).evenly(most)
+    return Series.of(("objective", "macro", "micro", "worst"), tokens, rows).evenly(most)
+
+
+def shared_objective(runs: Sequence[RecordedRun]) -> str | None:
+    """The name of the objective of all runs; None where they have different ones."""
+    first = runs[0]
+    same = all((run.config.objective, run.objective()) == (first.config.objective, first.objective()) for run in runs)
+    return objective_name(first.config.objective) if same else None
+
+
+def objective_losses(run: RecordedRun) -> list[float | None]:
+    """The objective loss of every evaluation, all by the run's last objective; None where a domain that counts has no
+    loss, or where the objective is natural shares that are not known."""
+    weights = run.objective()
+    if not weights:  # older records: the loss by natural share, which they have
+        return [line.get("micro_loss") for line in run.evaluations]
+    return [weighted_loss(weights, line["domain_loss"]) for line in run.evaluations]
 
 
 def worst(evaluation: dict[str, Any]) -> tuple[str | None, float | None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamix.core.text import ABSENT, Report, Table, number
+from megamix.training.objective import objective_name, weighted_loss
 from megamix.training.records.recorded_run import RecordedRun
 
 
@@ -49,18 +50,32 @@ class DomainRow:
 
 @dataclass(frozen=True)
 class RunTable:
-    """A run in one table; a mean over the present domains is None unless every one has the number."""
+    """A run in one table; a mean over the present domains is None unless every one has the number.
+
+    Attributes:
+        objective: weights of the domains; empty where they are not known.
+    """
 
     run_dir: Path
     steps: int
     total_steps: int
     tokens: int
     rows: list[DomainRow]
+    objective: dict[str, float]
+    objective_name: str
     missing_data: str | None = None
 
     @property
     def _present(self) -> list[DomainRow]:
         return [row for row in self.rows if row.present]
+
+    def by_objective(self, loss: str) -> float | None:
+        """Mean of ``first_loss``, ``last_loss`` or ``unigram_loss``, weighted by the objective."""
+        return (
+            weighted_loss(self.objective, {row.domain: getattr(row, loss) for row in self.rows})
+            if self.objective
+            else None
+        )
 
     def macro(self, loss: str) -> float | None:
         """Mean over domains of ``first_loss``, ``last_loss`` or ``unigram_loss``."""
@@ -95,10 +110,15 @@ class RunTable:
             )
             for row in self.rows
         ]
-        for name, mean in (("mean over domains", self.macro), ("by natural share", self.by_natural_share)):
+        means = {
+            f"objective ({self.objective_name})": self.by_objective,
+            "mean over domains": self.macro,
+            "by natural share": self.by_natural_share,
+        }
+        for name, mean in means.items():
             first, last, unigram = (number(mean(loss), 3) for loss in ("first_loss", "last_loss", "unigram_loss"))
             rows.append((name, "", "", "", "", first, last, unigram, "", ""))
-        return Table(columns, rows, footer=2)
+        return Table(columns, rows, footer=len(means))
 
     def report(self) -> Report:
         """The table and its results in words."""
@@ -107,6 +127,9 @@ class RunTable:
             "trained on;\nlosses: on held-out text, nats per token; unigram: what word frequencies alone reach there."
         )
         notes = [f"{self.run_dir}: step {self.steps} of {self.total_steps}, {self.tokens:,} tokens."]
+        first, last = self.by_objective("first_loss"), self.by_objective("last_loss")
+        if first is not None and last is not None:
+            notes.append(f"The objective loss ({self.objective_name}) went from {first:.3f} to {last:.3f}.")
         if self.fall is not None:
             change = f"fell by {self.fall:.1%}" if self.fall >= 0 else f"rose by {-self.fall:.1%}"
             notes.append(f"The mean validation loss over domains {change}.")
@@ -144,7 +167,10 @@ def run_table(run: RecordedRun) -> RunTable:
         )
         for k, name in enumerate(run.domain_names)
     ]
-    return RunTable(run.run_dir, run.steps, run.config.train.steps, run.tokens, rows, run.missing_data)
+    name = objective_name(run.config.objective)
+    return RunTable(
+        run.run_dir, run.steps, run.config.train.steps, run.tokens, rows, run.objective(), name, run.missing_data
+    )
 
 
 def _sum(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:

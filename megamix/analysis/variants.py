@@ -9,6 +9,7 @@ from megamix.core.errors import InputError
 from megamix.mixing.shadow import shadow_names
 from megamix.training.config import RunConfig
 from megamix.training.mixture import mixture_of
+from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
 _WITHOUT_EFFECT = (
@@ -46,6 +47,9 @@ def _evaluation(run: RecordedRun) -> dict[str, Any]:
     names = sorted(last["domain_loss"])
     found: dict[str, Any] = {
         "the set of domains": ", ".join(names),
+        "the objective": objective_name(config.objective),
+        "the objective's weights": ", ".join(f"{name} {weight:.4g}" for name, weight in sorted(run.objective().items()))
+        or None,
         "the last evaluation's number of tokens": last["tokens"],
         "data.seq_length": config.data.seq_length,
         "evaluate.samples": config.evaluate.samples,

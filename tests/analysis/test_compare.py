@@ -136,6 +136,7 @@ def test_tables_and_files(runs: list[Path], tmp_path: Path) -> None:
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == ["odm-official"] * 3 + ["natural"] * 3
+    assert [float(row["objective"]) for row in rows[3:]] == pytest.approx(final("static", "micro"))
     assert [float(row["macro"]) for row in rows[3:]] == final("static", "macro").tolist()
     assert [row["worst_domain"] for row in rows[3:]] == [
         max(NAMES, key=losses("static", seed, STEPS).__getitem__) for seed in (1, 2, 3)
@@ -148,6 +149,9 @@ def test_tables_and_files(runs: list[Path], tmp_path: Path) -> None:
     assert float(row["difference"]) == pytest.approx(difference.mean())
     assert row["pairs"] == row["seeds"] == "3"
     assert f"{difference.mean():.4f}" in done.output
+    assert "the objective is natural" in done.output
+    metrics = [summary.metric for summary in compare(runs).summaries if summary.variant == "natural"]
+    assert metrics[:2] == ["objective", "macro"]
     assert long["natural", "steps"]["mean"] == ""
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
@@ -195,6 +199,7 @@ def test_seeds_that_only_one_side_has(tmp_path: Path) -> None:
     [
         ({"data": {"seq_length": 32}}, "data.seq_length is 32 and 16"),
         ({"evaluate": {"batches": 3}}, "evaluate.samples is 12 and 64"),
+        ({"objective": "uniform"}, "the objective is uniform and natural"),
         ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss is True and False"),
         ({"steps": 30}, "number of tokens is 3840 and 5120"),
         ({"steps": 0, "train": {"steps": 1}}, "has no evaluation after training"),

@@ -70,6 +70,8 @@ def test_losses_means_and_the_unigram_mark(run: tuple[Path, list[list[int]]]) ->
     assert table.macro("last_loss") == pytest.approx(last["macro_loss"])
     assert table.fall == pytest.approx(1 - last["macro_loss"] / first["macro_loss"])
     shares = np.array(TRAIN_TOKENS) / 4500
+    assert table.by_objective("last_loss") == pytest.approx(table.by_natural_share("last_loss"))
+    assert "The objective loss (natural) went from 6.000 to " in table.report().text()
     assert table.by_natural_share("last_loss") == pytest.approx(
         float(shares @ np.array(list(last["domain_loss"].values())))
     )

@@ -117,7 +117,11 @@ def test_the_losses_of_the_page_are_those_of_the_record(one: tuple[Path, list[in
         assert drawn[f"loss:{name}"]["y"] == [[line["domain_loss"][name] for line in evaluations]]
     assert drawn["mean:macro"]["y"] == [[line["macro_loss"] for line in evaluations]]
     assert drawn["mean:worst"]["y"] == [[max(line["domain_loss"].values()) for line in evaluations]]
+    shares = dict(zip(NAMES, np.array(TRAIN_TOKENS) / sum(TRAIN_TOKENS), strict=True))
+    objective = [sum(shares[name] * line["domain_loss"][name] for name in NAMES) for line in evaluations]
+    assert drawn["mean:objective"]["y"][0] == pytest.approx(objective, rel=1e-5)
     page = Page(text)
+    assert page.values("objective") == pytest.approx(objective[-1:])
     assert page.values("macro") == [evaluations[-1]["macro_loss"]]
     assert page.values("worst") == [max(evaluations[-1]["domain_loss"].values())]
     assert page.values("first_loss") == list(evaluations[0]["domain_loss"].values())

@@ -24,11 +24,13 @@ from megamix.analysis.series import (
     mean_series,
     recorded_series_of,
     score_series,
+    shared_objective,
     training_series,
     validation_series,
     weight_series,
 )
 from megamix.core.errors import InputError
+from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
 _POINTS = 2000
@@ -76,8 +78,9 @@ def stacked_figure(run: RecordedRun) -> Figure:
 
 
 def loss_figure(run: RecordedRun) -> Figure:
-    """Per-domain training loss (thin), validation loss (points) and its mean over domains (bold), over tokens."""
-    figure, axes = new_figure(f"Loss: {_name(run)}", len(run.domain_names) + 1)
+    """Per-domain training loss (thin) and validation loss (points), the objective loss (bold) and the mean over
+    domains, over tokens."""
+    figure, axes = new_figure(f"Loss: {_name(run)}", len(run.domain_names) + 2)
     labels, seen = [], []
     training, validation = training_series(run, _POINTS), validation_series(run, _POINTS)
     for k, name in enumerate(run.domain_names):
@@ -90,11 +93,17 @@ def loss_figure(run: RecordedRun) -> Figure:
         ends = checked_loss or loss
         if ends:
             labels.append(Label(ends[-1], name, colour, style))
-    tokens, macro = mean_series(run, _POINTS).column("macro")
-    if macro:
-        points(axes, tokens, macro, "black", "-", 2.6, zorder=5)
-        labels.append(Label(macro[-1], "mean over domains", "black", "-", bold=True))
-        seen += macro
+    means = mean_series(run, _POINTS)
+    named = (
+        ("macro", "mean over domains", "#777777", 1.8),
+        ("objective", f"objective ({objective_name(run.config.objective)})", "black", 2.6),
+    )
+    for column, name, colour, width in named:
+        tokens, loss = means.column(column)
+        if loss:
+            points(axes, tokens, loss, colour, "-", width, zorder=5)
+            labels.append(Label(loss[-1], name, colour, "-", bold=column == "objective"))
+            seen += loss
     if not seen:
         raise InputError(
             f"the run {run.run_dir} has recorded no loss yet: metrics.jsonl has no line. Wait for the first one."
@@ -110,15 +119,17 @@ def loss_figure(run: RecordedRun) -> Figure:
 
 
 def comparison_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Figure:
-    """The mean validation loss over domains of several runs."""
-    figure, axes = new_figure("Validation loss, mean over domains", len(runs))
+    """The objective loss of several runs; of runs with different objectives, the mean over domains."""
+    objective = shared_objective(runs)
+    column, title = ("macro", "mean over domains") if objective is None else ("objective", f"objective ({objective})")
+    figure, axes = new_figure(f"Validation loss, {title}", len(runs))
     labels = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour, style = look(index)
-        tokens, macro = mean_series(run, _POINTS).column("macro")
-        if macro:
-            points(axes, tokens, macro, colour, style, 1.8)
-            labels.append(Label(macro[-1], f"{name}  {macro[-1]:.3f}", colour, style))
+        tokens, loss = mean_series(run, _POINTS).column(column)
+        if loss:
+            points(axes, tokens, loss, colour, style, 1.8)
+            labels.append(Label(loss[-1], f"{name}  {loss[-1]:.3f}", colour, style))
     axes.set_xlim(0, max(1, *(run.tokens for run in runs)))
     axes.set_ylabel("loss, nats per token")
     name_lines(figure, axes, labels)

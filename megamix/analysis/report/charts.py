@@ -35,6 +35,7 @@ from megamix.analysis.series import (
     validation_series,
 )
 from megamix.analysis.summary import RunTable
+from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
 POINTS, ALL_POINTS = 400, 1000
@@ -145,9 +146,11 @@ def _domain_lines(
 
 
 def mean_charts(shown: Shown, data: Data) -> str:
-    """Macro, micro and worst-domain validation loss, runs overlaid."""
+    """Validation loss by the objective, macro, micro and of the worst domain, runs overlaid."""
     series = [mean_series(run, 200) for run in shown.runs]
+    objectives = dict.fromkeys(objective_name(run.config.objective) for run in shown.runs)
     titles = {
+        "objective": ("Objective", ", ".join(objectives)),
         "macro": ("Mean over domains", "macro"),
         "micro": ("By natural share", "micro"),
         "worst": ("Worst domain", ""),

@@ -15,7 +15,14 @@ from megamix.analysis.report.charts import Data, Shown
 from megamix.analysis.report.looks import rules, run_class, swatch
 from megamix.analysis.report.svg import weight_axis
 from megamix.analysis.report.tables import cards, config_table, domain_table, mixer_name
-from megamix.analysis.series import Series, asked_shares, recorded_series_of, weight_series
+from megamix.analysis.series import (
+    Series,
+    asked_shares,
+    objective_losses,
+    recorded_series_of,
+    shared_objective,
+    weight_series,
+)
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
@@ -96,16 +103,23 @@ def _asset(name: str) -> str:
 
 
 def _verdict(shown: Shown) -> str:
-    """The run with the lowest mean loss, where losses are comparable."""
+    """The run with the lowest objective loss, or of different objectives the lowest mean loss, where losses are
+    comparable."""
+    objective = shared_objective(shown.runs)
+    what = "mean loss over domains" if objective is None else f"loss by the objective ({objective})"
     last = [run.evaluations[-1] if run.evaluations else {} for run in shown.runs]
-    if len(shown.runs) == 1 or any(line.get("macro_loss") is None for line in last) or _not_comparable(shown):
+    if objective is None:
+        losses = [line.get("macro_loss") for line in last]
+    else:
+        losses = [objective_losses(run)[-1] if run.evaluations else None for run in shown.runs]
+    known = [loss for loss in losses if loss is not None]
+    if len(shown.runs) == 1 or len(known) < len(losses) or _not_comparable(shown):
         return ""
-    order = sorted(range(len(last)), key=lambda index: last[index]["macro_loss"])
-    best, second = order[0], order[1]
-    gap = last[second]["macro_loss"] - last[best]["macro_loss"]
+    best, second = sorted(range(len(known)), key=lambda index: known[index])[:2]
+    gap = known[second] - known[best]
     if gap == 0:
         return ""
-    words = f"<b>{escape(shown.names[best])}</b> has the lowest mean loss over domains, {gap:.3g} nats per token below "
+    words = f"<b>{escape(shown.names[best])}</b> has the lowest {what}, {gap:.3g} nats per token below "
     words += f"<b>{escape(shown.names[second])}</b>"
     tokens = {line["tokens"] for line in last}
     words += "." if len(tokens) == 1 else "; the runs have seen different numbers of tokens."

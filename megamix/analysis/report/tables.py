@@ -9,9 +9,10 @@ from typing import Any
 from megamix.analysis.report.charts import Shown
 from megamix.analysis.report.looks import run_class, swatch
 from megamix.analysis.report.svg import tokens_text
-from megamix.analysis.series import worst
+from megamix.analysis.series import objective_losses, worst
 from megamix.analysis.summary import DomainRow, RunTable
 from megamix.analysis.variants import flatten
+from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
 _ABSENT = "\N{EN DASH}"
@@ -30,7 +31,9 @@ def _card(index: int, run: RecordedRun, table: RunTable, name: str) -> str:
     last: dict[str, Any] = run.evaluations[-1] if run.evaluations else {"domain_loss": {}}
     worst_domain, worst_loss = worst(last)
     fall = "" if table.fall is None else f"{'down' if table.fall >= 0 else 'up'} {abs(table.fall):.0%} since the start"
+    objective = objective_losses(run)[-1] if run.evaluations else None
     numbers = [
+        _number("objective", "objective loss", objective, objective_name(run.config.objective)),
         _number("macro", "mean loss", last.get("macro_loss"), fall),
         _number("micro", "natural mean", last.get("micro_loss"), "by natural share"),
         _number("worst", "worst domain", worst_loss, worst_domain or ""),
