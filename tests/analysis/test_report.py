@@ -257,7 +257,7 @@ def test_the_page_stands_alone_and_is_well_formed(one: tuple[Path, list[int], st
     assert targets <= page.ids()
     assert {"loss", "weights", "domains", "shares", "epochs", "table", "config"} <= page.ids()
     drawings = [given for tag, given in page.elements if tag == "svg" and "viewbox" in given]
-    assert len(drawings) == 2 + 2 + 3
+    assert len(drawings) == 2 + 3 + 3
     assert all(given["role"] == "img" and given["aria-label"] for given in drawings)
     assert set(data_of(text)) == {given["data-chart"] for _, given in page.elements if "data-chart" in given}
 
@@ -342,7 +342,7 @@ def test_several_runs_are_laid_over_each_other(data: Path, one: tuple[Path, list
     drawn, page = data_of(text), Page(text)
     assert [name for name, _ in drawn["loss:web"]["rows"]] == ["first", "other"]
     assert [len(tokens) for tokens in drawn["loss:web"]["x"]] == [3, 2]
-    assert "<b>first</b> has the lowest mean loss" in text
+    assert "<b>first</b> has the lowest loss by the objective (natural), " in text
     assert "different numbers of tokens" in text
     assert len(page.values("last_loss")) == 6
     last = [lines_of(path, "metrics.jsonl")[-1]["domain_loss"] for path in (run, tmp_path / "other")]

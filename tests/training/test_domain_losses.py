@@ -104,7 +104,7 @@ def test_errors_of_every_layout(runs: Path, wanted: dict[str, tuple[float, float
     for domain, (loss, error) in wanted.items():
         assert line["domain_loss"][domain] == pytest.approx(loss, abs=1e-4)
         assert line["domain_error"][domain] == pytest.approx(error, rel=1e-3)
-        assert error > 0.01
+        assert error > 1e-3
     weights = {domain: weight / 8 for domain, weight in OBJECTIVE.items()}
     assert line["objective"] == weights
     assert line["objective_loss"] == pytest.approx(sum(weights[d] * wanted[d][0] for d in weights), abs=1e-4)
@@ -136,7 +136,7 @@ def test_the_document_of_every_label(data_dir: Path) -> None:
             assert seen.setdefault((domain, file, index), document) == document
             assert found.domain[document] == domain
     assert len(set(seen.values())) == len(seen)
-    assert len(seen) > 100
+    assert len(seen) > 50
 
 
 def test_the_formula() -> None:
