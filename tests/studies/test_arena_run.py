@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,13 @@ def test_killed_and_started_again_it_has_the_same_results(megamix: Megamix, tiny
     found = results["cells"][0]["arms"]["odm"]["differences"]["natural"]
     wanted = sum(losses["odm", seed] - losses["natural", seed] for seed in "12") / 2
     assert found["mean"] == pytest.approx(wanted)
+
+    # The page says the same, and loads nothing.
+    page = (run / "arena.html").read_text(encoding="utf-8")
+    assert found["verdict"] in page
+    assert f"{found['mean']:+.4f}" in page
+    assert not re.search(r"(src|href)=\"(?!#)", page)
+    assert {path.name for path in (run / "plots").iterdir()} == {"differences.png", "gain.png"}
 
 
 def test_a_domain_that_comes_late_and_a_frozen_mean(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:

@@ -75,23 +75,35 @@ def report_page(runs: Sequence[RecordedRun]) -> str:
         ("table", "Domains", domain_table(shown, [asked_shares(run) for run in runs])),
         ("config", "Config" if len(runs) == 1 else "Differences between the configs", config_table(shown)),
     ]
+    title = f"megamix: {', '.join(shown.names)}"
+    heading = escape(shown.names[0]) if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return whole_page(title, heading, parts, rules(len(shown.domains), len(runs)), data, _notes(shown, sampling, alpha))
+
+
+def whole_page(
+    title: str, heading: str, parts: Sequence[tuple[str, str, str]], looks: str, data: Data, footer: str
+) -> str:
+    """A page in one file.
+
+    Args:
+        title: as text; heading, footer: as HTML.
+        parts: (anchor, title, HTML) of each section; those without HTML are left out.
+        looks: `rules` of the domains and runs that are drawn.
+    """
     parts = [part for part in parts if part[2]]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts if key)
     body = "".join(
         f'<section id="{key}"><h2>{title}</h2>{content}</section>' if key else content for key, title, content in parts
     )
-    title = f"megamix: {', '.join(shown.names)}"
-    heading = escape(shown.names[0]) if len(runs) == 1 else f"{len(runs)} runs side by side"
-    style = rules(len(shown.domains), len(runs)) + _asset("report.css")
     # Inside a script element only "<" could end it.
     numbers = json.dumps(data.charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{looks}{_asset('report.css')}</style></head><body>"
         f'<header><h1>{heading}</h1><nav aria-label="Sections">{links}</nav></header>'
-        f"<main>{body}</main>{_notes(shown, sampling, alpha)}"
+        f"<main>{body}</main>{footer}"
         '<div id="tip" role="status" hidden></div>'
         f'<script type="application/json" id="data">{numbers}</script><script>{_asset("report.js")}</script>'
         "</body></html>\n"

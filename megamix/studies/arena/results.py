@@ -344,7 +344,8 @@ def _seconds(run: RecordedRun) -> float:
 
 
 def collect(study: ArenaStudy) -> Report:
-    """Writes the results of the members that are done; returns what to print."""
+    """Writes the results of the members that are done, with page and plots; returns what to print."""
+    from megamix.studies.arena.page import PAGE, page, plot
     from megamix.studies.arena.tables import markdown, report
 
     results = read_results(study)
@@ -352,9 +353,10 @@ def collect(study: ArenaStudy) -> Report:
         CSV: results.csv(),
         JSON: json.dumps(results.json(), indent=1, allow_nan=False) + "\n",
         MARKDOWN: markdown(results),
+        PAGE: page(results),
     }
     with writing(study.run_dir, "Choose another run_dir."):
         study.run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in content.items():
             replace_file(study.run_dir / name, text.encode())
-    return report(results, [study.run_dir / name for name in content])
+    return report(results, [*(study.run_dir / name for name in content), *plot(results)])
