@@ -9,7 +9,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import warnings as warnings_module
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.analysis.memory import StageMemory, checkpoint_bytes, estimate_memory
+from megamix.analysis.mixer_warnings import mixer_warnings
 from megamix.core.errors import InputError
 from megamix.core.processes import num_cores
 from megamix.core.text import ABSENT, Report, Table, gib, number, plural
 from megamix.data.sampler import Slice
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
-from megamix.mixing.mixers import make_mixer, normalise_weights
+from megamix.mixing.mixers import normalise_weights
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_world_size
 from megamix.training.mix_plan import MixPlan, planned_mix
@@ -100,7 +100,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
     names, initial = _mixture(shape)
     warnings = shape.mix.warnings() if shape.mix is not None else []
     if names:
-        warnings += _mixer_warnings(config, names, initial)
+        warnings += mixer_warnings(config, names, initial)
     if shape.bubble > 0.5:
         warnings.append(
             f"the pipeline stands idle for {shape.bubble:.0%} of a step. Use more micro-batches per step (a larger "
@@ -145,14 +145,6 @@ def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         return shape.mix.domain_names, shape.mix.policy.initial_weights
     given = mixture_of(shape.config.mixture).given()
     return ((), np.zeros(0)) if given is None else (tuple(given), normalise_weights(given, tuple(given), "mixture"))
-
-
-def _mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
-    """The warnings of a mixer, which checks its parameters against the number of domains when it is made."""
-    with warnings_module.catch_warnings(record=True) as caught:
-        warnings_module.simplefilter("always")
-        make_mixer(config.mixer, names, initial)
-    return [str(warning.message) for warning in caught]
 
 
 def _what_runs(shape: _Shape) -> str:

@@ -86,6 +86,27 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_an_update_has_few_samples_of_a_domain(data: Path, tmp_path: Path) -> None:
+    """16 samples a step, a quarter of them of code: 4 are enough, 3 are not."""
+
+    def warned(mixer: dict[str, Any], batch: int = 12, **changes: Any) -> str:
+        train = {"global_batch": batch, "micro_batch": 4}
+        text = doctor(config_of(tmp_path, data, mixer=mixer, train=train, **changes)).text()
+        return "\n".join(line for line in text.splitlines() if "single samples" in line)
+
+    assert not warned({"name": "odm"}, batch=16)
+    text = warned({"name": "odm"})
+    assert "mixer odm: an update has 3 samples of domain 'code' at its initial weight, so weights" in text
+    assert "Set mixer.update_every to 2 or train.global_batch to 16, or use the mixer recommended" in text
+    both = warned({"name": "odm"}, batch=4)
+    assert "1 samples of domain 'code' at its initial weight (below 4 too: web)" in both
+    assert "Set mixer.update_every to 4 or train.global_batch to 16" in both
+    assert not warned({"name": "odm", "update_every": 2})
+    assert not warned({"name": "odm", "reward_from": "evaluation"})
+    assert not warned({"name": "recommended"}, batch=4)
+    assert not warned({"name": "odm"}, mixture={"web": 1, "code": 0})
+
+
 def test_warnings_are_not_errors(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "num_cores", lambda: 1)
     monkeypatch.setattr(module, "_devices", list)

@@ -32,7 +32,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"name": "deepspeed", "pipeline": 1, "data": 2},
     "tensor": {"name": "megatron", "tensor": 2},
     "chunks": {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2},
-    "context": {"name": "megatron", "context": 2},
 }
 
 

@@ -1,0 +1,50 @@
+"""Warnings about the mixer of a run, for `megamix doctor`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.core.text import listed
+from megamix.mixing.mixers import MIXERS, make_mixer, wants_evaluation
+from megamix.training.config import RunConfig
+
+FEW_SAMPLES = 4.0
+"""A mean over fewer samples than this follows single ones: of losses that spread by 1 nat it is off by half a nat or
+more."""
+
+
+def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
+    """Settings of the mixer that work and are probably not meant.
+
+    Args:
+        initial: float64 [K], the initial weights.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_mixer(config.mixer, names, initial)  # which checks its parameters against the number of domains
+    return [str(warning.message) for warning in caught] + _few_samples(config, names, initial)
+
+
+def _few_samples(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
+    """Domains of which an update has so few samples that a rule which rewards losses follows single ones."""
+    mixer, batch = config.mixer, config.train.global_batch
+    rewards_losses = mixer.name == "odm" or mixer.name not in MIXERS
+    if not rewards_losses or wants_evaluation(mixer):
+        return []
+    every = getattr(mixer, "update_every", 1)
+    expected = {name: float(weight) * batch * every for name, weight in zip(names, initial, strict=True) if weight > 0}
+    few = sorted((number, name) for name, number in expected.items() if number < FEW_SAMPLES)
+    if not few:
+        return []
+    fewest, name = few[0]
+    others = f" (below {FEW_SAMPLES:g} too: {listed(other for _, other in few[1:])})" if few[1:] else ""
+    updates = math.ceil(FEW_SAMPLES / (fewest / every))
+    return [
+        f"mixer {mixer.name}: an update has {fewest:.2g} samples of domain '{name}' at its initial weight{others}, so weights "
+        f"will follow the losses of single samples. Set mixer.update_every to {updates} or train.global_batch to "
+        f"{math.ceil(batch * FEW_SAMPLES / fewest)}, or use the mixer recommended, which is made for noise."
+    ]
