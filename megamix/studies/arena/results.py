@@ -1,9 +1,5 @@
 """The results of an arena: a line for each member, and differences between arms, seed by seed.
 
-    RUN_DIR/results.csv    a line for each arm, seed, trap, objective, budget and model
-    RUN_DIR/results.json   for each of these cells the arms' means, and paired differences with intervals
-    RUN_DIR/results.md     the same as tables
-
 All losses are means over the run's own domains on their held-out text, in nats per token, also where a trap adds a
 domain. A difference is the arm's objective loss less the baseline's, so below 0 it is better.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,14 +17,11 @@ from typing import Any
 from megamix import __version__
 from megamix.analysis.paired import Interval, smallest_visible, t_interval
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file, writing
-from megamix.core.text import Report
 from megamix.studies.arena.config import NATURAL, NO_TRAP
 from megamix.studies.arena.study import ArenaStudy, Condition, Entry, Weights
 from megamix.training.checkpoints.state import newest_state
 from megamix.training.records.recorded_run import RecordedRun
 
-CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 Curve = tuple[tuple[int, float], ...]
 
 
@@ -341,22 +333,3 @@ def _seconds(run: RecordedRun) -> float:
         found += (line["tokens"] - before) / line["tokens_per_second"] if line["tokens_per_second"] else 0.0
         before = line["tokens"]
     return found
-
-
-def collect(study: ArenaStudy) -> Report:
-    """Writes the results of the members that are done, with page and plots; returns what to print."""
-    from megamix.studies.arena.page import PAGE, page, plot
-    from megamix.studies.arena.tables import markdown, report
-
-    results = read_results(study)
-    content = {
-        CSV: results.csv(),
-        JSON: json.dumps(results.json(), indent=1, allow_nan=False) + "\n",
-        MARKDOWN: markdown(results),
-        PAGE: page(results),
-    }
-    with writing(study.run_dir, "Choose another run_dir."):
-        study.run_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in content.items():
-            replace_file(study.run_dir / name, text.encode())
-    return report(results, [*(study.run_dir / name for name in content), *plot(results)])

@@ -3,7 +3,7 @@
 RUN_DIR/traps/NAME                the data sets of traps
 RUN_DIR/members                   a run's config for each member (`megamix.studies.arena.study`)
 RUN_DIR/runs/NAME, logs           these runs, and what they said
-RUN_DIR/results.csv, .json, .md   the results (`megamix.studies.arena.results`)
+RUN_DIR/results.csv, .json, .md   the results (`megamix.studies.arena.collect`)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal
 from megamix.core.errors import EXIT_OK, InputError
 from megamix.core.log import get_logger
 from megamix.core.text import plural
-from megamix.studies.arena.results import JSON as RESULTS
-from megamix.studies.arena.results import collect
+from megamix.studies.arena.collect import JSON as RESULTS
+from megamix.studies.arena.collect import collect
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, TRAPS, ArenaStudy, read_study
 from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job
