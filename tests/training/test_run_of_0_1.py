@@ -66,20 +66,26 @@ def close(seen: Any, wanted: Any, tolerance: float) -> None:
         assert seen == wanted
 
 
+def test_a_shadow_whose_rule_is_another_now_begins_anew(resumed: Path) -> None:
+    seen = lines(resumed / "shadow" / "recommended.jsonl")
+    begun = [line for line in seen if "change" in line]
+    assert {(line["step"], *line["change"]["parts"]) for line in begun} == {(SAVED, "shadow")}
+    assert seen[-1]["step"] == STEPS
+
+
 def test_it_goes_on_as_if_it_had_not_stopped(kept: Path, resumed: Path) -> None:
     whole = kept / "whole"
     assert samples(resumed) == samples(whole)
     assert len(samples(whole)) == STEPS
-    for name in ("weights.jsonl", "shadow/recommended.jsonl"):
-        seen, wanted = lines(resumed / name), lines(whole / name)
-        assert [(line["step"], line["effective_step"], line["position"]) for line in seen] == [
-            (line["step"], line["effective_step"], line["position"]) for line in wanted
-        ]
-        assert wanted[-1]["step"] == STEPS
-        for line, twin in zip(seen, wanted, strict=True):
-            close(line["domain_weights"], twin["domain_weights"], WEIGHT)
-            close(line["segment"], twin["segment"], WEIGHT * 8 * STEPS)
-            close(line.get("statistics"), twin.get("statistics"), LOSS)
+    seen, wanted = lines(resumed / "weights.jsonl"), lines(whole / "weights.jsonl")
+    assert [(line["step"], line["effective_step"], line["position"]) for line in seen] == [
+        (line["step"], line["effective_step"], line["position"]) for line in wanted
+    ]
+    assert wanted[-1]["step"] == STEPS
+    for line, twin in zip(seen, wanted, strict=True):
+        close(line["domain_weights"], twin["domain_weights"], WEIGHT)
+        close(line["segment"], twin["segment"], WEIGHT * 8 * STEPS)
+        close(line.get("statistics"), twin.get("statistics"), LOSS)
     for line, twin in zip(lines(resumed / "metrics.jsonl"), lines(whole / "metrics.jsonl"), strict=True):
         assert {key: line[key] for key in ("event", "step", "tokens")} == {
             key: twin[key] for key in ("event", "step", "tokens")
