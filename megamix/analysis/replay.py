@@ -29,7 +29,6 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.core.text import Report, Table, number
 from megamix.data.blend.blend import Blend
-from megamix.data.overlap import domain_overlap
 from megamix.mixing.mixers import find_mixer, make_mixer, wants_evaluation
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.mixing.weight_policy import Stages, WeightPolicy
@@ -140,27 +139,10 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
                 f"can only be worked out with the data set. {run.missing_data}"
             )
         mixer = make_mixer(config, statistics.domain_names, blend.weights, objective or None)
-        if mixer.lacks_overlap:
-            mixer.set_overlap(_overlap(run, statistics.domain_names, name))
         lines = _lines(Shadow(name, mixer, blend, policy), statistics, drawn_with)
         results.append(_result(run, Ledger(lines, run.ledger.seed, run.ledger.sampling), name, drawn_with, folder))
     used = _compared("used", run.ledger, drawn_with, run)
     return Replay(run.run_dir, statistics.num_steps, used, results)
-
-
-def _overlap(run: RecordedRun, names: tuple[str, ...], mixer: str) -> NDArray[np.float64]:
-    """Overlap of the domains' training text.
-
-    Raises:
-        InputError: the data set cannot be opened.
-    """
-    if run.manifest is None:
-        raise InputError(
-            f"{run.run_dir}: the mixer {mixer} compares the domains' text, which takes the data set. {run.missing_data} Or "
-            "replay it with transfer: 0."
-        )
-    domains = [run.manifest.open_domain(name, "train") for name in names]
-    return domain_overlap(domains, run.manifest.tokenizer.vocab_size)
 
 
 def _config(mixer: Any) -> Config:

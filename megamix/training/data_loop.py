@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megamix.core.errors import InputError
-from megamix.core.log import get_logger
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader
-from megamix.data.overlap import domain_overlap
 from megamix.data.sampler import Sampler
-from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
 from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
@@ -85,7 +80,6 @@ class MixedData:
             self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights, plan.objective_weights)
             if resumed is not None:
                 resumed.set_mixer(self.mixer)
-            measure_overlap(self.mixer, plan.domains, plan.vocab_size)
             self.shadows = open_shadows(plan, blend, self.step, resumed)
             shared = [({"blend": blend.state_dict()}, checked_loss_weights(self.mixer))]
         # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
@@ -201,14 +195,6 @@ class MixedData:
         self.exchange.close()
 
 
-def measure_overlap(mixer: Mixer, domains: Sequence[DomainTokens], vocab_size: int) -> None:
-    """Gives a mixer that lacks it the overlap of the domains' training text."""
-    if mixer.lacks_overlap:
-        started = time.perf_counter()
-        mixer.set_overlap(domain_overlap(domains, vocab_size))
-        get_logger().info("overlap of the domains' text: measured in %.1f s", time.perf_counter() - started)
-
-
 def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
     """The shadows of a run, before ``step``.
 
@@ -232,7 +218,6 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
         mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights, plan.objective_weights)
         if part is not None:
             part.set_mixer(mixer)
-        measure_overlap(mixer, plan.domains, plan.vocab_size)
         shadows.append(
             Shadow(
                 name,

@@ -23,15 +23,11 @@ class Reference:
     def __init__(
         self,
         objective: list[float],
-        overlap: list[list[float]] | None = None,
         memory: float = 1.0,
-        transfer: float = 0.5,
         reach: float = 2.0,
         exploration: float = 0.05,
     ) -> None:
-        self.k, self.memory, self.transfer = len(objective), memory, transfer
-        self.reach, self.exploration = reach, exploration
-        self.overlap = overlap
+        self.k, self.memory, self.reach, self.exploration = len(objective), memory, reach, exploration
         self.v = [weight / sum(objective) for weight in objective]
         self.seen: list[list[tuple[float, float]]] = [[] for _ in objective]  # (tokens, mean loss)
         self.fits: list[dict[str, Any] | None] = [None] * self.k
@@ -44,7 +40,7 @@ class Reference:
         given_after = np.cumsum(tokens)
         w = tokens * (given_after / given_after[-1]) ** self.memory
         number = w.sum() ** 2 / (w**2).sum()
-        if number < 10:
+        if number < 30:
             return None
         x = np.log(given_after - tokens / 2)
         root = np.sqrt(w / w.sum())
@@ -80,16 +76,11 @@ class Reference:
         else:
             typical = sum(slope**2 for slope in slopes) / sum(slopes)
             learning = [min(1.0, max(0.0, 4 * slope / typical - 1)) for slope in slopes]
-        v, gains = self.v, []
-        for j in range(self.k):
-            others = sum(
-                v[i] * slopes[i] * self.overlap[i][j] for i in range(self.k) if i != j and self.overlap is not None
-            )
-            gains.append(v[j] * slopes[j] + self.transfer * others)
+        gains = [weight * slope for weight, slope in zip(self.v, slopes, strict=True)]
         self.gains = [gain / sum(gains) for gain in gains]
         shares = [
-            s * (min(max(gain, w / self.reach), w * self.reach) if w else gain)
-            for s, gain, w in zip(learning, self.gains, v, strict=True)
+            s * min(max(gain, w / self.reach), w * self.reach)
+            for s, gain, w in zip(learning, self.gains, self.v, strict=True)
         ]
         e = self.exploration
         return [(1 - e) * share / sum(shares) + e / self.k for share in shares]
@@ -111,32 +102,21 @@ class Reference:
         return self.slopes
 
 
-def recommended(initial: list[float], overlap: Any = None, objective: Any = None, **options: Any) -> Mixer:
+def recommended(initial: list[float], objective: Any = None, **options: Any) -> Mixer:
     names = [f"d{i}" for i in range(len(initial))]
-    mixer = make_mixer({"name": "recommended", **options}, names, initial, objective)
-    if overlap is not None:
-        mixer.set_overlap(np.array(overlap))
-    return mixer
-
-
-def some_overlap(k: int) -> list[list[float]]:
-    overlap = np.random.default_rng(k).uniform(0, 0.8, (k, k))
-    np.fill_diagonal(overlap, 1)
-    return overlap.tolist()
+    return make_mixer({"name": "recommended", **options}, names, initial, objective)
 
 
 def mean_losses(stats: DomainStats) -> list[float | None]:
     return [n / t if t else None for n, t in zip(stats.nats.tolist(), stats.tokens.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"memory": 2.5, "exploration": 0.3, "transfer": 2.0, "reach": 1.2}, {"memory": 0.0}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"memory": 2.5, "exploration": 0.3, "reach": 1.2}, {"memory": 0.0}], ids=str)
 @pytest.mark.parametrize("k", [2, 7])
 def test_250_steps_follow_the_formula(k: int, options: dict[str, float]) -> None:
-    objective, overlap = [1.0 + i for i in range(k - 1)] + [0.0], some_overlap(k)
-    mixer = recommended([1.0] * k, overlap, objective, **options)
-    reference, world = Reference(objective, overlap, **options), World(k, k - 1, noise=1)
+    objective = [1.0 + i for i in range(k - 1)] + [0.0]
+    mixer = recommended([1.0] * k, objective, **options)
+    reference, world = Reference(objective, **options), World(k, k - 1, noise=1)
     for step in range(1, 251):
         stats = world.step(mixer.weights)
         if step == 120:  # a strange sample
@@ -190,17 +170,9 @@ def test_exact_lines_are_found() -> None:
     assert mixer.record()["stalled"] == []
 
 
-def test_what_others_learn_from_counts() -> None:
-    """Equal slopes and a domain that the objective leaves out: all of its share is what it teaches the first."""
-    mixer = recommended([1.0] * 3, [[1, 0, 0.5], [0, 1, 0], [0.9, 0.9, 1]], [1, 1, 0], exploration=0.0, transfer=0.4)
-    on_lines(mixer, (9, 0.5), (9, 0.5), (9, 0.5))
-    np.testing.assert_allclose(mixer.weights, np.array([1, 1, 0.2]) / 2.2, rtol=1e-7)
-
-
-def test_before_slopes_are_known_objective_and_overlap_decide() -> None:
-    mixer = recommended([1.0, 5.0], [[1, 0.5], [0, 1]], [1, 3], exploration=0.0, transfer=1.0)
-    weights = mixer.update(DomainStats([500.0, 400.0], [100, 100]), 1)
-    assert weights == pytest.approx(np.array([1, 3 + 0.5]) / 4.5)
+def test_before_slopes_are_known_the_objective_decides() -> None:
+    mixer = recommended([1.0, 5.0], [1, 3], exploration=0.0)
+    assert mixer.update(DomainStats([500.0, 400.0], [100, 100]), 1) == pytest.approx([0.25, 0.75])
     assert mixer.record()["learning_slope"] is None
 
 
@@ -208,7 +180,7 @@ def test_one_strange_sample_moves_no_weight_far() -> None:
     """A sample with ten times the loss, in one step: in units of the change without the bound on its influence."""
     weights = []
     for strange in (0.0, 45.0):
-        mixer, world = recommended([1.0] * 4, transfer=0), World(9, 4)
+        mixer, world = recommended([1.0] * 4), World(9, 4)
         for step in range(1, 202):
             stats = world.step(np.full(4, 0.25))
             if step == 201:
@@ -256,12 +228,14 @@ def test_noise_is_said_to_stall() -> None:
     assert mixer.weights[4] < 0.04 < mixer.weights[:4].min()
 
 
-def test_slopes_count_from_ten_observations_on() -> None:
+def test_slopes_count_from_thirty_observations_on() -> None:
     mixer, world = recommended([6.0, 3.0, 1.0]), World(2, 3)
-    # With memory 1 observations of equal size weigh 1, 2, 3, ..., and (sum w)^2 / sum w^2 reaches 10 at the thirteenth.
-    for step in range(1, 17):
+    # With memory 1 observations of equal size weigh 1, 2, 3, ..., and (sum w)^2 / sum w^2 = 3 n (n + 1) / (4 n + 2).
+    for step in range(1, 45):
         mixer.update(DomainStats(world.step(mixer.weights).nats, [4096] * 3), step)
-        assert (mixer.record()["learning_slope"] is None) == (step < 13)
+        known = 3 * step * (step + 1) / (4 * step + 2) >= 30
+        assert (mixer.record()["learning_slope"] is None) != known
+    assert known
 
 
 def test_constant_losses_give_the_objective() -> None:
@@ -303,15 +277,11 @@ counts = st.one_of(st.integers(0, 2**62), st.integers(0, 3), st.just(4096))
     k=st.integers(1, 4),
     data=st.data(),
     memory=st.floats(0, 10),
-    transfer=st.floats(0, 10),
     reach=st.floats(1, 1000),
     exploration=st.floats(0, 1),
 )
-def test_nothing_overflows(
-    k: int, data: st.DataObject, memory: float, transfer: float, reach: float, exploration: float
-) -> None:
-    options = {"memory": memory, "transfer": transfer, "reach": reach, "exploration": exploration}
-    mixer = recommended([1.0] * k, some_overlap(k), **options)
+def test_nothing_overflows(k: int, data: st.DataObject, memory: float, reach: float, exploration: float) -> None:
+    mixer = recommended([1.0] * k, memory=memory, reach=reach, exploration=exploration)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(1, data.draw(st.integers(1, 15)) + 1):
@@ -328,8 +298,7 @@ def test_a_state_continues_bit_for_bit(stop: int) -> None:
     options = {"update_every": 3, "warmup_steps": 7, "update_times": 9}
     world = World(5, 5, noise=1)
     steps = [world.step(np.full(6, 1 / 6)) for _ in range(60)]
-    whole, resumed = recommended([1.0] * 6, some_overlap(6), **options), recommended([1.0] * 6, **options)
-    assert resumed.lacks_overlap
+    whole, resumed = recommended([1.0] * 6, **options), recommended([1.0] * 6, **options)
     for step in range(1, stop + 1):
         whole.update(steps[step - 1], step)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
@@ -350,21 +319,19 @@ def test_a_state_that_is_not_whole_is_refused() -> None:
         ("tokens", [1.0, math.inf]),
         ("sums", {"w": [0.0, 0.0]}),
     ):
-        with pytest.raises(InputError, match=r"not whole|overlap"):
+        with pytest.raises(InputError, match="not whole"):
             mixer.load_state_dict({**state, key: value})
 
 
 def test_other_domains_keep_what_is_known() -> None:
-    """A domain in two parts, one gone, one new: parts have the slope of the whole, the new one has the mean. Overlap is
-    of other domains, and so is measured anew."""
-    before, world = recommended([6.0, 2.0, 1.0], some_overlap(3)), World(6, 3)
+    """A domain in two parts, one gone, one new: parts have the slope of the whole, the new one has the mean."""
+    before, world = recommended([6.0, 2.0, 1.0]), World(6, 3)
     world.train(before, 200)
     slopes = before.record()["loss_slope"]
     after = recommended([1.0] * 4)
     after.adopt_state(before.state_dict(), [2, 0, 0, None], np.array([0.4, 0.2, 0.2, 0.2]))
     assert after.record()["loss_slope"] == [slopes[2], slopes[0], slopes[0], None]
     assert after.weights.tolist() == [0.4, 0.2, 0.2, 0.2]
-    assert after.lacks_overlap
     assert after.record()["learning_slope"][3] == pytest.approx(np.mean([slopes[2], slopes[0], slopes[0]]))
 
 
@@ -374,7 +341,6 @@ def test_other_domains_keep_what_is_known() -> None:
         ({"memry": 1.0}, "Did you mean 'memory'?"),
         ({"memory": -0.1}, "memory"),
         ({"memory": math.inf}, "memory"),
-        ({"transfer": -1}, "transfer"),
         ({"reach": 0.5}, "reach"),
         ({"exploration": 1.1}, "exploration"),
         ({"exploration": math.nan}, "exploration"),
@@ -396,6 +362,5 @@ def test_what_0_1_recorded_is_read(capfd: pytest.CaptureFixture[str]) -> None:
     """A config with the key of the first rule, and a state of it, whose sums are the same."""
     mixer = recommended([1.0, 1.0], difficulty=0.5)
     assert "difficulty is of the rule that 0.1 had" in capfd.readouterr().err
-    state = {key: value for key, value in mixer.state_dict().items() if key != "overlap"}
-    mixer.load_state_dict({**state, "prior": [0.5, 0.5], "tokens": [7.0, 9.0]})
+    mixer.load_state_dict({**mixer.state_dict(), "prior": [0.5, 0.5], "tokens": [7.0, 9.0]})
     assert mixer.state_dict()["tokens"] == [7.0, 9.0]

@@ -94,7 +94,6 @@ class Mixer(ABC):
         self._domains = names
         self._weights = normalise_weights(initial_weights, names, "initial weights")
         self._objective = self._weights
-        self._overlap: FloatArray | None = None
         self._pending: DomainStats | None = None
         self._step = 0
         self._num_updates = 0
@@ -178,31 +177,6 @@ class Mixer(ABC):
     def changed_at(self, step: int) -> bool:
         """Whether the weights were computed anew in the call for ``step``; true only of the latest such step."""
         return self._num_updates > 0 and self._last_update == step
-
-    @property
-    def lacks_overlap(self) -> bool:
-        """Whether the weights depend on `overlap` and `set_overlap` was not called; trainers then measure it."""
-        return False
-
-    @property
-    def overlap(self) -> FloatArray:
-        """float64 [K, K], how much of what can be learnt of a domain (row) the text of another (column) teaches, from
-        0 to 1, as `megamix.data.overlap` measures it; the identity until `set_overlap`."""
-        return np.eye(self.num_domains) if self._overlap is None else self._overlap.copy()
-
-    def set_overlap(self, overlap: FloatArray) -> None:
-        """Sets `overlap`; before the first update.
-
-        Raises:
-            InputError: not [K, K], or numbers outside [0, 1].
-        """
-        overlap = np.array(overlap, dtype=np.float64)
-        if overlap.shape != (self.num_domains, self.num_domains) or not ((overlap >= 0) & (overlap <= 1)).all():
-            raise InputError(
-                f"mixer '{self.name}': the overlap is {overlap.tolist()}, expected {self.num_domains} rows of "
-                f"{self.num_domains} numbers from 0 to 1."
-            )
-        self._overlap = overlap
 
     def set_objective(self, weights: DomainWeights) -> None:
         """Sets `objective`, K relative weights in the order of the domains or by name; before the first update.

@@ -1,23 +1,19 @@
 """The recommended online mixer: the objective's mixture, bent towards the domains whose tokens still lower its loss.
 
-The objective is a mean of domain losses, sum over i of v_i L_i (`Mixer.objective`). More tokens of domain j lower L_j
-itself, and to a smaller part the losses of domains whose text is alike. With both in logarithms of tokens,
+The objective is a mean of domain losses, sum over i of v_i L_i (`Mixer.objective`). Let g_i be the slope of domain i's
+loss, -dL_i / d ln n_i: what it loses, in nats, while its tokens n_i grow by a factor of e. For a given number of tokens
+in all the objective is least where the last token of every domain gains as much as that of any other, v_i g_i / n_i the
+same for all, so where the weights are in proportion to v_i g_i. On a scaling curve L = E + A n^-b the slope is b (L -
+E): near 0 for noise, for what is learnt and for what is beyond the model, without a fit of the floor E, which short
+runs do not determine.
 
-    dL_i / d ln n_j = -g_i [i = j] - k g_i T_ij [i != j]
-
-where g_i is the slope of domain i's loss against the logarithm of its tokens, in nats per e-fold, T_ij the overlap of
-domain i's text with domain j's (`megamix.data.overlap`, from counts of token pairs) and k = transfer. The objective is
-least, for a given number of tokens, where every domain's weight is in proportion to what an e-fold of its tokens gains:
-
-    w_j  ~  D_j = v_j g_j + k sum over i != j of v_i g_i T_ij
-
-g_i is measured: interval s brought m_s tokens of domain i with mean loss y_s, at the end of which it had given n_s
-tokens in all, now n. The line of least squares through
+Interval s brought m_s tokens of domain i with mean loss y_s, at the end of which it had given n_s tokens in all, now n.
+The line of least squares through
 
     (x_s, y_s),  x_s = ln(n_s - m_s / 2),  with weight w_s = m_s (n_s / n)^memory
 
-has the slope -g_i and the usual standard error se_i, from the residuals and the effective number of observations
-(sum w)^2 / sum w^2. Old observations fade with the domain's own tokens, so that what is known of a rare domain is not
+has the slope -g_i and the usual standard error se_i, from the residuals and the effective number of observations (sum
+w)^2 / sum w^2. Old observations fade with the domain's own tokens, so that what is known of a rare domain is not
 forgotten. An observation further than 3 of its standard deviations from the line counts as if it were 3 away, so that
 one strange sample moves nothing. Uncertain slopes are drawn to the mean of all (empirical Bayes):
 
@@ -26,26 +22,24 @@ one strange sample moves nothing. Uncertain slopes are drawn to the mean of all 
     c     = sum r^2 / sum r                        the typical slope, to which domains that do not learn add nothing
     s_i   = clip(4 r_i / c - 1, 0, 1)              whether i learns: 0 up to a quarter of c, 1 from half of c on
 
-and the weights are, with R = reach and e = exploration,
+and the weights are, with d_i = v_i r_i / sum v r, R = reach and e = exploration,
 
-    d_j  = D_j / sum D, with r for g
-    w_j  = s_j clip(d_j, v_j / R, v_j R)           a domain that the objective leaves out: s_j d_j
-    pi_j = (1 - e) w_j / sum w + e / K
+    w_i   = s_i clip(d_i, v_i / R, v_i R)
+    pi_i  = (1 - e) w_i / sum w + e / K
 
-Before slopes are known all are equal, and the weights follow objective and overlap alone.
+Before slopes are known all are equal, and the weights are the objective's. A domain that the objective leaves out gets
+the exploration only.
 
-What it rests on: that the slope along a run is what a domain's own tokens give. Measured on the mini-pile (12 domains, 0.5 M
-parameters, 400 steps of 4,096 tokens, one seed a domain): the slope along a run of equal weights and the loss that a
-domain gains per e-fold when its weight alone is doubled have a correlation of 0.95, so no part of the slope is taken off
-as common to all. The effect of a doubling on the mean of all losses has a rank correlation of 0.14 with D where k is 0,
-and of 0.69 where it is 0.5; the default is from there. `first version` of 0.1: the mixture, times a power of the
-perplexity; DECISIONS.md has why it went.
+What it rests on: the slope along a run taken for what a domain's own tokens give. Measured on the mini-pile (12
+domains, 0.5 M parameters, 400 steps of 4,096 tokens), the slope along a run of equal weights and the loss that a domain
+gains per e-fold when its weight alone is doubled have a correlation of 0.95, so no part of the slope is taken off as
+common.
 
-What it cannot see: losses that fall because data is repeated (bound it by data.max_epochs); transfer that token pairs do
-not show, as between languages; a domain that is being forgotten, whose rising loss earns it the exploration only.
+What it cannot see: what a domain's tokens do for the others, which differs more between domains than what they do for
+itself; losses that fall because data is repeated (bound it by data.max_epochs); a domain that is being forgotten, whose
+rising loss earns it the exploration only. DECISIONS.md has what was tried and measured.
 
-Shapes: K domains; every array is float64 [K] unless it says otherwise.
-"""
+Shapes: every array is float64 [K], K the number of domains."""
 
 from __future__ import annotations
 
@@ -67,8 +61,9 @@ BoolArray = NDArray[np.bool_]
 _LARGEST_LOSS = 1e6
 """Nats per token; the squares of losses up to here can be summed without a thought to overflow."""
 
-_MIN_OBSERVATIONS = 10.0
-"""Effective observations from which on a slope and its error mean something."""
+_MIN_OBSERVATIONS = 30.0
+"""Effective observations from which on a slope counts: the first are of a phase in which a model learns little but the
+frequency of tokens."""
 
 _SMALLEST_SLOPE = 1e-6
 """Nats per e-fold; slopes that are all below this are rounding errors of losses that do not change."""
@@ -84,8 +79,8 @@ _SUMS = ("w", "ww", "wx", "wy", "wxx", "wxy", "wyy")
 
 
 class RecommendedConfig(ScheduleConfig):
-    """Minimises the run's objective: samples a domain in proportion to what its tokens still gain, for itself and for
-    domains with similar text. Runs after neither noise nor what is learnt."""
+    """Minimises the run's objective: samples a domain in proportion to its weight there times what its tokens still
+    gain. Runs after neither noise nor what is learnt. The weights are the objective's until slopes are known."""
 
     name: Literal["recommended"] = "recommended"
     """Which mixer this configures."""
@@ -93,10 +88,6 @@ class RecommendedConfig(ScheduleConfig):
     memory: float = Field(default=1.0, ge=0, le=10, allow_inf_nan=False)
     """How fast old losses fade: those from when a domain had given half of its tokens so far count 2^-memory as much;
     0: all count alike."""
-
-    transfer: float = Field(default=0.5, ge=0, le=10, allow_inf_nan=False)
-    """What a domain gains by tokens of another whose text overlaps fully, as a part of what it gains by its own. 0: the
-    domains' text is not compared."""
 
     reach: float = Field(default=2.0, ge=1, le=1000, allow_inf_nan=False)
     """The largest factor between a weight and the objective's, either way, for a domain that still learns."""
@@ -132,10 +123,6 @@ class RecommendedMixer(Mixer):
         super().__init__(config, domains, initial_weights)
         self._tokens = np.zeros(self.num_domains)
         self._sums = np.zeros((len(_SUMS), self.num_domains))
-
-    @property
-    def lacks_overlap(self) -> bool:
-        return self.config.transfer > 0 and self._overlap is None
 
     def _observe(self, stats: DomainStats, step: int) -> None:
         seen = stats.seen
@@ -189,7 +176,7 @@ class RecommendedMixer(Mixer):
         return None if drawn.max() < _SMALLEST_SLOPE else drawn
 
     def _shares(self) -> tuple[FloatArray, FloatArray]:
-        """(d, w), not negative; d sums to 1."""
+        """(d, w): what the tokens of every domain gain, sum 1, and the shares that follow."""
         slopes = self._slopes()
         learning = np.ones(self.num_domains)
         if slopes is None:
@@ -197,15 +184,12 @@ class RecommendedMixer(Mixer):
         else:
             typical = float(slopes @ slopes / slopes.sum())
             learning = np.clip((slopes / typical - _NOT_LEARNING) / (_LEARNING - _NOT_LEARNING), 0.0, 1.0)
-        v = self.objective
+        v, reach = self.objective, self.config.reach
         gain = v * slopes
-        others = self.overlap - np.eye(self.num_domains)
-        gain = gain + self.config.transfer * (gain @ others)
         if not gain.any():
             return v, np.zeros(self.num_domains)
         gain = gain / gain.sum()
-        reach = self.config.reach
-        return gain, learning * np.where(v > 0, np.clip(gain, v / reach, v * reach), gain)
+        return gain, learning * np.clip(gain, v / reach, v * reach)
 
     def _new_weights(self, step: int) -> FloatArray | None:
         e, share = self.config.exploration, self._shares()[1]
@@ -214,9 +198,7 @@ class RecommendedMixer(Mixer):
         return (1.0 - e) * (share / share.sum()) + e / self.num_domains
 
     def _extra_state(self) -> dict[str, Any]:
-        overlap = None if self._overlap is None else self._overlap.tolist()
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
-        return {"tokens": self._tokens.tolist(), "sums": sums, "overlap": overlap}
+        return {"tokens": self._tokens.tolist(), "sums": dict(zip(_SUMS, self._sums.tolist(), strict=True))}
 
     def _load_extra_state(self, state: Mapping[str, Any]) -> None:
         tokens, sums = np.array(state["tokens"], np.float64), np.array([state["sums"][name] for name in _SUMS])
@@ -225,19 +207,15 @@ class RecommendedMixer(Mixer):
                 raise ValueError(f"{what} {new.tolist()}")
         self._tokens, self._sums = tokens, sums
         # What the run began with, where another machine would measure another last bit.
-        # The state of 0.1's rule has the same sums and no overlap.
-        if state.get("overlap") is not None:
-            self.set_overlap(state["overlap"])
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
         """A new domain has no observations, and so the mean slope of the others until it was seen often
-        enough. Overlap is measured anew."""
+        enough."""
 
         def carry(values: Sequence[float]) -> list[float]:
             return [0.0 if parent is None else values[parent] for parent in parents]
 
         return {
-            "overlap": None,
             "tokens": carry(state["tokens"]),
             "sums": {name: carry(values) for name, values in state["sums"].items()},
         }
