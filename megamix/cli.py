@@ -156,6 +156,37 @@ def export(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run, a checkpoint, or a causal model of transformers.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="manifest.json or its folder; default: the run's data set.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(metavar="N|all", help="Samples per domain; default: as the run evaluates, or 64.")
+    ] = None,
+    split: Annotated[Literal["validation", "train"], typer.Option(help="Which text.")] = "validation",
+    objective: Annotated[
+        str | None, typer.Option(help="natural, uniform or {domain: weight}; default: the run's, or natural.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")] = None,
+) -> None:
+    """Evaluate a model on every domain: loss, perplexity and bits per byte, with standard errors by documents.
+
+    Example: megamix evaluate runs/demo --samples all --json demo.json
+    """
+    from megamix.core.yaml_text import parse_yaml
+    from megamix.interop.evaluation.evaluate import evaluate as run
+
+    if samples is not None and samples != "all" and not (samples.isdecimal() and int(samples) > 0):
+        raise typer.BadParameter(f"it is '{samples}', expected a number above 0, or all.", param_hint="--samples")
+    number = "all" if samples == "all" else None if samples is None else int(samples)
+    aim = None if objective is None else parse_yaml(objective, "--objective")
+    run(model, data, number, split, aim, out).report().show()
+
+
+@app.command()
 def reference(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A trained run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the losses.")],

@@ -131,7 +131,7 @@ def read_pretrained(model: ModelConfig, tokenizer: Path, tokenizer_size: int) ->
             f"model.from_pretrained {folder} knows {rows} token ids, but the tokenizer of the data has {tokenizer_size}. "
             "Prepare the data with the model's tokenizer."
         )
-    _compare_tokenizers(folder, tokenizer)
+    compare_tokenizers(folder, tokenizer)
     return weights
 
 
@@ -177,7 +177,7 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} cannot be read: {error}. Copy it again.")
 
 
-def _compare_tokenizers(folder: Path, of_data: Path) -> None:
+def compare_tokenizers(folder: Path, of_data: Path) -> None:
     """Compares the tokenizers of model and data by ids, merges and the tokens of a text: the files may differ in form.
 
     Raises:

@@ -78,14 +78,10 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     check_known([dtype], DTYPES, "--dtype is")
     out = out.absolute()
     _check_out(out)
-    source, run = _find(path)
+    source, run = find_checkpoint(path)
     state = read_state(source)
-    if (holds := store.kind(source)) != store.LAYERS:
-        raise InputError(
-            f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which export does not "
-            "read. Resume the run, also one that is done, with engine.checkpoint_format=layers, and export what it writes."
-        )
-    manifest = _manifest(run, state, source)
+    refuse_own_format(source, "export")
+    manifest = data_of(run, state, source)
     fingerprints = state.fingerprints
     model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
     partial = _start(out)
@@ -109,6 +105,15 @@ def _check_out(out: Path) -> None:
         raise InputError(f"{out} is there already and not an empty folder. Choose another --out, or remove it.")
 
 
+def refuse_own_format(source: Path, command: str) -> None:
+    """Raises InputError for a checkpoint in an engine's own format."""
+    if (holds := store.kind(source)) != store.LAYERS:
+        raise InputError(
+            f"{source} is in a format of engine {holds}'s own (engine.checkpoint_format: dist), which {command} does not "
+            f"read. Resume the run, also one that is done, with engine.checkpoint_format=layers, and {command} what it writes."
+        )
+
+
 def _start(out: Path) -> Path:
     """Makes the partial folder, which is renamed to ``out`` at the end."""
     partial = out.with_name(out.name + store.PARTIAL)
@@ -123,8 +128,12 @@ def _start(out: Path) -> Path:
     return partial
 
 
-def _find(path: Path) -> tuple[Path, RecordedRun]:
-    """Checkpoint to export, and its run."""
+def find_checkpoint(path: Path) -> tuple[Path, RecordedRun]:
+    """The checkpoint at ``path``, or the newest of the run there, and its run.
+
+    Raises:
+        InputError: there is none.
+    """
     if (path / CONFIG).is_file():
         source = store.newest(path / "checkpoints")
         if source is None:
@@ -135,7 +144,7 @@ def _find(path: Path) -> tuple[Path, RecordedRun]:
     return path, RecordedRun.open(path.absolute().parent.parent)
 
 
-def _manifest(run: RecordedRun, state: RunState, source: Path) -> Manifest:
+def data_of(run: RecordedRun, state: RunState, source: Path) -> Manifest:
     """Data set of the checkpoint, for its tokenizer; the run may have gone on with another one."""
     if run.manifest is None:
         raise InputError(
@@ -165,14 +174,16 @@ def _weights(
 
     def tensors() -> Iterator[torch.Tensor]:
         for index, shapes in enumerate(layers):
-            yield from _layer(source, index, shapes, vocab_size if index in ends else None)
+            yield from read_layer(source, index, shapes, vocab_size if index in ends else None)
 
     write_tensors(out, specs, tensors(), dtype, max_bytes)
     num_parameters = sum(spec.size for spec in specs)
     return num_parameters, num_parameters * dtype.itemsize
 
 
-def _layer(source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: int | None) -> Iterator[torch.Tensor]:
+def read_layer(
+    source: Path, index: int, shapes: dict[str, torch.Size], vocab_size: int | None
+) -> Iterator[torch.Tensor]:
     """Weights of a layer of a checkpoint, with matrices cut to ``vocab_size`` rows where it is given.
 
     Raises:

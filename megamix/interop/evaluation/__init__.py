@@ -1,0 +1,1 @@
+"""``megamix evaluate``: the losses of any model on the domains of a data set."""

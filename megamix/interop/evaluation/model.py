@@ -1,0 +1,123 @@
+"""Models to evaluate, in one process and in fp32: a checkpoint of a run, or a causal model of transformers.
+
+Legend: B samples, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.engines.models import ModelConfig
+from megamix.engines.models.layers import make_layer
+from megamix.engines.models.pretrained import compare_tokenizers
+from megamix.engines.models.pretrained_config import read_json_object
+from megamix.interop.hugging_face.export import find_checkpoint, read_layer, refuse_own_format
+from megamix.training.checkpoints.state import read_state
+from megamix.training.config import RunConfig
+from megamix.training.records.recorded_run import CONFIG
+
+MOST_TOKENS = 2048
+"""Length of the samples for a model that could read longer ones."""
+
+Logits = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model, and how a run evaluates it.
+
+    Attributes:
+        source: checkpoint or folder.
+        logits: maps tokens int64 [B, S] and positions (None: they count in the sample) to float32 [B, S, V].
+        seq_length: tokens in a sample.
+        config: of the run that it comes from; None for any other model.
+        manifest: the run's data set, where it has one.
+    """
+
+    source: Path
+    logits: Logits
+    seq_length: int
+    config: RunConfig | None
+    manifest: Path | None
+    check_tokenizer: Callable[[Manifest], None]
+
+
+def open_model(path: Path, device: torch.device) -> EvaluatedModel:
+    """The model at ``path``: a run (its newest checkpoint), a checkpoint, or a folder of transformers.
+
+    Raises:
+        InputError: none of these, or one that cannot be read.
+        ResumeRefused: the checkpoint is damaged.
+    """
+    is_run = (path / CONFIG).is_file() or (path / "state.json").is_file()
+    if not is_run and not (path / "config.json").is_file():
+        raise InputError(
+            f"{path} is neither a run (no {CONFIG}), nor a checkpoint (no state.json), nor a model of transformers (no "
+            "config.json). Give one of these."
+        )
+    return _of_run(path, device) if is_run else _of_transformers(path, device)
+
+
+def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
+    source, run = find_checkpoint(path)
+    state = read_state(source)
+    refuse_own_format(source, "evaluate")
+    model = validate(ModelConfig, state.fingerprints["model"], f"{source / 'state.json'}, model")
+    length, layers = state.fingerprints["order"]["seq_length"], []
+    for index in range(model.num_layers + 2):
+        layer = make_layer(model, index, 0, length)
+        names = layer.hugging_face_names()
+        shapes = {name: layer.get_parameter(own).shape for own, name in names.items()}
+        saved = dict(zip(shapes, read_layer(source, index, shapes, None), strict=True))
+        layer.load_state_dict({own: saved[name] for own, name in names.items()}, strict=False)
+        layers.append(layer.to(device).eval())
+
+    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:
+        flow: Any = tokens_BS if positions_BS is None else (tokens_BS, positions_BS)
+        for layer in layers:
+            flow = layer(flow)
+        return flow
+
+    def check(manifest: Manifest) -> None:
+        trained, given = state.fingerprints["tokenizer"]["sha256"], manifest.tokenizer.sha256
+        if trained != given:
+            raise InputError(
+                f"{source} was trained with a tokenizer of hash {trained[:12]}, but {manifest.folder} has {given[:12]}. Give "
+                "data of the same tokenizer."
+            )
+
+    return EvaluatedModel(source, logits, length, run.config, run.config.data.manifest, check)
+
+
+def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # transformers raises a dozen kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{path}: transformers cannot open the model: {reason}") from error
+    model = model.to(device).eval()
+    config = None
+    if (path / "megamix.json").is_file():
+        exported = read_json_object(path / "megamix.json")
+        config = validate(RunConfig, exported.get("config"), str(path / "megamix.json"))
+    known = getattr(model.config, "max_position_embeddings", None)
+    length = config.data.seq_length if config is not None else min(known or MOST_TOKENS, MOST_TOKENS)
+
+    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:
+        given = {} if positions_BS is None else {"position_ids": positions_BS}
+        return model(input_ids=tokens_BS, use_cache=False, **given).logits
+
+    def check(manifest: Manifest) -> None:
+        compare_tokenizers(path, manifest.folder / manifest.tokenizer.file)
+
+    return EvaluatedModel(path, logits, length, config, None, check)

@@ -1,0 +1,178 @@
+"""`megamix evaluate`: the run's own evaluation, by its checkpoint and by transformers' model of its export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from jobs import run_job
+from records import lines
+from typer.testing import CliRunner
+
+from megamix.cli import app
+from megamix.core.errors import InputError
+from megamix.data.tokens.manifest import Manifest
+from megamix.interop.evaluation.evaluate import Evaluation, evaluate
+from megamix.interop.evaluation.token_bytes import token_bytes
+from megamix.interop.hugging_face.export import export
+from megamix.prepare.pipeline import prepare
+from megamix.training.evaluate import choose_samples
+
+SEQ, SAMPLES, STEPS = 32, 7, 3
+NAMES = ("code", "packages", "tables", "topics")
+
+
+@pytest.fixture(scope="module")
+def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = {
+        "run_dir": str(folder / "run"),
+        "data": {
+            "manifest": str(data_dir), "seq_length": SEQ, "eod_mask_loss": True, "reset_position_ids": True,
+        },
+        "model": {"architecture": "neox", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
+        "engine": {"pipeline": 1},
+        "objective": "uniform",
+        "train": {"steps": STEPS, "global_batch": 16, "micro_batch": 8, "lr": 1.0e-2},
+        "evaluate": {"every": 1, "samples": SAMPLES},
+        "checkpoint": {"every": 1, "keep": 9},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    run_job(1, [(folder / "config.yaml", ())])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    export(run, run.parent / "model")
+    return run.parent / "model"
+
+
+def recorded(run: Path, step: int) -> dict[str, Any]:
+    return next(line for line in lines(run / "metrics.jsonl") if (line["event"], line["step"]) == ("evaluate", step))
+
+
+def agree(found: Evaluation, wanted: dict[str, Any]) -> None:
+    """To fp32 rounding: 60 roundings of a loss of 6 nats are 2e-5."""
+    assert set(found.line) == set(wanted) - {"event", "step", "tokens"}
+    for key in ("domain_loss", "domain_error"):
+        assert found.line[key] == pytest.approx(wanted[key], abs=2e-5)
+    for key in ("objective_loss", "objective_error", "macro_loss", "micro_loss", "worst_loss", "objective"):
+        assert found.line[key] == pytest.approx(wanted[key], abs=2e-5)
+    assert found.line["worst_domain"] == wanted["worst_domain"]
+    for name in NAMES:
+        row = found.domains[name]
+        assert row["loss"] == found.line["domain_loss"][name]
+        assert row["loss_error"] == found.line["domain_error"][name]
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["perplexity_error"] == pytest.approx(math.exp(row["loss"]) * row["loss_error"])
+
+
+def test_the_newest_and_a_named_checkpoint(run: Path) -> None:
+    first, last = recorded(run, 1), recorded(run, STEPS)
+    assert first["objective_loss"] - last["objective_loss"] > 0.01
+    agree(evaluate(run), last)
+    agree(evaluate(run / "checkpoints" / "step_1"), first)
+
+
+def test_the_export_has_the_same_losses(run: Path, exported: Path, data_dir: Path) -> None:
+    agree(evaluate(exported, data_dir), recorded(run, STEPS))
+
+
+def test_bits_per_byte(run: Path, data_dir: Path) -> None:
+    """Of the decoded text, the ends of documents and masked labels left out."""
+    found, manifest = evaluate(run).domains, Manifest.load(data_dir)
+    tokenizer, eod = manifest.load_tokenizer(), manifest.tokenizer.eod_id
+    for name in ("code", "packages"):
+        stream = manifest.open_domain(name, "validation")
+        size = tokens = 0
+        for sample in choose_samples([stream], SEQ, SAMPLES)[1].tolist():
+            window = stream.window(sample, SEQ).tolist()
+            counted = [label for before, label in zip(window[:-1], window[1:], strict=True) if before != eod]
+            text = tokenizer.decode([label for label in counted if label != eod])
+            assert text.isascii()
+            size, tokens = size + len(text), tokens + len(counted)
+        row = found[name]
+        assert (row["bytes"], row["tokens"]) == (size, tokens)
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] * tokens / size / math.log(2))
+        assert 0 < row["bits_per_byte_error"] < row["bits_per_byte"]
+
+
+def test_bytes_of_tokens(tmp_path: Path) -> None:
+    """Of SentencePiece's kind, and where they are not known."""
+
+    def of(decoder: Any) -> np.ndarray | None:
+        vocabulary = {"<0x0A>": 0, "\u2581ab": 1, "é": 2, "</s>": 3, "extra": 4}
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        base = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        added = [
+            {"id": 3, "content": "</s>", "special": True, **base},
+            {"id": 4, "content": "extra", "special": False, **base},
+        ]
+        (tmp_path / "tokenizer.json").write_text(
+            json.dumps({"model": model, "decoder": decoder, "added_tokens": added})
+        )
+        entry = type("Entry", (), {"file": "tokenizer.json", "vocab_size": 5, "eod_id": 3})
+        manifest: Any = type("Data", (), {"folder": tmp_path, "tokenizer": entry})
+        return token_bytes(manifest)
+
+    parts = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}]
+    found = of({"type": "Sequence", "decoders": parts})
+    assert found is not None
+    assert found.tolist() == [1, 3, 2, 0, 5]
+    assert of({"type": "WordPiece", "prefix": "##", "cleanup": True}) is None
+
+
+def test_the_command(run: Path, exported: Path, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = [
+        str(exported),
+        "--data",
+        str(data_dir),
+        "--samples",
+        "all",
+        "--objective",
+        "{code: 1, packages: 0, tables: 0, topics: 0}",
+    ]
+    done = CliRunner().invoke(app, ["evaluate", *arguments, "--split", "validation", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    code = found["domains"]["code"]
+    assert (found["objective_loss"], found["objective_error"]) == (code["loss"], code["loss_error"])
+    manifest = Manifest.load(data_dir)
+    assert code["samples"] == manifest.open_domain("code", "validation").num_windows(SEQ) > SAMPLES
+    assert code["loss_error"] < evaluate(run).domains["code"]["loss_error"]
+    assert f"{code['loss']:.4f}" in done.output
+    assert "objective (as given)" in done.output
+    train = evaluate(run, samples=3, split="train")
+    assert {row["samples"] for row in train.domains.values()} == {3}
+
+
+def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is neither a run"):
+        evaluate(tmp_path)
+    with pytest.raises(InputError, match="which data it is to be evaluated on is not known"):
+        evaluate(exported)
+    other = tmp_path / "other"
+    prepare([str(text_dir)], other, tokenizer="train:300", validation_fraction=0.1, workers=1, progress=False)
+    with pytest.raises(InputError, match=r"was trained with a tokenizer of hash \w+, but .*other has"):
+        evaluate(run, other)
+    with pytest.raises(InputError, match="the tokenizer of the data, is not"):
+        evaluate(exported, other)
+    with pytest.raises(InputError, match="the objective is 'macro', expected natural, uniform"):
+        evaluate(run, objective="macro")
+    with pytest.raises(InputError, match="objective: no weight for packages"):
+        evaluate(run, objective={"code": 1.0})
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="transformers cannot open the model"):
+        evaluate(broken, other)
+    done = CliRunner().invoke(app, ["evaluate", str(run), "--samples", "none"])
+    assert done.exit_code == 2
+    assert "expected a number above 0, or all" in done.output
