@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from jobs import run_job
+from readme_code import readme_code
 from records import lines
 from typer.testing import CliRunner
 
@@ -93,7 +98,7 @@ def test_bits_per_byte(run: Path, data_dir: Path) -> None:
         size = tokens = 0
         for sample in choose_samples([stream], SEQ, SAMPLES)[1].tolist():
             window = stream.window(sample, SEQ).tolist()
-            counted = [label for before, label in zip(window[:-1], window[1:], strict=True) if before != eod]
+            counted = [label for before, label in itertools.pairwise(window) if before != eod]
             text = tokenizer.decode([label for label in counted if label != eod])
             assert text.isascii()
             size, tokens = size + len(text), tokens + len(counted)
@@ -176,3 +181,30 @@ def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp
     done = CliRunner().invoke(app, ["evaluate", str(run), "--samples", "none"])
     assert done.exit_code == 2
     assert "expected a number above 0, or all" in done.output
+
+
+def test_the_recipe_of_lm_evaluation_harness(exported: Path, tmp_path: Path) -> None:
+    """The page's task and command, on a text whose bits per byte are worked out from the model's own tokens."""
+    pytest.importorskip("lm_eval")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "def f(x):\n    return x + 1\n"
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "held_out.yaml").write_text(readme_code("interop", "task: held_out", "yaml"))
+    (tmp_path / "demo-hf").symlink_to(exported)
+    command = readme_code("interop", "lm_eval --model hf", "sh").rstrip() + " --output_path out"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command.replace("lm_eval --model", f"{sys.executable} -m lm_eval --model"),
+        shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(written.read_text())["results"]["held_out"]["bits_per_byte,none"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
+    assert found == pytest.approx(float(nats) / math.log(2) / len(text), rel=1e-4)

@@ -68,9 +68,10 @@ def python_blocks(page: str) -> list[str]:
     return [code.text for code in pieces_of_code(PAGES[page]) if code.language == "python"]
 
 
-def readme_code(page: str, containing: str) -> str:
-    """The one Python block of a page that has ``containing`` in it."""
-    (block,) = [block for block in python_blocks(page) if containing in block]
+def readme_code(page: str, containing: str, language: str = "python") -> str:
+    """The one block of a page in this language that has ``containing`` in it."""
+    blocks = [code.text for code in pieces_of_code(PAGES[page]) if code.language == language]
+    (block,) = [block for block in blocks if containing in block]
     return block
 
 
