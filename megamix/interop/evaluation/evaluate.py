@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
-from megamix.core.text import ABSENT, Report, Table, by_name, number
+from megamix.core.text import Report, Table, by_name, number
 from megamix.data.documents import label_documents
 from megamix.data.loader import IGNORED_LABEL, WindowReader
 from megamix.data.tokens.manifest import Manifest
@@ -89,7 +89,7 @@ class Evaluation:
             (f"objective ({named})", line["objective_loss"], line["objective_error"]),
             ("mean over domains", line["macro_loss"], None),
         ):
-            rows.append((name, number(loss), ABSENT if error is None else number(error), *[""] * (len(columns) - 3)))
+            rows.append((name, number(loss), number(error), "", "", "", "", "", "", ""))
         head = f"{self.settings['model']} on {self.settings['data']}, {self.settings['split']}, samples of {self.settings['seq_length']} tokens"
         words = "losses in nats per token; se: standard error over documents."
         return Report([head, Table(columns, rows, footer=2), words])
