@@ -8,21 +8,25 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from jobs import run_job
 from readme_code import readme_code
 from records import lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from megamix.cli import app
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.interop.evaluation.evaluate import Evaluation, evaluate
+from megamix.interop.evaluation.model import EvaluatedModel, open_model
 from megamix.interop.evaluation.token_bytes import token_bytes
 from megamix.interop.hugging_face.export import export
 from megamix.prepare.pipeline import prepare
@@ -108,6 +112,27 @@ def test_bits_per_byte(run: Path, data_dir: Path) -> None:
         assert 0 < row["bits_per_byte_error"] < row["bits_per_byte"]
 
 
+def test_losses_that_are_not_finite(run: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are left out with their bytes: here after every token with an odd id."""
+
+    def broken(path: Path, device: torch.device) -> EvaluatedModel:
+        model = open_model(path, device)
+
+        def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:
+            return model.logits(tokens_BS, positions_BS).masked_fill(tokens_BS[..., None] % 2 == 1, math.nan)
+
+        return replace(model, logits=logits)
+
+    monkeypatch.setattr("megamix.interop.evaluation.evaluate.open_model", broken)
+    row, manifest = evaluate(run).domains["code"], Manifest.load(data_dir)
+    stream, sizes, eod = manifest.open_domain("code", "validation"), token_bytes(manifest), manifest.tokenizer.eod_id
+    assert sizes is not None
+    windows = [stream.window(sample, SEQ).tolist() for sample in choose_samples([stream], SEQ, SAMPLES)[1].tolist()]
+    kept = [b for window in windows for a, b in itertools.pairwise(window) if a % 2 == 0 and a != eod]
+    assert 0 < len(kept) < SAMPLES * SEQ / 2 * 1.5
+    assert (row["tokens"], row["bytes"]) == (len(kept), sizes[kept].sum())
+
+
 def test_bytes_of_tokens(tmp_path: Path) -> None:
     """Of SentencePiece's kind, and where they are not known."""
 
@@ -136,14 +161,9 @@ def test_bytes_of_tokens(tmp_path: Path) -> None:
 def test_the_command(run: Path, exported: Path, data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = [
-        str(exported),
-        "--data",
-        str(data_dir),
-        "--samples",
-        "all",
-        "--objective",
-        "{code: 1, packages: 0, tables: 0, topics: 0}",
-    ]
+        str(exported), "--data", str(data_dir), "--samples", "all",
+        "--objective", "{code: 1, packages: 0, tables: 0, topics: 0}",
+    ]  # fmt: skip
     done = CliRunner().invoke(app, ["evaluate", *arguments, "--split", "validation", "--json", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
@@ -173,6 +193,12 @@ def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp
         evaluate(run, objective="macro")
     with pytest.raises(InputError, match="objective: no weight for packages"):
         evaluate(run, objective={"code": 1.0})
+    small = tmp_path / "small"
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    model.resize_token_embeddings(64)
+    model.save_pretrained(small)
+    with pytest.raises(InputError, match=r"small knows 64 token ids, but the tokenizer of .*other has 300"):
+        evaluate(small, other)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
@@ -186,9 +212,6 @@ def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp
 def test_the_recipe_of_lm_evaluation_harness(exported: Path, tmp_path: Path) -> None:
     """The page's task and command, on a text whose bits per byte are worked out from the model's own tokens."""
     pytest.importorskip("lm_eval")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     text = "def f(x):\n    return x + 1\n"
     (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "tasks").mkdir()

@@ -211,8 +211,8 @@ def compare_tokenizers(folder: Path, of_data: Path) -> None:
     else:
         return
     raise InputError(
-        f"{of_data}, the tokenizer of the data, is not that of model.from_pretrained ({path}): {problem}. Prepare the "
-        f"data with --tokenizer {path}."
+        f"{of_data}, the tokenizer of the data, is not the model's ({path}): {problem}. Prepare the data with --tokenizer "
+        f"{path}."
     )
 
 

@@ -33,7 +33,7 @@ from megamix.interop.evaluation.token_bytes import token_bytes
 from megamix.training.domain_losses import NATS, TOKENS, DocumentSums, ratio
 from megamix.training.evaluate import choose_samples
 from megamix.training.objective import objective_name, objective_weights
-from megamix_kernels.sums import UNITS_PER_NAT
+from megamix_kernels.sums import MAX_TOKEN_NATS, UNITS_PER_NAT
 
 Ints = NDArray[np.int64]
 DEFAULT_SAMPLES = 64
@@ -65,17 +65,8 @@ class Evaluation:
     def report(self) -> Report:
         """The objective loss, and a table of domains."""
         columns = (
-            "domain",
-            "loss",
-            "± se",
-            "perplexity",
-            "± se",
-            "bits/byte",
-            "± se",
-            "tokens",
-            "documents",
-            "samples",
-        )
+            "domain", "loss", "± se", "perplexity", "± se", "bits/byte", "± se", "tokens", "documents", "samples",
+        )  # fmt: skip
         rows = [
             (
                 name, number(row["loss"]), number(row["loss_error"]), number(row["perplexity"], 2),
@@ -195,7 +186,8 @@ def _document_sums(
             loss_N = torch.nn.functional.cross_entropy(
                 logits_BSV.flatten(0, 1), label_N.to(device), ignore_index=IGNORED_LABEL, reduction="none"
             )
-        counted_N = label_N != IGNORED_LABEL
+        # A loss that the sums leave out takes its bytes with it.
+        counted_N = (label_N != IGNORED_LABEL) & (loss_N <= MAX_TOKEN_NATS).cpu()
         sums.add(document_N.to(device), loss_N, counted_N.to(device))
         if bytes_D is not None and size_V is not None:
             size_N = np.where(counted_N.numpy(), size_V[np.maximum(label_N.numpy(), 0)], 0)

@@ -119,5 +119,11 @@ def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
 
     def check(manifest: Manifest) -> None:
         compare_tokenizers(path, manifest.folder / manifest.tokenizer.file)
+        rows, ids = model.get_input_embeddings().weight.shape[0], manifest.tokenizer.vocab_size
+        if rows < ids:
+            raise InputError(
+                f"{path} knows {rows} token ids, but the tokenizer of {manifest.folder} has {ids}. Give data of the model's "
+                "tokenizer."
+            )
 
     return EvaluatedModel(path, logits, length, config, None, check)
