@@ -335,7 +335,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     target: Annotated[
         float | None,
-        typer.Option(help="Mean validation loss over domains to reach; default: what the baseline ends with."),
+        typer.Option(help="Objective loss to reach; default: what the baseline ends with."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The variant to compare with, by its name; default: that of the first run.")

@@ -6,7 +6,7 @@ the same initial state vary less than the runs do. Their mean has a 95 % interva
 
     OUT/runs.csv         a row for each run
         variants.csv     a row for each variant and metric
-        comparison.png   the mean loss over domains of every variant and run, over tokens
+        comparison.png   the objective loss of every variant and run, over tokens
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class RunResult:
         name: short, from its directory.
         objective, macro, worst, micro: validation loss after the last step: by the objective, mean over domains, of the
             worst domain, weighted by natural share; None where a domain's natural share is not known.
-        target: the mean loss over domains to reach; None where there is none for this seed.
+        target: the objective loss to reach; None where there is none for this seed.
         steps, tokens: when the target was reached, on the line between two evaluations; None where it was not.
-        curve: (tokens, mean loss over domains) of every evaluation.
+        curve: (tokens, objective loss) of every evaluation that has one.
     """
 
     run_dir: Path
@@ -105,9 +105,9 @@ class Comparison:
             f"differences are from {self.baseline}, seed by seed, with 95 % intervals (Student's t; two seeds at least); * : "
             f"the interval does not hold 0.\nthe objective is {self.objective}; losses: on held-out text, nats per token; macro: mean over domains; target: "
             + (
-                f"a mean loss over domains of {self.target:g}."
+                f"an objective loss of {self.target:g}."
                 if self.target is not None
-                else f"the mean loss over domains that {self.baseline} ends with at the same seed."
+                else f"the objective loss that {self.baseline} ends with at the same seed."
             )
         )
         files = ["\n".join(map(str, self.written))] if self.written else []
@@ -152,7 +152,7 @@ def compare(
     """Compares runs.
 
     Args:
-        target: mean validation loss over domains to reach. Default: for each seed what the baseline ends with.
+        target: objective loss to reach. Default: for each seed what the baseline ends with.
         baseline: the name of the variant that the others are compared with. Default: that of the first run.
         out: folder for tables and a figure; None writes nothing.
 
@@ -170,7 +170,7 @@ def compare(
         raise InputError(f"--baseline {baseline}: no such variant." + did_you_mean(baseline, variants))
     base = variants[0] if baseline is None else baseline
     final = {
-        run.config.train.seed: run.evaluations[-1]["macro_loss"]
+        run.config.train.seed: objective_losses(run)[-1]
         for run, variant in zip(runs, variants, strict=True)
         if variant == base
     }
@@ -181,8 +181,9 @@ def compare(
     order = [base, *dict.fromkeys(variant for variant in variants if variant != base)]
     results.sort(key=lambda result: (order.index(result.variant), result.seed))
     summaries = [_summary(results, variant, metric, base) for variant in order for metric in METRICS]
-    written = [] if out is None else _write(out, results, summaries, order)
-    return Comparison(results, summaries, base, target, objective_name(runs[0].config.objective), written)
+    aim = objective_name(runs[0].config.objective)
+    written = [] if out is None else _write(out, results, summaries, order, aim)
+    return Comparison(results, summaries, base, target, aim, written)
 
 
 def _refuse_repeated(runs: Sequence[RecordedRun], variants: Sequence[str]) -> None:
@@ -202,14 +203,15 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
     domain, highest = worst(last)
     assert domain is not None  # check_comparable has seen a loss of every domain
     assert highest is not None
-    reached = None if target is None else _reached(run.evaluations, target)
+    losses = objective_losses(run)
+    reached = None if target is None else _reached(run.evaluations, losses, target)
     per_step = run.config.train.global_batch * run.config.data.seq_length
     return RunResult(
         run_dir=run.run_dir,
         name=name,
         variant=variant,
         seed=run.config.train.seed,
-        objective=objective_losses(run)[-1],
+        objective=losses[-1],
         macro=last["macro_loss"],
         worst=highest,
         worst_domain=domain,
@@ -217,15 +219,15 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
         target=target,
         steps=reached,
         tokens=None if reached is None else reached * per_step,
-        curve=[(line["tokens"], line["macro_loss"]) for line in run.evaluations if line["macro_loss"] is not None],
+        curve=[(line["tokens"], loss) for line, loss in zip(run.evaluations, losses, strict=True) if loss is not None],
     )
 
 
-def _reached(evaluations: Sequence[Mapping[str, Any]], target: float) -> float | None:
-    """The step at which the mean loss over domains first comes down to ``target``."""
+def _reached(evaluations: Sequence[Mapping[str, Any]], losses: Sequence[float | None], target: float) -> float | None:
+    """The step at which the objective loss first comes down to ``target``."""
     before: tuple[int, float] | None = None
-    for line in evaluations:
-        step, loss = line["step"], line["macro_loss"]
+    for line, loss in zip(evaluations, losses, strict=True):
+        step = line["step"]
         if loss is None:
             continue
         if loss <= target:
@@ -250,7 +252,9 @@ def _summary(results: Sequence[RunResult], variant: str, metric: str, base: str)
     )
 
 
-def _write(out: Path, runs: Sequence[RunResult], summaries: Sequence[Summary], order: Sequence[str]) -> list[Path]:
+def _write(
+    out: Path, runs: Sequence[RunResult], summaries: Sequence[Summary], order: Sequence[str], objective: str
+) -> list[Path]:
     columns = (
         "run_dir", "variant", "seed", "objective", "macro", "worst", "worst_domain", "micro", "target", "steps", "tokens",
     )  # fmt: skip
@@ -275,7 +279,7 @@ def _write(out: Path, runs: Sequence[RunResult], summaries: Sequence[Summary], o
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another --out.") from error
     with matplotlib.rc_context(STYLE):
-        save_figure(_figure(runs, order), paths[2])
+        save_figure(_figure(runs, order, objective), paths[2])
     return paths
 
 
@@ -288,9 +292,9 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _figure(runs: Sequence[RunResult], order: Sequence[str]) -> Figure:
+def _figure(runs: Sequence[RunResult], order: Sequence[str], objective: str) -> Figure:
     """The mean of each variant's runs (bold) and, of several, every run (thin)."""
-    figure, axes = new_figure("Validation loss, mean over domains", len(order))
+    figure, axes = new_figure(f"Validation loss: objective ({objective})", len(order))
     labels = []
     for index, variant in enumerate(order):
         colour, style = look(index)
@@ -298,10 +302,12 @@ def _figure(runs: Sequence[RunResult], order: Sequence[str]) -> Figure:
         for curve in curves if len(curves) > 1 else ():
             axes.plot([*curve][1:], [*curve.values()][1:], color=colour, linewidth=0.7, alpha=0.4)
         shared = sorted(set.intersection(*map(set, curves)))
+        if not shared:  # records without natural shares have no objective loss
+            continue
         means = [sum(curve[tokens] for curve in curves) / len(curves) for tokens in shared]
         points(axes, shared, means, colour, style, 1.8)
         labels.append(Label(means[-1], f"{variant}  {means[-1]:.3f}", colour, style))
-    axes.set_xlim(0, max(tokens for run in runs for tokens, _ in run.curve))
+    axes.set_xlim(0, max((tokens for run in runs for tokens, _ in run.curve), default=1))
     axes.set_ylabel("loss, nats per token")
     name_lines(figure, axes, labels)
     return figure

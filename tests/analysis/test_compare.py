@@ -97,10 +97,10 @@ def test_losses_are_compared_seed_by_seed(runs: list[Path], metric: str) -> None
 
 
 def crossing(variant: str, seed: int, target: float) -> float:
-    """The step at which the piecewise linear curve of a run is at ``target``."""
+    """The step at which the piecewise linear curve of a run's objective loss is at ``target``."""
     steps = np.arange(0, STEPS + 1, EVERY)
-    macro = [np.mean(list(losses(variant, seed, step).values())) for step in steps.tolist()]
-    return float(np.interp(-target, -np.array(macro), steps))
+    loss = [np.dot([0.5, 0.3, 0.2], list(losses(variant, seed, step).values())) for step in steps.tolist()]
+    return float(np.interp(-target, -np.array(loss), steps))
 
 
 def test_steps_to_target(runs: list[Path]) -> None:
@@ -108,7 +108,7 @@ def test_steps_to_target(runs: list[Path]) -> None:
     found = {(run.variant, run.seed): run for run in compare(runs).runs}
     for seed in (1, 2, 3):
         assert found["natural", seed].steps == STEPS
-        target = float(final("static", "macro")[seed - 1])
+        target = float(final("static", "micro")[seed - 1])
         steps = crossing("odm", seed, target)
         assert STEPS - 2 * EVERY < steps < STEPS
         assert found["odm-official", seed].steps == pytest.approx(steps)
@@ -123,7 +123,7 @@ def test_steps_to_target(runs: list[Path]) -> None:
     assert summary.difference.mean == pytest.approx(expected)
     # Reached before the first step; and by the three odm runs only.
     assert {run.steps for run in compare(runs, 9.0).runs} == {0.0}
-    low = float(final("static", "macro").min()) - 0.01
+    low = float(final("static", "micro").min()) - 0.01
     some = compare(runs, low)
     assert [run.steps is None for run in some.runs][:3] == [True, True, True]
     assert {one.difference for one in some.summaries if one.metric in ("steps", "tokens")} == {None}
@@ -154,6 +154,17 @@ def test_tables_and_files(runs: list[Path], tmp_path: Path) -> None:
     assert metrics[:2] == ["objective", "macro"]
     assert long["natural", "steps"]["mean"] == ""
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_without_natural_shares(runs: list[Path], tmp_path: Path) -> None:
+    """Have no loss by the objective natural: the other losses are compared, and there is no target."""
+    for run in runs:
+        found = [json.loads(line) | {"micro_loss": None} for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    found = compare(runs, out=tmp_path / "out")
+    assert {(run.objective, run.target, run.steps) for run in found.runs} == {(None, None, None)}
+    assert [run.macro for run in found.runs[:3]] == final("static", "macro").tolist()
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
 
 
 def test_variants(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Standard errors of validation losses, by documents: against the formula token by token, in every kind of layout, and
-by `megamix evaluate`.
+"""Standard errors of validation losses, by documents: against the formula token by token, in every kind of layout.
 
 Legend: n samples, S tokens in a sample.
 """
