@@ -29,7 +29,7 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.core.text import Report, Table, number
 from megamix.data.blend.blend import Blend
-from megamix.mixing.mixers import find_mixer, make_mixer, wants_evaluation
+from megamix.mixing.mixers import evaluated, find_mixer, make_mixer
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.mix_plan import read_constraints, read_stages
@@ -116,10 +116,10 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
             f"of {', '.join(run.ledger.lines[0]['domain_names'])}. The files are of different runs."
         )
     configs = [_config(mixer) for mixer in mixers] or [run.config.mixer]
-    if any(map(wants_evaluation, configs)):
+    for config in filter(None, map(evaluated, configs)):
         raise InputError(
-            "reward_from is evaluation, but the losses of evaluations are not on record, only those of training. Replay it "
-            "with reward_from: training."
+            f"{config.why_evaluated}, but the losses of evaluations are not on record, only those of training. "
+            f"{config.without_evaluations}"
         )
     if statistics.excess_nats is None and any(getattr(config, "reference", None) is not None for config in configs):
         raise InputError(

@@ -19,7 +19,7 @@ from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
 from megamix.mixing.exchange import ShadowChange, statistics_record
-from megamix.mixing.mixers import DomainStats, Mixer, wants_evaluation
+from megamix.mixing.mixers import DomainStats, Mixer, evaluated
 from megamix.mixing.weight_policy import WeightPolicy
 
 REBASE_EVERY = 100
@@ -66,10 +66,10 @@ class Shadow:
         announce: bool = True,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        if wants_evaluation(mixer.config):
+        if (config := evaluated(mixer.config)) is not None:
             raise InputError(
-                f"shadow '{name}': reward_from is evaluation, and a shadow sees the losses of training only. Set it to "
-                "training."
+                f"shadow '{name}': {config.why_evaluated}, and a shadow sees the losses of training only. "
+                f"{config.without_evaluations}"
             )
         self.name = name
         self.mixer = mixer

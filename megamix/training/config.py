@@ -10,7 +10,7 @@ import pydantic
 from megamix.core.config import Config, DefaultName, kinds_of
 from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
-from megamix.mixing.mixers import MixerConfig, StaticConfig, wants_evaluation
+from megamix.mixing.mixers import MixerConfig, StaticConfig, evaluated
 from megamix.training.mixture import BoundConfig, MixtureConfig
 from megamix.training.objective import ObjectiveConfig
 
@@ -177,9 +177,9 @@ class MixConfig(Config):
     def _shadows_see_what_the_mixer_sees(self) -> MixConfig:
         read = getattr(self.mixer, "reference", None)
         for shadow in self.shadow:
-            if wants_evaluation(shadow):
+            if (config := evaluated(shadow)) is not None:
                 raise ValueError(
-                    "a shadow's reward_from is evaluation, and a shadow sees the losses of training only. Set it to training."
+                    f"a shadow sees the losses of training only, but {config.why_evaluated}. {config.without_evaluations}"
                 )
             wanted = getattr(shadow, "reference", None)
             if wanted is not None and wanted != read:

@@ -19,7 +19,7 @@ from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
 from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
-from megamix.mixing.mixers import Mixer, ScheduleConfig, make_mixer, wants_evaluation
+from megamix.mixing.mixers import Mixer, ScheduleConfig, evaluated, make_mixer
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
 from megamix.training.checkpoints.state import RunState
@@ -59,11 +59,10 @@ class MixedData:
         resumed: Resumed | None = None,
         evaluates: bool = False,
     ) -> None:
-        rewards_evaluation = wants_evaluation(plan.config.mixer)
-        if rewards_evaluation and not evaluates:
+        config = evaluated(plan.config.mixer)
+        if config is not None and not evaluates:
             raise InputError(
-                "mixer.reward_from is evaluation, which only `megamix train` has. Set it to training, whose losses cost "
-                "nothing."
+                f"mixer: {config.why_evaluated}, which only `megamix train` has. {config.without_evaluations}"
             )
         self.plan = plan
         self.step = 0 if resumed is None else resumed.step
@@ -96,7 +95,7 @@ class MixedData:
             first_step=self.step,
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
-            rewards_evaluation=rewards_evaluation,
+            rewards_evaluation=config is not None,
             judge=self.guard.judge,
             on_report=self._report,
         )

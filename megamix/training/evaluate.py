@@ -19,7 +19,7 @@ from megamix.data.documents import label_documents
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.base import Engine
-from megamix.mixing.mixers import OdmConfig, wants_evaluation
+from megamix.mixing.mixers import EvaluatedConfig, evaluated
 from megamix.training.domain_losses import DocumentSums
 from megamix.training.plan import Plan
 
@@ -105,25 +105,27 @@ class Validation:
 
 
 class RewardEvaluation:
-    """Evaluation for a mixer with ``reward_from: evaluation``.
+    """Evaluation for a mixer that sees evaluations, such as odm with ``reward_from: evaluation``.
 
     Its samples are training data: a mixer that follows the held-out losses would bias them as a measure of a mixture.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, config: OdmConfig) -> None:
+    def __init__(self, plan: Plan, engine: Engine, config: EvaluatedConfig) -> None:
         self._config = config
+        self._weight_lag = plan.config.data.weight_lag
+        self._num_domains = len(plan.domain_names)
         self._engine = engine
         self._samples = EvaluationSamples(plan, engine, plan.domains, config.num_eval_samples)
 
     @classmethod
     def of(cls, plan: Plan, engine: Engine) -> RewardEvaluation | None:
-        """None for a mixer that rewards training losses."""
-        config = plan.config.mixer
-        return cls(plan, engine, config) if isinstance(config, OdmConfig) and wants_evaluation(config) else None
+        """None for a mixer that sees the losses of training."""
+        config = evaluated(plan.config.mixer)
+        return None if config is None else cls(plan, engine, config)
 
     def due_after(self, step: int) -> bool:
         """Whether the mixer wants an evaluation after ``step``, which counts from 0."""
-        return self._config.evaluates_at(step + 1)
+        return self._config.evaluates_at(step + 1, self._weight_lag, self._num_domains)
 
     def sums(self) -> torch.Tensor:
         """This rank's int64 [K, C] sums; every rank of the job must call it."""

@@ -96,14 +96,14 @@ def test_rewards_are_the_losses_of_the_evaluation(
 def test_which_steps_end_in_an_evaluation() -> None:
     def steps(**options: Any) -> list[int]:
         config = validate(OdmConfig, {"reward_from": "evaluation", **options}, "test")
-        return [step for step in range(1, 31) if config.evaluates_at(step)]
+        return [step for step in range(1, 31) if config.evaluates_at(step, 1, 4)]
 
     assert steps() == list(range(1, 31))
     assert steps(update_every=7) == [7, 14, 21, 28]
     assert steps(update_every=7, warmup_steps=14) == [21, 28]
     assert steps(update_every=7, warmup_steps=15, update_times=1) == [21]
     assert steps(update_every=7, update_times=0) == []
-    assert not OdmConfig(update_every=1).evaluates_at(1)
+    assert not OdmConfig(update_every=1).evaluates_at(1, 1, 4)
 
 
 def test_a_trainer_without_evaluations_is_told_so(data_dir: Path) -> None:

@@ -18,9 +18,10 @@ from pydantic import ConfigDict
 from megamix.core.config import ByName, Config, validate
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers.ado import AdoConfig, AdoMixer
-from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.aioli import AioliConfig, AioliMixer
+from megamix.mixing.mixers.base import EvaluatedConfig, Mixer, ScheduleConfig, evaluated
 from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
-from megamix.mixing.mixers.odm import OdmConfig, OdmMixer, wants_evaluation
+from megamix.mixing.mixers.odm import OdmConfig, OdmMixer
 from megamix.mixing.mixers.own import check_installed, installed, own_mixer
 from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixing.mixers.static import StaticConfig, StaticMixer
@@ -31,6 +32,7 @@ MIXERS: dict[str, tuple[type[Config], type[Mixer]]] = {
     "static": (StaticConfig, StaticMixer),
     "odm": (OdmConfig, OdmMixer),
     "ado": (AdoConfig, AdoMixer),
+    "aioli": (AioliConfig, AioliMixer),
     "recommended": (RecommendedConfig, RecommendedMixer),
     "doremi": (DoremiConfig, DoremiMixer),
 }
@@ -61,7 +63,7 @@ def _installed_configs() -> list[type[Config]]:
 
 
 MixerConfig = Annotated[
-    StaticConfig | OdmConfig | AdoConfig | RecommendedConfig | DoremiConfig,
+    StaticConfig | OdmConfig | AdoConfig | AioliConfig | RecommendedConfig | DoremiConfig,
     ByName(lambda name: find_mixer(name)[0], _installed_configs),
 ]
 """The config of any mixer, told apart by ``name``."""
@@ -125,9 +127,12 @@ __all__ = [
     "MIXERS",
     "AdoConfig",
     "AdoMixer",
+    "AioliConfig",
+    "AioliMixer",
     "DomainStats",
     "DoremiConfig",
     "DoremiMixer",
+    "EvaluatedConfig",
     "Mixer",
     "MixerConfig",
     "OdmConfig",
@@ -137,10 +142,10 @@ __all__ = [
     "ScheduleConfig",
     "StaticConfig",
     "StaticMixer",
+    "evaluated",
     "find_mixer",
     "make_mixer",
     "normalise_weights",
     "project_to_capped_simplex",
-    "wants_evaluation",
     "without_code",
 ]

@@ -56,6 +56,40 @@ class ScheduleConfig(Config):
         return loss_weights_K, float(loss_weights_K @ tokens_K) or 1.0
 
 
+class EvaluatedConfig(Config):
+    """Base of the configs of mixers that may see the losses of evaluations in place of those of training.
+
+    `Mixer.update` then gets the sums of the evaluation after its step, or empty ones.
+    """
+
+    num_eval_samples: int = Field(default=500, gt=0)
+    """Samples per domain in an evaluation (fewer where a domain has not that many), kept in memory."""
+
+    why_evaluated: ClassVar[str] = "the mixer needs evaluations"
+    """Begins the message where there are none."""
+    without_evaluations: ClassVar[str] = "Use another mixer."
+    """Ends it: what to do."""
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the mixer sees evaluations."""
+        return True
+
+    def evaluates_at(self, step: int, weight_lag: int, num_domains: int) -> bool:
+        """Whether the mixer wants an evaluation after ``step``, counted from 1; a function of the config and the
+        arguments alone, so that every rank knows without asking.
+
+        Args:
+            weight_lag: steps between the one that weights follow from and the first with them, not counting either.
+        """
+        raise NotImplementedError
+
+
+def evaluated(config: Config) -> EvaluatedConfig | None:
+    """The config of a mixer that sees evaluations; None for one that sees the losses of training."""
+    return config if isinstance(config, EvaluatedConfig) and config.is_evaluated else None
+
+
 class Mixer(ABC):
     """Maps the statistics of a run to sampling weights.
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from megamix.core.config import Config
 from megamix.core.errors import InputError, did_you_mean
-from megamix.mixing.mixers.base import Mixer, ScheduleConfig
+from megamix.mixing.mixers.base import EvaluatedConfig, Mixer, ScheduleConfig
 from megamix.mixing.mixers.stats import LARGEST, DomainStats
 from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
@@ -72,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The parameters each preset stands for; keys given in a config win over these."""
 
 
-class OdmConfig(ScheduleConfig):
+class OdmConfig(ScheduleConfig, EvaluatedConfig):
     """Online data mixing. ``preset`` sets the defaults of all other parameters; those given beside it win."""
 
     name: Literal["odm"] = "odm"
@@ -118,8 +117,15 @@ class OdmConfig(ScheduleConfig):
     """reward_from: evaluation only: samples per domain (fewer if it has fewer), kept in memory. An update costs a
     forward pass over all of them, about a third of training on as many: set update_every accordingly."""
 
-    def evaluates_at(self, step: int) -> bool:
-        """Whether the update of ``step``, from 1, needs an evaluation; by the config alone, so every rank knows."""
+    why_evaluated: ClassVar[str] = "reward_from is evaluation"
+    without_evaluations: ClassVar[str] = "Set it to training, whose losses cost nothing."
+
+    @property
+    def is_evaluated(self) -> bool:
+        return self.reward_from == "evaluation"
+
+    def evaluates_at(self, step: int, weight_lag: int, num_domains: int) -> bool:
+        """Whether ``step`` ends with an update after the warm-up."""
         if self.reward_from == "training" or step <= self.warmup_steps or step % self.update_every:
             return False
         # Every evaluation sees every domain, so each of these updates changes the weights.
@@ -135,11 +141,6 @@ class OdmConfig(ScheduleConfig):
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset: unknown '{preset}'." + did_you_mean(str(preset), PRESETS))
         return {**PRESETS[preset], **data}
-
-
-def wants_evaluation(config: Config) -> bool:
-    """Whether a mixer of this config is rewarded by an evaluation instead of training."""
-    return isinstance(config, OdmConfig) and config.reward_from == "evaluation"
 
 
 class OdmMixer(Mixer):
