@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.text import listed
-from megamix.mixing.mixers import MIXERS, make_mixer, wants_evaluation
+from megamix.mixing.mixers import MIXERS, evaluated, make_mixer
 from megamix.training.config import RunConfig
 
 FEW_SAMPLES = 4.0
@@ -33,7 +33,7 @@ def _few_samples(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.
     """Domains of which an update has so few samples that a rule which rewards losses follows single ones."""
     mixer, batch = config.mixer, config.train.global_batch
     rewards_losses = mixer.name == "odm" or mixer.name not in MIXERS
-    if not rewards_losses or wants_evaluation(mixer):
+    if not rewards_losses or evaluated(mixer) is not None:
         return []
     every = getattr(mixer, "update_every", 1)
     expected = {name: float(weight) * batch * every for name, weight in zip(names, initial, strict=True) if weight > 0}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from jobs import run_job
+from records import lines, record
 from scipy.optimize import minimize
 from scipy.signal import savgol_filter
 from simulated_world import World
 
+from megamix.analysis.replay import replay
 from megamix.core.errors import InputError
 from megamix.mixing.mixers import DomainStats, Mixer, make_mixer
+from megamix.mixing.mixers import ado as ado_module
 from megamix.mixing.mixers.scaling_curves import Penalties, fit_curve
 
 GRID = np.array([[a, e, al] for a in range(-2, 6) for e in np.arange(-2, 2, 0.5) for al in np.arange(0, 0.8, 0.1)])
@@ -43,15 +50,21 @@ def fit_by_scipy(n: Any, loss: Any) -> np.ndarray:
 
 
 class Reference:
-    """The published constants but those of `SHORT`; every loss is kept; t counts from 0."""
+    """The published constants but those of `SHORT`; every loss is kept; t counts from 0.
 
-    def __init__(self, initial: list[float]) -> None:
+    Args:
+        delay: steps from a fit to the weights that follow it.
+    """
+
+    def __init__(self, initial: list[float], delay: int) -> None:
+        self.delay = delay
         self.k = len(initial)
         self.mu = np.array(initial) / sum(initial)
         self.h, self.average, self.pi = self.mu.copy(), self.mu.copy(), self.mu
         self.n: list[float] = []
         self.losses: list[list[float]] = []
         self.curves: list[np.ndarray] = []
+        self.coming: dict[int, list[np.ndarray]] = {}
 
     def step(self, nats: list[float], tokens: list[int]) -> np.ndarray:
         t, total = len(self.n), sum(tokens)
@@ -61,7 +74,8 @@ class Reference:
         self.h = 0.9 * self.h + 0.1 * np.array(tokens) / total
         if t >= 150 and t % 50 == 0:
             smooth = savgol_filter(np.array(self.losses), 101, 3, axis=0)[100::2]
-            self.curves = [fit_by_scipy(self.n[100::2], column) for column in smooth.T]
+            self.coming[t + self.delay] = [fit_by_scipy(self.n[100::2], column) for column in smooth.T]
+        self.curves = self.coming.get(t, self.curves)
         if self.curves:
             q = []
             for i, (a, _, alpha) in enumerate(self.curves):
@@ -92,15 +106,16 @@ def steps(number: int, k: int, seed: int = 0, noise: float = 0.01) -> list[Domai
     return found
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_the_published_formulas(k: int) -> None:
+@pytest.mark.parametrize(("k", "delay"), [(1, 0), (3, 0), (3, 7)])
+def test_the_published_formulas(k: int, delay: int) -> None:
+    """With a delay: but for the steps that curves are in force."""
     initial = [1.0 + i for i in range(k)]
-    mixer, reference = ado(initial), Reference(initial)
+    mixer, reference = ado(initial, fit_delay=delay), Reference(initial, delay)
     for step, stats in enumerate(steps(260, k, noise=0.002), 1):
         weights = mixer.update(stats, step)
         expected = reference.step(stats.nats.tolist(), stats.tokens.tolist())
         np.testing.assert_allclose(weights, expected, rtol=1e-6)
-        assert mixer.changed_at(step) == (step > 150)
+        assert mixer.changed_at(step) == (step > 150 + delay)
     record = mixer.record()
     np.testing.assert_allclose(record["curve_exponent"], [z[2] for z in reference.curves], rtol=1e-4)
     np.testing.assert_allclose(record["credit"], reference.h, rtol=1e-12)
@@ -139,15 +154,17 @@ def test_no_fit_is_worse_than_those_of_scipy() -> None:
         assert mine <= theirs + 1e-4 * (theirs + 0.001)
 
 
-def test_a_state_continues_bit_for_bit() -> None:
-    """At steps before, at and after fits; the state is small and plain."""
-    whole = ado([1.0, 2.0], start=None)
-    pieces = ado([1.0, 2.0], start=None)
+@pytest.mark.parametrize("delay", [0, 5])
+def test_a_state_continues_bit_for_bit(delay: int) -> None:
+    """At steps before, at and after fits, and while one runs; the state is small and plain."""
+    whole = ado([1.0, 2.0], start=None, fit_delay=delay)
+    pieces = ado([1.0, 2.0], start=None, fit_delay=delay)
     for step, stats in enumerate(steps(215, 2), 1):
         assert whole.update(stats, step).tolist() == pieces.update(stats, step).tolist()
-        if step in (1, 60, 100, 101, 102, 151, 200, 201):
+        if step in (1, 60, 100, 101, 102, 104, 105, 106, 151, 155, 200, 201, 204):
             saved = json.loads(json.dumps(pieces.state_dict()))
-            pieces = ado([1.0, 1.0], start=None)
+            assert (saved["fit"] is not None) == (delay > 0 and step > 100 and (step - 1) % 50 < 5)
+            pieces = ado([1.0, 1.0], start=None, fit_delay=delay)
             pieces.load_state_dict(saved)
     state = whole.state_dict()
     assert len(state["window"]) == 101
@@ -156,6 +173,45 @@ def test_a_state_continues_bit_for_bit() -> None:
     for key, bad in (("credit", [1.0]), ("window", [[1.0]]), ("curves", [[1.0, 2.0]])):
         with pytest.raises(InputError, match="the state is not whole"):
             ado([1.0, 2.0]).load_state_dict({**state, key: bad})
+
+
+def test_a_delayed_fit_keeps_no_step_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on while the fit is held up; the first with its curves waits for it."""
+    go_on, fit = threading.Event(), ado_module.fit_curve
+
+    def held_up(*args: Any) -> Any:
+        assert go_on.wait(60)
+        return fit(*args)
+
+    monkeypatch.setattr(ado_module, "fit_curve", held_up)
+    mixer, usual = ado([1.0, 2.0], fit_delay=3), ado([1.0, 2.0], fit_delay=3)
+    given = steps(154, 2)
+    for step, stats in enumerate(given[:153], 1):
+        assert mixer.update(stats, step).tolist() == [1 / 3, 2 / 3]
+    assert mixer.state_dict()["fit"]["due"] == 153
+    go_on.set()
+    for step, stats in enumerate(given, 1):
+        expected = usual.update(stats, step).tolist()
+    assert mixer.update(given[153], 154).tolist() == expected != [1 / 3, 2 / 3]
+
+
+def test_a_run_its_shadow_and_its_replay_agree(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Bit for bit; and the run goes on exactly where it stops between a fit and its curves."""
+    mixer = {"name": "ado", "smoothing_window": 3, "smoothing_degree": 1, "fit_from": 2, "fit_every": 1}
+    mixer |= {"start": 3, "refit_every": 3, "fit_delay": 2, "sample_tokens": 64}
+    written = {}
+    for name in ("whole", "parts"):
+        config = tiny_config(
+            run_dir=str(tmp_path / name), mixer=mixer, shadow=[mixer], evaluate={"every": 0}, checkpoint={"every": 0}
+        )
+        written[name] = config.rename(tmp_path / f"{name}.yaml")
+    run_job(1, [(written["whole"], ()), (written["parts"], ("train.stop_after=7",)), (written["parts"], ())])
+    weights = lines(tmp_path / "whole" / "weights.jsonl")
+    assert len({tuple(line["domain_weights"]) for line in weights}) > 5
+    assert record(tmp_path / "parts")[1] == weights
+    replay(tmp_path / "whole", [], tmp_path / "replayed")
+    for path in ("whole/shadow/ado.jsonl", "parts/shadow/ado.jsonl", "replayed/ado.jsonl"):
+        assert lines(tmp_path / path) == weights, path
 
 
 def test_nothing_to_learn() -> None:
@@ -196,6 +252,7 @@ def test_bad_options() -> None:
         ({"smoothing_window": 3}, r"smoothing_window is 3, expected an odd number above"),
         ({"fit_from": 99}, r"fit_from is 99, .* Use at least 100"),
         ({"start": 99}, r"start is 99, before fit_from, 100"),
+        ({"fit_delay": 50}, r"fit_delay is 50, but the next fit begins after 50 steps"),
         ({"exponents": [0.5, 0.1]}, r"exponents is \[0\.5, 0\.1\], expected two rising numbers"),
     ):
         with pytest.raises(InputError, match=message):

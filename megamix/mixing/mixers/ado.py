@@ -10,7 +10,8 @@ filter. Each of the constants in words is a key of the config.
 
     every refit_every steps from fit_from on:
         (a_i, e_i, alpha_i) = the curve exp(e) + exp(a) n^-alpha through (n_s, S L_s,i), by the criterion of
-                              `megamix.mixing.mixers.scaling_curves`, s = fit_from, fit_from + fit_every, ... t
+                              `megamix.mixing.mixers.scaling_curves`, s = fit_from, fit_from + fit_every, ... t;
+                              in force from step t + fit_delay on (the sources: at once)
     every step:
         h       = credit_memory h + (1 - credit_memory) (shares of the step's samples), at first mu
         speed_i = max(alpha_i, min_exponent) exp(a_i) n_t^-alpha_i / n_t
@@ -28,8 +29,11 @@ another unit moves the penalty of a alone.
 
 The published code keeps all losses and smooths them anew at every fit. A smoothed loss changes only while steps come
 within half a window after it, so the state holds the losses of a last window and the smoothed ones of every tenth step
-before it (fit_every): K + 1 numbers for ten steps, so it grows with the run. A fit takes 0.1 to 0.2 s of one core a
-domain, in the mixing thread.
+before it (fit_every): K + 1 numbers for ten steps, so it grows with the run.
+
+A fit takes 0.1 to 0.2 s of one core a domain. As published the weights of its step follow from it, so a loader that
+needs them sooner waits. With fit_delay it runs in a thread of its own, and the old curves stay in force until then: a
+fixed number of steps, however long the fit takes, so that runs repeat and resume exactly.
 
 Shapes: every array is float64 [K] unless stated. P points.
 """
@@ -37,6 +41,8 @@ Shapes: every array is float64 [K] unless stated. P points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +76,10 @@ class AdoConfig(Config):
 
     refit_every: int = Field(default=1000, gt=0)
     """Steps between fits, at multiples of it."""
+
+    fit_delay: int = Field(default=0, ge=0)
+    """Steps from a fit to the first weights that follow it, fitted meanwhile beside the run; 0: fitted at once, which
+    the loader may wait for. Less than refit_every."""
 
     fit_every: int = Field(default=10, gt=0)
     """Steps from one that a curve is fitted to to the next."""
@@ -126,7 +136,29 @@ class AdoConfig(Config):
             raise ValueError(f"exponents is {list(self.exponents)}, expected two rising numbers that are not negative.")
         if self.start is not None and self.start < self.fit_from:
             raise ValueError(f"start is {self.start}, before fit_from, {self.fit_from}. Use at least that.")
+        if self.fit_delay >= self.refit_every:
+            raise ValueError(
+                f"fit_delay is {self.fit_delay}, but the next fit begins after {self.refit_every} steps (refit_every). Use "
+                "less than that."
+            )
         return self
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A fit whose curves are not in force yet.
+
+    Attributes:
+        due: the step, from 0, with the first weights that follow it.
+        num_points: how many of the final points it has.
+        recent: n and the K smoothed losses of the points after those, which were not final.
+        curves: float64 [K, 3].
+    """
+
+    due: int
+    num_points: int
+    recent: list[list[float]]
+    curves: Future[FloatArray]
 
 
 class AdoMixer(Mixer):
@@ -155,6 +187,7 @@ class AdoMixer(Mixer):
         """n and the K smoothed losses of every point that is final."""
         self._curves: FloatArray | None = None
         """float64 [K, 3]: a, e, alpha."""
+        self._running: _Fit | None = None
 
     def _observe(self, stats: DomainStats, step: int) -> None:
         total = int(stats.tokens.sum())
@@ -191,7 +224,9 @@ class AdoMixer(Mixer):
         if t < (config.fit_from if config.start is None else config.start):
             return None
         if t % config.refit_every == 0:
-            self._curves = self._fit()
+            self._running = self._start_fit(t + config.fit_delay, len(self._points), self._recent_points())
+        if self._running is not None and t >= self._running.due:
+            self._curves, self._running = self._running.curves.result(), None
         if self._curves is None or self._tokens == 0:
             return None
         now = self._instant()
@@ -199,19 +234,27 @@ class AdoMixer(Mixer):
         self._average = (1.0 - 1.0 / (t + 1)) * self._average + now / (t + 1)
         return weights
 
-    def _fit(self) -> FloatArray:
-        config, half = self.config, self.config.smoothing_window // 2
-        smoothed, first = self._smoothed(), self._count - config.smoothing_window
-        recent = [
+    def _recent_points(self) -> list[list[float]]:
+        """n and the K smoothed losses of the points that steps to come will still change."""
+        half = self.config.smoothing_window // 2
+        smoothed, first = self._smoothed(), self._count - self.config.smoothing_window
+        return [
             [self._window[i][0], *smoothed[i].tolist()]
-            for i in range(half + 1, config.smoothing_window)
+            for i in range(half + 1, self.config.smoothing_window)
             if self._is_point(first + i)
         ]
-        points = np.array(self._points + recent)
-        # A smoothed loss may fall out of the range of the losses.
-        n_P, loss_PK = np.maximum(points[:, 0], 1e-9), np.clip(points[:, 1:], _SMALLEST_LOSS, _LARGEST_LOSS)
-        penalties = Penalties(config.max_scale, config.min_floor, config.exponents)
-        return np.stack([fit_curve(n_P, loss_P, config.huber_delta, penalties) for loss_P in loss_PK.T])
+
+    def _start_fit(self, due: int, num_points: int, recent: list[list[float]]) -> _Fit:
+        """Fits at once without `AdoConfig.fit_delay`, otherwise in a thread of its own."""
+        points = np.array(self._points[:num_points] + recent)
+        if self.config.fit_delay == 0:
+            curves: Future[FloatArray] = Future()
+            curves.set_result(_fitted(self.config, points))
+        else:
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ado-fit")
+            curves = thread.submit(_fitted, self.config, points)
+            thread.shutdown(wait=False)  # after the fit
+        return _Fit(due, num_points, recent, curves)
 
     def _speed(self) -> FloatArray:
         """Fall of each curve now, nats per sample of the run."""
@@ -231,6 +274,7 @@ class AdoMixer(Mixer):
         return raised / raised.sum()
 
     def _extra_state(self) -> dict[str, Any]:
+        fit = self._running
         return {
             "prior": self._prior.tolist(),
             "credit": self._credit.tolist(),
@@ -240,6 +284,7 @@ class AdoMixer(Mixer):
             "window": self._window,
             "points": self._points,
             "curves": None if self._curves is None else self._curves.tolist(),
+            "fit": None if fit is None else {"due": fit.due, "num_points": fit.num_points, "recent": fit.recent},
         }
 
     def _load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -247,6 +292,9 @@ class AdoMixer(Mixer):
         arrays = {key: np.array(state[key], np.float64) for key in ("prior", "credit", "average")}
         rows = {key: [[float(value) for value in row] for row in state[key]] for key in ("window", "points")}
         curves = None if state["curves"] is None else np.array(state["curves"], np.float64)
+        fit = state["fit"]
+        if fit is not None:
+            rows["recent"] = [[float(value) for value in row] for row in fit["recent"]]
         if (
             any(array.shape != (k,) for array in arrays.values())
             or any(len(row) != k + 1 for part in rows.values() for row in part)
@@ -256,6 +304,10 @@ class AdoMixer(Mixer):
         self._prior, self._credit, self._average = arrays["prior"], arrays["credit"], arrays["average"]
         self._window, self._points, self._curves = rows["window"], rows["points"], curves
         self._count, self._tokens = int(state["count"]), int(state["tokens"])
+        # Fitted anew from the same points, which gives the same curves.
+        self._running = (
+            None if fit is None else self._start_fit(int(fit["due"]), int(fit["num_points"]), rows["recent"])
+        )
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
         """Losses and curves begin anew, as a new domain has none that can be fitted with the others'; until they are
@@ -267,7 +319,7 @@ class AdoMixer(Mixer):
             return [value / sum(carried) for value in carried]
 
         carried = {key: carry(state[key]) for key in ("prior", "credit", "average")}
-        return {**carried, "count": 0, "tokens": 0, "window": [], "points": [], "curves": None}
+        return {**carried, "count": 0, "tokens": 0, "window": [], "points": [], "curves": None, "fit": None}
 
     def _extra_record(self) -> dict[str, Any]:
         """``curve_scale`` (exp a, nats per token at one sample), ``curve_floor`` (exp e, nats per token) and
@@ -286,3 +338,11 @@ class AdoMixer(Mixer):
                 "loss_speed": self._speed().tolist(),
             }
         return {**fitted, "credit": self._credit.tolist()}
+
+
+def _fitted(config: AdoConfig, points: FloatArray) -> FloatArray:
+    """float64 [K, 3]: the curve of each domain through ``points``, [P, 1 + K] of n and the losses there."""
+    # A smoothed loss may fall out of the range of the losses.
+    n_P, loss_PK = np.maximum(points[:, 0], 1e-9), np.clip(points[:, 1:], _SMALLEST_LOSS, _LARGEST_LOSS)
+    penalties = Penalties(config.max_scale, config.min_floor, config.exponents)
+    return np.stack([fit_curve(n_P, loss_P, config.huber_delta, penalties) for loss_P in loss_PK.T])
