@@ -18,7 +18,7 @@ from megamix.core.config import ByKey
 from megamix.mixing.mixers import normalise_weights
 
 Floats = NDArray[np.float64]
-_Word = Literal["natural", "uniform"]
+_Word = Literal["uniform", "natural"]
 
 
 def _is_one(value: object) -> object:

@@ -193,7 +193,10 @@ def test_help_config_needs_no_config_file() -> None:
         ("mixer={name: static, alpha: 0.5}", "unknown key 'mixer.alpha'. Known: name."),
         ("engine.pipelines=3", "unknown key 'engine.pipelines'. Did you mean 'pipeline'?"),
         ("mixer.name=omd", "mixer.name: unknown mixer 'omd'. Did you mean 'odm'?"),
-        ("mixer.name=replay", "mixer.name: unknown mixer 'replay'. Known: ado, aioli, doremi, odm, recommended, static"),
+        (
+            "mixer.name=replay",
+            "mixer.name: unknown mixer 'replay'. Known: ado, aioli, doremi, odm, recommended, static",
+        ),
         ("mixer={warmup_steps: 3, name: null}", "mixer.name: a mixer needs the key 'name'"),
         ("mixer.preset=officia", "Did you mean 'official'?"),
         ("model.preset=neox2m", "model.preset: unknown 'neox2m'. Did you mean 'neox-2m'?"),

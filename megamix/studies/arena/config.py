@@ -17,7 +17,7 @@ FROZEN = "-frozen"
 """Ends the name of an arm with the mean weights of another."""
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_+-]+$")]
 """Part of a member's name: letters, digits, _, + and -."""
-Word = Literal["natural", "uniform"]
+Word = Literal["uniform", "natural"]
 Kind = Literal["noise", "floor", "duplicates", "tiny", "late"]
 _KEYS: dict[str, dict[str, bool]] = {
     "noise": {"share": False, "tokens": False},
