@@ -1,4 +1,5 @@
 # make demo: from raw text to a mixed, trained model.  make test: all tests.  make check: lint, types, layers, spelling.
+# make evidence: mixing rules against static mixtures, over seeds, sizes and corpora.  make evidence-short: a part of it.
 # make clean: removes the environments, data and runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -9,14 +10,29 @@ TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check env lock newest clean
+.PHONY: demo evidence evidence-short mini-pile workshop test check env lock newest clean
 
-demo: $(READY)
-	$(BIN)/megamix corpus data/text
-	$(BIN)/megamix prepare data/text --out data/mini-pile --tokenizer train:1024
+demo: mini-pile
 	$(BIN)/megamix train configs/demo.yaml
 	$(BIN)/megamix inspect runs/demo
 	$(BIN)/megamix plot runs/demo
+
+# SHORT. The same command goes on after an interruption; ARGS are for each arena, for example ARGS="--at-once 8".
+evidence: mini-pile workshop
+	for name in mini-pile workshop mini-pile-2m workshop-2m mini-pile-1600 workshop-1600; do \
+	  $(BIN)/megamix arena configs/evidence/$$name.yaml $(ARGS) || exit; \
+	done
+
+evidence-short: mini-pile
+	$(BIN)/megamix arena configs/evidence/short.yaml $(ARGS)
+
+mini-pile: $(READY)
+	$(BIN)/megamix corpus data/text
+	$(BIN)/megamix prepare data/text --out data/mini-pile --tokenizer train:1024
+
+workshop: $(READY)
+	$(BIN)/megamix corpus data/workshop-text --name workshop
+	$(BIN)/megamix prepare data/workshop-text --out data/workshop --tokenizer train:1024
 
 # Two at a time, file by file in the order of tests/conftest.py: the longest first.
 test: $(READY)

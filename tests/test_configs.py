@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 
 from megamix.analysis.doctor import doctor
 from megamix.core.config import load_config, validate
-from megamix.core.config_files import read_yaml
+from megamix.core.config_files import merge, read_yaml
 from megamix.core.files import shipped_folder
 from megamix.data.sampler import Slice
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import Decoder, Embedding, Head
-from megamix.training.config import RunConfig
+from megamix.studies.arena.config import ArenaConfig
+from megamix.studies.arena.study import nested
+from megamix.studies.runs import read_section
+from megamix.training.config import KINDS, RunConfig
 from megamix.training.mixture import FileMixture
 
 CONFIGS = shipped_folder("configs")
@@ -223,3 +227,44 @@ def test_engine_blocks_leave_nothing_of_each_other(before: str, after: str, tmp_
         return load(path).engine
 
     assert engine(before, after) == engine(after)
+
+
+ARENAS = [CONFIGS / "arena" / "demo.yaml", *sorted((CONFIGS / "evidence").glob("*.yaml"))]
+PARTS = ("regime", "arms")
+
+
+@pytest.mark.parametrize("path", [path for path in ARENAS if path.stem not in PARTS], ids=lambda path: path.stem)
+def test_each_arena_is_of_whole_runs(path: Path) -> None:
+    """Its arms are configs, at every size; its seeds are not those that a rule was made with."""
+    base, arena = read_section(ArenaConfig, "arena", path, [], {}, "")
+    assert not set(arena.seeds) & set(range(101, 106))
+    for name, changes in arena.arms.items():
+        config = validate(RunConfig, merge(base, nested(changes, name), KINDS), name)
+        assert config.engine.world_size() == 1
+        assert config.train.steps % config.evaluate.every == 0
+
+
+def test_evidence_is_as_the_makefile_says() -> None:
+    """`make evidence` runs each long arena, the small model first; each has a folder of its own."""
+    makefile = (CONFIGS.parent / "Makefile").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"for name in (.+); do .*\n.*configs/evidence/\$\$name\.yaml", makefile)
+    names = listed.split()
+    assert names[:2] == ["mini-pile", "workshop"]
+    assert sorted([*names, "short", *PARTS]) == sorted(path.stem for path in (CONFIGS / "evidence").glob("*.yaml"))
+    assert "configs/evidence/short.yaml" in makefile
+    found = {
+        name: read_section(ArenaConfig, "arena", CONFIGS / "evidence" / f"{name}.yaml", [], {}, "") for name in names
+    }
+    assert {name: base["run_dir"] for name, (base, _) in found.items()} == {
+        name: f"runs/evidence/{name}" for name in names
+    }
+    size = {
+        name: validate(RunConfig, {**base, "model": {**base["model"], "vocab_size": 1024}}, name)
+        for name, (base, _) in found.items()
+    }
+    assert real_parameters(size["mini-pile"].model, 128) == pytest.approx(0.5e6, rel=0.1)
+    assert real_parameters(size["mini-pile-2m"].model, 128) == pytest.approx(2e6, rel=0.15)
+    short, long = found["mini-pile"][1].arms["ado"], found["mini-pile-1600"][1].arms["ado"]
+    assert short["mixer"]["name"] == long["mixer"]["name"] == "ado"
+    for key in ("fit_from", "start", "refit_every", "fit_every"):
+        assert long["mixer"][key] == 4 * short["mixer"][key]

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from megamix.analysis.labels import run_names
 from megamix.analysis.paired import Interval, t_interval
 from megamix.analysis.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
-from megamix.analysis.series import objective_losses, worst
+from megamix.analysis.series import first_step_at, objective_losses, worst
 from megamix.analysis.variants import check_comparable, variant_names
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_file
@@ -203,8 +202,10 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
     domain, highest = worst(last)
     assert domain is not None  # check_comparable has seen a loss of every domain
     assert highest is not None
-    losses = objective_losses(run)
-    reached = None if target is None else _reached(run.evaluations, losses, target)
+    known = [
+        (line, loss) for line, loss in zip(run.evaluations, objective_losses(run), strict=True) if loss is not None
+    ]
+    reached = None if target is None else first_step_at([(line["step"], loss) for line, loss in known], target)
     per_step = run.config.train.global_batch * run.config.data.seq_length
     return RunResult(
         run_dir=run.run_dir,
@@ -219,23 +220,8 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
         target=target,
         steps=reached,
         tokens=None if reached is None else reached * per_step,
-        curve=[(line["tokens"], loss) for line, loss in zip(run.evaluations, losses, strict=True) if loss is not None],
+        curve=[(line["tokens"], loss) for line, loss in known],
     )
-
-
-def _reached(evaluations: Sequence[Mapping[str, Any]], losses: Sequence[float | None], target: float) -> float | None:
-    """The step at which the objective loss first comes down to ``target``."""
-    before: tuple[int, float] | None = None
-    for line, loss in zip(evaluations, losses, strict=True):
-        step = line["step"]
-        if loss is None:
-            continue
-        if loss <= target:
-            if before is None:
-                return float(step)
-            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
-        before = step, loss
-    return None
 
 
 def _summary(results: Sequence[RunResult], variant: str, metric: str, base: str) -> Summary:

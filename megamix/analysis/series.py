@@ -223,6 +223,18 @@ def objective_losses(run: RecordedRun) -> list[float | None]:
     return [weighted_loss(weights, line["domain_loss"]) for line in run.evaluations]
 
 
+def first_step_at(curve: Sequence[tuple[int, float]], target: float) -> float | None:
+    """The step at which a loss first comes down to ``target``, on the line between two evaluations."""
+    before: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = step, loss
+    return None
+
+
 def worst(evaluation: dict[str, Any]) -> tuple[str | None, float | None]:
     """The domain with the highest loss of an evaluation, and its loss; None where no domain has one."""
     known = {name: loss for name, loss in evaluation["domain_loss"].items() if loss is not None}

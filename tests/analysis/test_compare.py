@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from megamix.analysis.compare import compare
 from megamix.analysis.paired import t_interval
+from megamix.analysis.series import first_step_at
 from megamix.cli import app
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
@@ -101,6 +102,14 @@ def crossing(variant: str, seed: int, target: float) -> float:
     steps = np.arange(0, STEPS + 1, EVERY)
     loss = [np.dot([0.5, 0.3, 0.2], list(losses(variant, seed, step).values())) for step in steps.tolist()]
     return float(np.interp(-target, -np.array(loss), steps))
+
+
+def test_step_at_which_a_target_is_reached() -> None:
+    curve = [(0, 6.0), (10, 5.0), (20, 4.0), (30, 4.5)]
+    assert first_step_at(curve, 4.25) == pytest.approx(np.interp(-4.25, [-6, -5, -4], [0, 10, 20]))
+    assert first_step_at(curve, 4.0) == 20
+    assert first_step_at(curve, 3.9) is None
+    assert first_step_at(curve, 7.0) == 0
 
 
 def test_steps_to_target(runs: list[Path]) -> None:

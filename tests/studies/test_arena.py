@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,11 @@ from megamix.analysis.paired import smallest_visible, t_interval
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
-from megamix.studies.arena.results import Results, Row, best_of, difference, first_step_at
+from megamix.studies.arena.results import Results, Row, best_of, difference
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
 from megamix.studies.arena.tables import markdown
+from megamix.studies.arena.tasks import submit_arena
+from megamix.studies.slurm.resources import Resources
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import make_plan
 
@@ -103,6 +106,29 @@ def test_a_member_that_has_begun_keeps_its_config(tiny_config: Write) -> None:
     assert sorted(path.stem for path in more.folder(ARMS).glob("*.odm.yaml")) == ["seed1.odm", "seed4.odm"]
     with pytest.raises(InputError, match=r"the member seed1\.odm of .* has begun, and has another config now"):
         read_study(config(tiny_config, train={"lr": 1e-3}), []).write()
+
+
+def test_jobs_of_an_arena(tiny_config: Write) -> None:
+    """Member i of an array is the i-th file of its folder, as the job script counts them (`LC_ALL=C ls`)."""
+    arms = {"odm": ODM, "odm-2": ODM, "odm+": ODM, "odm_": ODM}
+    traps = {"late": {"kind": "late", "domain": "tables", "from_step": 5}}
+    path = config(tiny_config, {"arms": arms, "traps": traps, "seeds": [1, 10, 2], "controls": False})
+    said = submit_arena(path, [], Resources(), 2, dry_run=True)
+    found = read_study(path, [])
+    for part, number in ((BEGIN, 12), (ARMS, 24), (FROZEN_ARMS, 12)):
+        files = sorted(found.folder(part).glob("*.yaml"), key=lambda file: os.fsencode(file.name))
+        assert [member.path for member in found.members(part)] == files
+        assert len(files) == number
+        numbers = ",".join(map(str, range(number)))
+        assert re.search(rf"--array={numbers}%2 .*swarm\.sbatch {found.folder(part)}$", said, re.MULTILINE)
+    waits = re.findall(r"^# (\w+)\n.* sbatch (?:.*--dependency=(\w+:<\w+>))?", said, re.MULTILINE)
+    assert waits == [
+        ("begin", ""),
+        ("run", "afterok:<begin>"),
+        ("frozen", "afterok:<run>"),
+        ("results", "afterany:<frozen>"),
+    ]
+    assert re.search(rf"command\.sbatch arena {path} --only collect$", said, re.MULTILINE)
 
 
 # Traps
@@ -287,14 +313,6 @@ def test_the_best_static_arm_is_chosen_on_the_seeds_that_all_have() -> None:
     del rows["sqrt"]
     assert best_of(rows) == ("uniform", "natural")
     assert best_of({"natural": {1: row("natural", 1, 4.0)}, "uniform": {2: row("uniform", 2, 4.0)}}) == ()
-
-
-def test_step_at_which_a_target_is_reached() -> None:
-    curve = [(0, 6.0), (10, 5.0), (20, 4.0), (30, 4.5)]
-    assert first_step_at(curve, 4.25) == pytest.approx(np.interp(-4.25, [-6, -5, -4], [0, 10, 20]))
-    assert first_step_at(curve, 4.0) == 20
-    assert first_step_at(curve, 3.9) is None
-    assert first_step_at(curve, 7.0) == 0
 
 
 def test_results_of_rows(tiny_config: Write) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 from megamix import __version__
 from megamix.analysis.paired import Interval, smallest_visible, t_interval
+from megamix.analysis.series import first_step_at
 from megamix.core.errors import InputError
 from megamix.studies.arena.config import NATURAL, NO_TRAP
 from megamix.studies.arena.study import ArenaStudy, Condition, Entry, Weights
 from megamix.training.checkpoints.state import newest_state
+from megamix.training.objective import weighted_loss
 from megamix.training.records.recorded_run import RecordedRun
 
 Curve = tuple[tuple[int, float], ...]
@@ -264,18 +266,6 @@ def _with_target(row: Row, target: float | None) -> Row:
     return Row(**{**{field.name: getattr(row, field.name) for field in fields(row)}, "steps_to_target": steps})
 
 
-def first_step_at(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """The step at which a loss first comes down to ``target``, on the line between two evaluations."""
-    before: tuple[int, float] | None = None
-    for step, loss in curve:
-        if loss <= target:
-            if before is None:
-                return float(step)
-            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
-        before = step, loss
-    return None
-
-
 def _finished(study: ArenaStudy, entry: Entry) -> RecordedRun | None:
     state = newest_state(study.run_dir_of(entry) / "checkpoints")
     return RecordedRun.open(study.run_dir_of(entry)) if state and state.step >= entry.condition.steps else None
@@ -287,6 +277,9 @@ def _row(study: ArenaStudy, entry: Entry, run: RecordedRun, objective: str, weig
     if lost is not None:
         raise InputError(f"{run.run_dir}: the last validation loss of '{lost}' is not finite, so it has no mean.")
     worst = max(last, key=lambda name: last[name])
+    objective_loss, micro_loss = weighted_loss(weights, last), weighted_loss(study.natural, last)
+    assert objective_loss is not None  # every domain has a loss
+    assert micro_loss is not None
     condition = entry.condition
     trap = study.traps.get(condition.trap)
     spent = None
@@ -299,9 +292,9 @@ def _row(study: ArenaStudy, entry: Entry, run: RecordedRun, objective: str, weig
         budget=condition.steps,
         trap=condition.trap,
         seed=entry.seed,
-        objective_loss=weighted(weights, last),
+        objective_loss=objective_loss,
         macro_loss=statistics.fmean(last.values()),
-        micro_loss=weighted(study.natural, last),
+        micro_loss=micro_loss,
         worst_loss=last[worst],
         worst_domain=worst,
         steps_to_target=None,
@@ -316,14 +309,8 @@ def _row(study: ArenaStudy, entry: Entry, run: RecordedRun, objective: str, weig
 def _curve(run: RecordedRun, weights: Weights) -> Iterator[tuple[int, float]]:
     """(step, objective loss), without the evaluations that lack a domain, which comes later."""
     for line in run.evaluations:
-        losses = {name: line["domain_loss"].get(name) for name in weights}
-        if None not in losses.values():
-            yield line["step"], weighted(weights, losses)
-
-
-def weighted(weights: Weights, losses: Mapping[str, float]) -> float:
-    """The sum of weight times loss."""
-    return sum(weight * losses[name] for name, weight in weights.items())
+        if (loss := weighted_loss(weights, line["domain_loss"])) is not None:
+            yield line["step"], loss
 
 
 def _seconds(run: RecordedRun) -> float:

@@ -152,7 +152,7 @@ class ArenaStudy:
 
     @cached_property
     def conditions(self) -> list[Condition]:
-        """All conditions, the longest runs last."""
+        """All conditions in the order they run in here: by model, number of steps and trap, without a trap first."""
         steps = self.config.budgets or (self.plan.config.train.steps,)
         models: tuple[str | None, ...] = tuple(self.config.models or (None,))
         traps = (NO_TRAP, *self.traps)
@@ -195,20 +195,20 @@ class ArenaStudy:
         """The directory of a member's run."""
         return self.run_dir / RUNS / entry.name
 
-    def members(self, part: str) -> list[Member]:
-        """The members of a part, in the order of their array indices (that of the names' bytes)."""
-        folder, until = self.folder(part), {}
-        if part == BEGIN:
-            until = {entry.name: self._from_step(entry) for entry in self.entries_of(part)}
-        entries = sorted(self.entries_of(part), key=lambda entry: entry.name.encode())
-        configs = self.configs(part)
+    def members(self, part: str, condition: Condition | None = None) -> list[Member]:
+        """The members of a part, in the order of their array indices (that of the file names' bytes).
+
+        Args:
+            condition: of these members alone; None: all.
+        """
+        entries = [entry for entry in self.entries_of(part) if condition in (None, entry.condition)]
         return [
             Member(
-                folder / f"{entry.name}.yaml",
-                validate(RunConfig, configs[entry.name], f"{self.source}, {entry.name}"),
-                until.get(entry.name),
+                self.folder(part) / f"{entry.name}.yaml",
+                validate(RunConfig, self._config(part, entry), f"{self.source}, {entry.name}"),
+                self._from_step(entry) if part == BEGIN else None,
             )
-            for entry in entries
+            for entry in sorted(entries, key=lambda entry: f"{entry.name}.yaml".encode())
         ]
 
     def entries_of(self, part: str) -> Iterator[Entry]:
@@ -223,8 +223,10 @@ class ArenaStudy:
 
     def configs(self, part: str) -> dict[str, Run]:
         """{member: its run's config} of a part."""
-        make = self._begin_run if part == BEGIN else self.run
-        return {entry.name: make(entry) for entry in self.entries_of(part)}
+        return {entry.name: self._config(part, entry) for entry in self.entries_of(part)}
+
+    def _config(self, part: str, entry: Entry) -> Run:
+        return self._begin_run(entry) if part == BEGIN else self.run(entry)
 
     def run(self, entry: Entry) -> Run:
         """The run's config of a member, not validated."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megamix.core.errors import EXIT_OK, InputError
+from megamix.core.errors import EXIT_OK, InputError, RankFailed
 from megamix.core.log import get_logger
 from megamix.core.text import plural
 from megamix.studies.arena.collect import JSON as RESULTS
@@ -30,8 +30,8 @@ from megamix.training.records.recorded_run import METRICS
 
 TaskName = Literal["data", "run", "collect"]
 LOGS = "logs"
-PARTS = {BEGIN: "begin", ARMS: "run", FROZEN_ARMS: "frozen"}
-"""The tasks that run members, by the folder of their configs."""
+ARRAYS = {BEGIN: "begin", ARMS: "run", FROZEN_ARMS: "frozen"}
+"""The arrays on Slurm, by the folder of their members' configs."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def arena(config_path: Path, overrides: list[str], only: TaskName | None = None,
         return EXIT_OK
     with RunLock(study.run_dir):
         _tell_cost(study)
-        wanted = {"data": ("traps", "members"), "run": ("traps", "members", *PARTS.values())}
+        wanted = {"data": ("traps", "members"), "run": ("traps", "members", "run")}
         tasks = _tasks(study, at_once)
         return run_tasks(task for task in tasks if only is None or task.name in wanted[only])
 
@@ -90,21 +90,47 @@ def _tasks(study: ArenaStudy, at_once: int | None, slurm: Submission | None = No
     """The tasks of an arena, each made when those before it are done or submitted."""
     yield Task("traps", run=lambda: _traps(study))
     yield Task("members", run=lambda: _members(study))
-    for part, name in PARTS.items():
-        members = study.members(part)
-        if not members:
-            continue
-        job = None
-        if slurm is not None:
-            # The weights of a mean are there when the members before it are done.
-            checked = part != FROZEN_ARMS
-            job = members_job(study.folder(part), [], members, slurm.resources, slurm.limit, check_data=checked)
-        number = at_once or study.config.at_once or default_at_once(members[0])
-        yield Task(name, run=lambda m=members, n=number: run_members(m, [], n, study.run_dir / LOGS), job=job)
+    if slurm is None:
+        yield Task("run", run=lambda: _run(study, at_once))
+    else:
+        yield from _arrays(study, slurm)
     # Of the members that are done, where others have failed.
     job = slurm and command_job(slurm.command, slurm.resources, after="afterany")
     done = (lambda: _is_collected(study)) if slurm is not None else (lambda: False)
     yield Task("results", done, lambda: _collect(study), job)
+
+
+def _run(study: ArenaStudy, at_once: int | None) -> int:
+    """Runs the members condition by condition, so that the results of the first are there early; returns the exit
+    code. Raises RankFailed after the last, where members have failed."""
+    failed: list[RankFailed] = []
+    for condition in study.conditions:
+        for part in (BEGIN, ARMS, FROZEN_ARMS):
+            members = study.members(part, condition)
+            if not members:
+                continue
+            number = at_once or study.config.at_once or default_at_once(members[0])
+            try:
+                code = run_members(members, [], number, study.run_dir / LOGS)
+            except RankFailed as error:
+                failed.append(error)
+            else:
+                if code != EXIT_OK:
+                    return code
+    if failed:
+        raise RankFailed("\n".join(map(str, failed)))
+    return EXIT_OK
+
+
+def _arrays(study: ArenaStudy, slurm: Submission) -> Iterator[Task]:
+    """The members as arrays, one for each part."""
+    for part, name in ARRAYS.items():
+        if members := study.members(part):
+            # The weights of a mean are there when the members before it are done.
+            checked = part != FROZEN_ARMS
+            folder = study.folder(part)
+            job = members_job(folder, [], members, slurm.resources, slurm.limit, check_data=checked)
+            yield Task(name, job=job)
 
 
 def _traps(study: ArenaStudy) -> int:
