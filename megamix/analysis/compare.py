@@ -202,9 +202,8 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
     domain, highest = worst(last)
     assert domain is not None  # check_comparable has seen a loss of every domain
     assert highest is not None
-    known = [
-        (line, loss) for line, loss in zip(run.evaluations, objective_losses(run), strict=True) if loss is not None
-    ]
+    losses = objective_losses(run)
+    known = [(line, loss) for line, loss in zip(run.evaluations, losses, strict=True) if loss is not None]
     reached = None if target is None else first_step_at([(line["step"], loss) for line, loss in known], target)
     per_step = run.config.train.global_batch * run.config.data.seq_length
     return RunResult(
