@@ -45,7 +45,7 @@ def smallest_visible(deviation: float, number: int, power: float = 0.8, confiden
         deviation: standard deviation of the numbers.
         number: how many there are; None for fewer than two.
     """
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
     from scipy.stats import nct, t
 
     if number < 2:
@@ -56,4 +56,4 @@ def smallest_visible(deviation: float, number: int, power: float = 0.8, confiden
         # The other tail, which a mean of the wrong sign would be in, is left out: below 1e-4 where power is 0.8.
         return float(nct.sf(bound, number - 1, shift)) - power
 
-    return float(brentq(missing, 0.0, 2 * bound + 2)) * deviation / math.sqrt(number)
+    return root_scalar(missing, bracket=(0.0, 2 * bound + 2)).root * deviation / math.sqrt(number)
