@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from simulated_world import World
 
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 from megamix.mixing.mixers import DomainStats, Mixer, make_mixer
 
 
@@ -361,9 +362,10 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         recommended([1.0, 1.0]).update(DomainStats([1.0, math.nan], [1, 1]), 1)
 
 
-def test_what_0_1_recorded_is_read(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_0_1_recorded_is_read(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config with the key of the first rule, and a state of it, whose sums are the same."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
     mixer = recommended([1.0, 1.0], difficulty=0.5)
-    assert "difficulty is of the rule that 0.1 had" in capfd.readouterr().err
+    assert "difficulty is of the rule that 0.1 had" in caplog.text
     mixer.load_state_dict({**mixer.state_dict(), "prior": [0.5, 0.5], "tokens": [7.0, 9.0]})
     assert mixer.state_dict()["tokens"] == [7.0, 9.0]
