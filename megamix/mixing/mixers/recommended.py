@@ -206,7 +206,6 @@ class RecommendedMixer(Mixer):
             if new.shape != old.shape or not np.isfinite(new).all():
                 raise ValueError(f"{what} {new.tolist()}")
         self._tokens, self._sums = tokens, sums
-        # What the run began with, where another machine would measure another last bit.
 
     def _carry_extra_state(self, state: Mapping[str, Any], parents: Sequence[int | None]) -> dict[str, Any]:
         """A new domain has no observations, and so the mean slope of the others until it was seen often
