@@ -6,6 +6,7 @@ an error that names the nearest right one.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from pydantic_core import core_schema
 
 from megamix.core.config_files import Kinds, Origins, apply_overrides, read_with_origins
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.paths import expand, literal
 
 C = TypeVar("C", bound="Config")
+IS_PATH = object()
+"""Marks a field of type str whose text may be a path: ``Annotated[str, IS_PATH]``."""
 
 
 class Config(pydantic.BaseModel):
@@ -27,6 +31,39 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _expand_paths(cls, data: Any) -> Any:
+        """Text in the place of a path may name home and variables; see `megamix.core.paths`."""
+        if not isinstance(data, dict):
+            return data
+        found = dict(data)
+        for key in cls._path_keys() & data.keys():
+            if isinstance(data[key], str):
+                try:
+                    found[key] = expand(data[key])
+                except InputError as error:
+                    raise ValueError(f"{key}: {error}") from error
+        return found
+
+    @pydantic.model_serializer(mode="wrap")
+    def _write_paths(self, dump: pydantic.SerializerFunctionWrapHandler, info: pydantic.SerializationInfo) -> Any:
+        """A config that was written is read again: its paths are expanded already."""
+        found = dump(self)
+        for key in self._path_keys() & found.keys() if info.mode == "json" else ():
+            if isinstance(found[key], str):
+                found[key] = literal(found[key])
+        return found
+
+    @classmethod
+    @functools.cache
+    def _path_keys(cls) -> frozenset[str]:
+        return frozenset(
+            key
+            for key, field in cls.model_fields.items()
+            if Path in _members(field.annotation) or IS_PATH in field.metadata
+        )
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError
+from megamix.core.files import read_regular
+from megamix.core.paths import expand
 from megamix.core.yaml_text import parse_yaml
 
 Origins = dict[tuple[str, ...], Path]
@@ -30,6 +32,10 @@ class Kinds:
 
 
 KindsByKey = Mapping[str, Kinds]
+MOST_BYTES = 16 << 20
+"""Bytes of a config."""
+MOST_DEPTH = 50
+"""Files that include one another in a chain."""
 NO_KINDS: KindsByKey = types.MappingProxyType({})
 
 
@@ -42,17 +48,33 @@ def read_yaml(path: Path, kinds: KindsByKey = NO_KINDS) -> dict[str, Any]:
     return read_with_origins(Path(path), kinds, {})
 
 
-def read_with_origins(path: Path, kinds: KindsByKey, origins: Origins, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_with_origins(
+    path: Path,
+    kinds: KindsByKey,
+    origins: Origins,
+    chain: tuple[Path, ...] = (),
+    known: dict[Path, tuple[dict[str, Any], Origins]] | None = None,
+) -> dict[str, Any]:
     """`read_yaml`, noting the file of each key in ``origins``.
 
     Args:
         chain: the files that include this one.
+        known: what was read already, as files that include the same ones twice each would be read 2^n times.
     """
-    path = path.resolve()
+    known = {} if known is None else known
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise InputError(f"cannot read the config {path}: {error}. Check the path, and links in it.") from error
     if path in chain:
         raise InputError(f"{path} includes itself by way of {' -> '.join(str(p) for p in chain)}.")
+    if len(chain) > MOST_DEPTH:
+        raise InputError(f"{chain[0]} includes files {len(chain)} deep, down to {path}. Include fewer, in one list.")
+    if path in known:
+        origins.update(known[path][1])
+        return known[path][0]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MOST_BYTES).decode("utf-8")
     except OSError as error:
         by = f", which {chain[-1]} includes" if chain else ""
         raise InputError(f"cannot read the config {path}{by}: {error.strerror or error}. Check the path.") from error
@@ -68,10 +90,14 @@ def read_with_origins(path: Path, kinds: KindsByKey, origins: Origins, chain: tu
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise InputError(f"{path}: include is {included!r}, expected a path or a list of paths.")
     merged: dict[str, Any] = {}
+    own: Origins = {}
     for name in included:
-        merged = merge(merged, read_with_origins(path.parent / name, kinds, origins, (*chain, path)), kinds)
-    origins.update(dict.fromkeys(_paths(data), path))
-    return merge(merged, data, kinds)
+        found = read_with_origins(path.parent / expand(name), kinds, own, (*chain, path), known)
+        merged = merge(merged, found, kinds)
+    own.update(dict.fromkeys(_paths(data), path))
+    origins.update(own)
+    known[path] = merge(merged, data, kinds), own
+    return known[path][0]
 
 
 def _paths(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -117,7 +143,7 @@ def apply_overrides(
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals and item.endswith((".yaml", ".yml")):
-            data = merge(data, read_with_origins(Path(item), kinds, {} if origins is None else origins), kinds)
+            data = merge(data, read_with_origins(Path(expand(item)), kinds, {} if origins is None else origins), kinds)
             continue
         keys = path.strip().split(".")
         if not equals or not all(keys):

@@ -29,6 +29,12 @@ class InputError(MegamixError):
     exit_code = EXIT_BAD_INPUT
 
 
+class DataChanged(InputError):
+    """Token files or a tokenizer that are not those of the manifest: gone, cut, or with other contents."""
+
+    exit_code = EXIT_RESUME_REFUSED
+
+
 class ResumeRefused(MegamixError):
     """A checkpoint exists, but continuing from it would not continue the same run."""
 

@@ -6,11 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError, MegamixError
+
+MOST_TEXT = 1 << 30
+"""Bytes of a text file that is read as a whole."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -56,6 +60,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a file that people write: not of a device or a pipe, which may never end.
+
+    Raises:
+        InputError: it is none, or has more than ``most`` bytes.
+        OSError: it cannot be read.
+    """
+    kind = path.stat()
+    if not stat.S_ISREG(kind.st_mode) and not stat.S_ISDIR(kind.st_mode):
+        raise InputError(f"{path} is a device or a pipe, expected a file. Check the path.")
+    if kind.st_size > most:
+        raise InputError(f"{path} has {kind.st_size:,} bytes, expected at most {most:,}. Check the path.")
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 def read_text(path: Path, what: str = "", lost: str = "Check the path.") -> str:
     """The text of a file.
 
@@ -67,7 +87,7 @@ def read_text(path: Path, what: str = "", lost: str = "Check the path.") -> str:
         InputError: it cannot be read, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, MOST_TEXT).decode("utf-8")
     except OSError as error:
         named = f"{what} {path}".lstrip()
         raise InputError(f"cannot read {named}: {error.strerror or error}. {lost}") from error

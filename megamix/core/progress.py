@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bars
-from rich.progress import ProgressColumn
 
 from megamix.core.log import get_logger
 
@@ -37,3 +45,27 @@ class Progress(Bars):
         if self._logs and not (at_intervals and now - self._said <= LOG_EVERY_S):
             self._said = now
             get_logger().info("%s", text)
+
+
+class ReadProgress(Progress):
+    """Display of the bytes read of files."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        super().__init__(*columns, enabled=enabled)
+        self._total, self._done = total, 0
+        self._start = time.monotonic()
+        self._counting = threading.Lock()
+        self._bar = self.add_task("reading", total=total)
+
+    def add(self, num_bytes: int) -> None:
+        """Counts bytes that were read; called from several threads."""
+        with self._counting:
+            self._done += num_bytes
+            self.update(self._bar, completed=self._done)
+            rate = self._done / (time.monotonic() - self._start)
+            self.say(
+                f"{self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read, {rate / 1e6:.0f} MB/s, "
+                f"about {(self._total - self._done) / rate:.0f} s left",
+                at_intervals=True,
+            )

@@ -11,6 +11,8 @@ import yaml
 
 from megamix.core.errors import InputError
 
+MOST_VALUES = 1_000_000
+"""Keys and values of a config, those that aliases stand for counted each time."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -74,12 +76,41 @@ def parse_yaml(text: str, source: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
+            _check_size(node, source)
             _check_keys(node, set())
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {error}") from error
+
+
+def _check_size(node: yaml.Node, source: str) -> None:
+    """Refuses aliases that stand for more than anybody writes, or for what they stand in."""
+    sizes: dict[int, int | None] = {}
+
+    def size(part: yaml.Node, merged: bool = False) -> int:
+        if not isinstance(part, yaml.CollectionNode):
+            return 1
+        if id(part) not in sizes:
+            sizes[id(part)] = None
+            if isinstance(part, yaml.MappingNode):
+                sizes[id(part)] = 1 + sum(1 + size(value, key.tag == _MERGE) for key, value in part.value)
+            else:
+                sizes[id(part)] = 1 + sum(size(item, merged) for item in part.value)
+        found = sizes[id(part)]
+        if found is None and merged:
+            return 0  # a mapping may merge itself: it has its keys already
+        if found is None:
+            where = f"{source}, line {part.start_mark.line + 1}"
+            raise InputError(f"{where}: an alias stands inside of what it stands for. Write it out.")
+        return found
+
+    if (seen := size(node)) > MOST_VALUES:
+        raise InputError(
+            f"{source} holds {seen:,} values once its aliases are written out, expected at most {MOST_VALUES:,}. Use fewer"
+            " aliases."
+        )
 
 
 def _check_keys(node: yaml.Node, done: set[int]) -> None:

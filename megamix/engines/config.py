@@ -13,9 +13,9 @@ from megamix.core.config import Config
 class _LayoutConfig(Config):
     """Settings of both engines."""
 
-    pipeline: int = pydantic.Field(default=1, gt=0)
+    pipeline: int = pydantic.Field(default=1, gt=0, le=10**6)
     """Pipeline stages."""
-    data: int | None = pydantic.Field(default=None, gt=0)
+    data: int | None = pydantic.Field(default=None, gt=0, le=10**6)
     """Data-parallel ranks; default: the ranks of the job divided by the model's, or 1 when megamix starts its own
     ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -92,11 +92,11 @@ class MegatronConfig(_LayoutConfig):
 
     name: Literal["megatron"]
     """The engine."""
-    tensor: int = pydantic.Field(default=1, gt=0)
+    tensor: int = pydantic.Field(default=1, gt=0, le=10**6)
     """Tensor-parallel ranks: each holds a part of every matrix and of the vocabulary."""
-    context: int = pydantic.Field(default=1, gt=0)
+    context: int = pydantic.Field(default=1, gt=0, le=10**6)
     """Context-parallel ranks: each holds a part of every sample. More than 1 needs Transformer Engine's attention."""
-    virtual_pipeline: int = pydantic.Field(default=1, gt=0)
+    virtual_pipeline: int = pydantic.Field(default=1, gt=0, le=10_000)
     """Chunks of layers per pipeline stage; more than 1 interleaves them, which shrinks the pipeline's idle time."""
     sequence_parallel: bool = False
     """Also split what tensor parallelism leaves whole (norms, dropout) along the sequence; needs Transformer Engine or
@@ -126,11 +126,11 @@ DEFAULT_ENGINE = "deepspeed"
 class BatchConfig(Config):
     """Training settings that decide which samples are read when."""
 
-    steps: int = pydantic.Field(gt=0)
+    steps: int = pydantic.Field(gt=0, le=10**11)
     """Optimizer steps of the whole run."""
-    global_batch: int = pydantic.Field(gt=0)
+    global_batch: int = pydantic.Field(gt=0, le=10**7)
     """Samples per step over all ranks."""
-    micro_batch: int = pydantic.Field(gt=0)
+    micro_batch: int = pydantic.Field(gt=0, le=10**7)
     """Samples a rank runs forward at once."""
     seed: int = pydantic.Field(default=1234, ge=0)
     """Fixes the initial weights, the order of the data and dropout."""

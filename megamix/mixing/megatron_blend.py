@@ -25,6 +25,7 @@ import numpy as np
 
 from megamix.core.errors import InputError, check_known
 from megamix.core.files import read_json, read_text
+from megamix.core.paths import expand
 
 MegatronSplit = Literal["train", "valid", "test"]
 SPLITS: tuple[MegatronSplit, ...] = ("train", "valid", "test")
@@ -62,7 +63,7 @@ def parse_blend(words: Sequence[object], source: str) -> FileBlend:
         InputError: no words, weights for only some prefixes, a weight that is not above 0 and finite, or a prefix that
             stands there twice.
     """
-    texts = [_word(word, source) for word in words]
+    texts = [expand(_word(word, source)) for word in words]
     if not texts:
         raise InputError(f"{source} names no token files. {_EXAMPLE}")
     numbers = [_number(text) for text in texts]

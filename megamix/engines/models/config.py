@@ -11,6 +11,7 @@ from megamix.core.config import Config
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError, check_known
 from megamix.core.files import shipped_folder
+from megamix.core.paths import expand
 from megamix.engines.models.pretrained_config import read_pretrained_config
 
 
@@ -26,17 +27,17 @@ class ModelConfig(Config):
     architecture: Literal["neox", "llama"]
     """neox: LayerNorm, biases, GELU, partial rotary (Pythia, GPT-NeoX). llama: RMSNorm, no biases, SwiGLU, full
     rotary."""
-    hidden_size: int = pydantic.Field(gt=0)
+    hidden_size: int = pydantic.Field(gt=0, le=2**20)
     """Width of the residual stream."""
-    num_layers: int = pydantic.Field(gt=0)
+    num_layers: int = pydantic.Field(gt=0, le=10_000)
     """Decoder layers."""
-    num_heads: int = pydantic.Field(gt=0)
+    num_heads: int = pydantic.Field(gt=0, le=2**16)
     """Attention heads."""
     num_key_value_heads: int | None = pydantic.Field(default=None, gt=0)
     """Key/value heads (llama only); default: num_heads."""
-    ffn_size: int = pydantic.Field(gt=0)
+    ffn_size: int = pydantic.Field(gt=0, le=2**24)
     """Inner width of the feed-forward layers."""
-    vocab_size: int | None = pydantic.Field(default=None, gt=0)
+    vocab_size: int | None = pydantic.Field(default=None, gt=0, lt=2**31)
     """Rows of the embedding; default: the tokenizer's vocabulary, rounded up to a multiple of 64."""
     rotary_percent: float = pydantic.Field(default=0.25, gt=0, le=1)
     """Share of each head's dimensions that the rotary embedding turns (neox only; llama turns all)."""
@@ -164,7 +165,8 @@ def _fill_from_pretrained(data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the model does not exist, the engines do not support it, or a key contradicts it.
     """
-    folder = Path(str(data["from_pretrained"]))
+    given_path = data["from_pretrained"]
+    folder = Path(expand(given_path) if isinstance(given_path, str) else str(given_path))
     given = {key: value for key, value in data.items() if value is not None}
     required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
     if not folder.exists() and required <= given.keys():

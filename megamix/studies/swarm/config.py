@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from megamix.core.config import Config
+from megamix.core.config import IS_PATH, Config
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.propose.config import ProposeConfig, UpdateConfig
@@ -27,7 +27,7 @@ class MetricsConfig(Config):
     """loss:DOMAIN, the validation loss of each domain at the end, in nats per token."""
     mean: bool = False
     """Also loss, the mean of these over the domains."""
-    file: str | None = None
+    file: Annotated[str | None, IS_PATH] = None
     """A file of results in every run's directory, of any evaluation of yours: JSON {metric: number}, or CSV with the
     columns metric and value."""
 

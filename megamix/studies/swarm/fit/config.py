@@ -34,7 +34,7 @@ class FitConfig(Config):
     """Of those, only runs that have every one of these domains."""
     seed: int = pydantic.Field(default=0, ge=0)
     """Of starts, folds, resamples, chosen runs and trees."""
-    starts: int = pydantic.Field(default=8, ge=1)
+    starts: int = pydantic.Field(default=8, ge=1, le=10_000)
     """Starting points of a log-linear fit; the best end is kept."""
     delta: float = pydantic.Field(default=0.02, gt=0)
     """Where the Huber loss of a log-linear fit turns from squares to absolute values, in the metric's unit."""
@@ -44,7 +44,7 @@ class FitConfig(Config):
     for all mixtures. auto: the one of 0, 0.01, 0.1, 1, 10 that predicts runs that were not fitted best."""
     folds: int | None = pydantic.Field(default=None, ge=2)
     """Of the cross-validation; null: 5, or one for each run where there are at most 40."""
-    bootstrap: int | None = pydantic.Field(default=None, ge=0)
+    bootstrap: int | None = pydantic.Field(default=None, ge=0, le=100_000)
     """Fits to resampled runs, for intervals; null: 100 for log_linear, 0 for the others, which have none."""
     test_runs: int = pydantic.Field(default=0, ge=0)
     """Runs that are not fitted, chosen by the seed; how they are predicted is reported."""

@@ -20,7 +20,7 @@ class GenerateConfig(Config):
     Dirichlet distribution around the prior.
     """
 
-    members: int | None = pydantic.Field(default=None, gt=0)
+    members: int | None = pydantic.Field(default=None, gt=0, le=100_000)
     """Number of mixtures, the prior included. Default: 5 per domain whose weight is free, at least 16. A larger number
     keeps the first ones as they are."""
     seed: int = pydantic.Field(default=42, ge=0)

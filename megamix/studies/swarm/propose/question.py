@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, check_known, did_you_mean
 from megamix.core.files import read_text
+from megamix.core.paths import expand
 from megamix.core.text import by_name, listed
 from megamix.core.yaml_text import parse_yaml
 from megamix.studies.swarm.fit.fitted import Fitted
@@ -123,7 +124,7 @@ def read_pairs(option: str, given: Sequence[str] | None, *, or_file: bool = Fals
     if not given:
         return None
     if or_file and len(given) == 1 and "=" not in given[0]:
-        return Path(given[0])
+        return Path(expand(given[0]))
     found: Amounts = {}
     for item in given:
         name, equals, text = item.rpartition("=")
