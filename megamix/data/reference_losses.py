@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError, MegamixError, did_you_mean
 from megamix.core.files import read_json, replace_json, writing
+from megamix.data.domain_names import file_name
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
@@ -81,8 +81,8 @@ class CacheInfo(CacheKey):
 
 
 def losses_path(folder: Path, domain: str) -> Path:
-    """The file of a domain; characters that file names may not hold are quoted."""
-    return folder / (urllib.parse.quote(domain, safe=" ()+,") + ".f16")
+    """The file of a domain."""
+    return folder / (file_name(domain) + ".f16")
 
 
 class ReferenceLosses:

@@ -30,6 +30,7 @@ MAX_DOCUMENT_BYTES = 1 << 30
 """A longer line or .txt file is refused: a document has to fit in memory several times over."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 18
+_ZSTD_BYTES = 1 << 9  # at most 22 MB of text
 _COMPRESSED = (".gz", ".zst")
 _DAMAGED_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
@@ -279,6 +280,11 @@ def _read_compressed(piece: Piece, index: int, block_bytes: int) -> Iterator[Blo
                 pieces = [data[cut:]]
                 size = len(pieces[0])
     except _DAMAGED_STREAM as error:
+        if "too much memory" in str(error):
+            raise InputError(
+                f"{path}: its frames need a window of more than {MAX_DOCUMENT_BYTES >> 20} MiB to decompress. Compress it"
+                " anew without --long=31."
+            ) from error
         line = _lines_before_damage(path)
         raise InputError(
             f"{path}, line {line + 1}: the compressed file is damaged or cut short there ({error}). Fetch it again."
@@ -313,12 +319,15 @@ def _decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses all frames. zstandard's own reader takes a cut frame for the end of the file."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    """Decompresses all frames. zstandard's own reader takes a cut frame for the end of the file.
+
+    The input goes in by small pieces: one block of 3 bytes may stand for 128 KiB of text.
+    """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_DOCUMENT_BYTES)
     frame = None
-    while data := file.read(_READ_BYTES):
+    while data := file.read(_ZSTD_BYTES):
         while data:
-            frame = decompressor.decompressobj() if frame is None or frame.eof else frame
+            frame = decompressor.decompressobj(write_size=_READ_BYTES << 2) if frame is None or frame.eof else frame
             if text := frame.decompress(data):
                 yield text
             data = frame.unused_data if frame.eof else b""

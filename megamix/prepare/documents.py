@@ -7,49 +7,59 @@ import contextlib
 import glob
 import itertools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.core.paths import expand
+from megamix.core.text import listed, plural
+from megamix.data.domain_names import check_domain_name
 from megamix.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
 
 # A folder may hold other files, such as a report in .json.
 _IN_FOLDERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _READABLE = (*_IN_FOLDERS, ".json", ".json.gz", ".json.zst")
-_DOMAIN_NAME = re.compile(r"\w([\w.+() -]*[\w.+)-])?")
+_READ_KINDS = (".gz", ".zst", ".parquet")
+_MAGIC = {
+    ".gz": b"\x1f\x8b",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".parquet": b"PAR1",
+    ".xz": b"\xfd7zXZ\x00",
+    ".bz2": b"BZh91AY&SY",
+    ".zip": b"PK\x03\x04",
+}
 _MAX_SKIPPED_BYTES = 1 << 26  # of a compressed file that a sample may read
 
 
-def find_inputs(specs: Sequence[str]) -> dict[str, list[Path]]:
-    """Finds the input files of every domain.
+def find_inputs(specs: Sequence[str], out: Path | None = None) -> dict[str, list[Path]]:
+    """Finds the input files of every domain, and says which files of a folder are passed over.
 
     Args:
         specs: Each is ``name=path[,path...]``, where a path may be a file, a glob or a folder (searched recursively),
             or a folder whose entries are the domains: ``<domain>.jsonl[.gz|.zst]``, ``<domain>.parquet``,
             ``<domain>.txt``, or a sub-folder ``<domain>/`` of such files. In a folder, hidden files and files of
             other kinds are left out.
+        out: Output folder, which is no input where it lies in one.
 
     Returns:
         Sorted files by domain, domains sorted by name.
 
     Raises:
-        InputError: Nothing found, a missing or unreadable path, a named file of an unknown kind, a name no folder can
-            have, two domains with one name, or a domain without text.
+        InputError: Nothing found, a missing or unreadable path, something else than a file, a named file of an unknown
+            kind, a compressed file under another kind's name, a name that no domain can have, two domains with one
+            name, a domain without text, or an input that is the output folder.
     """
+    search = _Search(out)
     found: dict[str, list[Path]] = {}
     for spec in specs:
-        for name, paths in _domains_of(spec):
+        for name, paths in search.domains_of(spec):
             if name in found:
                 raise InputError(
                     f"two domains are called '{name}': {found[name][0]} and {paths[0]}. Rename one, or give the files"
                     f" of one domain together: {name}=FIRST,SECOND."
                 )
-            if not _DOMAIN_NAME.fullmatch(name):
-                raise InputError(
-                    f"'{name}' cannot be the name of a domain (from {paths[0]}). Use letters, digits, and inside"
-                    " also '_', '-', '+', '.', spaces and parentheses."
-                )
+            check_domain_name(name, paths[0])
             _check_readable(name, paths)
             found[name] = paths
     if not found:
@@ -57,56 +67,102 @@ def find_inputs(specs: Sequence[str]) -> dict[str, list[Path]]:
             f"no input found in: {', '.join(specs) or '(nothing given)'}. Give name=FILES or a folder of"
             " <domain>.jsonl files or <domain>/ sub-folders."
         )
+    search.say_passed_over()
     return dict(sorted(found.items()))
 
 
-def _domains_of(spec: str) -> Iterator[tuple[str, list[Path]]]:
-    folder = Path(spec)
-    if folder.is_dir():
-        for entry in sorted(_entries(folder)):
+class _Search:
+    """Search of folders for input files.
+
+    Args:
+        out: See `find_inputs`.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = None if out is None else out.resolve()
+        self._passed_over: dict[Path, list[str]] = {}
+
+    def domains_of(self, spec: str) -> Iterator[tuple[str, list[Path]]]:
+        """The domains of an argument, and their files."""
+        folder = Path(spec if "=" in spec else expand(spec))
+        if os.path.isdir(folder):  # a name of 300 characters is an error to pathlib
+            self._refuse_output(folder)
+            for entry in sorted(self._entries(folder)):
+                if entry.is_dir():
+                    yield entry.name, self._files_below(entry)
+                elif suffix := _suffix(entry, _IN_FOLDERS):
+                    yield entry.name.removesuffix(suffix), [entry]
+                else:
+                    self._pass_over(folder, entry)
+            return
+        name, equals, patterns = spec.partition("=")
+        if not equals:
+            hint = f" To use it as a domain: {folder.name.split('.')[0]}={spec}." if os.path.exists(folder) else ""
+            raise InputError(f"input '{spec}' is neither a folder nor of the form name=path[,path...].{hint}")
+        paths = sorted({path for pattern in patterns.split(",") if pattern for path in self._expand(name, pattern)})
+        if not paths:
+            raise InputError(f"domain '{name}': '{spec}' names no files. Write {name}=path[,path...].")
+        yield name, paths
+
+    def say_passed_over(self) -> None:
+        """Logs, for each folder, the files that are not read."""
+        for folder, names in self._passed_over.items():
+            get_logger().warning(
+                "%s: %s passed over, not of a kind that is read in a folder (%s): %s. Name what is text: name=FILES",
+                folder,
+                plural(len(names), "file"),
+                ", ".join(_IN_FOLDERS),
+                listed(sorted(names), 5),
+            )
+
+    def _expand(self, name: str, pattern: str) -> list[Path]:
+        pattern = expand(pattern)
+        if os.path.isdir(pattern):
+            self._refuse_output(Path(pattern))
+            return self._files_below(Path(pattern))
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths = [Path(match) for match in matches if not os.path.isdir(match) and not self._is_output(Path(match))]
+        if not paths:
+            raise InputError(f"domain '{name}': no file matches '{pattern}'. Check the path.")
+        for path in paths:
+            if not _suffix(path, _READABLE):
+                raise InputError(f"domain '{name}': {path} is of an unknown kind. Known: {', '.join(_READABLE)}.")
+        return paths
+
+    def _files_below(self, folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+        here = folder.resolve()
+        if here in above:
+            raise InputError(f"the folder {folder} is a link to {here}, which it lies in. Remove the link.")
+        paths: list[Path] = []
+        for entry in self._entries(folder):
             if entry.is_dir():
-                yield entry.name, _files_below(entry)
-            elif suffix := _suffix(entry, _IN_FOLDERS):
-                yield entry.name.removesuffix(suffix), [entry]
-        return
-    name, equals, patterns = spec.partition("=")
-    if not equals:
-        hint = f" To use it as a domain: {folder.name.split('.')[0]}={spec}." if folder.exists() else ""
-        raise InputError(f"input '{spec}' is neither a folder nor of the form name=path[,path...].{hint}")
-    paths = sorted({path for pattern in patterns.split(",") if pattern for path in _expand(name, pattern)})
-    if not paths:
-        raise InputError(f"domain '{name}': '{spec}' names no files. Write {name}=path[,path...].")
-    yield name, paths
+                paths += [path for path in self._files_below(entry, (*above, here)) if path != entry]
+            elif _suffix(entry, _IN_FOLDERS):
+                paths.append(entry)
+            else:
+                self._pass_over(folder, entry)
+        return sorted(paths) or [folder]  # an empty folder stands for itself, so that the message can name it
 
+    def _entries(self, folder: Path) -> list[Path]:
+        try:
+            held = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+            return [entry for entry in held if not self._is_output(entry)]
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the folder {folder}: {reason}. Check it, and links in it.") from error
 
-def _expand(name: str, pattern: str) -> list[Path]:
-    if os.path.isdir(pattern):
-        return _files_below(Path(pattern))
-    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    paths = [Path(match) for match in matches if not os.path.isdir(match)]
-    if not paths:
-        raise InputError(f"domain '{name}': no file matches '{pattern}'. Check the path.")
-    for path in paths:
-        if not _suffix(path, _READABLE):
-            raise InputError(f"domain '{name}': {path} is of an unknown kind. Known: {', '.join(_READABLE)}.")
-    return paths
+    def _pass_over(self, folder: Path, entry: Path) -> None:
+        self._passed_over.setdefault(folder, []).append(entry.name)
 
+    def _is_output(self, path: Path) -> bool:
+        return self._out is not None and path.resolve().is_relative_to(self._out)
 
-def _files_below(folder: Path) -> list[Path]:
-    paths: list[Path] = []
-    for entry in _entries(folder):
-        if entry.is_dir():
-            paths += _files_below(entry)
-        elif _suffix(entry, _IN_FOLDERS):
-            paths.append(entry)
-    return sorted(paths) or [folder]  # an empty folder stands for itself, so that the message can name it
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error.strerror or error}.") from error
+    def _refuse_output(self, folder: Path) -> None:
+        if self._is_output(folder):
+            raise InputError(
+                f"the input {folder} is the output folder {self._out}, or lies in it: the next call would read what this"
+                " one has written. Choose another --out; one inside the input is passed over."
+            )
 
 
 def _suffix(path: Path, known: Sequence[str]) -> str | None:
@@ -121,10 +177,19 @@ def _check_readable(name: str, paths: list[Path]) -> None:
         )
     for path in paths:
         try:
-            with open(path, "rb"):
-                pass
+            if path.exists() and not path.is_file():
+                what = "a pipe" if path.is_fifo() else "no regular file"
+                raise InputError(f"domain '{name}': {path} is {what}, expected a file. Write its text to one.")
+            with open(path, "rb") as file:
+                head = file.read(max(map(len, _MAGIC.values())))
         except OSError as error:
             raise InputError(f"domain '{name}': cannot read {path}: {error.strerror or error}.") from error
+        for kind, magic in _MAGIC.items():
+            if head.startswith(magic) and not path.name.endswith(kind):
+                raise InputError(
+                    f"domain '{name}': {path} begins as a {kind} file does. "
+                    + (f"Give its name that ending: {path.name}{kind}." if kind in _READ_KINDS else "Unpack it.")
+                )
     if not any(path.stat().st_size for path in paths):
         raise InputError(f"domain '{name}' is empty: {paths[0]} has 0 bytes. Remove the domain or give it text.")
 

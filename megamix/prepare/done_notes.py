@@ -33,6 +33,8 @@ class PrepareSettings(Config):
     """Type of a stored token."""
     block_bytes: int
     """Text per block. It decides how jobs divide the text, not the result of all."""
+    keep_empty: bool = False
+    """Whether documents without text are kept."""
 
 
 class InputFile(Config):
@@ -53,6 +55,8 @@ class PartNote(Config):
     """All files of the domain."""
     train: SplitEntry
     validation: SplitEntry
+    empty: int = 0
+    """Documents without text that were left out."""
     nearest_train: tuple[int, int] | None
     """Hash and number of the training document that would be held out next."""
     nearest_validation: tuple[int, int] | None

@@ -42,6 +42,8 @@ class EncodeJob:
     seed: int
     validation_fraction: float
     """Share of the documents to hold out; see `HeldOut`."""
+    keep_empty: bool
+    """Keep documents without text, as Megatron does."""
 
 
 class Nearest(NamedTuple):
@@ -60,17 +62,19 @@ class SplitTokens:
     tokens: np.ndarray
     """Concatenated documents, each with its end-of-document token, [sum(lengths)]."""
     lengths: np.ndarray
-    """Tokens of each document, int32 [documents]."""
+    """Tokens of each document, int32 [documents]; 0 for an empty one that is kept."""
     nearest: Nearest | None
-    """The training document with the lowest hash, or the held-out document with the highest."""
+    """The training document with tokens that has the lowest hash, or the held-out document with the highest."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one block; empty documents are left out."""
+    """The tokens of one block."""
 
     train: SplitTokens
     validation: SplitTokens
+    empty: int
+    """Documents without text that are left out."""
     text_bytes: int
     """UTF-8 bytes of the documents."""
     file_bytes: int
@@ -183,17 +187,19 @@ class DocumentEncoder:
 
 def _encode(job: EncodeJob, block: Block) -> Encoded:
     documents = block.documents(job.text_key)
-    held = [number for number, text in enumerate(documents.texts) if text and not text.isspace()]
+    keep = job.keep_empty
+    held = [number for number, text in enumerate(documents.texts) if keep or (text and not text.isspace())]
     texts = [documents.texts[number] for number in held]
     tokens, lengths = _encoder_of(job.path, job.sha256, job.eod_id, job.dtype)(texts)
-    places = documents.places[held][lengths > 0]
-    lengths = lengths[lengths > 0]
+    kept = np.full(len(lengths), True) if keep else lengths > 0
+    places, lengths = documents.places[held][kept], lengths[kept]
     held_out = HeldOut(job.domain, job.seed, job.validation_fraction)
     hashes = held_out.hashes(block.file, places)
     mask = held_out.take(hashes, first=block.file == 0 and block.start == 0)
     return Encoded(
         train=_split(tokens, lengths, hashes, ~mask, np.argmin),
         validation=_split(tokens, lengths, hashes, mask, np.argmax),
+        empty=len(documents.texts) - len(lengths),
         text_bytes=sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts),
         file_bytes=block.file_bytes,
         position=block.position,
@@ -202,8 +208,9 @@ def _encode(job: EncodeJob, block: Block) -> Encoded:
 
 def _split(tokens: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, mask: np.ndarray, pick: Any) -> SplitTokens:
     nearest = None
-    if mask.any():
-        number = int(pick(hashes[mask]))
+    filled = np.flatnonzero(lengths[mask])
+    if filled.size:
+        number = int(filled[pick(hashes[mask][filled])])
         nearest = Nearest(int(hashes[mask][number]), number)
     chosen = tokens if mask.all() else tokens[np.repeat(mask, lengths)]
     return SplitTokens(chosen, lengths[mask].astype(np.int32), nearest)

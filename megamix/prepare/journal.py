@@ -46,6 +46,8 @@ class Mark(Config):
     """Files of the domain up to the last one of which something was read."""
     file_bytes: int = 0
     """Bytes of input done."""
+    empty: int = 0
+    """Documents left out so far."""
     train: Kept = Kept()
     validation: Kept = Kept()
 

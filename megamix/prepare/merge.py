@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 from megamix.data.tokens.indexed import IndexedTokens
 from megamix.data.tokens.manifest import (
     TOKENIZER_FILE,
@@ -20,6 +21,7 @@ from megamix.data.tokens.manifest import (
     SplitEntry,
     TokenizerEntry,
     ValidationEntry,
+    joined_contents,
 )
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.data.tokens.writer import IndexedWriter
@@ -131,7 +133,7 @@ def _domain(name: str, parts: Sequence[Part]) -> DomainEntry:
                 f"domain '{name}': shards {parts[0].shard} and {part.shard} were made from different text ({which})."
                 " Run all of them again on the same files."
             )
-    notes = _with_both_splits(name, parts, notes)
+    notes = with_both_splits(name, parts, notes)
     train_counts_V, validation_counts_V = np.sum([np.load(part.counts_path) for part in parts], axis=0)
     validation = _joined([note.validation for note in notes])
     return DomainEntry(
@@ -160,6 +162,7 @@ def _joined(splits: Sequence[SplitEntry]) -> SplitEntry:
         documents=sum(split.documents for split in held),
         max_token=max(split.max_token for split in held),
         sha256=tuple(split.sha256[0] for split in held),
+        contents=joined_contents(held),
     )
 
 
@@ -177,19 +180,36 @@ def unigram_nats(train_counts_V: np.ndarray, validation_counts_V: np.ndarray) ->
 # A domain whose every document is in one split. ----------------------------------------------------------------------
 
 
-def _with_both_splits(name: str, parts: Sequence[Part], notes: list[PartNote]) -> list[PartNote]:
-    """The notes, after moving the nearest document if chance left a split of the whole domain empty."""
-    num_train = sum(note.train.documents for note in notes)
-    num_held_out = sum(note.validation.documents for note in notes)
-    check_documents(name, num_train + num_held_out)
-    if num_train and num_held_out:
+def with_both_splits(name: str, parts: Sequence[Part], notes: list[PartNote]) -> list[PartNote]:
+    """The notes, after moving the nearest document if chance left a split of the whole domain without tokens.
+
+    Raises:
+        InputError: there is no document to move.
+    """
+    train, held_out = sum(note.train.tokens for note in notes), sum(note.validation.tokens for note in notes)
+    documents = sum(note.train.documents + note.validation.documents for note in notes)
+    empty = sum(note.empty for note in notes)
+    check_documents(name, documents, empty)
+    if train and held_out:
         return notes
-    if num_train:
-        at = min((note.nearest_train, number) for number, note in enumerate(notes) if note.nearest_train)
+    if train:
+        candidates = [(note.nearest_train, number) for number, note in enumerate(notes) if note.nearest_train]
+        (_, document), number = min(candidates)
     else:
-        at = max((note.nearest_validation, number) for number, note in enumerate(notes) if note.nearest_validation)
-    (_, document), number = at
-    moved = _move(parts[number], notes[number], document, source=0 if num_train else 1)
+        candidates = [(note.nearest_validation, number) for number, note in enumerate(notes) if note.nearest_validation]
+        if not candidates:
+            raise InputError(f"domain '{name}': its {documents} documents give no tokens. Leave the domain out.")
+        (_, document), number = max(candidates)
+    moved = _move(parts[number], notes[number], document, source=0 if train else 1)
+    left, got = (moved.train, moved.validation) if train else (moved.validation, moved.train)
+    if not left.tokens and len(notes) == 1:
+        check_documents(name, 1, empty)
+    get_logger().info(
+        "%s: chance left no document to %s; the one nearest to it, of %d tokens, goes there",
+        name,
+        "validate with" if train else "train on",
+        got.tokens,
+    )
     return [*notes[:number], moved, *notes[number + 1 :]]
 
 
@@ -202,6 +222,7 @@ def _move(part: Part, note: PartNote, document: int, source: int) -> PartNote:
     files = IndexedTokens(prefixes[source])
     starts = np.append(files.document_starts, files.num_tokens)
     counts = np.load(part.counts_path)
+    without_tokens = IndexedTokens(prefixes[1 - source]).num_documents  # all that it has
     with (
         IndexedWriter(prefixes[source], files.dtype) as stay,
         IndexedWriter(prefixes[1 - source], files.dtype) as leave,
@@ -212,6 +233,7 @@ def _move(part: Part, note: PartNote, document: int, source: int) -> PartNote:
                 stay.add_documents(files.tokens[starts[first] : starts[last]], np.diff(starts[first : last + 1]))
         tokens = np.asarray(files.tokens[starts[document] : starts[document + 1]])
         leave.add_document(tokens)
+        leave.add_documents([], [0] * without_tokens)
     occurrences = np.bincount(tokens, minlength=counts.shape[1])
     counts[source] -= occurrences
     counts[1 - source] += occurrences

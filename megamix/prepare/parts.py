@@ -13,6 +13,8 @@ import numpy as np
 
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
+from megamix.core.text import plural
+from megamix.data.domain_names import file_name
 from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.tokens.manifest import FILE_NAME, SplitEntry
 from megamix.data.tokens.writer import IndexedWriter
@@ -32,24 +34,29 @@ class Part:
     domain: str
     shard: Shard
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the domain."""
+        return self.out / file_name(self.domain)
+
     def prefix(self, split: str) -> str:
         """Prefix of a split's token files, relative to the output folder."""
-        return f"{self.domain}/{split}{self.shard.suffix}"
+        return f"{self.folder.name}/{split}{self.shard.suffix}"
 
     @property
     def note_path(self) -> Path:
         """The `PartNote` of a finished part."""
-        return self.out / self.domain / f"prepare{self.shard.suffix}.json"
+        return self.folder / f"prepare{self.shard.suffix}.json"
 
     @property
     def journal_path(self) -> Path:
         """The `Journal` of an unfinished part."""
-        return self.out / self.domain / f"prepare{self.shard.suffix}.journal"
+        return self.folder / f"prepare{self.shard.suffix}.journal"
 
     @property
     def counts_path(self) -> Path:
         """Occurrences of each token in the two splits, int64 [2, V] in numpy's format."""
-        return self.out / self.domain / f"counts{self.shard.suffix}.npy"
+        return self.folder / f"counts{self.shard.suffix}.npy"
 
     def read(self) -> PartNote | None:
         """The note of a finished part whose files still have the sizes noted; None otherwise."""
@@ -136,16 +143,26 @@ class PartWriter:
         validation.add(encoded.validation, lowest=False)
         share, block = encoded.position
         self.mark = self._mark(
-            share, block + 1, self._shares[share].piece.file + 1, self.mark.file_bytes + encoded.file_bytes
+            share,
+            block + 1,
+            self._shares[share].piece.file + 1,
+            self.mark.file_bytes + encoded.file_bytes,
+            self.mark.empty + encoded.empty,
         )
         self._unsafe_bytes += encoded.train.tokens.nbytes + encoded.validation.tokens.nbytes
         if self._unsafe_bytes >= self._journal_bytes:
             self._make_safe()
 
-    def _mark(self, share: int, block: int, num_files: int, file_bytes: int) -> Mark:
+    def _mark(self, share: int, block: int, num_files: int, file_bytes: int, empty: int) -> Mark:
         train, validation = (split.kept() for split in self._splits)
         return Mark(
-            share=share, block=block, num_files=num_files, file_bytes=file_bytes, train=train, validation=validation
+            share=share,
+            block=block,
+            num_files=num_files,
+            file_bytes=file_bytes,
+            empty=empty,
+            train=train,
+            validation=validation,
         )
 
     def _make_safe(self) -> None:
@@ -161,8 +178,9 @@ class PartWriter:
             InputError: The whole domain has fewer than two documents.
         """
         if self._part.shard.count == 1:
-            check_documents(self._part.domain, sum(split.writer.num_documents for split in self._splits))
-        self.mark = self._mark(len(self._shares), 0, len(self._inputs), self.mark.file_bytes)
+            num_documents = sum(split.writer.num_documents for split in self._splits)
+            check_documents(self._part.domain, num_documents, self.mark.empty)
+        self.mark = self._mark(len(self._shares), 0, len(self._inputs), self.mark.file_bytes, self.mark.empty)
         self._make_safe()
         train, validation = (split.close() for split in self._splits)
         self._part.save_counts(self.counts)
@@ -171,6 +189,7 @@ class PartWriter:
             inputs=self._inputs,
             train=train,
             validation=validation,
+            empty=self.mark.empty,
             nearest_train=self.mark.train.nearest,
             nearest_validation=self.mark.validation.nearest,
         )
@@ -222,20 +241,14 @@ class _SplitWriter:
 
 def split_entry(prefix: str, writer: IndexedWriter) -> SplitEntry:
     """Puts a writer's files in place; ``prefix`` is relative to the output folder."""
-    written = writer.close()
-    return SplitEntry(
-        prefixes=(prefix,),
-        tokens=written.tokens,
-        documents=written.documents,
-        max_token=written.max_token,
-        sha256=(written.sha256,),
-    )
+    return SplitEntry.of(prefix, writer.close())
 
 
-def check_documents(name: str, num_documents: int) -> None:
+def check_documents(name: str, num_documents: int, empty: int) -> None:
     """Refuses a domain that cannot have a document in each split."""
     if num_documents < 2:
+        left_out = f" ({plural(empty, 'document')} without text left out)" if empty else ""
         raise InputError(
-            f"domain '{name}' has {num_documents} non-empty documents, expected at least 2: one to train on, one to"
-            " validate with. Split its text: one document a line of .jsonl, or more .txt files."
+            f"domain '{name}' has {num_documents} non-empty documents{left_out}, expected at least 2: one to train on,"
+            " one to validate with. Split its text: one document a line of .jsonl, or more .txt files."
         )

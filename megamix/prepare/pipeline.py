@@ -19,6 +19,7 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file, sha256_of
 from megamix.core.log import get_logger
 from megamix.core.processes import num_cores
+from megamix.core.text import plural
 from megamix.data.tokens.indexed import pick_dtype
 from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE, Manifest
 from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
@@ -35,7 +36,7 @@ from megamix.prepare.done_notes import (
 )
 from megamix.prepare.encoders import EncodeJob, Encoders
 from megamix.prepare.journal import Mark
-from megamix.prepare.merge import assemble, shard_note_path
+from megamix.prepare.merge import assemble, shard_note_path, with_both_splits
 from megamix.prepare.output_folder import sole_writer, writing_to
 from megamix.prepare.parts import Part, PartWriter
 from megamix.prepare.progress import PrepareProgress
@@ -56,6 +57,7 @@ def prepare(
     seed: int = 1234,
     text_key: str = TEXT_KEY,
     eod: str | None = None,
+    keep_empty: bool = False,
     shard: str | None = None,
     tokenizer_only: bool = False,
     progress: bool = True,
@@ -69,11 +71,13 @@ def prepare(
         out: Output folder. The bytes of everything in it depend on the inputs and options, not on ``workers``.
         tokenizer: ``train:SIZE`` (trained on up to 4 MiB of each domain), the path of a tokenizer.json, or ``hf:NAME``.
         validation_fraction: Share of the documents of each domain to hold out, 0 to 0.5. Every domain has at least one
-            document in each split; at 0 exactly one is held out.
+            document in each split; at 0 exactly one is held out, which is logged.
         workers: Tokenising processes; None for one per core, 1 to work inside this process.
         seed: Chooses the documents to hold out, whatever the number of jobs or workers.
         text_key: The key of the text in a JSON line, the column of a parquet file.
         eod: The tokenizer's end-of-document token, where it has an unusual name.
+        keep_empty: Keep documents without text as Megatron-LM's preprocess_data does: one of white space gets its
+            tokens, an empty one none. Otherwise they are left out, and counted in the log.
         shard: ``i/n``: do the i-th of n parts of the work, for `merge`. A tokenizer of ``train:`` or ``hf:`` must be
             made first, with ``tokenizer_only``, so that all jobs use the same one.
         tokenizer_only: Only make ``OUT/tokenizer.json``.
@@ -91,12 +95,19 @@ def prepare(
     """
     spec = _check_options(tokenizer, validation_fraction, workers)
     job = Shard() if shard is None else Shard.parse(shard)
-    domains = find_inputs(inputs)
     out = Path(out)
+    domains = find_inputs(inputs, out)
+    if not validation_fraction and not tokenizer_only:
+        get_logger().warning("--validation 0: one document of every domain is held out all the same, to evaluate on")
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out, job):
             loaded = _provide_tokenizer(spec, domains, out, text_key, eod, job)
+            if loaded.random is not None:
+                get_logger().warning(
+                    "the tokenizer cuts text at random (%s): switched off here, so that the same text gives the same tokens",
+                    loaded.random,
+                )
             if tokenizer_only:
                 return None
             settings = PrepareSettings(
@@ -107,6 +118,7 @@ def prepare(
                 eod_id=loaded.eod_id,
                 dtype=pick_dtype(loaded.vocab_size).name,
                 block_bytes=block_bytes,
+                keep_empty=keep_empty,
             )
             if job.count > 1:
                 shard_note_path(out, job).unlink(missing_ok=True)
@@ -208,10 +220,12 @@ class _Work:
                     part.journal_path.unlink(missing_ok=True)
                     shown.finish(name, "unchanged, kept")
                     continue
-                (self._out / name).mkdir(exist_ok=True)
+                part.folder.mkdir(exist_ok=True)
                 writer = PartWriter(part, self._settings, inputs, shares[name], self._vocab_size, self._journal_bytes)
                 note = self._write(writer, name, shares[name], encoders, shown)
-                shown.finish(name, f"{note.train.tokens:,} + {note.validation.tokens:,} tokens")
+                if self._shard.count == 1:
+                    (note,) = with_both_splits(name, [part], [note])
+                shown.finish(name, _outcome(note))
 
     def _shares(self, paths: Sequence[Path]) -> list[Share]:
         pieces = [piece for file, path in enumerate(paths) for piece in pieces_of(path, file, self._settings.text_key)]
@@ -230,6 +244,7 @@ class _Work:
             domain=name,
             seed=settings.seed,
             validation_fraction=settings.validation_fraction,
+            keep_empty=settings.keep_empty,
         )
         with writer:
             shown.begin(name, writer.mark.file_bytes)
@@ -254,3 +269,11 @@ class _Work:
                 first=mark.block if number == mark.share else 0,
                 wanted=shares[number].wants,
             )
+
+
+def _outcome(note: PartNote) -> str:
+    """A finished part, in words."""
+    said = f"{note.train.tokens:,} + {note.validation.tokens:,} tokens"
+    if not note.empty:
+        return said
+    return f"{said}, {plural(note.empty, 'document')} without text left out (--keep-empty keeps them)"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from megamix.core.errors import InputError
+from megamix.core.paths import expand
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, slurm_options
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def launch(
             raise InputError(f"{name} goes with --chain {wanted} only.")
     if limit and chain not in ("swarm", "prepare"):
         raise InputError("--limit goes with the arrays of --chain swarm and --chain prepare only.")
-    path, overrides = Path(source), arguments or []
+    path, overrides = Path(source if chain == "prepare" else expand(source)), arguments or []
     if gather:
         said = f"{collect(path, overrides, partial=True)}\n"
     elif chain == "doremi":
@@ -73,7 +74,7 @@ def launch(
         command: Any = root.command
         options = command.get_command(root, "prepare").make_context("prepare", [source, *overrides]).params
         tasks = _prepare_tasks((source, *overrides), options, resources, shards, limit)
-        said = submit_or_show(Path(options["out"]), tasks, dry_run=dry_run)
+        said = submit_or_show(Path(expand(str(options["out"]))), tasks, dry_run=dry_run)
     else:
         folder, task = _train_task(path, overrides, resources)
         said = submit_or_show(folder, [task], dry_run=dry_run)
@@ -106,8 +107,8 @@ def _prepare_tasks(
     for name, value in (("--shard", options["shard"]), ("--tokenizer-only", options["tokenizer_only"])):
         if value:
             raise InputError(f"the chain sets {name} itself. Leave it out, and say how many: --shards N.")
-    find_inputs(options["inputs"])
-    out = Path(options["out"])
+    out = Path(expand(str(options["out"])))
+    find_inputs(options["inputs"], out)
     left = tuple(i for i in range(1, shards + 1) if not shard_note_path(out, Shard(i, shards)).is_file())
     tokenizer = command_job(("prepare", *arguments, "--tokenizer-only"), resources)
     environment = {"MEGAMIX_SHARDS": str(shards)}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from megamix.core.config import Config, DefaultName, kinds_of
+from megamix.core.config import IS_PATH, Config, DefaultName, kinds_of
 from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import MixerConfig, StaticConfig, evaluated
@@ -20,9 +20,12 @@ class DataConfig(Config):
 
     manifest: Path
     """manifest.json of `megamix prepare`, or its folder."""
+    verify: Literal["sample", "all"] = "sample"
+    """What is compared with the manifest before the run. sample: all sizes, the tokenizer and some blocks of the token
+    files, other ones each time, in under a second; all: every byte, the ranks sharing the work."""
     domains: tuple[str, ...] | None = None
     """The domains to train on, in this order; default: all of the manifest."""
-    seq_length: int = pydantic.Field(gt=0)
+    seq_length: int = pydantic.Field(gt=0, le=2**30)
     """Tokens per sample."""
     token_counts: dict[str, float] | None = None
     """{domain: training tokens} that the data set is to have. `megamix doctor --plan-only` works out the epochs from
@@ -48,7 +51,7 @@ class DataConfig(Config):
     nothing about it."""
     reset_position_ids: bool = False
     """Count positions from 0 again in every document of a sample (attention still sees the whole sample)."""
-    weight_lag: int = pydantic.Field(default=1, ge=1)
+    weight_lag: int = pydantic.Field(default=1, ge=1, le=10_000)
     """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
     hides behind."""
 
@@ -73,7 +76,7 @@ class EvaluateConfig(Config):
     every: int = pydantic.Field(default=100, ge=0)
     """Steps between evaluations; one before the first step and one after the last are always made. 0: only those
     two."""
-    samples: int = pydantic.Field(default=64, gt=0)
+    samples: int = pydantic.Field(default=64, gt=0, le=10**9)
     """Validation samples per domain (fewer where a domain has not that many). `batches` in its place is read as that
     many times train.micro_batch, as in configs written before there was this key."""
 
@@ -104,7 +107,7 @@ class CheckpointConfig(ResumeConfig):
     asynchronous: bool = True
     """Write files in the background while training goes on, from a copy of weights and moments in host memory (12 bytes
     a parameter over all ranks). An engine's own format is always written before the next step."""
-    resume: str = "auto"
+    resume: Annotated[str, IS_PATH] = "auto"
     """auto: continue from the newest complete checkpoint, or start where there is none; never: start anew and refuse a
     run directory that holds one; a path: continue from that checkpoint."""
 

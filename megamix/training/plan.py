@@ -22,6 +22,7 @@ from megamix.data.reference_losses import read_info
 from megamix.data.sampler import Slice
 from megamix.data.tokens.manifest import DomainEntry, Manifest
 from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.verify import Verified, verify_all, verify_sample
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
 from megamix.engines.models.config import ModelConfig
@@ -47,6 +48,7 @@ class DataPlan(MixPlan):
         data_size: data-parallel ranks.
         entries: of the manifest, one a domain.
         domains, validation: their opened token streams.
+        verified: what was compared with the manifest; None: nothing.
     """
 
     manifest: Manifest
@@ -54,6 +56,12 @@ class DataPlan(MixPlan):
     entries: tuple[DomainEntry, ...]
     domains: list[DomainTokens]
     validation: list[DomainTokens]
+    verified: Verified | None
+
+    def warnings(self) -> list[str]:
+        """Settings that work and are probably not meant, and data that could not be verified."""
+        found = super().warnings()
+        return found if self.verified is None or self.verified.warning is None else [*found, self.verified.warning]
 
     @property
     def domain_keys(self) -> list[int]:
@@ -148,19 +156,23 @@ def domain_key(name: str) -> int:
     return int(hash_words(*name.encode()))
 
 
-def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool = True) -> Plan:
+def make_plan(
+    config: RunConfig, world_size: int | None = None, *, verify: bool = True, share: tuple[int, int] = (0, 1)
+) -> Plan:
     """Resolves ``config`` for a job of ``world_size`` ranks (default: the fewest that its layout needs).
 
     Args:
-        verify: also check every index (`IndexedTokens`); on one rank of a job.
+        verify: also check every index (`IndexedTokens`) and verify the data; on one rank of a job.
+        share: number of this rank, and of ranks, that do ``data.verify: all`` together, also without ``verify``.
 
     Raises:
         InputError: anything that would stop the run later.
+        DataChanged: the data are not those of the manifest.
     """
     _, data_size = check_layout(config, world_size)
     if isinstance(config.engine, MegatronConfig):
         check_megatron_machine(config.engine)
-    data = make_data_plan(config, data_size, verify=verify)
+    data = make_data_plan(config, data_size, verify=verify, share=share)
     model = config.model.with_vocabulary(data.vocab_size)
     # Once more: now the rows of the embedding are known.
     ranks, _ = check_layout(config.model_copy(update={"model": model}), world_size)
@@ -168,16 +180,24 @@ def make_plan(config: RunConfig, world_size: int | None = None, *, verify: bool 
     return Plan(**{**parts, "config": config, "model": model, "world_size": ranks})
 
 
-def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) -> DataPlan:
+def make_data_plan(
+    config: MixConfig, data_size: int, *, verify: bool = True, share: tuple[int, int] = (0, 1)
+) -> DataPlan:
     """Resolves the data side of ``config`` for ``data_size`` data-parallel ranks; see `make_plan`.
 
     Raises:
         InputError: anything about data, mixture or batches that would stop the run later.
+        DataChanged: the data are not those of the manifest.
     """
     Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
     manifest = Manifest.load(config.data.manifest)
     entries = _entries(config, manifest)
     names = tuple(entry.name for entry in entries)
+    verified = None
+    if config.data.verify == "all" and (verify or share[1] > 1):
+        verified = verify_all(manifest, entries, share=share, progress=share[0] == 0)
+    elif verify:
+        verified = verify_sample(manifest, entries)
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
     validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
@@ -196,6 +216,7 @@ def make_data_plan(config: MixConfig, data_size: int, *, verify: bool = True) ->
         entries=entries,
         domains=domains,
         validation=validation,
+        verified=verified,
     )
 
 

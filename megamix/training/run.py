@@ -15,7 +15,7 @@ from megamix.engines.config import MegatronConfig
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.training.config import RunConfig
-from megamix.training.job.local_ranks import job_rank, job_world_size, run_local
+from megamix.training.job.local_ranks import data_checks, job_world_size, run_local
 from megamix.training.job.lock import RunLock
 from megamix.training.job.rank import run_rank, watched
 from megamix.training.job.signals import heed_signals
@@ -36,7 +36,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     config = load_config(RunConfig, config_path, overrides)
     check_sinks(config)
     if world_size is not None:
-        plan = make_plan(config, world_size, verify=job_rank() == 0)
+        plan = make_plan(config, world_size, **data_checks(world_size))
         run_rank(config.engine, lambda: train_rank(plan))
         return EXIT_OK
     plan = make_plan(config)

@@ -39,15 +39,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = []
     for name, size in (("web", 3000), ("code", 1000)):
         (folder / name).mkdir()
-        splits: dict[str, dict[str, Any]] = {}
+        splits: dict[str, SplitEntry] = {}
         for split, length in (("train", size), ("validation", 200)):
             with IndexedWriter(folder / name / split, "uint16") as writer:
                 writer.add_document(np.arange(length) % 250)
-                done = writer.close()
-            prefix, counts = f"{name}/{split}", {"tokens": done.tokens, "documents": done.documents}
-            splits[split] = {"prefixes": (prefix,), **counts, "max_token": done.max_token, "sha256": (done.sha256,)}
-        validation = ValidationEntry(**splits["validation"], unigram_nats=5.0)
-        entries.append(DomainEntry(name=name, train=SplitEntry(**splits["train"]), validation=validation))
+            splits[split] = SplitEntry.of(f"{name}/{split}", writer.close())
+        validation = ValidationEntry(**dict(splits["validation"]), unigram_nats=5.0)
+        entries.append(DomainEntry(name=name, train=splits["train"], validation=validation))
+    (folder / "tokenizer.json").write_bytes(b"tokenizer")
     sha256 = hashlib.sha256(b"tokenizer").hexdigest()
     entry = TokenizerEntry(file="tokenizer.json", sha256=sha256, vocab_size=300, eod_id=0)
     Manifest.build(folder, tokenizer=entry, dtype="uint16", validation_fraction=0.02, domains=entries).save()

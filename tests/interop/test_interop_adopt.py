@@ -20,6 +20,7 @@ from interop_files import blend, error_of, write_documents, write_tokenizer
 from megamix.core.errors import InputError
 from megamix.data.tokens.indexed import IndexedTokens
 from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.verify import verify_all
 from megamix.data.tokens.writer import IndexedWriter
 from megamix.interop.blend_files.scan import FileJob, scan_files
 from megamix.mixing.weight_files import read_weights
@@ -90,7 +91,7 @@ def test_every_number_of_the_manifest(tmp_path: Path, tokenizer: Path, files: di
         counts, size = collections.Counter(train), manifest.tokenizer.vocab_size
         nats = [-math.log((counts[token] + 1) / (len(train) + size)) for token in validation]
         assert entry.validation.unigram_nats == pytest.approx(math.fsum(nats) / len(nats), rel=1e-12)
-    manifest.verify_hashes()
+    verify_all(manifest)
     total = sum(entry.train.tokens for entry in manifest.domains)
     natural = {entry.name: entry.train.tokens / total for entry in manifest.domains}
     assert read_weights(out / "mixture.json", ["web", "code"]) == pytest.approx(natural, rel=1e-15)

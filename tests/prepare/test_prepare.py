@@ -21,6 +21,7 @@ from prepared import contents, tree, write_corpus
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest, Split
 from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec
+from megamix.data.tokens.verify import verify_all
 from megamix.prepare.blocks import iter_documents
 from megamix.prepare.documents import find_inputs
 from megamix.prepare.encoders import HeldOut
@@ -95,7 +96,7 @@ def test_manifest_contents(prepared: Path) -> None:
     tokens = np.array([domain["train"]["tokens"] for domain in data["domains"]])
     np.testing.assert_allclose(manifest.natural_weights(), tokens / tokens.sum())
     assert manifest.natural_weights().dtype == np.float64
-    manifest.verify_hashes()
+    verify_all(manifest)
     path = prepared / "code" / "train.bin"
     assert path.stat().st_size == 2 * manifest.domain("code").train.tokens
 
@@ -230,7 +231,7 @@ def test_bad_manifests(prepared: Path, tmp_path: Path) -> None:
 
     domains = good["domains"]
     expect("no megamix manifest: its format is 'other'", format="other")
-    expect("version 2, this megamix reads version 1", version=2)
+    expect("version 3, this megamix reads 1 and 2", version=3)
     expect("unknown key 'dtypes'", dtypes=1)
     expect("does not fit the contents", fingerprint="0" * 64)
     expect("does not fit the contents", tokenizer={**good["tokenizer"], "sha256": "0" * 64})
@@ -253,8 +254,8 @@ def test_bad_manifests(prepared: Path, tmp_path: Path) -> None:
     data = bytearray((tmp_path / "out/code/train.bin").read_bytes())
     data[100] ^= 1
     (tmp_path / "out/code/train.bin").write_bytes(data)
-    with pytest.raises(InputError, match=r"domain 'code': .* its contents have changed"):
-        manifest.verify_hashes()
+    with pytest.raises(InputError, match=r"domain 'code': .*train.bin: bytes 0 to \d+ have changed"):
+        verify_all(manifest)
     (tmp_path / "out/tokenizer.json").write_text((prepared / "tokenizer.json").read_text() + "\n")
     with pytest.raises(InputError, match="but the tokens were made with"):
         manifest.load_tokenizer()

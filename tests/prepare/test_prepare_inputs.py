@@ -100,7 +100,7 @@ def test_find_inputs(tmp_path: Path) -> None:
         ([str(tmp_path / "b/2.txt")], "To use it as a domain: 2="),
         ([f"x={tmp_path}/nowhere/*.txt"], "domain 'x': no file matches"),
         ([f"x={tmp_path}/c.tar"], "of an unknown kind"),
-        ([f"x:y={tmp_path}/a.jsonl.zst"], "'x:y' cannot be the name"),
+        ([f" x={tmp_path}/a.jsonl.zst"], "' x' cannot be the name"),
         (["x="], "names no files"),
         ([str(tmp_path), f"a={tmp_path}/b/2.txt"], "two domains are called 'a'"),
     ):

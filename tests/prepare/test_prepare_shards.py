@@ -22,6 +22,7 @@ from prepared import stdlib_texts, write_corpus
 from megamix.core.errors import InputError
 from megamix.data.tokens.indexed import IndexedTokens
 from megamix.data.tokens.manifest import Manifest, Split
+from megamix.data.tokens.verify import verify_all
 from megamix.prepare.blocks import Piece, pieces_of, read_piece
 from megamix.prepare.merge import merge
 from megamix.prepare.parquet import RowGroup
@@ -81,7 +82,7 @@ def test_union_is_what_one_job_writes(corpus: Path, alone: Path, tmp_path: Path,
         prepare([str(corpus)], tmp_path, tokenizer=str(alone / "tokenizer.json"), shard=f"{number}/{count}", **OPTIONS)
     manifest = merge(tmp_path)
     assert manifest == Manifest.load(tmp_path)
-    manifest.verify_hashes()
+    verify_all(manifest)
     assert documents(tmp_path) == documents(alone)
     wanted = Manifest.load(alone)
     assert manifest.domain_names == wanted.domain_names
@@ -207,7 +208,7 @@ def test_the_same_document_is_held_out_where_chance_holds_out_none(tmp_path: Pat
             prepare([f"web={tmp_path / 'web.jsonl'}"], out, shard=f"{number}/{jobs}", **options)
         manifest = Manifest.load(out) if jobs == 1 else merge(out)
         assert (manifest.domain("web").train.documents, manifest.domain("web").validation.documents) == (39, 1)
-        manifest.verify_hashes()
+        verify_all(manifest)
         manifest = Manifest.load(out)
         seen: dict[Split, list[str]] = {}
         for split in SPLITS:

@@ -19,6 +19,7 @@ from megamix.analysis.paired import smallest_visible, t_interval
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.verify import verify_all
 from megamix.studies.arena.results import Results, Row, best_of, difference
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
 from megamix.studies.arena.tables import markdown
@@ -152,7 +153,7 @@ def test_noise_is_uniform_and_leaves_the_rest_as_it_is(tiny_config: Write) -> No
     for name in DOMAINS:
         for split in ("train", "validation"):
             assert getattr(manifest.domain(name), split).sha256 == getattr(source.domain(name), split).sha256
-    manifest.verify_hashes()
+    verify_all(manifest)
     assert manifest.natural_weights()[-1] == pytest.approx(0.2, abs=1e-5)
     tokens, eod = tokens_of(manifest, "noise"), source.tokenizer.eod_id
     assert tokens[-1] == eod

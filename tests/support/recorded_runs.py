@@ -36,23 +36,16 @@ def write_data(folder: Path) -> Manifest:
     entries = []
     for name, size in zip(NAMES, TRAIN_TOKENS, strict=True):
         (folder / name).mkdir()
-        splits: dict[str, dict[str, Any]] = {}
+        splits: dict[str, SplitEntry] = {}
         for split, left in (("train", size), ("validation", 200)):
             with IndexedWriter(folder / name / split, "uint16") as writer:
                 while left > 0:
                     length = min(left, int(rng.integers(10, 60)))
                     writer.add_document(rng.integers(1, 250, length))
                     left -= length
-                written = writer.close()
-            splits[split] = {
-                "prefixes": (f"{name}/{split}",),
-                "tokens": written.tokens,
-                "documents": written.documents,
-                "max_token": written.max_token,
-                "sha256": (written.sha256,),
-            }
-        validation = ValidationEntry(**splits["validation"], unigram_nats=UNIGRAM)
-        entries.append(DomainEntry(name=name, train=SplitEntry(**splits["train"]), validation=validation))
+            splits[split] = SplitEntry.of(f"{name}/{split}", writer.close())
+        validation = ValidationEntry(**dict(splits["validation"]), unigram_nats=UNIGRAM)
+        entries.append(DomainEntry(name=name, train=splits["train"], validation=validation))
     sha256 = hashlib.sha256(tokenizer).hexdigest()
     entry = TokenizerEntry(file="tokenizer.json", sha256=sha256, vocab_size=300, eod_id=0)
     manifest = Manifest.build(folder, tokenizer=entry, dtype="uint16", validation_fraction=0.02, domains=entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,12 @@ def build(folder: Path, windows: dict[str, int], validation_tokens: int = 5 * SE
         for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", validation_tokens)):
             with IndexedWriter(folder / f"{name}-{split}", "uint16") as writer:
                 writer.add_document(rng.integers(0, VOCAB, tokens))
-            made = writer.close()
-            splits.append(
-                {
-                    "prefixes": (f"{name}-{split}",),
-                    "tokens": made.tokens,
-                    "documents": made.documents,
-                    "max_token": made.max_token,
-                    "sha256": (made.sha256,),
-                }
-            )
-        validation = ValidationEntry(**splits[1], unigram_nats=5.0)
-        entries.append(DomainEntry(name=name, train=SplitEntry(**splits[0]), validation=validation))
-    tokenizer = TokenizerEntry(file="tokenizer.json", sha256="0" * 64, vocab_size=VOCAB, eod_id=0)
+            splits.append(SplitEntry.of(f"{name}-{split}", writer.close()))
+        validation = ValidationEntry(**dict(splits[1]), unigram_nats=5.0)
+        entries.append(DomainEntry(name=name, train=splits[0], validation=validation))
+    (folder / "tokenizer.json").write_bytes(b"tokenizer")
+    sha256 = hashlib.sha256(b"tokenizer").hexdigest()
+    tokenizer = TokenizerEntry(file="tokenizer.json", sha256=sha256, vocab_size=VOCAB, eod_id=0)
     return Manifest.build(folder, tokenizer=tokenizer, dtype="uint16", validation_fraction=0.1, domains=entries).save()
 
 

@@ -3,6 +3,9 @@
 Paths are relative to its folder, so a prepared folder can be moved as a whole; adopted files elsewhere have absolute
 paths. The fingerprint is a hash of the domains' names, of the hash of every token file, of the document ranges in use
 and of the tokenizer's hash. A resume compares it.
+
+Version 2 also has size and hashes of every file and of its blocks, which `verify` compares; version 1, of megamix 0.1,
+has the hash of every whole .bin file alone.
 """
 
 from __future__ import annotations
@@ -17,19 +20,24 @@ import numpy as np
 import pydantic
 
 from megamix.core.config import Config, validate
-from megamix.core.errors import InputError, check_known, did_you_mean
-from megamix.core.files import read_json, replace_file, sha256_of
+from megamix.core.errors import DataChanged, InputError, check_known, did_you_mean
+from megamix.core.files import read_json, replace_file
+from megamix.data.domain_names import check_domain_name
+from megamix.data.tokens.hashes import FileHashes
 from megamix.data.tokens.indexed import bin_path, idx_path
 from megamix.data.tokens.stream import DomainTokens
 
 if TYPE_CHECKING:
     from megamix.data.tokens.tokenizer import LoadedTokenizer
+    from megamix.data.tokens.writer import WrittenTokens
 
 FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 """Name of the tokenizer beside the manifest."""
 FORMAT = "megamix-manifest"
-VERSION = 1
+VERSION = 2
+WITHOUT_CONTENTS = 1
+"""Version of a manifest without the contents of every file."""
 Split = Literal["train", "validation"]
 
 
@@ -53,6 +61,32 @@ class TokenizerEntry(Config):
         )
 
 
+class PairContents(Config):
+    """Contents of one .bin/.idx pair, for `verify`; see `FileHashes`."""
+
+    bin_bytes: int
+    """Size of the .bin file."""
+    bin_blocks: str
+    """Digests of its blocks."""
+    idx_bytes: int
+    """Size of the .idx file."""
+    idx_sha256: str
+    """Hash of the whole .idx file."""
+    idx_blocks: str
+    """Digests of its blocks."""
+
+    @classmethod
+    def of(cls, data: FileHashes, index: FileHashes) -> PairContents:
+        """The contents of a pair, by the hashes of its files."""
+        return cls(
+            bin_bytes=data.num_bytes,
+            bin_blocks=data.blocks,
+            idx_bytes=index.num_bytes,
+            idx_sha256=index.sha256,
+            idx_blocks=index.blocks,
+        )
+
+
 class SplitEntry(Config):
     """Token files of one split of a domain."""
 
@@ -68,6 +102,20 @@ class SplitEntry(Config):
     """Hash of every whole .bin file, in the order of the prefixes."""
     ranges: tuple[tuple[int, int] | None, ...] | None = None
     """Documents [first, end) of every file that belong to this split; None for all."""
+    contents: tuple[PairContents, ...] | None = None
+    """In the order of the prefixes; None in a manifest of version 1."""
+
+    @classmethod
+    def of(cls, prefix: str, written: WrittenTokens) -> SplitEntry:
+        """The entry of one pair of files; ``prefix`` is relative to the manifest."""
+        return cls(
+            prefixes=(prefix,),
+            tokens=written.tokens,
+            documents=written.documents,
+            max_token=written.max_token,
+            sha256=(written.sha256,),
+            contents=(PairContents.of(written.data, written.index),),
+        )
 
 
 class ValidationEntry(SplitEntry):
@@ -90,7 +138,7 @@ class Manifest(Config):
     """Prepared data set: `Manifest.load` reads one, `Manifest.build` makes one."""
 
     format: Literal["megamix-manifest"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
     """Version of the file's layout."""
     tokenizer: TokenizerEntry
     dtype: str
@@ -117,7 +165,11 @@ class Manifest(Config):
         split: str | None = None,
     ) -> Manifest:
         """A manifest for ``folder``, with its fingerprint; `save` writes it."""
+        for domain in domains:
+            check_domain_name(domain.name, folder)
+        known = all(split.contents is not None for domain in domains for split in (domain.train, domain.validation))
         manifest = cls(
+            version=VERSION if known else WITHOUT_CONTENTS,
             tokenizer=tokenizer,
             dtype=dtype,
             validation_fraction=validation_fraction,
@@ -137,7 +189,8 @@ class Manifest(Config):
 
         Raises:
             InputError: no such file, not JSON, another format or version, wrong or missing entries, two domains with
-                one name, a missing token file, token ids beyond the vocabulary, or a wrong fingerprint.
+                one name, token ids beyond the vocabulary, or a wrong fingerprint.
+            DataChanged: a token file is missing.
         """
         path = Path(path)
         if path.is_dir():
@@ -151,9 +204,9 @@ class Manifest(Config):
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             seen = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{path} is no megamix manifest: its format is {seen!r}, expected {FORMAT!r}.")
-        if data.get("version") != VERSION:
+        if data.get("version") not in (WITHOUT_CONTENTS, VERSION):
             raise InputError(
-                f"{path} has version {data.get('version')!r}, this megamix reads version {VERSION}."
+                f"{path} has version {data.get('version')!r}, this megamix reads {WITHOUT_CONTENTS} and {VERSION}."
                 " Run `megamix prepare` again, or use the megamix that wrote it."
             )
         manifest = validate(cls, data, str(path))
@@ -216,26 +269,6 @@ class Manifest(Config):
         tokenizer.expect(self.tokenizer.sha256)
         return tokenizer
 
-    def verify_hashes(self) -> None:
-        """Reads every token file and compares its hash: slow, but detects changed bytes in a file of the right size.
-
-        Raises:
-            InputError: changed contents; the message names the domain and the file.
-        """
-        hashes: dict[Path, str] = {}  # the splits of a domain may share a file
-        for domain in self.domains:
-            for split in (domain.train, domain.validation):
-                for prefix, wanted in zip(split.prefixes, split.sha256, strict=True):
-                    path = bin_path(self.folder / prefix)
-                    if path not in hashes:
-                        hashes[path] = sha256_of(path)
-                    seen = hashes[path]
-                    if seen != wanted:
-                        raise InputError(
-                            f"domain '{domain.name}': {path} has the hash {seen[:12]}, the manifest says {wanted[:12]}:"
-                            " its contents have changed. Copy it again, or run `megamix prepare` again."
-                        )
-
     def save(self) -> Path:
         """Writes ``manifest.json`` into its folder, whole or not at all, and returns its path."""
         path = self.folder / FILE_NAME
@@ -275,6 +308,11 @@ class Manifest(Config):
                 f"{path}: domain '{name}' has {len(split.prefixes)} token files and {len(split.sha256)} hashes,"
                 " expected one hash for each of at least one file. Run `megamix prepare` again."
             )
+        if split.contents is not None and len(split.contents) != len(split.prefixes):
+            raise InputError(
+                f"{path}: domain '{name}' has {len(split.prefixes)} token files and the contents of"
+                f" {len(split.contents)}, expected as many. Run `megamix prepare` again."
+            )
         if split.ranges is not None and len(split.ranges) != len(split.prefixes):
             raise InputError(
                 f"{path}: domain '{name}' has {len(split.prefixes)} token files and {len(split.ranges)} document"
@@ -283,7 +321,7 @@ class Manifest(Config):
         for prefix in split.prefixes:
             for file in (bin_path(self.folder / prefix), idx_path(self.folder / prefix)):
                 if not file.is_file():
-                    raise InputError(
+                    raise DataChanged(
                         f"domain '{name}': {file} is missing. Copy the prepared folder as a whole, or run"
                         " `megamix prepare` again."
                     )
@@ -301,7 +339,19 @@ def _identity(domain: DomainEntry) -> list[object]:
     return [domain.name, *(list(split.sha256) for split in splits), *(ranges if any(ranges) else ())]
 
 
+def joined_contents(splits: Sequence[SplitEntry]) -> tuple[PairContents, ...] | None:
+    """The contents of the files of several splits, in their order; None if one has none."""
+    found: list[PairContents] = []
+    for split in splits:
+        if split.contents is None:
+            return None
+        found += split.contents
+    return tuple(found)
+
+
 def digest(entry: DomainEntry) -> str:
-    """Hash of a domain's data: of its manifest entry without paths."""
-    content = [split.model_dump(mode="json", exclude={"prefixes"}) for split in (entry.train, entry.validation)]
+    """Hash of a domain's data: of its manifest entry without paths, and without what only version 2 has."""
+    content = [
+        split.model_dump(mode="json", exclude={"prefixes", "contents"}) for split in (entry.train, entry.validation)
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -6,16 +6,19 @@ Every tokenizer is stored as ``tokenizer.json`` beside the tokens, and opened fr
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megamix.core.errors import InputError
+from megamix.core.paths import expand
 from megamix.data.tokens.word_encoder import WordEncoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _EOD_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|end|>")
+_MAX_VOCAB = 10_000_000
 _MIN_VOCAB = 256 + 1  # every byte, and the end of a document
 
 
@@ -34,24 +37,28 @@ class TokenizerSpec:
         """Reads ``train:SIZE``, ``hf:NAME``, or the path of a tokenizer.json (or of a folder that holds one).
 
         Raises:
-            InputError: none of these, a vocabulary below 257 entries, or a file that does not exist.
+            InputError: none of these, a vocabulary below 257 or above ten million entries, or a
+                file that does not exist.
         """
         kind, _, rest = text.partition(":")
         if kind == "train":
             if not rest.isdecimal():
                 raise InputError(f"tokenizer '{text}': expected train:SIZE with a number, for example train:4096.")
-            if int(rest) < _MIN_VOCAB:
+            if len(rest) < 8 and int(rest) < _MIN_VOCAB:
                 raise InputError(
                     f"tokenizer '{text}': a vocabulary of {rest} is too small for the 256 bytes and {END_OF_DOCUMENT}."
                     f" Use at least {_MIN_VOCAB}."
                 )
+            if len(rest) > 8 or int(rest) > _MAX_VOCAB:
+                raise InputError(f"tokenizer '{text}': expected a vocabulary of at most {_MAX_VOCAB:,} entries.")
             return cls("train", vocab_size=int(rest))
         if kind == "hf":
             if not rest:
                 raise InputError(f"tokenizer '{text}': expected hf:NAME, for example hf:EleutherAI/gpt-neox-20b.")
             return cls("hub", rest)
-        path = Path(text) / "tokenizer.json" if Path(text).is_dir() else Path(text)
-        if not path.is_file():
+        given = Path(expand(text))
+        path = given / "tokenizer.json" if os.path.isdir(given) else given
+        if not os.path.isfile(path):  # also where the text is too long for a path
             raise InputError(
                 f"tokenizer '{text}': no such file. Give a path to a tokenizer.json, train:SIZE, or hf:NAME."
             )
@@ -119,6 +126,7 @@ class LoadedTokenizer:
         vocab_size: largest token id + 1.
         eod_id: the end-of-document token.
         sha256: hash of the file, hexadecimal.
+        random: what of the file cuts the same text now so, now so, and is switched off here; None: nothing.
 
     Raises:
         InputError: the file is missing or damaged, or has no end-of-document token.
@@ -138,6 +146,7 @@ class LoadedTokenizer:
             raise InputError(
                 f"{path} is not a tokenizer.json: {error}. Give one that `tokenizers` can read."
             ) from error
+        self.random = _switch_off_sampling(self._tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -173,16 +182,27 @@ class LoadedTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
+def _switch_off_sampling(tokenizer: Any) -> str | None:
+    """Makes the tokens of a text a function of the text; says what was switched off."""
+    model, found = tokenizer.model, []
+    for key in ("dropout", "alpha"):  # of BPE; of Unigram, beside nbest_size
+        value = getattr(model, key, None)
+        if value:
+            setattr(model, key, None)
+            found.append(f"{key} {value:g}")
+    return ", ".join(found) or None
+
+
 def _find_eod(path: Path, ids: dict[str, int], eod: str | int | None) -> int:
     if isinstance(eod, int):
         if eod not in ids.values():
-            raise InputError(f"{path} has no token with the id {eod} to end documents with. Name another.")
+            raise InputError(f"{path} has no token with the id {eod} to end documents with. Name another with --eod.")
         return eod
     names = _EOD_NAMES if eod is None else (eod,)
     for name in names:
         if name in ids:
             return ids[name]
     raise InputError(
-        f"{path} has no end-of-document token (looked for {', '.join(names)}). Name one of its tokens, or use another"
-        " tokenizer."
+        f"{path} has no end-of-document token (looked for {', '.join(names)}). Name one of its tokens with --eod, or"
+        " use another tokenizer."
     )

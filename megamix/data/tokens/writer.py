@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from megamix.core.errors import InputError
 from megamix.core.files import sync_folder
+from megamix.data.tokens.hashes import FileHasher, FileHashes, hash_file
 from megamix.data.tokens.indexed import AT_ONCE, CODE_OF_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path
 
 
@@ -26,8 +26,15 @@ class WrittenTokens:
     documents: int
     max_token: int
     """Largest token id; -1 in an empty file."""
-    sha256: str
-    """Hash of the ``.bin`` file, hexadecimal."""
+    data: FileHashes
+    """Of the ``.bin`` file."""
+    index: FileHashes
+    """Of the ``.idx`` file."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole ``.bin`` file, hexadecimal."""
+        return self.data.sha256
 
 
 class IndexedWriter:
@@ -61,7 +68,7 @@ class IndexedWriter:
         if self.dtype not in CODE_OF_DTYPE:
             known = ", ".join(known.name for known in CODE_OF_DTYPE)
             raise InputError(f"tokens cannot be stored as {self.dtype.name}. Use one of: {known}.")
-        self._hash = hashlib.sha256()
+        self._hash = FileHasher()
         self._max_token = -1
         self._num_tokens, self._num_documents = kept
         self._written: WrittenTokens | None = None
@@ -165,12 +172,13 @@ class IndexedWriter:
             self._index.flush()
             self._finish_index()
             self.sync()
+        index = hash_file(self._temporary["idx"])
         # An index under its final name always has its own data beside it: the old goes first, the new comes last.
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._temporary["bin"], bin_path(self.prefix))
         os.replace(self._temporary["idx"], idx_path(self.prefix))
         sync_folder(self.prefix.parent)
-        self._written = WrittenTokens(self._num_tokens, self.num_documents, self._max_token, self._hash.hexdigest())
+        self._written = WrittenTokens(self._num_tokens, self.num_documents, self._max_token, self._hash.hashes(), index)
         return self._written
 
     def abort(self) -> None:

@@ -246,6 +246,7 @@ def _split_fields(
         "documents": sum(part.end - part.first for part in used),
         "max_token": int(np.flatnonzero(total_V)[-1]),
         "sha256": tuple(scans[id(part.file)].sha256 for part in used),
+        "contents": tuple(scans[id(part.file)].contents for part in used),
         "ranges": None if whole else tuple((part.first, part.end) for part in used),
     }
 

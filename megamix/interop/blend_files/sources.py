@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.core.paths import expand
+from megamix.data.domain_names import check_domain_name
 from megamix.mixing.megatron_blend import FileBlend, domains_of, parse_blend, read_data_args, read_per_split
 
 
@@ -124,11 +126,12 @@ def _parse_named(named: Sequence[str]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for argument in named:
         name, equals, rest = argument.partition("=")
-        prefixes = [prefix.strip() for prefix in rest.split(",")]
+        prefixes = [expand(prefix.strip()) for prefix in rest.split(",")]
         if not (equals and name.strip() and all(prefixes)):
             raise InputError(
                 f"'{argument}': expected NAME=PREFIX[,PREFIX...], for example web=/data/web_text_document."
             )
+        check_domain_name(name.strip(), argument)
         if name.strip() in names:
             raise InputError(
                 f"the domain '{name.strip()}' is given twice. Give all its prefixes at once: NAME=PREFIX,PREFIX."

@@ -28,6 +28,7 @@ from megamix.data.documents import label_documents
 from megamix.data.loader import IGNORED_LABEL, WindowReader
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.stream import DomainTokens
+from megamix.data.tokens.verify import verify_sample
 from megamix.interop.evaluation.model import EvaluatedModel, open_model
 from megamix.interop.evaluation.token_bytes import token_bytes
 from megamix.training.domain_losses import NATS, TOKENS, DocumentSums, ratio
@@ -106,6 +107,7 @@ def evaluate(
     Raises:
         InputError: no such model or data, another tokenizer, an objective that cannot be used, or a file that cannot be
             written.
+        DataChanged: the data are not those of the manifest.
         ResumeRefused: the checkpoint is damaged.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,6 +127,7 @@ def evaluate(
         raise InputError(f"the objective is {given!r}, expected natural, uniform or {{domain: weight}}.")
     natural = manifest.natural_weights(names)
     weights = objective_weights(given, names, natural)
+    verify_sample(manifest, [manifest.domain(name) for name in names])
     streams = [manifest.open_domain(name, split) for name in names]
     for stream in streams:
         if stream.num_windows(model.seq_length) < 1:

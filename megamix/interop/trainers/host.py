@@ -21,6 +21,7 @@ from megamix.core.config import validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
+from megamix.core.paths import expand
 from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.step_loss import Objective, StepLoss
@@ -48,7 +49,9 @@ def host_plan(
     Raises:
         InputError: the config is wrong, or does not fit the host or the data.
     """
-    sections = apply_overrides(read_yaml(Path(config), KINDS), list(overrides), KINDS)
+    sections = apply_overrides(
+        read_yaml(Path(expand(config) if isinstance(config, str) else config), KINDS), list(overrides), KINDS
+    )
     if "train" in sections:
         raise InputError(f"{config}: steps, batches and seed are {host}'s here. Leave the section 'train' out.")
     checked = validate(MixConfig, {**sections, "train": dict(train)}, str(config))
@@ -56,7 +59,8 @@ def host_plan(
         raise InputError(
             f"{config}: data.on_exhausted is stop, but {host} decides when the run ends. Use cap or repeat."
         )
-    return make_data_plan(checked, data_size, verify=not dist.is_initialized() or dist.get_rank() == 0)
+    share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return make_data_plan(checked, data_size, verify=share[0] == 0, share=share)
 
 
 def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: str) -> None:

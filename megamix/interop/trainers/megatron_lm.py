@@ -90,7 +90,7 @@ class MegatronMix:
         loss_implementation: str = "auto",
         get_args: Callable[[], Any] | None = None,
     ) -> None:
-        self._config = Path(config)
+        self._config = config
         self._overrides = overrides
         self._loss_implementation = loss_implementation
         self._get_args = get_args or _megatron_args

@@ -221,15 +221,7 @@ class Trap:
             for document in documents:
                 writer.add_document(document)
                 counts += np.bincount(document, minlength=counts.size)
-        done = writer.close()
-        entry = SplitEntry(
-            prefixes=(prefix.name,),
-            tokens=done.tokens,
-            documents=done.documents,
-            max_token=done.max_token,
-            sha256=(done.sha256,),
-        )
-        return _Written(entry, counts)
+        return _Written(SplitEntry.of(prefix.name, writer.close()), counts)
 
     def _counts(self, pieces: Iterable[NDArray[Any]]) -> Tokens:
         """int64 [V]: how often each token occurs."""

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megamix.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, InputError, RankFailed
 from megamix.core.processes import die_with_parent, free_port, num_cores
@@ -49,6 +50,15 @@ def job_world_size() -> int | None:
 def job_rank() -> int:
     """The rank of this process in its job; 0 outside of a job."""
     return int(os.environ.get("RANK", "0"))
+
+
+def data_checks(world_size: int | None) -> dict[str, Any]:
+    """The part of this rank in checking the data, as arguments of `make_plan`; none for a rank started here, whose
+    starter has just done it."""
+    if REPORTS in os.environ:
+        return {"verify": False}
+    rank = job_rank()
+    return {"verify": rank == 0, "share": (rank, world_size or 1)}
 
 
 def _first_host(nodes: str) -> str:

@@ -31,7 +31,7 @@ from megamix.training.checkpoints import store
 from megamix.training.checkpoints.state import read_state
 from megamix.training.checkpoints.store import LISTING, describe
 from megamix.training.config import RunConfig
-from megamix.training.job.local_ranks import job_rank, job_world_size, run_local
+from megamix.training.job.local_ranks import data_checks, job_world_size, run_local
 from megamix.training.job.rank import run_rank, watched
 from megamix.training.job.signals import asked_to_stop, heed_signals
 from megamix.training.plan import Plan, make_plan
@@ -106,7 +106,7 @@ def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size:
     """
     run_dir, path = _find_checkpoint(source)
     config = load_config(RunConfig, run_dir / "config.resolved.yaml", overrides)
-    plan = make_plan(config, world_size, verify=job_rank() == 0)
+    plan = make_plan(config, world_size, **data_checks(world_size))
     state = read_state(path)
     _check_model(state.fingerprints, plan, path)
     if state.step < config.train.steps and job_world_size() is None:

