@@ -37,20 +37,22 @@ def check_num_domains(num_domains: int) -> None:
 def check_logits(logits_NV: Tensor) -> None:
     """Raise unless the logits are a floating tensor [N, V] with V >= 1."""
     _check_dtype("logits_NV", logits_NV, FLOAT_DTYPES)
-    shape = list(logits_NV.shape)
+    shape = logits_NV.shape
+    if len(shape) == 2 and shape[1] >= 1:
+        return
+    shape = list(shape)
     if len(shape) != 2:
         hint = "; reshape [..., V] to [-1, V], and labels and domains to [-1]" if len(shape) > 2 else ""
         raise ValueError(f"logits_NV must have two dimensions [N, V], got shape {shape}{hint}")
-    if shape[1] < 1:
-        raise ValueError(f"logits_NV must have at least one column, got shape {shape}")
+    raise ValueError(f"logits_NV must have at least one column, got shape {shape}")
 
 
 def check_projection(hidden_NH: Tensor, weight_VH: Tensor) -> None:
     """Raise unless [N, H] and [V, H] have one floating dtype and device, V >= 1 and H >= 1."""
     _check_dtype("hidden_NH", hidden_NH, FLOAT_DTYPES)
     _check_dtype("weight_VH", weight_VH, (hidden_NH.dtype,))
-    shapes = f"{list(hidden_NH.shape)} and {list(weight_VH.shape)}"
     if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        shapes = f"{list(hidden_NH.shape)} and {list(weight_VH.shape)}"
         raise ValueError(f"hidden_NH and weight_VH must be [N, H] and [V, H], got {shapes}")
     if not weight_VH.numel():
         raise ValueError(f"weight_VH must have at least one row and one column, got {list(weight_VH.shape)}")
@@ -81,10 +83,11 @@ def check_scalar(
     Raises:
         TypeError: the tensor is complex or bool.
         ValueError: the tensor has several elements or is on a third device, or the host sees a value that is not finite
-            or, with ``positive``, not positive.
+            or, with ``positive``, not positive; a tensor may be 0.
     """
     if value is None:
         return None
+    may_be_zero = not positive or isinstance(value, Tensor)
     if isinstance(value, Tensor):
         _check_dtype(name, value, (*FLOAT_DTYPES, *INTEGER_DTYPES))
         if value.numel() != 1:
@@ -94,9 +97,16 @@ def check_scalar(
                 raise ValueError(f"{name} is on {value.device}; wanted {device}, like logits_NV, or cpu")
             return value.detach().reshape(())
         value = float(value.detach())
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not math.isfinite(value) or (positive and value < 0) or (value == 0 and not may_be_zero):
         raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
     return value
+
+
+def check_nothing_is_counted(name: str, counted_N: Tensor) -> None:
+    """Raise ValueError for a divisor of 0 if there is something to divide; for tensors on the host only."""
+    num_counted = int(counted_N.sum())
+    if num_counted:
+        raise ValueError(f"{name} must be finite and positive, got 0.0 for {num_counted} counted rows")
 
 
 def check_values(
@@ -119,11 +129,11 @@ def check_values(
 
 
 def _check_dtype(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if isinstance(tensor, Tensor) and tensor.dtype in dtypes:
+        return
     wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor of {wanted}; got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be a tensor of {wanted}; got {str(tensor.dtype).removeprefix('torch.')}")
+    seen = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
+    raise TypeError(f"{name} must be a tensor of {wanted}; got {seen}")
 
 
 def _check_like(
@@ -131,7 +141,7 @@ def _check_like(
 ) -> None:
     _check_dtype(name, tensor, dtypes)
     assert isinstance(tensor, Tensor)
-    if list(tensor.shape) != [length]:
+    if tensor.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}], {meaning}; got {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, but logits_NV is on {device}; move it there")

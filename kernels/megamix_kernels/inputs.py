@@ -51,6 +51,7 @@ class Inputs:
         vocab_size: size of the whole valid vocabulary, over all ranks.
         divisor: ``options.normaliser``, or the number of counted tokens.
         gradient_scale: ``options.gradient_scale``, as a number where the host knows it.
+        adds_to_sums: whether this call adds its tokens to the sums; a recomputation does not.
     """
 
     labels_N: Tensor
@@ -65,11 +66,13 @@ class Inputs:
     divisor: float | Tensor
     gradient_scale: float | Tensor | None
     shard: VocabularyShard
+    adds_to_sums: bool
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Tensors that the backward pass reads again; autograd keeps them and notices changes in place."""
-        return self.labels_N, self.domain_N, self.mask_N, self.loss_weights_K
+        divisor = self.divisor if isinstance(self.divisor, Tensor) else None
+        return self.labels_N, self.domain_N, self.mask_N, self.loss_weights_K, divisor
 
 
 def make_inputs(
@@ -104,8 +107,14 @@ def make_inputs(
         counted_N = counted_rows(labels_N, mask_N, ignore_index)
         if device.type == "cpu":
             checks.check_values(labels_N, domain_N, mask_N, counted_N, ignore_index, vocab_size, num_domains)
+            if divisor == 0:
+                checks.check_nothing_is_counted("normaliser", counted_N)
         divisor = counted_N.sum().clamp(min=1) if divisor is None else divisor
+    if isinstance(divisor, float) and divisor == 0:
+        # The host can neither divide by it nor, on a device, know whether a row is counted.
+        divisor = torch.zeros((), device=device)
     first_column = 0 if group is None else group.rank() * num_columns
+    shard = VocabularyShard(first_column, min(max(vocab_size - first_column, 0), num_columns), group)
     return Inputs(
         labels_N=labels_N.contiguous(),
         domain_N=domain_N.contiguous(),
@@ -118,8 +127,21 @@ def make_inputs(
         vocab_size=vocab_size,
         divisor=divisor,
         gradient_scale=checks.check_scalar("gradient_scale", options.gradient_scale, device, positive=False),
-        shard=VocabularyShard(first_column, min(max(vocab_size - first_column, 0), num_columns), group),
+        shard=shard,
+        adds_to_sums=shard.holds_sums and not _is_recomputation(),
     )
+
+
+def _is_recomputation() -> bool:
+    """Whether a backward pass is running: activation checkpointing then calls again what was called before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def divided(total: Tensor, divisor: float | Tensor) -> Tensor:
+    """Returns total / divisor, and 0 for 0 / 0: no row is counted, and a tensor said so."""
+    if not isinstance(divisor, Tensor):
+        return total / divisor
+    return torch.where(total == 0, total, total / divisor.to(total.dtype))
 
 
 def counted_rows(labels_N: Tensor, mask_N: Tensor | None, ignore_index: int) -> Tensor:

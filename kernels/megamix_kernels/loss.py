@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from megamix_kernels import checks, torch_loss
+from megamix_kernels.compilation import not_compiled
 from megamix_kernels.inputs import Inputs, make_inputs
 from megamix_kernels.options import LossOptions
+from megamix_kernels.overwriting import announce_overwriting, may_be_overwritten, refuse_overwritten
 from megamix_kernels.sums import DomainSums
 
 
@@ -41,6 +42,7 @@ class DomainLoss(NamedTuple):
     token_loss_N: Tensor | None
 
 
+@not_compiled
 def domain_cross_entropy(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -65,7 +67,10 @@ def domain_cross_entropy(
     and the loss is sum(loss_weights_K[domain] * objective) / normaliser. The statistics sum nll alone, without weight,
     smoothing and z-loss, so that domains are compared by nats per token whatever is optimised. A token is counted
     unless its label is ``ignore_index`` or its mask is 0; other rows have zero loss and an exactly zero gradient, even
-    if their logits are NaN.
+    if their logits are NaN. A counted row of weight 0 adds neither loss nor gradient either, whatever its own loss.
+
+    A call inside a backward pass is a recomputation (activation checkpointing) of a call that has added to the sums
+    already, so it adds nothing. Under torch.compile a call is run as it is, between two graphs.
 
     Nothing here waits for an accelerator, so values are checked on CPU tensors only: elsewhere a counted row whose
     label or domain id is out of range gets the loss NaN (so that the training loss shows it) and counts as non-finite
@@ -73,10 +78,12 @@ def domain_cross_entropy(
     Computed in fp32 (float64 for float64 logits). On a CPU a row's loss is the same to the last bit whichever rows come
     with it; on a GPU too with Triton, for logits of the same width and dtype.
 
-    The logits are consumed. The Triton path writes the gradient over them unless they are a leaf (or ``keep_logits`` is
-    true): in the backward pass, or with ``gradient_scale`` at once. Autograd is told, so another backward step that
-    needs the old values raises "modified by an inplace operation"; plain reads after the call (with gradient_scale) or
-    after the backward pass see the gradient.
+    The logits are consumed. The Triton path writes the gradient over them unless they are a leaf, a part of another
+    tensor, or ``keep_logits`` is true: in the backward pass, or with ``gradient_scale`` at once. Autograd is told, so
+    another backward step that needs the old values raises "modified by an inplace operation", and so does a second call
+    on them. What nobody can see is any other read after the call (with gradient_scale) or after the backward pass: an
+    accuracy or an auxiliary loss of the logits would be one of the gradient. Build it before the call and keep the
+    logits.
 
     With ``process_group``, logits are [N, V / T] on each of its T ranks, rank 0 holding the first columns, and labels,
     domains and options are the same on all of them. The ranks exchange four numbers a row in one collective. Losses are
@@ -110,9 +117,11 @@ def domain_cross_entropy(
             DomainSums; a setting is unknown.
         ValueError: a shape, device, option or (on the CPU) a label, domain id, mask or normaliser is out of range, or
             the implementation cannot be used here.
+        RuntimeError: an earlier call has written its gradient over the logits.
     """
     options = replace(options, **settings)
     checks.check_logits(logits_NV)
+    refuse_overwritten(logits_NV)
     backend = choose_backend(options.implementation, logits_NV)
     shape = (logits_NV.shape[0], logits_NV.shape[1])
     tensors = (labels_N, domain_N, num_domains, mask_N, loss_weights_K, reference_loss_N, sums)
@@ -121,16 +130,10 @@ def domain_cross_entropy(
         backend=backend,
         inputs=inputs,
         want_gradient=logits_NV.requires_grad and torch.is_grad_enabled(),
-        overwrite=not keep_logits and _may_be_overwritten(logits_NV),
+        overwrite=not keep_logits and may_be_overwritten(logits_NV),
     )
     loss, token_loss_N = _DomainLoss.apply(logits_NV, call)
     return DomainLoss(loss, inputs.sums, token_loss_N)
-
-
-def _may_be_overwritten(logits_NV: Tensor) -> bool:
-    """Whether each logit has its own memory, none of it a leaf's, which is a variable of the user."""
-    owner = logits_NV if logits_NV._base is None else logits_NV._base
-    return not owner.is_leaf and logits_NV.stride(0) >= logits_NV.shape[1]
 
 
 def choose_backend(implementation: str, logits_NV: Tensor) -> ModuleType:
@@ -163,10 +166,10 @@ class _Call(NamedTuple):
     overwrite: bool
 
     def room_for_gradient(self, logits_NV: Tensor) -> Tensor:
-        """Returns the logits themselves where they may be overwritten, and tells autograd so; else new memory."""
+        """Returns the logits themselves where they may be overwritten, and announces it; else new memory."""
         if not (self.overwrite and self.backend.OVERWRITES):
             return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-        increment_version(logits_NV)
+        announce_overwriting(logits_NV)
         return logits_NV.detach()
 
 
@@ -182,7 +185,7 @@ class _DomainLoss(torch.autograd.Function):
         ctx.call = call
         if grad_NV is None:
             ctx.save_for_backward(logits_NV, *inputs.tensors, *saved)
-        ctx.handed_on = None if grad_NV is None else PromisedGradient(inputs.gradient_scale, grad_NV)
+        ctx.handed_on = None if grad_NV is None else PromisedGradient(inputs, grad_NV)
         if token_loss_N is not None:
             ctx.mark_non_differentiable(token_loss_N)
         ctx.set_materialize_grads(False)
@@ -205,10 +208,11 @@ class _DomainLoss(torch.autograd.Function):
 
 
 class PromisedGradient:
-    """Gradients computed with the loss, handed on once; ``scale`` is the promised incoming gradient, if any."""
+    """Gradients computed with the loss, handed on once, for the promised incoming gradient of the inputs, if any."""
 
-    def __init__(self, scale: float | Tensor | None, *gradients: Tensor) -> None:
-        self._scale = scale
+    def __init__(self, inputs: Inputs, *gradients: Tensor) -> None:
+        self._scale = inputs.gradient_scale
+        self._check_on_device = inputs.options.check_promise
         self._gradients = gradients
         self._versions = [gradient._version for gradient in gradients]
 
@@ -216,8 +220,8 @@ class PromisedGradient:
         """Returns the gradients.
 
         Raises:
-            RuntimeError: they were taken before, were overwritten, or (on the CPU) another incoming gradient was
-                promised.
+            RuntimeError: they were taken before, were overwritten, or another incoming gradient was promised (seen on
+                the CPU, and with ``check_promise``).
         """
         if not self._gradients:
             raise RuntimeError(
@@ -230,14 +234,29 @@ class PromisedGradient:
                 "pass keep_logits=True or leave them alone"
             )
         if self._scale is not None and grad_loss.device.type == "cpu":
-            self._check(grad_loss, self._scale)
+            check_promise(grad_loss, self._scale)
+        elif self._scale is not None and self._check_on_device:
+            assert_promise(grad_loss, self._scale)
         gradients, self._gradients = self._gradients, ()
         return gradients
 
-    def _check(self, grad_loss: Tensor, scale: float | Tensor) -> None:
-        promised = torch.as_tensor(scale, dtype=grad_loss.dtype)
-        if not torch.allclose(grad_loss, promised, rtol=1e-6, atol=0.0):
-            raise RuntimeError(
-                f"gradient_scale promised an incoming gradient of {promised.item()}, but {grad_loss.item()} came; "
-                "scale the loss as promised, or leave gradient_scale out"
-            )
+
+def check_promise(grad_loss: Tensor, scale: float | Tensor) -> None:
+    """Raises RuntimeError unless the incoming gradient is the promised one; reads both on the host."""
+    promised = torch.as_tensor(scale, dtype=grad_loss.dtype)
+    if not _kept(grad_loss, promised):
+        raise RuntimeError(
+            f"gradient_scale promised an incoming gradient of {promised.item()}, but {grad_loss.item()} came; "
+            "scale the loss as promised, or leave gradient_scale out"
+        )
+
+
+def assert_promise(grad_loss: Tensor, scale: float | Tensor) -> None:
+    """Like `check_promise`, on the device: nothing waits, and a broken promise ends the process at its next wait."""
+    kept = _kept(grad_loss, torch.as_tensor(scale, dtype=grad_loss.dtype, device=grad_loss.device))
+    message = "gradient_scale promised another incoming gradient than the one that came"
+    torch._assert_async(kept, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _kept(grad_loss: Tensor, promised: Tensor) -> Tensor:
+    return (grad_loss - promised).abs() <= 1e-6 * promised.abs()

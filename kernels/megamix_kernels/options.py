@@ -31,13 +31,17 @@ class LossOptions:
     """Number of valid leading columns where the vocabulary is padded; the others join no softmax and get a zero
     gradient. None: all columns. Counts the columns of all ranks of ``process_group``."""
     normaliser: float | Tensor | None = None
-    """Divisor of the weighted sum: a positive number, or a tensor with one element on the logits' device or the CPU.
-    None: the number of counted tokens of the call, or 1 if there are none (the loss is then 0)."""
+    """Divisor of the weighted sum: a positive number, or a tensor with one element on the logits' device or the CPU,
+    which may be 0 if no row is counted. None: the number of counted tokens of the call, or 1 if there are none. The
+    loss is 0 where no row is counted."""
     gradient_scale: float | Tensor | None = None
     """Mode A: a promise that this gradient will reach ``loss``, as a number or a tensor with one element on the logits'
     device or the CPU. The gradient is then ready when the call returns, and the backward pass hands it on once. A
-    broken promise raises on the CPU; elsewhere checking would wait for the device, and the promised gradient is
-    used."""
+    broken promise raises on the CPU; elsewhere raising would wait for the device, and the promised gradient is used
+    unless ``check_promise``."""
+    check_promise: bool = False
+    """Whether the device compares the incoming gradient with the promised one, in a few small launches that nobody
+    waits for. A difference is a failed assertion on the device, which ends the process at its next wait."""
     return_token_loss: bool = False
     """Whether to return the token losses."""
     process_group: dist.ProcessGroup | None = None

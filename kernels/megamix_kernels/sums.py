@@ -9,6 +9,8 @@ Shapes: N tokens, K domains, C columns of the buffer.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class DomainSums:
     Range: a token counts as non-finite when its loss (or its reference loss, where one is given) is NaN, infinite or
     greater in size than ``MAX_TOKEN_NATS`` = 2**20 nats, or when its domain id is out of range. The sums are exact
     while a domain's total stays below 2**39 (5.5e11) nats: 3e10 tokens at 16 nats each, far beyond one training step.
-    Call `zero_` once a step.
+    Beyond, a total wraps to a negative one, which losses never have, and reads as NaN. Call `zero_` once a step.
     """
 
     def __init__(self, num_domains: int, device: torch.device | str | None = None) -> None:
@@ -49,7 +51,9 @@ class DomainSums:
             ValueError: num_domains is out of range.
         """
         check_num_domains(num_domains)
-        self.buffer = torch.zeros(num_domains, NUM_COLUMNS, dtype=torch.int64, device=device)
+        # A tensor made in inference mode could never be added to outside it.
+        with torch.inference_mode(False):
+            self.buffer = torch.zeros(num_domains, NUM_COLUMNS, dtype=torch.int64, device=device)
 
     @classmethod
     def from_buffer(cls, buffer: Tensor) -> DomainSums:
@@ -82,8 +86,8 @@ class DomainSums:
 
     @property
     def nats(self) -> Tensor:
-        """Sum of token losses in nats, float64 [K]."""
-        return self.buffer[:, NATS].to(torch.float64) / UNITS_PER_NAT
+        """Sum of token losses in nats, float64 [K]; NaN where it has wrapped."""
+        return self._in_nats(NATS)
 
     @property
     def tokens(self) -> Tensor:
@@ -92,13 +96,19 @@ class DomainSums:
 
     @property
     def excess_nats(self) -> Tensor:
-        """Sum of max(loss - reference loss, 0) in nats, float64 [K]; zero where no reference was given."""
-        return self.buffer[:, EXCESS_NATS].to(torch.float64) / UNITS_PER_NAT
+        """Sum of max(loss - reference loss, 0) in nats, float64 [K]; zero where no reference was given, NaN where it
+        has wrapped."""
+        return self._in_nats(EXCESS_NATS)
 
     @property
     def non_finite(self) -> Tensor:
         """Number of tokens excluded from the sums, int64 [K]."""
         return self.buffer[:, NON_FINITE].clone()
+
+    def _in_nats(self, column: int) -> Tensor:
+        # Rounding makes a loss near 0 negative by far less than this one nat a token.
+        wrapped_K = self.buffer[:, column] < -UNITS_PER_NAT * self.buffer[:, TOKENS]
+        return torch.where(wrapped_K, math.nan, self.buffer[:, column].to(torch.float64) / UNITS_PER_NAT)
 
     @torch.no_grad()
     def add(

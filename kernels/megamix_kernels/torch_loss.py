@@ -16,7 +16,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megamix_kernels.inputs import NUM_PARTIALS, Inputs, VocabularyShard, compute_dtype, counted_rows, gather_partials
+from megamix_kernels.inputs import (
+    NUM_PARTIALS,
+    Inputs,
+    VocabularyShard,
+    compute_dtype,
+    counted_rows,
+    divided,
+    gather_partials,
+)
 
 # Elements of one block. On a CPU, 512 KiB of fp32 fit a core's second-level cache; elsewhere launches should be few,
 # and 64 MiB are small.
@@ -57,16 +65,17 @@ def forward(
         objective_N = objective_N + options.label_smoothing * (log_norm_N - deviation_N / inputs.vocab_size)
     if options.z_loss:
         objective_N = objective_N + options.z_loss * (max_N + log_norm_N).square()
-    total = torch.where(counted_N, objective_N * weight_N, 0.0).sum()
+    # Ignored rows have weight 0, and a product with 0 would not make an infinite or NaN loss 0.
+    total = torch.where(weight_N != 0, objective_N * weight_N, 0.0).sum()
     nll_N = torch.where(counted_N, torch.where(valid_N, nll_N, math.nan), 0.0)
-    if inputs.shard.holds_sums:
+    if inputs.adds_to_sums:
         inputs.sums.add(inputs.domain_N, nll_N, counted_N=counted_N, reference_loss_N=inputs.reference_loss_N)
 
-    saved = (safe_labels_N, weight_N, counted_N, max_N, norm_N)
+    saved = (safe_labels_N, weight_N, max_N, norm_N)
     if grad_NV is not None:
         assert inputs.gradient_scale is not None
         gradient(logits_NV, inputs, saved, inputs.gradient_scale, grad_NV)
-    return total / _like(inputs.divisor, total), nll_N if options.return_token_loss else None, saved
+    return divided(total, inputs.divisor), nll_N if options.return_token_loss else None, saved
 
 
 def gradient(
@@ -74,7 +83,7 @@ def gradient(
 ) -> None:
     """Writes the gradient for the incoming gradient ``scale`` into grad_NV, which must not be the logits."""
     options = inputs.options
-    labels_N, weight_N, counted_N, max_N, norm_N = saved
+    labels_N, weight_N, max_N, norm_N = saved
     scale_N = weight_N * (_like(scale, weight_N) / _like(inputs.divisor, weight_N))
     # d objective / d s = softmax * (1 + 2 z_loss lse) - target distribution.
     peak_N = scale_N * (1.0 + 2.0 * options.z_loss * (max_N + norm_N.log())) if options.z_loss else scale_N
@@ -96,7 +105,7 @@ def gradient(
         _row_gradients(work_RV, logits_RV, *per_row, inputs)
         if scratch_RV is not None:
             grad_RV.copy_(work_RV)
-    _zero_rows(grad_NV, ~counted_N)
+    _zero_rows(grad_NV, weight_N == 0)
 
 
 def _partials(logits_NV: Tensor, labels_N: Tensor, inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -186,7 +195,7 @@ def _scores(logits_RV: Tensor, softcap: float, work_RV: Tensor) -> Tensor:
 
 
 def _zero_rows(grad_NV: Tensor, ignored_N: Tensor) -> None:
-    """Sets rows to zero. A product with zero would not do: NaN logits of an ignored row would stay NaN."""
+    """Sets rows to zero. A product with zero would not do: NaN logits of such a row would stay NaN."""
     if grad_NV.device.type == "cpu":
         # A masked fill would go through all rows; this touches the ignored ones only, and the host may ask which.
         grad_NV.index_fill_(0, ignored_N.nonzero()[:, 0], 0.0)

@@ -102,6 +102,9 @@ def loss_rows(
         SMOOTHING,
     )
     if GRADIENT:
+        if weight == 0:
+            write_zeros(gradients + row * gradient_stride, num_columns, CHUNKS, CHUNK)
+            return
         write_gradient(
             gradients + row * gradient_stride,
             logits_row,
@@ -161,7 +164,7 @@ def gradient_rows(
         row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
     )
     gradient_row = gradients + row * gradient_stride
-    if counted == 0:
+    if (counted == 0) | (weight == 0):
         write_zeros(gradient_row, num_columns, CHUNKS, CHUNK)
         return
     write_gradient(

@@ -130,7 +130,7 @@ def _launch(
         "mask": inputs.mask_N,
         "weights": inputs.loss_weights_K,
         "references": inputs.reference_loss_N,
-        "sums": inputs.sums.buffer if shard.holds_sums else None,
+        "sums": inputs.sums.buffer if inputs.adds_to_sums else None,
         "maxima": maxima,
         "norms": norms,
         **_number_or_pointer("scale", scale),

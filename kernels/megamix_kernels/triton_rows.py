@@ -238,7 +238,8 @@ def conclude(
         objective = (1.0 - smoothing) * nll + smoothing * (log_norm - deviation / vocab_size)
     if Z_LOSS:
         objective = objective + z_loss * (row_max + log_norm) * (row_max + log_norm)
-    tl.store(row_losses + row, tl.where(counted, objective * weight / divisor, 0.0), mask=here)
+    # A product with a weight of 0 would not make an infinite or NaN loss 0.
+    tl.store(row_losses + row, tl.where(counted & (weight != 0), objective * weight / divisor, 0.0), mask=here)
     if token_losses is not None:
         tl.store(token_losses + row, tl.where(counted, nll, 0.0), mask=here)
     if sums is not None:
