@@ -8,6 +8,10 @@ a domain falls as it is used up:
 A domain that is sampled at no more than its cap keeps or raises the cap, so constraints that can be met at the start
 can be met to the end, up to the K samples by which the blend's whole samples differ from its weights.
 
+Weights from the end of the run on are recorded, may be the mixture of another run, and are sampled if this one is made
+longer. No samples are left there to divide by, so the cap is that of the whole run: max_epochs_i * samples_i / samples
+of the run.
+
 Legend: K domains.
 """
 
@@ -57,8 +61,12 @@ class Constraints:
     @property
     def trivial(self) -> bool:
         """Whether every mixture is allowed."""
-        capped = self.on_exhausted == "cap" and bool(np.isfinite(self.max_epochs).any())
-        return not capped and not self.floor.any() and bool((self.cap >= 1.0).all())
+        return not self.depends_on_length and not self.floor.any() and bool((self.cap >= 1.0).all())
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the allowed weights depend on the samples of the whole run: epochs bound them."""
+        return self.on_exhausted == "cap" and bool(np.isfinite(self.max_epochs).any())
 
     def apply(self, weights: Floats, counts: ArrayLike, position: float) -> Floats:
         """The allowed weights nearest to ``weights`` (float64 [K]) from ``position`` on.
@@ -67,19 +75,42 @@ class Constraints:
             counts: [K], samples taken from each domain before ``position``.
             position: where the weights take effect.
         """
-        if self.trivial or position >= self.total_samples:
+        if self.trivial:
             return weights
         cap = np.minimum(self.cap, self._caps_by_epochs(np.asarray(counts, np.float64), position))
         # Counts are whole and weights are not: near the end the caps of a run that uses everything up may sum to a
         # little under 1, and a cap may fall below the floor of a domain that has given its share.
-        cap = np.minimum(cap / min(1.0, float(cap.sum())), 1.0)
+        total = float(cap.sum())
+        cap = np.minimum(cap / min(1.0, total), 1.0) if total > 0 else self.cap
         return project_to_capped_simplex(weights, np.minimum(self.floor, cap), cap, self.names)
 
     def _caps_by_epochs(self, counts: Floats, position: float) -> Floats:
         if self.on_exhausted != "cap":
             return np.ones(len(self.names))
-        left = np.maximum(self.max_epochs * self.num_samples - counts, 0.0)
-        return np.minimum(left / (self.total_samples - position), 1.0)
+        allowed, ahead = self.max_epochs * self.num_samples, self.total_samples - position
+        if ahead <= 0:
+            return np.minimum(allowed / self.total_samples, 1.0)
+        return np.minimum(np.maximum(allowed - counts, 0.0) / ahead, 1.0)
+
+    def check_from(self, counts: ArrayLike, position: int) -> None:
+        """Checks that the rest of a run that was changed under way can be sampled within the bounds.
+
+        Args:
+            counts: [K], samples taken from each domain before ``position``.
+
+        Raises:
+            InputError: it cannot.
+        """
+        ahead = self.total_samples - position
+        if self.trivial or ahead <= 0:
+            return
+        available = self._available(np.asarray(counts, np.float64), ahead)
+        # Whole samples, or independent draws, differ from the weights.
+        if available < 0.99 * ahead - len(self.names):
+            raise InputError(
+                f"the run goes on for {ahead} samples after {position}, but of these {self._which_allow} {available:.0f}. "
+                "Allow more, train for fewer steps, or add data."
+            )
 
     def check(self) -> None:
         for name, low, high in zip(self.names, self.floor, self.cap, strict=True):
@@ -117,13 +148,23 @@ class Constraints:
                     f"domain '{name}': data.min_weight {weight:g} asks for {least:.0f} samples of the run's "
                     f"{self.total_samples}, but data.max_epochs {epochs:g} allows {most:.0f}. Lower the one or raise the other."
                 )
-        available = float(np.minimum(allowed, self.cap * self.total_samples).sum())
+        available = self._available(np.zeros(len(self.names)), self.total_samples)
         if available < self.total_samples - 1e-6 * self.total_samples:
-            epochs = np.unique(self.max_epochs)
-            shown = (
-                f"{epochs[0]:g} allows" if epochs.size == 1 and (self.cap >= 1).all() else "and data.max_weight allow"
-            )
             raise InputError(
-                f"data.max_epochs {shown} {available:.0f} samples of the {len(self.names)} domains together, but train.steps x "
+                f"{self._which_allow} {available:.0f} samples of the {len(self.names)} domains together, but train.steps x "
                 f"train.global_batch asks for {self.total_samples}. Allow more epochs, train for fewer steps, or add data."
             )
+
+    def _available(self, counts: Floats, ahead: int) -> float:
+        """The most samples of ``ahead`` that all domains may give together once they have given ``counts``."""
+        most = self.cap * ahead
+        if self.on_exhausted == "cap":
+            most = np.minimum(most, np.maximum(self.max_epochs * self.num_samples - counts, 0.0))
+        return float(most.sum())
+
+    @property
+    def _which_allow(self) -> str:
+        epochs = np.unique(self.max_epochs)
+        if epochs.size == 1 and (self.cap >= 1).all():
+            return f"data.max_epochs {epochs[0]:g} allows"
+        return "data.max_epochs and data.max_weight allow"

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.core.text import listed
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
@@ -27,6 +30,7 @@ from megamix.training.guard import Guard
 from megamix.training.plan import DataPlan
 from megamix.training.records.run_record import RunRecord
 from megamix.training.reference.cache import open_reference, reference_folder
+
 
 
 class MixedData:
@@ -70,6 +74,8 @@ class MixedData:
         self._device = device
         self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.state.guard)
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
+        if resumed is not None and self.change is not None and dist.get_rank() == 0:
+            _log_change(plan, self.change, resumed, blend)
         self.mixer: Mixer | None = None
         self.shadows: tuple[Shadow, ...] = ()
         shared: list[Any] = [None]
@@ -185,6 +191,7 @@ class MixedData:
             mixer=self.mixer.state_dict() if self.mixer is not None else None,
             shadow={shadow.name: shadow.state(self.step) for shadow in self.shadows},
             guard=self.guard.state(),
+            total_samples=self.plan.total_samples,
             manifest=str(self.plan.config.data.manifest.absolute()),
         )
 
@@ -192,6 +199,26 @@ class MixedData:
         """Cancels pending work, without waiting for it."""
         self.loader.close()
         self.exchange.close()
+
+
+def _log_change(plan: DataPlan, change: Mapping[str, Any], resumed: Resumed, blend: Blend) -> None:
+    """Says what a resume changed, with the weights before and after."""
+    before = Blend.from_state_dict(resumed.state.sampler["blend"])
+    names = resumed.domains.before if resumed.domains is not None else plan.domain_names
+    was = dict(zip(names, before.weights.tolist(), strict=True))
+    moved = [
+        f"{name} {was.get(name, 0.0):.4f} -> {weight:.4f}"
+        for name, weight in zip(plan.domain_names, blend.weights.tolist(), strict=True)
+        if weight != was.get(name, 0.0)
+    ]
+    parts = [
+        f"the run's length from {change['length']['before']} to {change['length']['now']} samples"
+        if part == "length"
+        else part
+        for part in (*change["parts"], *(["domains"] if change["domains"] else []))
+    ]
+    weights = f"weights from here on: {listed(moved)}" if moved else "the weights stay"
+    get_logger().warning("changed since step %d: %s; %s", resumed.step, ", ".join(parts), weights)
 
 
 def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
@@ -18,6 +17,7 @@ from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
 from megamix.mixing.mixers import Mixer
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
 from megamix.training.config import RunConfig
@@ -25,7 +25,6 @@ from megamix.training.domain_change import DomainChange, find_change
 from megamix.training.mixture import bound_of, mixture_of
 from megamix.training.plan import DataPlan, Plan
 
-Floats = NDArray[np.float64]
 T = TypeVar("T")
 
 
@@ -49,30 +48,8 @@ class Resumed:
         return self.state.step
 
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
-        """The blend to continue with, and its change for weights.jsonl; None where nothing changed.
-
-        Weights follow from those in effect by the rules of `megamix.training.domain_change`, or are the mixture's where
-        that was changed and accepted; then the constraints are applied.
-        """
-        blend = Blend.from_state_dict(self.state.sampler["blend"])
-        changed = [part for part in ("mixture", "constraints", "data") if part in self.changed]
-        if self.domains is None and not changed:
-            return blend, None
-        change = self.domains
-        sources = tuple(range(blend.num_domains)) if change is None else change.sources
-        kept = np.array([0 if source is None else blend.counts[source] for source in sources])
-        restarted = () if change is None else tuple(change.after.index(name) for name in change.restarted)
-        kept[list(restarted)] = 0
-
-        def rescale(weights: Floats) -> Floats:
-            wanted = weights if change is None else change.rescale(weights)
-            if "mixture" in changed:
-                wanted = plan.policy.stages.at(self.step)
-            return plan.policy.allowed(wanted, kept, blend.position)
-
-        record = {"parts": changed, "domains": None if change is None else change.record()}
-        record["manifest"] = self.state.manifest
-        return blend.with_domains(plan.num_samples, plan.domain_keys, sources, rescale, restarted=restarted), record
+        """See `continued_blend`."""
+        return continued_blend(self.state, plan, self.domains, self.changed)
 
     def set_mixer(self, mixer: Mixer) -> None:
         """Loads the saved state into ``mixer``, by domain name where the domains differ.
@@ -227,6 +204,7 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
         accepted = (*accepted, "data")
         changed = {part: key for part, key in changed.items() if part != "mixture" or part in accepted}
     _refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
+    check_rest(state, plan, domains, tuple(changed))
     return Resumed(path, state, domains, tuple(changed))
 
 

@@ -38,6 +38,7 @@ class RunState:
         mixer: of `Mixer.state_dict`; None on other ranks.
         shadow: by name.
         manifest: path of the data set.
+        total_samples: of the whole run, as its weights were bounded by; None in checkpoints of before it was kept.
         seed, interval: ``train.seed`` and the sums of the log's interval; None in another trainer than megamix's.
     """
 
@@ -48,6 +49,7 @@ class RunState:
     guard: GuardState
     manifest: str
     mixer: dict[str, Any] | None = None
+    total_samples: int | None = None
     seed: int | None = None
     interval: dict[str, Any] | None = None
 

@@ -1,0 +1,144 @@
+"""Bounds where a run ends, is made longer or shorter, or changes its mixture: the blend that a resume goes on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from recorded_runs import BATCH, SEQ, write_data
+
+from megamix.core.config import validate
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
+from megamix.mixing.mixers import make_mixer
+from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
+from megamix.training.checkpoints.state import GuardState, RunState
+from megamix.training.config import RunConfig
+from megamix.training.plan import Plan, make_plan
+
+NAMES = ("web", "c_$1$", "_books")
+SAMPLES = np.array([187, 62, 31])  # of 3000, 1000 and 500 tokens, 16 a sample
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bounded") / "data"
+    write_data(folder)
+    return folder / "manifest.json"
+
+
+def plan_of(manifest: Path, steps: int, **sections: Any) -> Plan:
+    data = {"manifest": str(manifest), "seq_length": SEQ, **sections.pop("data", {})}
+    train = {"steps": steps, "global_batch": BATCH, "micro_batch": 4, "lr": 1e-3, "seed": 7}
+    model = {"architecture": "neox", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_size": 16}
+    checkpoint = {"accept_changed": ["train", "mixture", "constraints"]}
+    content = {"run_dir": "run", "data": data, "model": model, "train": train, "checkpoint": checkpoint, **sections}
+    return make_plan(validate(RunConfig, {"mixture": "uniform", "mixer": {"name": "odm"}, **content}, "test"))
+
+
+def saved(plan: Plan, step: int, asked: dict[int, list[float]] | None = None, **changed: Any) -> RunState:
+    """The state after ``step`` steps in which a mixer asked for weights from some steps on."""
+    blend, policy = plan.blend(), plan.policy
+    blend.take(step * BATCH)
+    for at, weights in (asked or {}).items():
+        position = at * BATCH
+        blend.set_weights(policy.allowed(np.array(weights), blend.counts_at(position), position), at=position)
+    mixer = make_mixer(plan.config.mixer, NAMES, blend.weights).state_dict()
+    parts = {
+        "step": step,
+        "fingerprints": fingerprints(plan),
+        "sampler": {"blend": blend.state_dict()},
+        "shadow": {},
+        "guard": GuardState(),
+        "manifest": str(plan.config.data.manifest),
+        "mixer": {**mixer, "num_updates": 0 if asked is None else len(asked)},
+        "total_samples": plan.total_samples,
+    }
+    return RunState(**{**parts, **changed})
+
+
+def resumed(state: RunState, plan: Plan) -> Resumed:
+    return resume_from(state, plan, Path("run/checkpoints/step_N"), fingerprints(plan))
+
+
+def test_weights_past_the_last_sample_are_bounded_and_a_longer_run_reads_no_more_than_it_may(manifest: Path) -> None:
+    data = {"max_weight": {"web": 0.05}, "max_epochs": {"c_$1$": 0.5}}
+    short, long = plan_of(manifest, 12, data=data), plan_of(manifest, 30, data=data)
+    state = saved(short, 12, {12: [0.2, 0.6, 0.2], 13: [0.2, 0.6, 0.2]})
+    for _, weights in Blend.from_state_dict(state.sampler["blend"]).ledger:
+        assert weights[0] <= 0.05 + 1e-12
+        assert weights[1] <= 31 / (12 * BATCH) + 1e-12
+    blend, change = resumed(state, long).blend(long)
+    assert change is not None
+    assert change["parts"] == ["length"]
+    assert change["length"] == {"before": 12 * BATCH, "now": 30 * BATCH}
+    before = Blend.from_state_dict(state.sampler["blend"]).counts
+    left = (31 - before[1]) / (18 * BATCH)
+    assert blend.weights == pytest.approx([0.05, left, 0.95 - left])
+    blend.take(18 * BATCH)
+    assert blend.counts[0] <= 0.05 * 30 * BATCH + 1
+    assert blend.counts[1] <= 31 + 1
+
+
+def test_weights_of_a_checkpoint_from_before_they_were_bounded_there(manifest: Path) -> None:
+    """Bounds that do not depend on the length change nothing, unless the weights in the checkpoint break them."""
+    data = {"max_weight": {"web": 0.1}}
+    short, long = plan_of(manifest, 12, data=data), plan_of(manifest, 30, data=data)
+    kept = saved(short, 12, {12: [0.2, 0.6, 0.2]})
+    blend, change = resumed(kept, long).blend(long)
+    assert change is None
+    assert blend.state_dict() == kept.sampler["blend"]
+    unbounded = plan_of(manifest, 12).blend()
+    unbounded.take(12 * BATCH)
+    # As megamix 0.1 had it: no length in the state, but the steps in the fingerprints.
+    old = saved(short, 12, sampler={"blend": unbounded.state_dict()}, total_samples=None)
+    blend, change = resumed(old, long).blend(long)
+    assert change is not None
+    assert blend.weights == pytest.approx([0.1, 0.45, 0.45])
+
+
+def test_a_run_of_the_same_length_goes_on_bit_for_bit(manifest: Path) -> None:
+    plan = plan_of(manifest, 12, data={"max_weight": {"web": 0.4}, "max_epochs": 1})
+    state = saved(plan, 5, {5: [0.6, 0.3, 0.1], 6: [0.9, 0.05, 0.05]})
+    blend, change = resumed(state, plan).blend(plan)
+    assert change is None
+    assert blend.state_dict() == state.sampler["blend"]
+
+
+def test_announced_weights_are_bounded_where_they_begin(manifest: Path) -> None:
+    data = {"max_epochs": {"_books": 1}, "weight_lag": 3}
+    short, long = plan_of(manifest, 20, data=data), plan_of(manifest, 40, data=data)
+    state = saved(short, 10, {10: [0.4, 0.4, 0.2], 13: [0.1, 0.1, 0.8]})
+    blend, _ = resumed(state, long).blend(long)
+    assert [at for at, _ in blend.ledger] == [10 * BATCH, 13 * BATCH]
+    at = 13 * BATCH
+    cap = (31 - blend.counts_at(at)[2]) / (40 * BATCH - at)
+    assert blend.segment_at(at).weights[2] == pytest.approx(cap)
+
+
+def test_what_is_left_of_a_longer_run_must_fit_its_bounds(manifest: Path) -> None:
+    """The whole run would fit, but the small domains have given all they may by the time it is made longer."""
+    data = {"max_weight": {"web": 0.6}, "max_epochs": {"c_$1$": 0.5, "_books": 1}}
+    short, long = plan_of(manifest, 15, data=data), plan_of(manifest, 18, data=data)
+    state = saved(short, 15, {15: [0.1, 0.5, 0.4]})
+    with pytest.raises(InputError, match=r"goes on for 24 samples after 120.*max_epochs and data\.max_weight allow 14"):
+        resumed(state, long)
+    resumed(state, short)
+
+
+def test_a_stage_that_begins_within_the_lag_of_a_resume_is_announced(manifest: Path) -> None:
+    def staged(third: str) -> Plan:
+        stages = [(0, "natural"), (6, "uniform"), (7, third)]
+        mixture = {"stages": [{"from_tokens": step * BATCH * SEQ, "weights": weights} for step, weights in stages]}
+        return plan_of(manifest, 20, data={"weight_lag": 2}, mixture=mixture, mixer={"name": "static"})
+
+    old, new = staged("natural"), staged("uniform")
+    state = saved(old, 4)
+    blend, change = resumed(state, new).blend(new)
+    assert change is not None
+    assert change["parts"] == ["mixture"]
+    fresh = new.blend(through_step=6)
+    assert blend.ledger[1:] == [entry for entry in fresh.ledger if entry[0] > 4 * BATCH]
+    assert blend.ledger[1:][0][0] == 6 * BATCH
