@@ -138,7 +138,8 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
                 f"{run.run_dir}: the mixer {name} follows the run's objective, natural shares, which are not on record and "
                 f"can only be worked out with the data set. {run.missing_data}"
             )
-        mixer = make_mixer(config, statistics.domain_names, blend.weights, objective or None)
+        left_out = run.ledger.lines[0].get("left_out", ())
+        mixer = make_mixer(config, statistics.domain_names, blend.weights, objective or None, left_out=left_out)
         lines = _lines(Shadow(name, mixer, blend, policy), statistics, drawn_with)
         results.append(_result(run, Ledger(lines, run.ledger.seed, run.ledger.sampling), name, drawn_with, folder))
     used = _compared("used", run.ledger, drawn_with, run)

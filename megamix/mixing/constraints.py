@@ -17,12 +17,14 @@ Legend: K domains.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamix.core.errors import InputError
+from megamix.core.text import listed
 from megamix.mixing.mixers import project_to_capped_simplex
 
 Floats = NDArray[np.float64]
@@ -79,7 +81,13 @@ class Constraints:
             return weights
         cap = np.minimum(self.cap, self._caps_by_epochs(np.asarray(counts, np.float64), position))
         # Counts are whole and weights are not: near the end the caps of a run that uses everything up may sum to a
-        # little under 1, and a cap may fall below the floor of a domain that has given its share.
+        # little under 1, and a cap may fall below the floor of a domain that has given its share. What is missing goes
+        # to the domains that were asked for.
+        wanted_cap = np.where(weights > 0, cap, np.minimum(self.floor, cap))
+        total = float(wanted_cap.sum())
+        fits_at_first = float(np.where(weights > 0, self.cap, self.floor).sum()) >= 1.0
+        if fits_at_first and total > 0 and (1.0 - total) * (self.total_samples - position) <= len(self.names):
+            cap = wanted_cap
         total = float(cap.sum())
         cap = np.minimum(cap / min(1.0, total), 1.0) if total > 0 else self.cap
         return project_to_capped_simplex(weights, np.minimum(self.floor, cap), cap, self.names)
@@ -111,6 +119,23 @@ class Constraints:
                 f"the run goes on for {ahead} samples after {position}, but of these {self._which_allow} {available:.0f}. "
                 "Allow more, train for fewer steps, or add data."
             )
+
+    def check_without(self, left_out: Sequence[str]) -> None:
+        """Checks that the bounds can be met by the other domains alone.
+
+        Args:
+            left_out: domains whose weight is 0 in the mixture.
+
+        Raises:
+            InputError: they cannot.
+        """
+        if not left_out:
+            return
+        cap = np.array([0.0 if name in left_out else high for name, high in zip(self.names, self.cap, strict=True)])
+        try:
+            replace(self, cap=cap).check()
+        except InputError as error:
+            raise InputError(f"without {listed(left_out)}, of weight 0 in the mixture: {error}") from error
 
     def check(self) -> None:
         for name, low, high in zip(self.names, self.floor, self.cap, strict=True):

@@ -81,6 +81,12 @@ class WeightPolicy:
         return self.constraints.apply(wanted, counts, position)
 
     @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """The domains of weight 0 in every stage, to which no bound gives more: it stays 0 under any mixer."""
+        zero = (self.stages.weights == 0).all(axis=0) & (self.constraints.floor == 0)
+        return tuple(name for name, is_zero in zip(self.constraints.names, zero, strict=True) if is_zero)
+
+    @cached_property
     def initial_weights(self) -> Floats:
         """float64 [K]: the weights that hold from position 0 on."""
         return self.allowed(self.stages.at(0), np.zeros(self.constraints.num_samples.size), 0)

@@ -32,7 +32,6 @@ from megamix.training.records.run_record import RunRecord
 from megamix.training.reference.cache import open_reference, reference_folder
 
 
-
 class MixedData:
     """Data loop of one rank; every rank of the job makes one.
 
@@ -82,10 +81,13 @@ class MixedData:
         share = plan.share(data_rank)
         if dist.get_rank() == 0:
             weights = blend.segment_at(self.step * plan.config.train.global_batch).weights
-            self.mixer = make_mixer(plan.config.mixer, plan.domain_names, weights, plan.objective_weights)
+            left_out = plan.policy.left_out if resumed is None else resumed.left_out(plan)
+            self.mixer = make_mixer(
+                plan.config.mixer, plan.domain_names, weights, plan.objective_weights, left_out=left_out
+            )
             if resumed is not None:
                 resumed.set_mixer(self.mixer)
-            self.shadows = open_shadows(plan, blend, self.step, resumed)
+            self.shadows = open_shadows(plan, blend, self.step, resumed, left_out)
             shared = [({"blend": blend.state_dict()}, checked_loss_weights(self.mixer))]
         # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
         # Through a separate group: small objects must not need the accelerator.
@@ -221,13 +223,15 @@ def _log_change(plan: DataPlan, change: Mapping[str, Any], resumed: Resumed, ble
     get_logger().warning("changed since step %d: %s; %s", resumed.step, ", ".join(parts), weights)
 
 
-def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None) -> tuple[Shadow, ...]:
+def open_shadows(
+    plan: DataPlan, blend: Blend, step: int, resumed: Resumed | None, left_out: tuple[str, ...]
+) -> tuple[Shadow, ...]:
     """The shadows of a run, before ``step``.
 
     Each continues from its part of the checkpoint. A new one, or one with another config, begins here.
 
     Args:
-        blend: of the run.
+        blend, left_out: of the run.
     """
     saved = {} if resumed is None else resumed.state.shadow
     shadows = []
@@ -237,11 +241,14 @@ def open_shadows(plan: DataPlan, blend: Blend, step: int, resumed: Resumed | Non
         if resumed is not None and own is not None and own.config in (identity, identity["mixer"]):
             part = replace(resumed, state=replace(resumed.state, mixer=own.mixer, sampler=own.sampler))
             its_blend, change = part.blend(plan)
+            out = part.left_out(plan)
         else:
+            out = left_out
             part, its_blend = None, Blend.from_state_dict(blend.state_dict())
             change = None if step == 0 else {"parts": ["shadow"], "domains": None}
         start = step * plan.config.train.global_batch
-        mixer = make_mixer(config, plan.domain_names, its_blend.segment_at(start).weights, plan.objective_weights)
+        weights = its_blend.segment_at(start).weights
+        mixer = make_mixer(config, plan.domain_names, weights, plan.objective_weights, left_out=out)
         if part is not None:
             part.set_mixer(mixer)
         shadows.append(

@@ -6,7 +6,7 @@ Legend: K domains, B samples in a micro-batch, S tokens in a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,18 +110,22 @@ class RewardEvaluation:
     Its samples are training data: a mixer that follows the held-out losses would bias them as a measure of a mixture.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, config: EvaluatedConfig) -> None:
+    def __init__(self, plan: Plan, engine: Engine, config: EvaluatedConfig, num_mixed: int) -> None:
         self._config = config
         self._weight_lag = plan.config.data.weight_lag
-        self._num_domains = len(plan.domain_names)
+        self._num_domains = num_mixed
         self._engine = engine
         self._samples = EvaluationSamples(plan, engine, plan.domains, config.num_eval_samples)
 
     @classmethod
-    def of(cls, plan: Plan, engine: Engine) -> RewardEvaluation | None:
-        """None for a mixer that sees the losses of training."""
+    def of(cls, plan: Plan, engine: Engine, left_out: Collection[str]) -> RewardEvaluation | None:
+        """None for a mixer that sees the losses of training.
+
+        Args:
+            left_out: domains that the mixer does not mix.
+        """
         config = evaluated(plan.config.mixer)
-        return None if config is None else cls(plan, engine, config)
+        return None if config is None else cls(plan, engine, config, len(plan.domain_names) - len(left_out))
 
     def due_after(self, step: int) -> bool:
         """Whether the mixer wants an evaluation after ``step``, which counts from 0."""

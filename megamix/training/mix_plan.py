@@ -118,7 +118,9 @@ def make_policy(
     train = config.train
     stages = read_stages(config, names, num_samples, natural)
     constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
-    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
+    policy = WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
+    constraints.check_without(policy.left_out)
+    return policy
 
 
 def read_stages(config: MixConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], natural: Floats) -> Stages:

@@ -273,6 +273,6 @@ def _windows(domain: DomainTokens, split: str, seq_length: int) -> int:
     if number < 1:
         raise InputError(
             f"domain '{domain.name}' has {domain.num_tokens} {split} tokens, fewer than one sample of seq_length {seq_length} needs "
-            f"({seq_length + 1}). Lower data.seq_length, leave the domain out, or prepare with a larger validation fraction."
+            f"({seq_length + 1}). Lower data.seq_length, leave the domain out of data.domains, or prepare with a larger validation fraction."
         )
     return number

@@ -68,7 +68,8 @@ class Trainer:
             saving.load_engine(resumed.path, self.engine, resumed.state.optimizer_steps, verified=True)
         elif (pretrained := plan.pretrained()) is not None:
             saving.load_weights(pretrained, self.engine)
-        self._rewards = RewardEvaluation.of(plan, self.engine)
+        left_out = plan.policy.left_out if resumed is None else resumed.left_out(plan)
+        self._rewards = RewardEvaluation.of(plan, self.engine, left_out)
         self.data = MixedData(
             plan,
             data_rank=self.place.data_rank,

@@ -69,6 +69,43 @@ def test_a_used_up_domain_goes_below_its_floor() -> None:
     assert used_up.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
 
 
+@pytest.mark.parametrize("position", [396, 399, 400, 401, 10**6])
+def test_bounds_hold_at_the_last_sample_and_past_it(position: int) -> None:
+    """Past the end there are no samples left to divide by: the caps by epochs are those of the whole run."""
+    bounds = constraints(max_epochs={"code": 0.5, "mail": 2}, min_weight=0.02, max_weight={"web": 0.6})
+    counts = np.array([240, 29, 38, max(position, 400) - 307])
+    left, ahead = np.array([math.inf, 1.0, 2.0, math.inf]), 400 - position
+    by_epochs = np.minimum(left / ahead, 1) if ahead > 0 else np.array([1, 30 / 400, 40 / 400, 1])
+    cap = np.minimum([0.6, 1, 1, 1], by_epochs)
+    result = bounds.apply(np.array([0.3, 0.3, 0.3, 0.1]), counts, position)
+    assert result == pytest.approx(nearest(np.array([0.3, 0.3, 0.3, 0.1]), np.full(4, 0.02), cap), abs=2e-6)
+
+
+def test_past_the_end_of_a_run_that_used_everything_up() -> None:
+    bounds = constraints(500, max_epochs=1)
+    assert bounds.apply(np.full(4, 0.25), SAMPLES, 500) == pytest.approx(SAMPLES / 500)
+
+
+def test_what_whole_samples_leave_open_at_the_end_goes_to_no_domain_of_weight_0() -> None:
+    """Of the last 10 samples the caps of those asked for leave one open."""
+    bounds = constraints(440, max_epochs=1)
+    weights = bounds.apply(np.array([0.5, 0.25, 0.0, 0.25]), [296, 58, 0, 117 - 41], 430)
+    assert weights[2] == 0
+    short = bounds.apply(np.array([0.5, 0.25, 0.0, 0.25]), [297, 57, 0, 117], 430)
+    assert short.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
+    # Where a bound of the weights themselves leaves it open, somebody has to take it.
+    forced = constraints(400, max_weight=0.3).apply(np.array([0.5, 0.5, 0.0, 0.0]), [0] * 4, 0)
+    assert forced.tolist() == pytest.approx([0.3, 0.3, 0.2, 0.2])
+
+
+def test_what_is_left_of_a_changed_run() -> None:
+    bounds = constraints(400, max_epochs={"code": 0.5}, max_weight={"web": 0.4, "mail": 0.1, "wiki": 0.45})
+    bounds.check_from([80, 15, 20, 85], 200)  # 15 of code, 190 of the others
+    with pytest.raises(InputError, match=r"goes on for 200 samples after 200, but of these .* allow 190"):
+        bounds.check_from([70, 30, 20, 80], 200)
+    bounds.check_from([170, 30, 40, 160], 400)
+
+
 def read_in_a_run(bounds: Constraints, seed: int, sampling: Any, lag: int) -> np.ndarray:
     """How often each domain is read in a run that asks for random weights in every step, which act ``lag`` steps after
     the next; int64 [K]."""

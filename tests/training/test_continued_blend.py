@@ -1,4 +1,4 @@
-"""Bounds where a run ends, is made longer or shorter, or changes its mixture: the blend that a resume goes on with."""
+"""Blend and mixer that a resume goes on with where the run is made longer, or the mixture leaves domains out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recorded_runs import BATCH, SEQ, write_data
 from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
-from megamix.mixing.mixers import make_mixer
+from megamix.mixing.mixers import DomainStats, make_mixer
 from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
 from megamix.training.checkpoints.state import GuardState, RunState
 from megamix.training.config import RunConfig
@@ -45,7 +45,7 @@ def saved(plan: Plan, step: int, asked: dict[int, list[float]] | None = None, **
     for at, weights in (asked or {}).items():
         position = at * BATCH
         blend.set_weights(policy.allowed(np.array(weights), blend.counts_at(position), position), at=position)
-    mixer = make_mixer(plan.config.mixer, NAMES, blend.weights).state_dict()
+    mixer = make_mixer(plan.config.mixer, plan.domain_names, blend.weights, left_out=plan.policy.left_out).state_dict()
     parts = {
         "step": step,
         "fingerprints": fingerprints(plan),
@@ -142,3 +142,53 @@ def test_a_stage_that_begins_within_the_lag_of_a_resume_is_announced(manifest: P
     fresh = new.blend(through_step=6)
     assert blend.ledger[1:] == [entry for entry in fresh.ledger if entry[0] > 4 * BATCH]
     assert blend.ledger[1:][0][0] == 6 * BATCH
+
+
+# Domains that are left out. ------------------------------------------------------------------------------------------
+
+
+def test_what_the_mixture_leaves_out(manifest: Path) -> None:
+    """Weight 0 in every stage, where no bound asks for more; not a domain that is only used up."""
+    zero = {"web": 1, "c_$1$": 0, "_books": 1}
+    assert plan_of(manifest, 12, mixture=zero).policy.left_out == ("c_$1$",)
+    assert plan_of(manifest, 12, mixture=zero, data={"min_weight": {"c_$1$": 0.1}}).policy.left_out == ()
+    later = {"stages": [{"from_tokens": 0, "weights": zero}, {"from_tokens": 640, "weights": "natural"}]}
+    assert plan_of(manifest, 12, mixture=later).policy.left_out == ()
+    with pytest.raises(InputError, match=r"without c_\$1\$, of weight 0 in the mixture: data\.max_weight sums to 0\.8"):
+        plan_of(manifest, 12, mixture=zero, data={"max_weight": 0.4})
+    with pytest.raises(InputError, match=r"without c_\$1\$, of weight 0.*data\.max_epochs.* 218 samples"):
+        plan_of(manifest, 30, mixture=zero, data={"max_epochs": 1})
+    assert plan_of(manifest, 30, data={"max_epochs": 1}).total_samples == 240
+
+
+def test_a_resume_leaves_out_what_the_run_did(manifest: Path) -> None:
+    zero = {"web": 1, "c_$1$": 0, "_books": 1}
+    plan, used_up = plan_of(manifest, 12, mixture=zero), plan_of(manifest, 12, data={"max_epochs": {"c_$1$": 0.1}})
+    assert resumed(saved(plan, 4), plan).left_out(plan) == ("c_$1$",)
+    # A weight of 0 that is not the mixture's: the domain is used up, and comes back where it may.
+    state = saved(used_up, 8)
+    assert resumed(state, used_up).left_out(used_up) == ()
+    # Another mixture gives it more, or leaves another out; a run of before weights of 0 stayed so goes on as it was.
+    more = plan_of(manifest, 12, mixture="uniform")
+    assert resumed(saved(plan, 4), more).left_out(more) == ()
+    other = plan_of(manifest, 12, mixture={"web": 0, "c_$1$": 1, "_books": 1})
+    assert resumed(saved(plan, 4), other).left_out(other) == ("web",)
+    old = make_mixer(plan.config.mixer, NAMES, [0.5, 0.0, 0.5], left_out=()).state_dict()
+    assert resumed(saved(plan, 4, mixer=old), plan).left_out(plan) == ()
+
+
+def test_the_mixer_goes_on_with_what_it_knows_of_the_others(manifest: Path) -> None:
+    zero = {"web": 1, "c_$1$": 0, "_books": 1}
+    plan, more = plan_of(manifest, 12, mixture=zero), plan_of(manifest, 12, mixture="uniform")
+    mixer = make_mixer(plan.config.mixer, NAMES, [0.5, 0.0, 0.5], left_out=plan.policy.left_out)
+    mixer.update(DomainStats([30.0, 0.0, 10.0], [10, 0, 10]), 1)
+    state = saved(plan, 1, mixer=mixer.state_dict())
+    for now in (plan, more):
+        found = resumed(state, now)
+        again = make_mixer(now.config.mixer, NAMES, found.blend(now)[0].weights, left_out=found.left_out(now))
+        found.set_mixer(again)
+        rewards, before = again.record()["estimated_rewards"], mixer.record()["estimated_rewards"]
+        assert (rewards[0], rewards[2]) == (before[0], before[2])
+        assert (rewards[1] is None) == (now is plan)
+        again.update(DomainStats([30.0, 20.0, 10.0], [10, 10, 10]), 2)
+        assert (again.weights[1] == 0) == (now is plan)

@@ -21,6 +21,7 @@ from megamix.mixing.mixers.ado import AdoConfig, AdoMixer
 from megamix.mixing.mixers.aioli import AioliConfig, AioliMixer
 from megamix.mixing.mixers.base import EvaluatedConfig, Mixer, ScheduleConfig, evaluated
 from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
+from megamix.mixing.mixers.left_out import PartMixer, adopt_state, mixed_domains, zero_domains
 from megamix.mixing.mixers.odm import OdmConfig, OdmMixer
 from megamix.mixing.mixers.own import check_installed, installed, own_mixer
 from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
@@ -99,6 +100,7 @@ def make_mixer(
     domains: Sequence[str],
     initial_weights: DomainWeights,
     objective: DomainWeights | None = None,
+    left_out: Sequence[str] | None = None,
 ) -> Mixer:
     """Builds the mixer that ``config`` names.
 
@@ -108,6 +110,7 @@ def make_mixer(
         domains: The K domain names.
         initial_weights: K relative weights in that order, or by name.
         objective: K relative weights of the domains in the loss that the run is judged by. Default: the initial ones.
+        left_out: Names of domains that have weight 0 and keep it. Default: those whose initial weight is 0.
 
     Raises:
         InputError: An unknown mixer or key (the message names the nearest right one), a value out of range, weights
@@ -117,7 +120,12 @@ def make_mixer(
     config_class, mixer_class = find_mixer(name)
     if not isinstance(config, config_class):
         config = validate(config_class, dict(config), f"mixer '{name}'")
-    mixer = mixer_class(config, domains, initial_weights)
+    out = zero_domains(domains, initial_weights) if left_out is None else tuple(left_out)
+    if out:
+        weights = normalise_weights(initial_weights, domains, "initial weights")
+        mixer: Mixer = PartMixer(mixer_class, config, domains, weights, out)
+    else:
+        mixer = mixer_class(config, domains, initial_weights)
     if objective is not None:
         mixer.set_objective(objective)
     return mixer
@@ -137,14 +145,17 @@ __all__ = [
     "MixerConfig",
     "OdmConfig",
     "OdmMixer",
+    "PartMixer",
     "RecommendedConfig",
     "RecommendedMixer",
     "ScheduleConfig",
     "StaticConfig",
     "StaticMixer",
+    "adopt_state",
     "evaluated",
     "find_mixer",
     "make_mixer",
+    "mixed_domains",
     "normalise_weights",
     "project_to_capped_simplex",
     "without_code",

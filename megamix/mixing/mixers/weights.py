@@ -77,7 +77,8 @@ def _in_order(weights: Mapping[str, float], domains: Sequence[str], source: str)
     missing = [domain for domain in domains if domain not in weights]
     if missing:
         raise InputError(
-            f"{source}: no weight for {listed(missing)}. Give every domain a weight; 0 leaves a domain out."
+            f"{source}: no weight for {listed(missing)}. Give every domain a weight; 0 leaves a domain out of the samples, "
+            "under any mixer."
         )
     return [weights[domain] for domain in domains]
 

@@ -15,7 +15,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
 from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
-from megamix.mixing.mixers import Mixer
+from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
@@ -51,19 +51,37 @@ class Resumed:
         """See `continued_blend`."""
         return continued_blend(self.state, plan, self.domains, self.changed)
 
+    def left_out(self, plan: DataPlan) -> tuple[str, ...]:
+        """The domains whose weight stays 0: those of the checkpoint, unless mixture or domains changed."""
+        state = self.state.mixer
+        if state is None or "mixture" in self.changed:
+            return plan.policy.left_out
+        before = set(state["domains"]) - set(mixed_domains(state))
+        change = self.domains
+        if change is None:
+            return tuple(name for name in plan.domain_names if name in before)
+        whole = (None if parent is None else change.before[parent] for parent in change.parents)
+        return tuple(
+            name
+            for name, parent, added in zip(change.after, whole, change.added.tolist(), strict=True)
+            if (added == 0 if parent is None else parent in before)
+        )
+
     def set_mixer(self, mixer: Mixer) -> None:
-        """Loads the saved state into ``mixer``, by domain name where the domains differ.
+        """Loads the saved state into ``mixer``, by domain name where the domains differ or others are left out.
 
         Another mixer (accepted by ``checkpoint.accept_changed``) starts afresh from the weights in effect.
         """
         state = self.state.mixer
         if state is None or state["mixer"] != mixer.name:
             return
-        if self.domains is None:
-            mixer.load_state_dict(state)
+        change = self.domains
+        if change is not None:
+            adopt_state(mixer, state, change.parents, change.rescale(np.array(state["weights"], np.float64)))
+        elif mixed_domains(state) != mixed_domains(mixer.state_dict()):
+            adopt_state(mixer, state, range(mixer.num_domains), mixer.weights)
         else:
-            weights = self.domains.rescale(np.array(state["weights"], np.float64))
-            mixer.adopt_state(state, self.domains.parents, weights)
+            mixer.load_state_dict(state)
 
 
 def open_checkpoint(plan: Plan) -> Resumed | None:
