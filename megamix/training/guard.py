@@ -176,7 +176,7 @@ class Guard:
         if self._in_a_row >= self._config.max_skips:
             raise BadStep(
                 f"step {step + 1}: {what}. It is the last of {self._in_a_row} steps in a row that were left out "
-                f"(guard.max_skips {self._config.max_skips}). {self._remedy()}"
+                f"(guard.max_skips {self._config.max_skips}). {self._remedy_of(step + 1 - self._in_a_row)}"
             )
         return f"step {step + 1} left out, {self._in_a_row} in a row: {what}"
 
@@ -197,16 +197,32 @@ class Guard:
         assert self._run is not None
         mean_K = sums.nats / sums.tokens.clamp(min=1)
         worst = int(mean_K.argmax())
-        folder = self._run.run_dir / "checkpoints"
-        before = max((saved for saved in complete_steps(folder) if saved <= step), default=None)
+        before = self._saved_before(step)
         start = "the start, as no checkpoint is before it" if before is None else (
-            f"one before it: checkpoint.resume={folder / f'step_{before}'}, or an earlier one if the loss was rising there already"
+            f"one before it: checkpoint.resume={before}, or an earlier one if the loss was rising there already"
         )  # fmt: skip
         return (
             f"step {step + 1}: the mean loss is {loss:.3f} with a learning rate of {self._run.train.lr_at(step):.3g}, above "
             f"{self._limit:.3f} (guard.explosion: {self._config.explosion:g} times the loss of a guess); the highest is that of "
             f"'{self._domains[worst]}', {float(mean_K[worst]):.3f}. Lower train.lr or lengthen train.warmup (with "
             f"checkpoint.accept_changed=[train]) and go on from {start}."
+        )
+
+    def _saved_before(self, step: int) -> Path | None:
+        """The newest checkpoint of at most ``step`` steps."""
+        assert self._run is not None
+        folder = self._run.run_dir / "checkpoints"
+        before = max((saved for saved in complete_steps(folder) if saved <= step), default=None)
+        return None if before is None else folder / f"step_{before}"
+
+    def _remedy_of(self, good: int) -> str:
+        """What to do where all steps after the first ``good`` were left out: the weights are those of before them."""
+        before = None if self._run is None else self._saved_before(good)
+        if before is None:
+            return self._remedy()
+        return (
+            "Lower train.lr, lengthen train.warmup or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
+            f"from before them: checkpoint.resume={before}, or an earlier one if the weights were wrong there already."
         )
 
     def _describe(self, sums: DomainSums, samples: list[BadSample]) -> str:

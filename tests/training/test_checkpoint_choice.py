@@ -24,11 +24,18 @@ def cut(path: Path) -> None:
 
 
 def swap(folder: Path, *, finished: bool) -> None:
-    """As a kill leaves it between the two renames; or one that cannot be: the new one is not whole."""
+    """As a kill leaves it between the two renames; or one that cannot be: the new one is not whole. The one that is not
+    to be taken is damaged where only the other's files are read."""
     (folder / "step_6").rename(folder / "step_6.before")
-    shutil.copytree(folder / "step_4", folder / "step_6.partial")
-    if not finished:
+    shutil.copytree(folder / "step_6.before", folder / "step_6.partial")
+    if finished:
+        cut(folder / "step_6.before" / LAYER)
+    else:
         (folder / "step_6.partial" / "checkpoint.json").unlink()
+
+
+def misname(folder: Path) -> None:
+    shutil.copytree(folder / "step_4", folder / "step_99999")
 
 
 # Name -> (what is done to a folder with the checkpoints 2, 4 and 6, what all ranks then have).
@@ -36,11 +43,12 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole": (lambda folder: None, "step_6 of step 6"),
     "none": (lambda folder: [shutil.rmtree(path) for path in folder.iterdir()], "None"),
     "unfinished": (lambda folder: (folder / "step_6").rename(folder / "step_6.partial"), "step_4 of step 4"),
-    "new one without its name": (lambda folder: swap(folder, finished=True), "step_6 of step 4"),
+    "new one without its name": (lambda folder: swap(folder, finished=True), "step_6 of step 6"),
     "old one without its name": (lambda folder: swap(folder, finished=False), "step_6 of step 6"),
     **{f"flipped {name[-16:]}": (lambda folder, name=name: flip(folder / "step_6" / name), "step_4 of step 4")
        for name in ("checkpoint.json", *FILES)},
     "cut": (lambda folder: cut(folder / "step_6" / LAYER), "step_4 of step 4"),
+    "a copy under another name": (misname, "step_6 of step 6"),
     "gone": (lambda folder: (folder / "step_6" / LAYER).unlink(), "step_4 of step 4"),
     "two damaged": (lambda folder: [flip(folder / f"step_{step}" / LAYER) for step in (4, 6)], "step_2 of step 2"),
     "all damaged": (

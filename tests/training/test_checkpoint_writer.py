@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from megamix.core.errors import InputError, MegamixError, Preempted, ResumeRefus
 from megamix.engines.base import OwnFormat
 from megamix.training.checkpoints import saving
 from megamix.training.checkpoints.saving import CheckpointWriter, load_engine
-from megamix.training.checkpoints.store import complete_steps, damage, newest, read_listing
+from megamix.training.checkpoints.store import complete_steps, damage, newest, read_listing, read_state_json
 from megamix.training.config import CheckpointConfig
 
 
@@ -178,6 +179,43 @@ def test_which_checkpoints_stay(tmp_path: Path, group: Any) -> None:
             steps,
         )
         assert all(loads(folder / f"step_{step}", step) for step in wanted)
+
+
+def test_what_is_saved_while_steps_are_left_out_takes_the_place_of_no_other(tmp_path: Path, group: Any) -> None:
+    """Two good ones, a row of skipped steps that is saved step by step, through restarts, and a good one at last."""
+
+    def there() -> list[int]:
+        return sorted(complete_steps(tmp_path))
+
+    write(tmp_path, [2, 4, 6], group, keep=2)
+    for steps, wanted in (([7, 8, 9], [4, 6, 9]), ([10], [4, 6, 10])):
+        write(tmp_path, steps, group, {"guard": {"skips": 9, "in_a_row": 1}}, keep=2)
+        assert there() == wanted
+    assert newest(tmp_path) == tmp_path / "step_10"
+    write(tmp_path, [12], group, {"guard": {"skips": 9, "in_a_row": 0}}, keep=2)
+    assert there() == [6, 10, 12]
+    write(tmp_path, [14], group, keep=2)
+    assert there() == [12, 14]
+
+
+def test_a_damaged_one_takes_the_place_of_no_other(tmp_path: Path, group: Any) -> None:
+    write(tmp_path, [2, 4, 6], group, keep=2)
+    flip(tmp_path / "step_6" / "checkpoint.json")
+    write(tmp_path, [8], group, keep=2)
+    assert sorted(complete_steps(tmp_path)) == [4, 6, 8]
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_of_that_step(tmp_path: Path, group: Any) -> None:
+    """It sorts nowhere, is not resumed from, and is left to whoever made it; under a name without a step it is one."""
+    write(tmp_path, [2, 4], group)
+    shutil.copytree(tmp_path / "step_4", tmp_path / "step_99999")
+    copy = shutil.copytree(tmp_path / "step_4", tmp_path / "good")
+    assert newest(tmp_path) == tmp_path / "step_4"
+    with pytest.raises(ResumeRefused, match=r"step_99999 is damaged: it was taken after step 4, not 99999"):
+        read_state_json(tmp_path / "step_99999")
+    assert read_state_json(copy) == {"step": 4}
+    write(tmp_path, [6], group, keep=1)
+    assert sorted(complete_steps(tmp_path)) == [6, 99999]
 
 
 def test_checkpoints_of_a_course_that_the_run_has_left(tmp_path: Path, group: Any) -> None:

@@ -159,6 +159,19 @@ def test_skip_counts_and_gives_up(group: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_after_a_row_of_steps_left_out_the_checkpoint_before_it_is_named(group: Any, tmp_path: Path) -> None:
+    """Those of steps 2 and 3 were saved in the row; that of step 1 is the last one before it."""
+    for step in (0, 1, 2, 3):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    guard = make(tmp_path, "guard.non_finite=skip", "guard.max_skips=3")
+    for step in range(1, 4):
+        guard.judge(step, sums((0, 1.0)), NOTHING, group)
+        if step < 3:
+            guard.left_out(step)
+    with pytest.raises(BadStep, match=rf"checkpoint\.resume={tmp_path}/checkpoints/step_1, or an earlier one"):
+        guard.left_out(3)
+
+
 def test_a_bad_gradient_stops_too(group: Any, tmp_path: Path) -> None:
     guard = make(tmp_path)
     guard.judge(6, sums((0, 1.0)), NOTHING, group)

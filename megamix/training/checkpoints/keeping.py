@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megamix.core.files import sync_folder
 from megamix.core.log import get_logger
-from megamix.training.checkpoints.store import BEFORE, PARTIAL, candidates, steps_in
+from megamix.training.checkpoints.store import BEFORE, PARTIAL, candidates, misnamed, read_listing, steps_in
 
 REMOVED = ".removed"
 
@@ -67,16 +68,28 @@ def drop_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
     Checkpoints of later steps go too: the run was resumed from one before them, because they were damaged or because
     the user said so, and its record continues from there.
 
+    A checkpoint that was saved while steps were left out, or is damaged, takes the place of no other: the weights in it
+    may be why. Of the former only the newest stays.
+
     Args:
-        keep: number of the newest that stay.
+        keep: number of the newest others that stay.
         keep_every: multiples of this stay too; 0 for none.
     """
     found = steps_in(folder)
+    sound, after_skips = [], []
+    for other, path in sorted(found.items()):
+        with suppress(ValueError):
+            listing = read_listing(path)
+            if misnamed(path, listing) is not None:
+                del found[other]  # a copy that somebody made
+            elif other <= step:
+                (after_skips if listing.after_skips else sound).append(other)
     later = [other for other in found if other > step]
-    earlier = sorted(other for other in found if other <= step)[:-keep]
+    oldest = sound[-keep] if len(sound) >= keep else 0
+    old = [other for other in found if other < oldest or other in after_skips[:-1]]
     for other in later:
         get_logger().info("removing %s: the run was resumed from a step before it", found[other])
-    for other in [*later, *(other for other in earlier if not keep_every or other % keep_every)]:
+    for other in [*later, *(other for other in old if not keep_every or other % keep_every)]:
         try:
             _remove(found[other])
         except OSError as problem:

@@ -144,7 +144,8 @@ class CheckpointWriter:
             (partial / holds).mkdir(parents=True)
 
         def finish() -> None:
-            write_listing(partial, Listing(step, holds, files))
+            after_skips = state.get("guard", {}).get("in_a_row", 0) > 0
+            write_listing(partial, Listing(step, holds, files, after_skips))
             sync_folder(partial / holds)
             sync_folder(partial)
             give_name(partial)

@@ -58,11 +58,14 @@ class Listing:
     Attributes:
         step: steps taken.
         holds: `LAYERS`, or the name of the engine that alone can read the weights.
+        after_skips: whether the last step before it was left out (``guard.non_finite: skip``), so that its weights may
+            be what is wrong.
     """
 
     step: int
     holds: str
     files: Files
+    after_skips: bool = False
 
 
 def newest(folder: Path, *, quiet: bool = False) -> Path | None:
@@ -144,7 +147,8 @@ def read_listing(path: Path, patience: float = 0.0) -> Listing:
             )
         if seal != (None if content["version"] == 1 else _seal(content)):
             raise ValueError("its contents have changed since it was written")
-        return Listing(int(content["step"]), str(content.get("holds", LAYERS)), dict(content["files"]))
+        step, holds = int(content["step"]), str(content.get("holds", LAYERS))
+        return Listing(step, holds, dict(content["files"]), bool(content.get("after_skips", False)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"{LISTING} cannot be used ({problem})") from problem
 
@@ -174,7 +178,8 @@ def _seal(content: Mapping[str, Any]) -> str:
 def damage(path: Path, patience: float = 0.0) -> str | None:
     """The damage of a checkpoint, found without reading its weights, or None.
 
-    checkpoint.json and state.json are checked by their hashes, the other files by presence and size.
+    checkpoint.json and state.json are checked by their hashes, the other files by presence and size, and
+    the step in its name.
 
     Args:
         patience: seconds to wait, in all, for files that are not there.
@@ -184,8 +189,16 @@ def damage(path: Path, patience: float = 0.0) -> str | None:
         listing = read_listing(path, patience)
     except ValueError as problem:
         return str(problem)
-    problem = damage_of_files(path, listing, listing.files, deadline, hashes=False)
+    problem = misnamed(path, listing) or damage_of_files(path, listing, listing.files, deadline, hashes=False)
     return problem or damage_of_files(path, listing, [STATE], deadline)
+
+
+def misnamed(path: Path, listing: Listing) -> str | None:
+    """The difference between the step in a checkpoint's name, where it has one, and its own; or None."""
+    named = re.fullmatch(rf"step_(\d+)({re.escape(PARTIAL)}|{re.escape(BEFORE)})?", path.absolute().name, re.ASCII)
+    if named is None or int(named[1]) == listing.step:
+        return None
+    return f"it was taken after step {listing.step}, not {int(named[1])} (rename it to step_{listing.step})"
 
 
 def damage_of_files(
