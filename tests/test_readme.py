@@ -67,6 +67,7 @@ def test_the_pieces_in_a_custom_trainer() -> None:
     assert seen[0] == [336, 144], "the first batch follows the initial weights"
     assert weights[1] > 0.6, "perplexity draws ODM to the domain that cannot be learnt"
     assert names["blend"].position == 40 * 480
+    assert len(names["blend"].ledger) <= 2  # it does not grow
 
 
 def test_the_kernels_example() -> None:

@@ -177,8 +177,9 @@ class AppendFile:
         """Adds ``data`` whole; where that fails, the file is cut back to what it held before, if that can be done.
 
         Raises:
-            MegamixError: the disk is full, or whatever else keeps it from being written.
+            MegamixError: the disk is full, or whatever else keeps it from being written; or the file was moved away.
         """
+        self._check_place()
         left = memoryview(data)
         try:
             while left:
@@ -189,6 +190,21 @@ class AppendFile:
                 os.ftruncate(self._file.fileno(), self._size)
             raise write_failed(self.path, error) from error
         self._size += len(data)
+
+    def _check_place(self) -> None:
+        """Raises MegamixError where the path names another file by now, or none: nobody would find what is added."""
+        opened = os.fstat(self._file.fileno())
+        try:
+            named = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            named = None
+        except OSError:
+            return  # a file server that is not there for a moment; writing will tell
+        if named is None or (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
+            raise MegamixError(
+                f"{self.path} was moved, removed or replaced while it was written to, and nobody would find what is added. "
+                "Put it back where it was; then the same command goes on from the last checkpoint."
+            )
 
     def write_line(self, line: Mapping[str, Any]) -> None:
         """Adds ``line`` as JSON.

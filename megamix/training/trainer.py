@@ -34,6 +34,7 @@ from megamix.training.records.events import Event
 from megamix.training.records.progress_line import show_progress
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
+from megamix.training.records.wholeness import missing_from_record, record_sizes
 from megamix.training.step_clock import StepClock
 
 
@@ -90,8 +91,12 @@ class Trainer:
         self._log = IntervalLog(plan.domain_names, resumed.state.interval if resumed else None)
         self.record = None
         if self.is_main:
+            missing = None if resumed is None else self._missing_record(resumed)
             sinks = make_sinks(self.config, self.step + 1)
             self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks)
+            if missing is not None:
+                get_logger().warning("%s", missing)
+                self._note("incomplete", missing)
             self.data.announce(self.record)
         self._sample_log = self._open_sample_log()
         if resumed is not None:
@@ -235,6 +240,7 @@ class Trainer:
         if self.record is not None:
             self._collect_reports()
             self.record.flush()
+            state = replace(state, record=record_sizes(self.config.run_dir))
         state = replace(
             state,
             fingerprints=fingerprints(self.plan),
@@ -242,6 +248,12 @@ class Trainer:
             interval=self._log.state_dict(),
         )
         self._writer.save(self.step, state.to_json())
+
+    def _missing_record(self, resumed: Resumed) -> str | None:
+        """What the record has lost of the steps before, in words; a run that continues another's has none of them."""
+        if resumed.state.record is None or resumed.path.resolve().parent.parent != self.config.run_dir.resolve():
+            return None
+        return missing_from_record(self.config.run_dir, resumed.state.record, resumed.step)
 
     def _note(self, event: Event, text: str = "") -> None:
         if self.record is not None:

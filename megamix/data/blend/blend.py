@@ -3,6 +3,7 @@
     blend = Blend(num_samples=[1000, 50], weights=[0.7, 0.3], seed=1234)
     domain, sample = blend.take(480)        # the next 480 samples
     blend.set_weights([0.5, 0.5])           # from here on, or at=position
+    blend.forget_before(blend.position)     # past weights, which would take memory for every change
 
 A run is a list of *segments*, ranges of positions with constant weights. A segment starts with the deficits and counts
 that the segments before it left, and within it the order is a pure function of position (`megamix.data.blend.order`).

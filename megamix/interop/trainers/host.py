@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megamix.core.config import validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
+from megamix.core.log import get_logger
 from megamix.core.paths import expand
 from megamix.data.loader import Batch
 from megamix.data.sampler import StepSamples
@@ -31,6 +33,7 @@ from megamix.training.config import KINDS, MixConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
 from megamix.training.records.run_record import RunRecord
+from megamix.training.records.wholeness import missing_from_record, record_sizes
 
 SETTLE_EVERY = 100
 """Steps between two calls of `MixedData.settle`, at which the training thread waits for the mixer."""
@@ -105,7 +108,7 @@ class HostRun:
         self._has_loss = has_loss
         self.begun = 0 if resumed is None else resumed.step
         self.data = MixedData(plan, data_rank=data_rank, reads_data=reads_data, device=device, resumed=resumed)
-        self._record = None
+        self._record, self._record_dir = None, record_dir or Path()
         if record_dir is not None and dist.get_rank() == 0:
             self._record = self._open_record(record_dir, resumed)
 
@@ -136,8 +139,7 @@ class HostRun:
                 f"must be called once for each of its {self.num_micro_batches} micro-batches. Use the adapter's loss."
             )
         self.begun += 1
-        if self._record is not None:
-            self._write_reports()
+        self._write_reports()
         if self.data.step % SETTLE_EVERY == 0:
             self.data.settle()
         if not self._has_loss:
@@ -159,7 +161,8 @@ class HostRun:
         if self._record is not None:
             self._write_reports()
             self._record.flush()
-        return self.data.state()
+        state = self.data.state()
+        return state if self._record is None else replace(state, record=record_sizes(self._record_dir))
 
     def close(self) -> None:
         """Stops the background threads and closes the record."""
@@ -170,14 +173,19 @@ class HostRun:
 
     def _open_record(self, folder: Path, resumed: Resumed | None) -> RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
+        if resumed is not None and resumed.state.record is not None:
+            missing = missing_from_record(folder, resumed.state.record, resumed.step)
+            if missing is not None:
+                get_logger().warning("%s", missing)
         record = RunRecord(folder, self.plan.domain_names, None if resumed is None else resumed.step)
         self.data.announce(record)
         return record
 
     def _write_reports(self) -> None:
-        assert self._record is not None
+        """Writes the reports of the steps so far; without a record they are dropped, so that memory does not grow."""
         for report in self.data.take_reports():
-            self._record.step(report)
+            if self._record is not None:
+                self._record.step(report)
 
 
 def save_state(path: Path, state: RunState) -> None:

@@ -70,6 +70,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, engine: Engine, config: CheckpointConfig, group: Any) -> None:
         self._folder = folder
+        self._home = _identity(folder.parent)
         self._engine = engine
         self._config = config
         self._own = engine if isinstance(engine, OwnFormat) and engine.saves_own_format else None
@@ -140,6 +141,11 @@ class CheckpointWriter:
         holds = format_of(self._engine)
 
         def start() -> None:
+            if self._home is not None and self._home != _identity(self._folder.parent):
+                raise MegamixError(
+                    f"{self._folder.parent} was moved, removed or replaced while the run was in it. Put it back where it was, "
+                    "or start the run where it is now (run_dir); the same command goes on from the last checkpoint in it."
+                )
             mend(self._folder)
             (partial / holds).mkdir(parents=True)
 
@@ -219,6 +225,8 @@ class CheckpointWriter:
                 act()
         except OSError as problem:
             return _cannot_write(path, problem)
+        except MegamixError as problem:
+            return str(problem)
         return None
 
     def _agree(self, step: int, outcome: Outcome) -> Files:
@@ -244,6 +252,15 @@ class CheckpointWriter:
                 "the run from the checkpoint before it."
             ) from problem
         return gathered
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which directory a path names now; None where there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 _RUINED = "Resume from the checkpoint before it, with a lower train.lr."

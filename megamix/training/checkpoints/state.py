@@ -39,6 +39,7 @@ class RunState:
         shadow: by name.
         manifest: path of the data set.
         total_samples: of the whole run, as its weights were bounded by; None in checkpoints of before it was kept.
+        record: sizes of the files of the record (`megamix.training.records.wholeness`); None where there is none.
         seed, interval: ``train.seed`` and the sums of the log's interval; None in another trainer than megamix's.
     """
 
@@ -50,6 +51,7 @@ class RunState:
     manifest: str
     mixer: dict[str, Any] | None = None
     total_samples: int | None = None
+    record: dict[str, int] | None = None
     seed: int | None = None
     interval: dict[str, Any] | None = None
 

@@ -1,7 +1,8 @@
 """Events of a run: ``RUN/events.jsonl``, in the order in which they happened.
 
 A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
-``resumed``, ``skipped`` (a step, by the guard), ``preempted``, ``failed`` and ``ended`` (as its config says).
+``resumed``, ``incomplete`` (a resume found that the record had lost lines), ``skipped`` (a step, by the guard),
+``preempted``, ``failed`` and ``ended`` (as its config says).
 Unlike the record it is never cut back on resume, so it shows steps that were done twice.
 """
 
@@ -16,7 +17,7 @@ from megamix.core.files import AppendFile
 from megamix.core.log import get_logger
 
 EVENTS = "events.jsonl"
-Event = Literal["started", "resumed", "skipped", "preempted", "failed", "ended"]
+Event = Literal["started", "resumed", "incomplete", "skipped", "preempted", "failed", "ended"]
 
 
 class EventLog:

@@ -1,0 +1,59 @@
+"""Wholeness of a record: every checkpoint says how large the files of the record were, and a resume what is missing.
+
+Files of a record only grow, but for a resume, which cuts them back to what they held at its checkpoint. So a file that
+is smaller than its checkpoint says has lost lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megamix.core.text import listed
+
+_FILES = ("*.jsonl", "*.bin", "statistics/*.bin", "shadow/*.jsonl", "shadow/*.bin")
+
+
+def record_sizes(run_dir: Path) -> dict[str, int]:
+    """Bytes of every file of the record in ``run_dir``, by its path there."""
+    return {str(path.relative_to(run_dir)): path.stat().st_size for path in _files(run_dir)}
+
+
+def missing_from_record(run_dir: Path, sizes: Mapping[str, int], step: int) -> str | None:
+    """What a record has lost of the steps up to a checkpoint, in words; None where it is whole.
+
+    Args:
+        sizes: `record_sizes` at the checkpoint.
+        step: of the checkpoint.
+    """
+    lost = []
+    for name, size in sizes.items():
+        path = run_dir / name
+        if not path.is_file():
+            lost.append(f"{name} is gone ({size:,} bytes)")
+        elif (left := path.stat().st_size) < size:
+            lost.append(f"{name} has {left:,} of {size:,} bytes{_up_to(path)}")
+    if not lost:
+        return None
+    return (
+        f"the record in {run_dir} is not whole: of the steps up to {step}, {listed(lost)}. The run goes on; what reads the "
+        "record does not see these steps. If you have the files, stop the run, put them back, and resume it from this "
+        "checkpoint (checkpoint.resume)."
+    )
+
+
+def _files(run_dir: Path) -> Iterator[Path]:
+    for pattern in _FILES:
+        yield from (path for path in sorted(run_dir.glob(pattern)) if path.is_file())
+
+
+def _up_to(path: Path) -> str:
+    """The step of the last line of a .jsonl file, in words; nothing where none can be told."""
+    if path.suffix != ".jsonl":
+        return ""
+    whole = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return f", up to step {int(json.loads(whole[-1])['step'])}"
+    except (IndexError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
