@@ -86,7 +86,8 @@ class Constraints:
         wanted_cap = np.where(weights > 0, cap, np.minimum(self.floor, cap))
         total = float(wanted_cap.sum())
         fits_at_first = float(np.where(weights > 0, self.cap, self.floor).sum()) >= 1.0
-        if fits_at_first and total > 0 and (1.0 - total) * (self.total_samples - position) <= len(self.names):
+        ahead = self.total_samples - position if position < self.total_samples else self.total_samples
+        if fits_at_first and total > 0 and (1.0 - total) * ahead <= len(self.names):
             cap = wanted_cap
         total = float(cap.sum())
         cap = np.minimum(cap / min(1.0, total), 1.0) if total > 0 else self.cap

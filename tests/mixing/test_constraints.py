@@ -84,6 +84,9 @@ def test_bounds_hold_at_the_last_sample_and_past_it(position: int) -> None:
 def test_past_the_end_of_a_run_that_used_everything_up() -> None:
     bounds = constraints(500, max_epochs=1)
     assert bounds.apply(np.full(4, 0.25), SAMPLES, 500) == pytest.approx(SAMPLES / 500)
+    # Weights of 0 that a rule asks for do not lift the others above their caps: 60 and 20 of 500 samples, at most.
+    alone = bounds.apply(np.array([0.0, 0.5, 0.5, 0.0]), SAMPLES, 500)
+    assert alone == pytest.approx(SAMPLES / 500)
 
 
 def test_what_whole_samples_leave_open_at_the_end_goes_to_no_domain_of_weight_0() -> None:
