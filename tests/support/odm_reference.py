@@ -69,7 +69,8 @@ def domain_names(k: int) -> list[str]:
 
 
 def odm(initial: list[float], **options: Any) -> Mixer:
-    return make_mixer({"name": "odm", **options}, domain_names(len(initial)), initial)
+    """The rule over all domains, those of weight 0 too."""
+    return make_mixer({"name": "odm", **options}, domain_names(len(initial)), initial, left_out=())
 
 
 def random_stats(rng: random.Random, k: int, absent: float = 0.3, low: float = 1.0, high: float = 6.0) -> DomainStats:

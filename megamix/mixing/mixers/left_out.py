@@ -173,5 +173,7 @@ def _of_rule(state: Mapping[str, Any], parents: Sequence[int | None], mixed: Any
 
 def zero_domains(domains: Sequence[str], weights: DomainWeights) -> tuple[str, ...]:
     """The domains whose weight is 0; raises as `normalise_weights`."""
+    if not domains:
+        return ()
     values = normalise_weights(weights, domains, "initial weights")
     return tuple(name for name, value in zip(domains, values.tolist(), strict=True) if value == 0)
