@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_files import job
 from recorded_runs import BATCH, SEQ, write_data
+from records import lines
 
 from megamix.core.config import validate
 from megamix.core.errors import InputError
@@ -16,7 +22,11 @@ from megamix.mixing.mixers import DomainStats, make_mixer
 from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
 from megamix.training.checkpoints.state import GuardState, RunState
 from megamix.training.config import RunConfig
+from megamix.training.data_loop import MixedData
 from megamix.training.plan import Plan, make_plan
+from megamix.training.records.ledger import Ledger
+from megamix.training.records.run_record import RunRecord
+from megamix_kernels import DomainSums
 
 NAMES = ("web", "c_$1$", "_books")
 SAMPLES = np.array([187, 62, 31])  # of 3000, 1000 and 500 tokens, 16 a sample
@@ -192,3 +202,83 @@ def test_the_mixer_goes_on_with_what_it_knows_of_the_others(manifest: Path) -> N
         assert (rewards[1] is None) == (now is plan)
         again.update(DomainStats([30.0, 20.0, 10.0], [10, 10, 10]), 2)
         assert (again.weights[1] == 0) == (now is plan)
+
+
+# Whole runs, but for the model. --------------------------------------------------------------------------------------
+
+
+class Parts:
+    """A run of one rank without a model, in parts of some steps; its losses are drawn by chance."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._state, self._rng = run, None, np.random.default_rng(0)
+        self.counts = np.zeros(3, np.int64)
+
+    def go(self, plan: Plan, steps: int) -> None:
+        resumed_from = None if self._state is None else resumed(self._state, plan)
+        data = MixedData(plan, data_rank=0, reads_data=False, device=torch.device("cpu"), resumed=resumed_from)
+        record = RunRecord(self._run, plan.domain_names, None if self._state is None else self._state.step)
+        data.announce(record)
+        for _ in range(steps):
+            data.next_batch()
+            drawn = torch.from_numpy(self._rng.choice(3, 64, p=data.sampler.weights_at(data.step)))
+            losses = torch.from_numpy(self._rng.uniform(1, 6, 64)).float()
+            data.submit(DomainSums(3).add(drawn, losses).buffer)
+        state = replace(data.state(), fingerprints=fingerprints(plan))
+        self._state = RunState.from_json(json.loads(json.dumps(state.to_json())), self._run)
+        for report in data.take_reports():
+            record.step(report)
+        self.counts = data.sampler.counts_at(data.step)
+        record.close()
+        data.close()
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    with job(tmp_path):
+        yield Parts(tmp_path / "run")
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+@pytest.mark.parametrize("lengths", [[(12, 12)], [(12, 12), (30, 18)], [(12, 12), (20, 3), (30, 6), (22, 1)]])
+def test_a_run_whose_length_changes_keeps_its_bounds(
+    manifest: Path, parts: Parts, tmp_path: Path, lag: int, lengths: list[tuple[int, int]]
+) -> None:
+    """By pairs of planned steps and steps taken."""
+    data = {
+        "max_weight": {"web": 0.05},
+        "max_epochs": {"c_$1$": 0.5},
+        "min_weight": {"_books": 0.1},
+        "weight_lag": lag,
+    }
+    for planned, steps in lengths:
+        parts.go(plan_of(manifest, planned, data=data), steps)
+    taken = BATCH * sum(steps for _, steps in lengths)
+    assert parts.counts.sum() == taken
+    assert parts.counts[0] <= 0.05 * taken + 1
+    assert 30 <= parts.counts[1] <= 32  # used up in the first part
+    assert parts.counts[2] >= 0.1 * taken - 1
+    ledger = Ledger.read(tmp_path / "run" / "weights.jsonl", 7, "low_discrepancy")
+    assert ledger is not None
+    weights = ledger.weights[:, [ledger.names.index(name) for name in NAMES]]
+    assert ledger.starts[-1] > taken  # what takes effect past the end is on record, too
+    assert (weights[:, 0] <= 0.05 + 1e-12).all()
+    assert (weights[:, 2] >= 0.1 - 1e-12).all()
+    assert sum(ledger.counts(taken).values()) == taken
+
+
+@pytest.mark.parametrize(
+    "mixer", [{"name": "odm"}, {"name": "recommended"}, {"name": "doremi", "apply": "sampling"}, {"name": "static"}]
+)
+def test_a_domain_of_weight_0_is_sampled_once_another_mixture_lets_it_in(
+    manifest: Path, parts: Parts, tmp_path: Path, mixer: dict[str, Any]
+) -> None:
+    shadow = [{"name": "odm", "preset": "paper"}]
+    zero = plan_of(manifest, 20, mixture={"web": 1, "c_$1$": 0, "_books": 1}, mixer=mixer, shadow=shadow)
+    for steps in (8, 12):
+        parts.go(zero, steps)
+        assert parts.counts[1] == 0
+    for name in ("weights.jsonl", "shadow/odm-paper.jsonl"):
+        assert {line["domain_weights"][1] for line in lines(tmp_path / "run" / name)} == {0.0}
+    parts.go(plan_of(manifest, 30, mixer=mixer, shadow=shadow), 10)
+    assert parts.counts[1] >= 10
