@@ -59,11 +59,11 @@ def test_missing_and_truncated_files(megamix: Run, tiny_config: Write, data_copy
         path = data_copy / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        text = message(megamix("train", config, code=2))
+        text = message(megamix("train", config, code=3))
         assert str(path) in text
         assert "bytes" in text
         path.unlink()
-        text = message(megamix("train", config, code=2))
+        text = message(megamix("train", config, code=3))
         assert name.split("/")[0] in text
         path.write_bytes(whole)
 
@@ -71,7 +71,13 @@ def test_missing_and_truncated_files(megamix: Run, tiny_config: Write, data_copy
 def test_a_token_id_beyond_the_vocabulary_is_named(
     megamix: Run, tiny_config: Write, data_copy: Path, tmp_path: Path
 ) -> None:
-    """Damage that no size shows: met while loading, by one rank of several, and said once with its place."""
+    """Damage that neither a size nor a manifest of version 1 shows: met while loading, by one rank of several, and said
+    once with its place."""
+    manifest = json.loads((data_copy / "manifest.json").read_text())
+    for domain in manifest["domains"]:
+        for split in (domain["train"], domain["validation"]):
+            del split["contents"]
+    (data_copy / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
     path = data_copy / "code" / "train.bin"
     tokens = np.fromfile(path, np.uint16)
     tokens[100:] = 60000
