@@ -17,7 +17,7 @@ import pytest
 from json_lines import jsonl
 from tokenizers import Tokenizer, models
 
-from megamix.core.errors import InputError
+from megamix.core.errors import DataChanged, InputError
 from megamix.core.log import get_logger
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.tokenizer import LoadedTokenizer
@@ -191,6 +191,20 @@ def test_the_output_may_lie_inside_the_input(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is the output folder"):
             run(spec, out=folder)
         assert sorted(path.name for path in folder.iterdir()) == ["a.jsonl", "b"]
+
+
+def test_what_verification_advises_mends_the_data(text: Path, tmp_path: Path) -> None:
+    whole = run(f"a={text}", out=tmp_path / "out")
+    for name in ("train.bin", "train.idx", "validation.bin"):
+        path = tmp_path / "out/a" / name
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(DataChanged, match="remove them and run `megamix prepare` again"):
+            verify_all(Manifest.load(tmp_path / "out"))
+        path.unlink()
+        assert run(f"a={text}", out=tmp_path / "out") == whole
+        verify_all(Manifest.load(tmp_path / "out"))
 
 
 def test_bpe_dropout_is_switched_off(text: Path, tmp_path: Path, said: list[str]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file, replace_json, writing
 from megamix.core.text import Report, Table
+from megamix.data.domain_names import check_domain_name
 from megamix.data.tokens.indexed import IndexedTokens, bin_path
 from megamix.data.tokens.manifest import (
     FILE_NAME,
@@ -122,6 +123,8 @@ def adopt(
         split_bounds(split, 1)  # raises before any file is opened
     elif split is not None:
         raise InputError(f"--split {split} is given, but the blend has validation files of its own. Leave --split out.")
+    for name, prefixes in sources.train.items():
+        check_domain_name(name, prefixes[0])  # before the pass over the tokens
     out = Path(out)
     if (out / FILE_NAME).exists():
         raise InputError(
