@@ -24,6 +24,12 @@ begin_job() {
   # The first rank that fails writes its exit code here; one file per start of the job.
   export MEGAMIX_OUTCOME=$logs/.outcome-$SLURM_JOB_ID-$restart
   mkdir -p "$logs"
+  # Of this job's starts that were killed.
+  rm -f "$logs/.outcome-$SLURM_JOB_ID-"[0-9]*
+  if [[ $logs == *\\* ]]; then
+    say "srun cannot write to $logs: a backslash is in the path. Set MEGAMIX_LOGS to another folder."
+    exit 2
+  fi
   python=${MEGAMIX_PYTHON:-python} nodes=$SLURM_JOB_NUM_NODES
   tasks=${MEGAMIX_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
   cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
@@ -47,6 +53,13 @@ find_container() {
   pyxis=() inside=()
   [ -n "${MEGAMIX_CONTAINER:-}" ] || return 0
   python=${MEGAMIX_PYTHON:-python3}
+  local path
+  for path in "$PWD" "$MEGAMIX_SLURM" "$logs"; do
+    if [[ $path == *[,:]* ]]; then
+      say "a container cannot have $path: a comma or a colon is in the path. Choose another folder."
+      exit 2
+    fi
+  done
   local mounts=$PWD:$PWD,$MEGAMIX_SLURM:$MEGAMIX_SLURM,$logs:$logs${MEGAMIX_MOUNTS:+,$MEGAMIX_MOUNTS} help
   help=$(srun --help 2>&1)
   if [[ $help == *--container-image* ]]; then
@@ -91,7 +104,7 @@ preflight() {
 
 ranks() {
   local one=(${inside[@]+"${inside[@]}"} "$python" -m megamix "$@")
-  local options=(--output="$logs/$SLURM_JOB_ID-%N.log" --open-mode=append)
+  local options=(--output="${logs//%/%%}/$SLURM_JOB_ID-%N.log" --open-mode=append)
   [ -z "$asked" ] || requeue "asked to stop before the first step"
   case ${MEGAMIX_LAUNCHER:-srun} in
     srun)

@@ -76,6 +76,15 @@ def read_regular(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
+@contextlib.contextmanager
+def mode_of_umask(path: Path) -> Iterator[None]:
+    """Gives ``path``, which the block writes, the mode of any new file there: some libraries leave 0600."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
 def read_text(path: Path, what: str = "", lost: str = "Check the path.") -> str:
     """The text of a file.
 

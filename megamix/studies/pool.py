@@ -6,6 +6,7 @@ A member of one rank is that rank, instead of starting it.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -114,7 +115,7 @@ class _Pool:
                     stdout=log,
                     stderr=log,
                     process_group=0,  # the terminal's Ctrl-C reaches it from here, once
-                    preexec_fn=die_with_parent,
+                    preexec_fn=functools.partial(die_with_parent, os.getpid()),
                 )
             code = process.wait()
         finally:

@@ -24,8 +24,8 @@ from commands import RUN_SECONDS
 from megamix.core.errors import InputError, MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS
-from megamix.training.job.watchdog import Watchdog, heartbeat
-from megamix.training.job.watchdog.heartbeat import Invitation, invite, join
+from megamix.training.job.watchdog import Watchdog, joining
+from megamix.training.job.watchdog.joining import Invitation, invite, join
 
 Program = Callable[[Watchdog], None]
 NEVER = 0.0
@@ -355,7 +355,7 @@ def test_strangers_at_the_port_are_left_out(job: Ranks) -> None:
 
 def test_a_rank_that_cannot_reach_rank_0_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr(heartbeat, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.5)
     server, invitation = invite()
     server.close()
     nearby = Invitation(("127.0.0.1",), invitation.port, "", "", 0)

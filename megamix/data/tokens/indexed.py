@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
+from megamix.core.processes import allow_more_files
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -175,7 +176,7 @@ def _map(path: Path) -> np.ndarray:
 
     Not an `np.memmap`: its slices cost several times as much as an array's, and opening it twice as much.
     """
-    _allow_more_files()
+    allow_more_files()  # a mapped file stays open, and corpora have more of them than the usual limit
     try:
         with open(path, "rb") as file:
             # An empty file cannot be mapped.
@@ -194,14 +195,6 @@ def _searchable(column: np.ndarray) -> Sequence[int]:
     """An int64 column of the index for bisect: np.searchsorted would copy the unaligned column whole, and an element of
     a memoryview costs less than half of an array's."""
     return column.data.cast("q") if column.size else ()
-
-
-def _allow_more_files() -> None:
-    """Raises the soft limit of open files to the hard one: a mapped file stays open, and corpora have more files than
-    the usual limit of 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype[Any], int, int]:

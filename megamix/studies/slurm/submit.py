@@ -1,13 +1,15 @@
 """Submitting tasks as jobs that wait for each other.
 
 A job's name is ``megamix-FOLDER-TASK-HASH``, with the name and a hash of the absolute path of the study's folder. So a
-second submission finds the jobs of the first, and two that meet wait for each other (``--dependency=singleton``).
+second submission finds the jobs of the first, and two that meet wait for each other (``--dependency=singleton``). Names
+are plain: squeue takes a comma for the end of one, and the job's output is a file of that name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -21,6 +23,8 @@ from megamix.core.log import get_logger
 from megamix.studies.slurm import commands
 from megamix.studies.tasks import Job, Task, run_tasks
 
+LONGEST_PART = 80
+"""Characters of a folder's or a task's name in a job's: with a number and an ending it is the name of a file."""
 OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "PMI")
 """Variables that a job does not inherit from a job that submits it."""
 
@@ -40,7 +44,7 @@ class Chain:
         """The name of a task's job: the same for the same folder, from wherever it is submitted."""
         folder = self.folder.absolute()
         digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-        return f"megamix-{folder.name}-{task.name}-{digest}"
+        return f"megamix-{_plain(folder.name)}-{_plain(task.name)}-{digest}"
 
     @property
     def logs(self) -> Path:
@@ -62,7 +66,8 @@ class Chain:
     def command(self, task: Task, job: Job, members: Sequence[int] | None, after: Sequence[str]) -> list[str]:
         """The command line that submits a task after the jobs ``after``."""
         pattern = "%x-%j.out" if members is None else "%x-%A_%a.out"
-        options = [f"--job-name={self.job_name(task)}", f"--output={self.logs / pattern}", "--export=ALL"]
+        output = f"{escape_path(self.logs)}/{pattern}"
+        options = [f"--job-name={self.job_name(task)}", f"--output={output}", "--export=ALL"]
         if members is not None:
             options.append(f"--array={','.join(map(str, members))}" + (f"%{job.limit}" if job.limit else ""))
         if dependency := dependency_of(job, after):
@@ -77,6 +82,24 @@ class Chain:
         if not os.environ.get("MEGAMIX_CONTAINER"):
             told["MEGAMIX_PYTHON"] = os.environ.get("MEGAMIX_PYTHON", sys.executable)
         return told
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)[:LONGEST_PART]
+
+
+def escape_path(path: Path) -> str:
+    """A path as Slurm reads it in ``--output``, where ``%j`` and the like are replaced.
+
+    Raises:
+        InputError: a backslash, for which nothing else would be replaced, or the end of a line.
+    """
+    for sign, name in (("\\", "a backslash"), ("\n", "the end of a line")):
+        if sign in str(path):
+            raise InputError(
+                f"Slurm cannot write the output of a job to {str(path)!r}: {name} is in the path. Choose another run_dir."
+            )
+    return str(path).replace("%", "%%")
 
 
 def dependency_of(job: Job, after: Sequence[str]) -> str:

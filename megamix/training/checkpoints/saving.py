@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamix.core.errors import MegamixError, Preempted, RankFailed, ResumeRefused
-from megamix.core.files import sync_folder
+from megamix.core.files import mode_of_umask, sync_folder
 from megamix.core.log import get_logger
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, OwnFormat, ParameterState
 from megamix.engines.models.pretrained import PretrainedWeights
@@ -296,7 +296,8 @@ def _write_layers(partial: Path, layers: Layers) -> Outcome:
         try:
             # Rank 0 has made it, which this machine may not have noticed.
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path)
+            with mode_of_umask(path):
+                save_file(tensors, path)
             files[_layer_file(layer)] = describe(path)
         except (OSError, SafetensorError) as problem:
             error = _cannot_write(path, problem)

@@ -6,11 +6,12 @@ the ranks, watches them, and ends all of them when one dies.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from megamix.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, InputError, RankFailed
 from megamix.core.processes import die_with_parent, free_port, num_cores
+from megamix.core.temporary import temporary_folder
 from megamix.training.job.signals import SIGNALS
 
 # A rank that fails of itself closes its connections, so that the others fail too; they get this long to say their own
@@ -97,22 +99,22 @@ def run_local(
         "LOCAL_WORLD_SIZE": str(ranks),
     }
     environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, num_cores() // ranks)))
-    with tempfile.TemporaryDirectory(prefix="megamix-") as reports:
-        environment[REPORTS] = reports
+    with temporary_folder("megamix-ranks-") as reports:
+        environment[REPORTS] = str(reports)
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "megamix", *arguments],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=tuple(files),
-                preexec_fn=die_with_parent,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
             for rank in range(ranks)
         ]
         received: list[int] = []
         previous = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in SIGNALS}
         try:
-            return _watch(processes, received, Path(reports))
+            return _watch(processes, received, reports)
         finally:
             _end(processes)
             for number, handler in previous.items():
@@ -122,10 +124,12 @@ def run_local(
 def report_failure(message: str) -> None:
     """Reports why this process fails: to the starter of the ranks, which prints one reason, else to standard error."""
     folder = os.environ.get(REPORTS)
-    if folder and Path(folder).is_dir():
-        (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
-    else:
-        print(f"megamix: {message}", file=sys.stderr)
+    if folder:
+        # Without it its starter is gone, or this process has no more files to open.
+        with contextlib.suppress(OSError):
+            (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
+            return
+    print(f"megamix: {message}", file=sys.stderr)
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], received: list[int], reports: Path) -> int:

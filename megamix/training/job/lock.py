@@ -3,19 +3,16 @@
 The file stays and names the holder, for the message to a second job; only the lock on it counts.
 
 An NFS server takes back the locks of a client that has lost its power only after its lease, commonly 90 s. So a job
-that Slurm starts again waits for the lock of its own earlier start (`LEASE_SECONDS`) instead of refusing. On a file
-system without locks there is a warning, and nothing keeps two jobs apart.
+that Slurm starts again waits for the lock of its own earlier start (`LEASE_SECONDS`) instead of refusing; every job
+waits for a holder that is dying (`megamix.core.locks`). On a file system without locks there is a warning, and nothing
+keeps two jobs apart.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from megamix.core import locks
 from megamix.core.errors import InputError
@@ -32,6 +29,7 @@ class RunLock:
 
     Raises (on entering):
         InputError: another job works there, or the directory cannot be written to.
+        MegamixError: its file system fails.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -44,7 +42,7 @@ class RunLock:
             return self
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(
                 f"cannot write to {self._run_dir}: {error.strerror or error}. Choose another folder."
@@ -75,62 +73,22 @@ class RunLock:
         return {HELD: str(self._path.absolute())}
 
     def _take(self, file: int) -> None:
-        deadline = time.monotonic() + LEASE_SECONDS
-        waiting = False
-        while True:
-            try:
-                if locks.take(file):
-                    break
-            except OSError as error:
-                get_logger().warning(
-                    "%s cannot be locked (%s): nothing keeps a second job from writing there too",
-                    self._path,
-                    error.strerror or error,
-                )
-                return
-            holder = _read(file)
-            if not _is_earlier_start(holder) or time.monotonic() > deadline:
-                raise InputError(
-                    f"another job works in {self._run_dir}{_describe(holder)}. Wait until it ends, or end it, or choose another folder."
-                )
-            if not waiting:
-                get_logger().warning("waiting for the lock of this job's earlier start%s", _describe(holder))
-                waiting = True
-            time.sleep(1.0)
-        self._sign(file)
+        job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
 
-    def _sign(self, file: int) -> None:
-        holder = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        def patience(holder: locks.Holder) -> float:
+            is_earlier = job is not None and holder.get("slurm_job") == job and holder.get("slurm_restart") != restart
+            return LEASE_SECONDS if is_earlier else 0.0
+
         try:
-            os.ftruncate(file, 0)
-            os.pwrite(file, (json.dumps(holder) + "\n").encode(), 0)
-        except OSError as error:  # a full disk; the lock holds without it
-            get_logger().warning("cannot write %s: %s", self._path, error.strerror or error)
-
-
-def _read(file: int) -> dict[str, Any]:
-    """Holder of the lock; empty where it is not written yet."""
-    try:
-        holder = json.loads(os.pread(file, 4096, 0))
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _is_earlier_start(holder: dict[str, Any]) -> bool:
-    """Whether the holder is an earlier start of this same Slurm job, which Slurm has ended."""
-    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return job is not None and holder.get("slurm_job") == job and holder.get("slurm_restart") != restart
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    if not holder:
-        return ""
-    job = f", Slurm job {holder['slurm_job']}" if holder.get("slurm_job") else ""
-    return f": process {holder.get('process')} on {holder.get('host')}{job}, since {holder.get('since')}"
+            holder = locks.acquire(self._path, file, patience=patience, slurm_job=job, slurm_restart=restart)
+        except locks.NoLocks as error:
+            get_logger().warning(
+                "%s cannot be locked (%s): nothing keeps a second job from writing there too",
+                self._path,
+                error.strerror or error,
+            )
+            return
+        if holder is not None:
+            raise InputError(
+                f"another job works in {self._run_dir}{locks.describe(holder)}. Wait until it ends, or end it, or choose another folder."
+            )

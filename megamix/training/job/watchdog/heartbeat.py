@@ -1,36 +1,29 @@
-"""Heartbeats: messages between ranks beside the process groups, one JSON object a line, over a connection to rank 0."""
+"""Heartbeats: messages between ranks beside the process groups, one JSON object a line, over a connection to rank 0.
+
+Only ranks that have proved to belong to the job speak here (`megamix.training.job.watchdog.joining`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import select
 import socket
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megamix.core.errors import MegamixError
-
-JOIN_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """Address of the hub. The secret keeps strangers out."""
-
-    hosts: tuple[str, ...]
-    port: int
-    secret: str
-    host: str
-    process: int
+LONGEST_LINE = 1 << 17
+AT_ONCE = 1 << 20
+"""Bytes that one call of `Connection.receive` reads: a rank that never stops speaking is not listened to alone."""
 
 
 class Connection:
-    """Messages over a socket, without ever waiting for the other side."""
+    """Messages over a socket, without ever waiting for the other side.
+
+    Attributes:
+        is_closed: there will be no more messages.
+        problem: what about the last words is no message; none after it are read.
+    """
 
     def __init__(self, stream: socket.socket) -> None:
         stream.setblocking(False)
@@ -39,6 +32,7 @@ class Connection:
         self._stream = stream
         self._in, self._out = b"", b""
         self.is_closed = False
+        self.problem: str | None = None
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -56,61 +50,48 @@ class Connection:
             self._out = b""  # `receive` says that it is closed, after what came before
 
     def receive(self) -> list[dict[str, Any]]:
-        """New messages; sets ``is_closed`` once there will be no more."""
+        """New messages; sets ``is_closed`` or ``problem`` once there will be no more."""
         try:
-            while data := self._stream.recv(1 << 16):
+            left = AT_ONCE
+            while left > 0:
+                data = self._stream.recv(1 << 16)
+                if not data:
+                    self.is_closed = True
+                    break
                 self._in += data
-            self.is_closed = True
+                left -= len(data)
         except BlockingIOError:
             pass
         except OSError:
             self.is_closed = True
         *lines, self._in = self._in.split(b"\n")
-        return [json.loads(line) for line in lines]
+        if len(self._in) > LONGEST_LINE:
+            lines.append(self._in)  # as one that is too long
+        messages: list[dict[str, Any]] = []
+        for line in lines:
+            message = None if self.problem else self._parse(line)
+            if message is not None:
+                messages.append(message)
+        if self.problem:
+            self._in = b""
+        return messages
+
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        if len(line) > LONGEST_LINE:
+            self.problem = f"a message of more than {LONGEST_LINE} bytes"
+            return None
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if isinstance(message, dict):
+            return message
+        self.problem = f"what is no message: {line[:40]!r}"
+        return None
 
     def close(self) -> None:
         self.is_closed = True
         self._stream.close()
-
-
-def invite() -> tuple[socket.socket, Invitation]:
-    """A listening socket, and how to reach it; only from this machine where the job is on one."""
-    master = os.environ.get("MASTER_ADDR", "")
-    if master in ("localhost", "127.0.0.1"):
-        server = socket.create_server(("127.0.0.1", 0))
-    elif socket.has_dualstack_ipv6():
-        server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    else:
-        server = socket.create_server(("", 0), backlog=4096)
-    server.setblocking(False)
-    name = socket.gethostname()
-    hosts = tuple(dict.fromkeys(host for host in (master, name, socket.getfqdn()) if host))
-    return server, Invitation(hosts, server.getsockname()[1], secrets.token_hex(16), name, os.getpid())
-
-
-def join(invitation: Invitation, rank: int) -> tuple[Connection, Invitation]:
-    """Connects a rank to the hub.
-
-    Raises:
-        MegamixError: none of the hub's addresses can be reached.
-    """
-    deadline, problem = time.monotonic() + JOIN_SECONDS, None
-    while time.monotonic() < deadline:
-        for host in invitation.hosts:
-            try:
-                stream = socket.create_connection((host, invitation.port), timeout=5)
-            except OSError as error:
-                problem = f"{host}: {error}"
-                continue
-            connection = Connection(stream)
-            own = {"host": socket.gethostname(), "process": os.getpid()}
-            connection.send({"hello": rank, "secret": invitation.secret, **own})
-            return connection, invitation
-        time.sleep(0.2)
-    raise MegamixError(
-        f"rank {rank} cannot reach rank 0's watchdog at port {invitation.port} ({problem}). Let the nodes of the job connect to each "
-        "other, or do without: watchdog.silence_seconds=0 watchdog.stall_minutes=0."
-    )
 
 
 def wait_for(ready: Sequence[Any], seconds: float) -> set[int]:

@@ -1,29 +1,35 @@
 """Judging whether and why a job ends: rank 0's `Hub` judges the other ranks, each `Spoke` judges rank 0.
 
-    spoke -> hub    {"hello": rank, "secret", "host", "process"}, {"state": [...]}, {"bye"},
-                     {"fail", "code", "stated", "step"}
+    spoke -> hub    {"who": [host, process]}, {"state": [...]}, {"bye"}, {"lost": reason},
+                    {"fail", "code", "stated", "step"}
     hub -> spoke    {"state": [...]}, {"bye"}, {"verdict": {...}}, {"over"}
 
 Times are differences of one host's monotonic clock: clocks of hosts are not compared.
+
+A watchdog that fails is no reason to end a job. A spoke says so (lost), and is not watched any more; a hub tells all
+others that nobody watches (over), and neither closes connections: that would look like the end of their process.
 """
 
 from __future__ import annotations
 
-import contextlib
-import secrets
+import math
 import socket
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamix.core.errors import EXIT_FAILED
+from megamix.core.log import get_logger
 from megamix.training.config import WatchdogConfig
-from megamix.training.job.watchdog.heartbeat import Connection, Invitation, drain, wait_for
+from megamix.training.job.watchdog.heartbeat import Connection, drain, wait_for
+from megamix.training.job.watchdog.joining import Invitation, Lobby
 
 # A rank that loses its connection to a failing one fails too; the cause gets this long to be reported.
 UNSURE_SECONDS = 2.0
 PART_SECONDS = 1.0
 GATHER_SECONDS = 0.05
+LONGEST_REASON = 8000
+"""Characters; less than `heartbeat.LONGEST_LINE` bytes as JSON."""
 _NEXT = "The same command resumes the run from its last checkpoint."
 
 
@@ -41,6 +47,16 @@ class State:
     doing: str = "starting"
     idle: float = 0.0
     place: str = "an unknown place"
+
+    @classmethod
+    def of(cls, message: dict[str, Any]) -> State:
+        """The state in a message; raises ValueError or TypeError where there is none."""
+        step, doing, idle, place = message["state"]
+        if type(step) is not int or not isinstance(doing, str) or not isinstance(place, str):
+            raise TypeError
+        if not math.isfinite(idle) or idle < 0:
+            raise ValueError
+        return cls(step, doing, float(idle), place)
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing} for {self.idle:.0f} s, at {self.place}"
@@ -66,7 +82,12 @@ class Verdict:
 
 @dataclass
 class _Peer:
-    """A rank, as another one knows it."""
+    """A rank, as another one knows it.
+
+    Attributes:
+        is_joined: it has said who it is.
+        is_lost: it is not watched, as its watchdog failed.
+    """
 
     rank: int
     heard: float
@@ -74,7 +95,9 @@ class _Peer:
     process: int = 0
     state: State = State()
     connection: Connection | None = None
+    is_joined: bool = False
     is_leaving: bool = False
+    is_lost: bool = False
 
     def name(self, world_size: int) -> str:
         where = f" ({self.host}, process {self.process})" if self.process else ""
@@ -117,10 +140,13 @@ class Spoke:
         deadline = time.monotonic() + interval
         while (left := deadline - time.monotonic()) > 0:
             ready = wait_for([self._connection, wake], left)
-            for message in self._connection.receive():
+            messages = self._connection.receive()
+            if self._connection.problem:
+                raise ValueError(f"rank 0 said {self._connection.problem}")
+            for message in messages:
                 self._hub.heard = time.monotonic()
                 if "state" in message:
-                    self._hub.state = State(*message["state"])
+                    self._hub.state = State.of(message)
                 elif "verdict" in message:
                     return replace(Verdict(**message["verdict"]), is_own=False)
                 else:
@@ -138,6 +164,10 @@ class Spoke:
         since = time.monotonic() - self._hub.heard
         return self._hub.silence(since, self._world_size) if 0 < self._silence < since else None
 
+    def give_up(self, reason: str) -> None:
+        """Tells rank 0 not to watch this rank any more."""
+        self._connection.send({"lost": reason})
+
     def part(self) -> None:
         """Nothing to do: sent messages need no help."""
 
@@ -149,13 +179,12 @@ class Hub:
     """Rank 0's side, which judges."""
 
     def __init__(self, server: socket.socket, invitation: Invitation, world_size: int, config: WatchdogConfig) -> None:
-        self._server, self._secret = server, invitation.secret
+        self._lobby = Lobby(server, invitation.secret, world_size)
         self._world_size = world_size
         self._silence, self._stall = config.silence_seconds, 60 * config.stall_minutes
         now = time.monotonic()
         self._peers = [_Peer(rank, now) for rank in range(world_size)]
         self._peers[0].host, self._peers[0].process = invitation.host, invitation.process
-        self._strangers: list[Connection] = []
         self._advanced = now  # when any rank last began something else
         # By how likely each is the cause: told with a reason, gone, told without one.
         self._suspects: list[tuple[int, Verdict]] = []
@@ -174,17 +203,15 @@ class Hub:
         self._note_state(self._peers[0], state)
         deadline = time.monotonic() + interval
         while (left := deadline - time.monotonic()) > 0:
-            known = [peer.connection for peer in self._peers if peer.connection is not None]
-            ready = wait_for([self._server, wake, *known, *self._strangers], min(left, UNSURE_SECONDS / 4))
+            known = [peer.connection for peer in self._peers if peer.connection is not None and not peer.is_lost]
+            ready = wait_for([wake, *known, *self._lobby.sockets], min(left, UNSURE_SECONDS / 4))
             if ready:
                 # Many words at a time: rank 0's training thread shares Python's lock with this one.
                 time.sleep(GATHER_SECONDS)
-            if self._server.fileno() in ready:
-                self._accept()
-            for stranger in self._strangers[:]:
-                self._introduce(stranger)
+            for rank, connection in self._lobby.admit():
+                self._admit(self._peers[rank], connection)
             for peer in self._peers:
-                if peer.connection is not None and peer.connection.fileno() in ready:
+                if peer.connection is not None and peer.connection.fileno() in ready and not peer.is_lost:
                     self._listen(peer, peer.connection)
             verdict = self._judge()
             if verdict is not None or self.is_over:
@@ -194,54 +221,60 @@ class Hub:
                 return None
         return None
 
-    def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._strangers.append(Connection(self._server.accept()[0]))
-
-    def _introduce(self, stranger: Connection) -> None:
-        """Gives a new connection to its rank."""
-        try:
-            messages = stranger.receive()
-            if messages:
-                self._strangers.remove(stranger)
-                hello, *rest = messages
-                if not secrets.compare_digest(hello["secret"], self._secret):
-                    raise ValueError("the secret is another's")
-                peer = self._peers[hello["hello"]]
-                peer.connection, peer.host, peer.process = stranger, hello["host"], hello["process"]
-                peer.heard = time.monotonic()
-                if self._peers[0].is_leaving:
-                    stranger.send({"bye": True})
-                for message in rest:
-                    self._hear(peer, message)
-            elif stranger.is_closed:
-                self._strangers.remove(stranger)
-        except (ValueError, KeyError, TypeError, IndexError):
-            stranger.close()
-            if stranger in self._strangers:
-                self._strangers.remove(stranger)
+    def _admit(self, peer: _Peer, connection: Connection) -> None:
+        """Gives a new connection to its rank, which may have tried before, but joins once."""
+        if peer.is_joined:
+            connection.close()
+            return
+        if peer.connection is not None:
+            peer.connection.close()
+        peer.connection, peer.heard = connection, time.monotonic()
+        if self._peers[0].is_leaving:
+            connection.send({"bye": True})
 
     def _listen(self, peer: _Peer, connection: Connection) -> None:
+        problem = None
         for message in connection.receive():
             peer.heard = time.monotonic()
-            self._hear(peer, message)
-        if connection.is_closed:
+            try:
+                self._hear(peer, message)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                problem = f"it said what is no message: {str(message)[:40]}"
+        if connection.problem:
+            problem = f"it said {connection.problem}"
+        if problem:
+            connection.send({"over": True})
+            self._lose(peer, problem)
+        elif connection.is_closed:
             connection.close()
             peer.connection = None
+            if not peer.is_joined:
+                return  # it tries again
             if not peer.is_leaving and self._silence:
                 self._suspect(1, peer.end(time.monotonic(), self._world_size))
             peer.is_leaving = True
 
+    def _lose(self, peer: _Peer, problem: str) -> None:
+        peer.is_leaving = peer.is_lost = True
+        get_logger().warning(
+            "the watchdog does not watch %s any more: %s. The run goes on.", peer.name(self._world_size), problem
+        )
+
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
         if "state" in message:
-            self._note_state(peer, State(*message["state"]))
+            self._note_state(peer, State.of(message))
+        elif "who" in message:
+            host, process = message["who"]
+            peer.host, peer.process, peer.is_joined = str(host), int(process), True
         elif "bye" in message:
             peer.is_leaving = True
             self._advanced = time.monotonic()
+        elif "lost" in message:
+            self._lose(peer, str(message["lost"]))
         elif "fail" in message:
-            reason = f"{peer.name(self._world_size)} failed after step {message['step']}: {message['fail']}"
-            self._suspect(0 if message["stated"] else 2, Verdict(reason, message["code"], peer.rank, is_told=True))
+            step, code = int(message["step"]), int(message["code"])
+            reason = f"{peer.name(self._world_size)} failed after step {step}: {message['fail']}"
+            self._suspect(0 if message["stated"] else 2, Verdict(_clip(reason), code, peer.rank, is_told=True))
 
     def _note_state(self, peer: _Peer, state: State) -> None:
         peer.state, peer.heard = state, time.monotonic()
@@ -271,6 +304,8 @@ class Hub:
         # A rank that is done goes on speaking until all are, or has closed its connection.
         watched = [peer for peer in self._peers if peer.connection is not None or not peer.is_leaving]
         for peer in watched:
+            if peer.is_lost or (self._lobby.is_exhausted and not peer.is_joined):
+                continue
             if peer.rank and 0 < self._silence < now - peer.heard:
                 return peer.silence(now - peer.heard, self._world_size)
         if 0 < self._stall < now - self._advanced:
@@ -286,14 +321,18 @@ class Hub:
             f"{_ranks(ranks)} ({self._peers[ranks[0]].host}): step {step}, {doing}, at {place}"
             for (step, doing, place), ranks in sorted(groups.items(), key=lambda group: len(group[1]))
         ]
-        return (
-            f"nothing has advanced for {self._stall / 60:g} min (watchdog.stall_minutes). {'; '.join(shown)}. {_NEXT}"
-        )
+        began = f"nothing has advanced for {self._stall / 60:g} min (watchdog.stall_minutes). "
+        return f"{began}{_clip('; '.join(shown))}. {_NEXT}"
 
     def _tell(self, message: dict[str, Any]) -> None:
         for peer in self._peers:
             if peer.connection is not None:
                 peer.connection.send(message)
+
+    def give_up(self, reason: str) -> None:
+        """Tells the others that nobody watches any more."""
+        self._tell({"over": reason})
+        self._lobby.close()
 
     def part(self) -> None:
         """Waits briefly until the spokes have the verdict and are gone."""
@@ -307,10 +346,14 @@ class Hub:
             left = [connection for connection in left if not connection.is_closed]
 
     def close(self) -> None:
-        self._server.close()
-        for connection in (*self._strangers, *(peer.connection for peer in self._peers)):
-            if connection is not None:
-                connection.close()
+        self._lobby.close()
+        for peer in self._peers:
+            if peer.connection is not None:
+                peer.connection.close()
+
+
+def _clip(reason: str) -> str:
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -17,6 +17,7 @@ Python's own timer (`faulthandler`), with its traceback, after twice the silence
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import queue
@@ -31,8 +32,8 @@ from typing import Any
 from megamix.core.errors import EXIT_FAILED, MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS, report_failure
-from megamix.training.job.watchdog.heartbeat import invite, join
-from megamix.training.job.watchdog.judge import UNSURE_SECONDS, Hub, Spoke, State, Verdict
+from megamix.training.job.watchdog.joining import invite, join
+from megamix.training.job.watchdog.judge import LONGEST_REASON, UNSURE_SECONDS, Hub, Spoke, State, Verdict
 
 # How long a failing rank waits to be told whether it is the cause.
 ANSWER_SECONDS = UNSURE_SECONDS + 3.0
@@ -56,6 +57,7 @@ class Watchdog:
         self._is_said, self._is_cause = threading.Event(), threading.Event()
         self._main = threading.get_ident()
         self._thread: threading.Thread | None = None
+        self._failed_link: Hub | Spoke | None = None
 
     def start(self, share: Callable[[Any], Any] | None = None) -> None:
         """Connects this rank; every rank of the job calls it.
@@ -99,7 +101,7 @@ class Watchdog:
         stated = isinstance(error, MegamixError)
         text = str(error) if stated else "".join(traceback.format_exception_only(error)).strip()
         code = error.exit_code if isinstance(error, MegamixError) else EXIT_FAILED
-        self._say({"fail": text, "code": code, "stated": stated, "step": self._step})
+        self._say({"fail": text[:LONGEST_REASON], "code": code, "stated": stated, "step": self._step})
         if self._thread is not None and self._thread.is_alive():
             self._is_cause.wait(ANSWER_SECONDS)
 
@@ -130,10 +132,21 @@ class Watchdog:
                 if verdict is not None:
                     self._obey(verdict, link)
                 if link.is_over:
+                    link.close()
                     return
+        except Exception as error:
+            self._give_up(error, link)
         finally:
-            link.close()
             faulthandler.cancel_dump_traceback_later()
+
+    def _give_up(self, error: Exception, link: Hub | Spoke) -> None:
+        """Says that this watchdog has failed, which is a defect, and that the run goes on without it."""
+        self._failed_link = link  # its connections stay open: the others would take their end for that of this process
+        what = "the watchdog, which rank 0 keeps for all ranks," if self._rank == 0 else "its watchdog"
+        reason = "".join(traceback.format_exception_only(error)).strip()[:200]
+        _print(f"[rank {self._rank}] {what} failed, and the run goes on without it: {reason}")
+        with contextlib.suppress(Exception):
+            link.give_up(reason)
 
     def _state(self) -> State:
         return State(self._step, self._doing, time.monotonic() - self._since, _place(self._main))
@@ -145,14 +158,21 @@ class Watchdog:
             link.is_over = True
             self._is_cause.set()
             return
-        # The starter of local ranks prints one reason: that of the rank that found it.
-        if not os.environ.get(REPORTS):
-            who = "" if self._rank == 0 else f"[rank {self._rank}] "
-            os.write(2, f"megamix: {who}{verdict.reason}\n".encode())  # past a lock that the main thread may hold
-        elif verdict.is_own:
-            report_failure(verdict.reason)
-        link.part()
-        os._exit(verdict.code)
+        try:
+            # The starter of local ranks prints one reason: that of the rank that found it.
+            if not os.environ.get(REPORTS):
+                _print(f"{'' if self._rank == 0 else f'[rank {self._rank}] '}{verdict.reason}")
+            elif verdict.is_own:
+                report_failure(verdict.reason)
+            link.part()
+        finally:
+            os._exit(verdict.code)
+
+
+def _print(text: str) -> None:
+    """Past a lock of standard error that the main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"megamix: {text}\n".encode())
 
 
 def _broadcast(invitation: Any) -> Any:
