@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import Never
 import pytest
 from commands import ENVIRONMENT, ROOT
 
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, MegamixError
 from megamix.training.job import lock
 from megamix.training.job.lock import RunLock
 
@@ -148,6 +149,39 @@ def test_a_filesystem_without_locks_is_a_warning(
         f"{tmp_path / 'run' / 'lock'} cannot be locked ({os.strerror(number)}): nothing keeps a second job from writing "
         "there too"
     ]
+
+
+def test_a_filesystem_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(MegamixError, match=r"cannot lock .*run/lock: Input/output error"), RunLock(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_of_a_killed_job_is_waited_for_while_threads_of_it_hold_it(holder: Holder, tmp_path: Path) -> None:
+    """Here what holds it is a process that was given its file, as a rank's threads do for seconds after the kill."""
+    run = tmp_path / "run"
+    kill(holder(run))
+    file = os.open(run / "lock", os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    timer = threading.Timer(1.0, lambda: os.close(file))
+    timer.start()
+    with RunLock(run):
+        assert json.loads((run / "lock").read_text())["process"] == os.getpid()
+    timer.join()
+
+
+def test_the_lock_is_for_all_who_may_write_there(tmp_path: Path) -> None:
+    """Its mode follows the umask: a group that shares a run shares its lock."""
+    before = os.umask(0o002)
+    try:
+        with RunLock(tmp_path / "run"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run" / "lock").stat().st_mode) == 0o664
 
 
 def test_a_run_dir_that_cannot_be_made(tmp_path: Path) -> None:

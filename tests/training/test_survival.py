@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -78,6 +79,8 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(
     disturbed.finish()
     assert_same(killed, whole, STEPS, disturbed.kills)
     assert_no_sample_lost_or_doubled(killed, STEPS, 8, data_dir, 64)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in killed.rglob("*") if path.is_file()}
+    assert {path: mode for path, mode in modes.items() if mode != modes[killed / "metrics.jsonl"]} == {}, "the umask's"
 
 
 # A job whose ranks nobody watches but they themselves

@@ -273,6 +273,8 @@ class Hub:
             self._lose(peer, str(message["lost"]))
         elif "fail" in message:
             step, code = int(message["step"]), int(message["code"])
+            if not 0 <= code <= 255:
+                raise ValueError
             reason = f"{peer.name(self._world_size)} failed after step {step}: {message['fail']}"
             self._suspect(0 if message["stated"] else 2, Verdict(_clip(reason), code, peer.rank, is_told=True))
 
