@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from records import lines, record, samples
 from megamix.core import locks
 from megamix.data.tokens.manifest import Manifest
 
+PHASES = ("locking", "loading", "started", "step", "evaluation", "checkpoint", "sealing", "naming")
+"""Of a run's life, each as it begins: the lock is taken, ranks load, the record goes on, a step, an evaluation, the
+first file of a checkpoint, its last one, its final name (older ones are removed then)."""
 MOMENTS = ("loading", "step", "step", "checkpoint", "checkpoint")
 VICTIMS = ("rank", "rank", "all", "starter")
 
@@ -30,6 +34,8 @@ class Disturbed:
     Attributes:
         fork: whether processes are forked from one that has imported everything; else they are real ones. While forked
             ranks load, they cannot be told from processes in reserve, and are not chosen.
+        evaluate_every: steps between evaluations, as in the config.
+        is_patient: whether to wait until nothing of a killed job is left; else the next start meets what is.
         kills: what was done, for the messages of failures.
     """
 
@@ -37,10 +43,19 @@ class Disturbed:
     run: Path
     chance: random.Random
     fork: bool = True
+    is_patient: bool = True
+    evaluate_every: int = 10
     kills: list[str] = field(default_factory=list)
 
-    def kill_once(self, moment: str | None = None, victim: str | None = None) -> bool:
+    def kill_once(
+        self, moment: str | None = None, victim: str | None = None, number: signal.Signals = signal.SIGKILL
+    ) -> bool:
         """Starts the run, kills one of its processes, or all, and waits until none is left.
+
+        Args:
+            moment: one of `PHASES`; by default chance decides between some of them.
+            victim: rank, all or starter; the starter as well where no rank is there yet.
+            number: what they are killed by.
 
         Returns:
             False where the run was done before its moment came.
@@ -55,16 +70,16 @@ class Disturbed:
         ranks = children(starter) if starter else []
         if starter and self._wait_for(moment, wanted, waiter):
             ranks = [rank for rank in children(starter) if not self.fork or num_threads(rank) > 1]
-            chosen = {"rank": ranks and [self.chance.choice(ranks)], "all": [*ranks, starter], "starter": [starter]}[
-                victim
-            ]
-            self.kills.append(f"{victim} at {moment} {wanted or ''}")
+            rank = [self.chance.choice(ranks)] if ranks else [starter]
+            chosen = {"rank": rank, "all": [*ranks, starter], "starter": [starter]}[victim]
+            self.kills.append(f"{victim} at {moment} {wanted or ''} ({number.name})")
             for process in chosen:
                 with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                    os.kill(process, number)
         waiter.join(RUN_SECONDS)
         assert done, f"the starter is still there: {self.kills}"
-        self._nobody_is_left(ranks)
+        if self.is_patient:
+            self.nobody_is_left(ranks)
         return done[0] != 0
 
     def finish(self) -> None:
@@ -95,21 +110,47 @@ class Disturbed:
     def _wait_for(self, moment: str, step: int, waiter: threading.Thread) -> bool:
         """Waits for the moment; False where the run ends before."""
         deadline = time.monotonic() + RUN_SECONDS
+        if moment == "locking":
+            return waiter.is_alive()
         if moment == "loading":
             time.sleep(self.chance.uniform(0, 1.5))
             return waiter.is_alive()
-        left_over = set((self.run / "checkpoints").glob("*.partial"))
+        seen = self._seen()
         while waiter.is_alive():
-            if moment == "step" and self._last_step() >= step:
-                return True
-            if moment == "checkpoint" and set((self.run / "checkpoints").glob("*.partial")) - left_over:
-                time.sleep(self.chance.uniform(0, 0.05))
+            if self._has_come(moment, step, seen):
+                if moment == "checkpoint":
+                    time.sleep(self.chance.uniform(0, 0.05))
                 return True
             assert time.monotonic() < deadline, f"no {moment} {step}"
             time.sleep(0.001)
         return False
 
-    def _nobody_is_left(self, ranks: list[int]) -> None:
+    def _seen(self) -> dict[str, Any]:
+        """What tells the phases from each other."""
+        checkpoints = self.run / "checkpoints"
+        return {
+            "started": len(lines_so_far(self.run / "events.jsonl")),
+            "evaluation": self._last_step(),
+            "checkpoint": set(checkpoints.glob("*.partial")),
+            "sealing": set(checkpoints.glob("*.partial/checkpoint.json")),
+            "naming": {path for path in checkpoints.glob("step_*") if not path.suffix},
+        }
+
+    def _has_come(self, moment: str, step: int, seen: dict[str, Any]) -> bool:
+        if moment == "step":
+            return self._last_step() >= step
+        now = self._seen()
+        if moment == "started":
+            return now[moment] > seen[moment]
+        if moment == "evaluation":
+            last = lines_so_far(self.run / "metrics.jsonl")[-1:]
+            return bool(last) and last[0]["event"] == "train" and self._is_evaluated(last[0]["step"], seen[moment])
+        return bool(now[moment] - seen[moment])
+
+    def _is_evaluated(self, step: int, before: int) -> bool:
+        return step > before and step % self.evaluate_every == 0
+
+    def nobody_is_left(self, ranks: Sequence[int] = ()) -> None:
         """Waits for the lock as well: a killed rank is a zombie, but holds it, until its last thread has ended."""
         deadline = time.monotonic() + 60  # less than a run takes, which would end them too
         with (self.run / "lock").open("rb") as file:
