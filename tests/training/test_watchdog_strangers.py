@@ -309,11 +309,9 @@ def test_a_hub_outlives_whatever_a_rank_says(desk: Callable[..., Desk]) -> None:
 
 @pytest.mark.parametrize("words", [DEEP, b"x" * 2 * LONGEST_LINE, b"[1]\n", b'{"state": 1}\n', b"\xff\n"])
 def test_a_rank_that_nobody_understands_is_not_watched_any_more(
-    desk: Callable[..., Desk], words: bytes, monkeypatch: pytest.MonkeyPatch
+    desk: Callable[..., Desk], words: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And told so, for it would take a closed connection for the end of rank 0."""
-    said: list[str] = []
-    monkeypatch.setattr(judge.get_logger(), "warning", lambda text, *values: said.append(text % values))
     here = desk(2, silence=0.5)
     rank = here.join(1)
     rank._stream.setblocking(True)
@@ -325,8 +323,10 @@ def test_a_rank_that_nobody_understands_is_not_watched_any_more(
         heard += rank.receive()
     assert {"over": True} in heard
     assert not rank.is_closed
-    (line,) = said
-    assert line.startswith(f"the watchdog does not watch rank 1 of 2 ({socket.gethostname()}, process {os.getpid()})")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        f"megamix: the watchdog does not watch rank 1 of 2 ({socket.gethostname()}, process {os.getpid()})"
+    )
 
 
 def test_a_spoke_does_not_trust_who_answers_at_the_hubs_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ def test_a_watchdog_that_fails_says_so_and_the_run_goes_on(
         assert [job.said(rank) for rank in range(3)] == [hub, "", ""]
     else:
         assert job.said(1) == told.format(1, "its watchdog")
-        assert "the watchdog does not watch rank 1 of 3" in job.said(0)
+        assert job.said(0).startswith("megamix: the watchdog does not watch rank 1 of 3")
         assert job.said(2) == ""
 
 

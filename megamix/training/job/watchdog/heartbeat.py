@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import socket
 from collections.abc import Sequence
@@ -100,6 +101,12 @@ def wait_for(ready: Sequence[Any], seconds: float) -> set[int]:
     for stream in ready:
         poll.register(stream, select.POLLIN)
     return {number for number, _ in poll.poll(1000 * seconds)}
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, past a lock of it that a hung main thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"megamix: {text}\n".encode())
 
 
 def drain(wake: socket.socket) -> None:

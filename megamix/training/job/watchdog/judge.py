@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megamix.core.errors import EXIT_FAILED
-from megamix.core.log import get_logger
 from megamix.training.config import WatchdogConfig
-from megamix.training.job.watchdog.heartbeat import Connection, drain, wait_for
+from megamix.training.job.watchdog.heartbeat import Connection, drain, say, wait_for
 from megamix.training.job.watchdog.joining import Invitation, Lobby
 
 # A rank that loses its connection to a failing one fails too; the cause gets this long to be reported.
@@ -256,9 +255,7 @@ class Hub:
 
     def _lose(self, peer: _Peer, problem: str) -> None:
         peer.is_leaving = peer.is_lost = True
-        get_logger().warning(
-            "the watchdog does not watch %s any more: %s. The run goes on.", peer.name(self._world_size), problem
-        )
+        say(f"the watchdog does not watch {peer.name(self._world_size)} any more: {problem}. The run goes on.")
 
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
         if "state" in message:

@@ -32,6 +32,7 @@ from typing import Any
 from megamix.core.errors import EXIT_FAILED, MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS, report_failure
+from megamix.training.job.watchdog.heartbeat import say
 from megamix.training.job.watchdog.joining import invite, join
 from megamix.training.job.watchdog.judge import LONGEST_REASON, UNSURE_SECONDS, Hub, Spoke, State, Verdict
 
@@ -144,7 +145,7 @@ class Watchdog:
         self._failed_link = link  # its connections stay open: the others would take their end for that of this process
         what = "the watchdog, which rank 0 keeps for all ranks," if self._rank == 0 else "its watchdog"
         reason = "".join(traceback.format_exception_only(error)).strip()[:200]
-        _print(f"[rank {self._rank}] {what} failed, and the run goes on without it: {reason}")
+        say(f"[rank {self._rank}] {what} failed, and the run goes on without it: {reason}")
         with contextlib.suppress(Exception):
             link.give_up(reason)
 
@@ -161,18 +162,12 @@ class Watchdog:
         try:
             # The starter of local ranks prints one reason: that of the rank that found it.
             if not os.environ.get(REPORTS):
-                _print(f"{'' if self._rank == 0 else f'[rank {self._rank}] '}{verdict.reason}")
+                say(f"{'' if self._rank == 0 else f'[rank {self._rank}] '}{verdict.reason}")
             elif verdict.is_own:
                 report_failure(verdict.reason)
             link.part()
         finally:
             os._exit(verdict.code)
-
-
-def _print(text: str) -> None:
-    """Past a lock of standard error that the main thread may hold."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"megamix: {text}\n".encode())
 
 
 def _broadcast(invitation: Any) -> Any:
