@@ -20,8 +20,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TRITON_INTERPRET": "0",
 }
-RUN_SECONDS = 300
-"""Limit of every wait that a defect would make endless. No test is about time: a busy machine may take minutes."""
+RUN_SECONDS = int(os.environ.get("MEGAMIX_RUN_SECONDS", "300"))
+"""Limit of every wait that a defect would make endless. No test is about time: a busy machine may take minutes, and one
+with more work than cores needs another limit."""
 LAUNCH_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMP_NUM_THREADS", "MEGAMIX_FAILURE_REPORTS"),
