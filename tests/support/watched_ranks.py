@@ -8,18 +8,15 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Never
 
-import pytest
 from commands import RUN_SECONDS
 
 from megamix.core.errors import InputError, MegamixError
 from megamix.training.config import WatchdogConfig
-from megamix.training.job.local_ranks import REPORTS
 from megamix.training.job.watchdog import Watchdog
 from megamix.training.job.watchdog.joining import Invitation
 
@@ -100,19 +97,6 @@ class Ranks:
 
     def said(self, rank: int) -> str:
         return (self.folder / f"{rank}.said").read_text()
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.delenv(REPORTS, raising=False)
-    job = Ranks(tmp_path)
-    yield job
-    for rank, process in enumerate(job.processes):
-        if rank not in job.codes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
 
 
 def hang(watchdog: Watchdog) -> None:

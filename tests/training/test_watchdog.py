@@ -33,7 +33,7 @@ from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS
 from megamix.training.job.watchdog import Watchdog
 
-pytest_plugins = ["watched_ranks"]
+pytest_plugins = ["watched_job"]
 
 
 # A rank that is gone

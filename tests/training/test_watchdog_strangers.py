@@ -25,7 +25,7 @@ from megamix.training.job.watchdog.heartbeat import LONGEST_LINE, Connection
 from megamix.training.job.watchdog.joining import Invitation, Lobby, invite, join
 from megamix.training.job.watchdog.judge import Hub, Spoke, State, Verdict
 
-pytest_plugins = ["watched_ranks"]
+pytest_plugins = ["watched_job"]
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DEEP = b"[" * 100_000 + b"\n"
 
