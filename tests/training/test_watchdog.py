@@ -28,10 +28,11 @@ from watched_ranks import (
     stop,
 )
 
-from megamix.core.errors import Preempted
+from megamix.core.errors import MegamixError, Preempted
 from megamix.training.config import WatchdogConfig
 from megamix.training.job.local_ranks import REPORTS
-from megamix.training.job.watchdog import Watchdog
+from megamix.training.job.watchdog import Watchdog, joining
+from megamix.training.job.watchdog.joining import Invitation, invite, join
 
 pytest_plugins = ["watched_job"]
 
@@ -213,3 +214,50 @@ def test_without_limits_there_is_no_watchdog() -> None:
     watchdog.fail(ValueError())
     watchdog.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+# Where it listens
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.5)
+    server, invitation = invite()
+    server.close()
+    nearby = Invitation(("127.0.0.1",), invitation.port, "", "", 0)
+    with pytest.raises(MegamixError, match=r"rank 3 cannot reach rank 0's watchdog .*watchdog.silence_seconds=0"):
+        join(nearby, 3)
+
+
+ANYWHERE = ("::", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("master", "known", "addresses"),
+    [
+        ("127.0.0.1", [], ("127.0.0.1",)),
+        ("localhost", [], ("127.0.0.1",)),
+        ("127.0.0.2", [], ("127.0.0.2",)),  # as any other address of this machine
+        ("192.0.2.1", [], ANYWHERE),  # of a router before it
+        ("head", ["127.0.1.1"], ANYWHERE),  # its own name for itself
+        ("head", ["192.0.2.1"], ANYWHERE),
+        ("head", ["192.0.2.1", "192.0.2.2"], ANYWHERE),
+        ("head", None, ANYWHERE),
+        ("", [], ANYWHERE),
+    ],
+)
+def test_it_listens_at_the_address_of_the_job_alone_where_that_can_be_told(
+    monkeypatch: pytest.MonkeyPatch, master: str, known: list[str] | None, addresses: tuple[str, ...]
+) -> None:
+    def getaddrinfo(host: str, port: object, **options: object) -> list[tuple[object, ...]]:
+        assert host == master
+        if known is None:
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in known]
+
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setattr(joining.socket, "getaddrinfo", getaddrinfo)
+    server, invitation = invite()
+    assert server.getsockname()[0] in addresses
+    assert not set(invitation.hosts) & {"", *ANYWHERE}
+    server.close()
