@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,27 +166,6 @@ def test_a_run_whose_name_means_something_to_slurm(
     assert slurm.wait(int(number)) == "COMPLETED"
     assert "megamix: done" in (run / "slurm" / f"{name}-{number}.out").read_text()
     assert [path.name for path in (run / "slurm").glob("*.log")] == [f"{number}-n1.log"]
-
-
-def test_runs_of_alike_names_are_different_jobs(
-    launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    """What a name loses, its hash has; and it stays short enough for a file, ending and all."""
-    names = set()
-    for folder in ("a,b", "a_b", "a%b", "ä" * 100, "ö" * 100, "x" * 250):
-        (command,) = commands(launch(tiny_config(run_dir=str(tmp_path / folder)), "--dry-run")).values()
-        (name,) = (word.removeprefix("--job-name=") for word in command if word.startswith("--job-name="))
-        assert re.fullmatch(r"[A-Za-z0-9._+-]{1,200}", name)
-        names.add(name)
-    assert len(names) == 6
-
-
-@pytest.mark.parametrize("folder", ["back\\slash", "two\nlines"])
-def test_a_folder_that_slurm_cannot_write_to_is_refused(
-    launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path, folder: str
-) -> None:
-    with pytest.raises(InputError, match=r"Slurm cannot write .*Choose another run_dir"):
-        launch(tiny_config(run_dir=str(tmp_path / folder)), "--dry-run")
 
 
 def test_two_launches_that_meet_run_one_after_the_other(
