@@ -15,8 +15,10 @@ import torch.distributed as dist
 import typer
 import yaml
 from commands import ROOT
+from megatron_forms import pretrain_of_018, pretrain_of_019
 from readme_code import PAGES, Code, anchors, command_lines, links, pieces_of_code, python_blocks, readme_code
 from small_config import SMALL
+from titan_stand_in import installed
 
 from megamix.cli import app
 from megamix.core.config import Config, configs_in, validate
@@ -31,7 +33,12 @@ STUDIES: dict[str, type[Config]] = {"arena": ArenaConfig, "doremi": DoremiStudyC
 """The keys that stand beside a run's, for the commands of their name."""
 RUN_ELSEWHERE = {
     "mixing": ["class Progress(Mixer)"],  # tests/mixing/test_own_mixer.py
-    "interop": ["DistributedDataParallel", "MegatronMix", "MixCallback"],  # tests/interop/test_ddp_loop.py; below
+    "interop": [
+        "DistributedDataParallel",
+        "MegatronMix",
+        "parse_and_validate_args",
+        "MixCallback",
+    ],  # tests/interop/test_ddp_loop.py; below
     "README": ["forward(domain, sample)"],  # below
     "kernels": ["domain_cross_entropy("],  # below
 }
@@ -108,26 +115,60 @@ def test_the_trainer_example(mix_yaml: None, tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "megamix" / "weights.jsonl").read_text().splitlines()) > 1
 
 
-def test_the_megatron_lm_example(mix_yaml: None) -> None:
-    """What is handed to Megatron-LM, of which the wheel of megatron-core has no training loop: test_megatron_lm.py runs
-    these functions in a stand-in for it."""
-    given: list[Any] = []
-    training = types.SimpleNamespace(save_checkpoint=lambda *_: None)
-    saves = training.save_checkpoint
+def test_the_megatron_lm_example(mix_yaml: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to Megatron-LM, of which the wheel of megatron-core has no training loop, in the form of every
+    version; test_megatron_lm.py runs these functions in a stand-in for it."""
     names: dict[str, Any] = {
-        "training": training,
         "partial": lambda *arguments: arguments,
         "model_provider": "provider",
         "gpt_builder": "builder",
         "ModelType": types.SimpleNamespace(encoder_or_decoder="decoder"),
-        "pretrain": lambda *arguments: given.extend(arguments),
+        "parse_and_validate_args": lambda args_defaults: "args",
+        "gpt_config_from_args": lambda args: (args, "model"),
+        "pretrain_cfg_container_from_args": lambda *arguments: arguments,
     }
-    exec(readme_code("interop", "MegatronMix"), names)
-    provider, model, kind, forward_step = given
-    assert (model, kind) == (("provider", "builder"), "decoder")
-    assert provider == names["mix"].train_valid_test_datasets_provider
-    assert forward_step == names["mix"].forward_step
-    assert training.save_checkpoint is not saves
+
+    def of_016(
+        train_valid_test_dataset_provider: Any, model_provider: Any, model_type: Any, forward_step_func: Any
+    ) -> dict[str, Any]:
+        return locals()
+
+    code, given = readme_code("interop", "mix.pretrain("), readme_code("interop", "parse_and_validate_args")
+    earlier = next(line for line in code.splitlines() if line.startswith("given = "))
+    shorter = re.search(r"# core_v0.18: (.*)", given)
+    assert shorter is not None
+    provided = {"model_provider": ("provider", "builder")}
+    for pretrain, first, expected in (
+        (of_016, earlier, provided),
+        (pretrain_of_018, f"args = 'args'; given = {shorter[1]}", {"cfg_container": ("args",), **provided}),
+        (pretrain_of_019, given, {"cfg_container": ("args", ("args", "model"))}),
+    ):
+        training = types.SimpleNamespace(save_checkpoint=print, pretrain=pretrain)
+        monkeypatch.setitem(sys.modules, "megatron.training", types.SimpleNamespace(training=training))
+        exec(code.replace(earlier, first).replace("mix.pretrain(", "got = mix.pretrain("), names)
+        got, mix = {key: value for key, value in names["got"].items() if value}, names["mix"]
+        assert got.pop("train_valid_test_dataset_provider") == mix.train_valid_test_datasets_provider
+        assert got.pop("forward_step_func") == mix.forward_step
+        assert got == {"model_type": "decoder", **expected}
+        assert training.save_checkpoint is not print
+
+
+def test_the_torchtitan_example(mix_yaml: None) -> None:
+    """The config is one of torchtitan's with our parts, in sizes that agree; test_torchtitan.py runs them."""
+
+    class Loose(types.SimpleNamespace):
+        def __getattr__(self, name: str) -> Loose:
+            setattr(self, name, Loose())
+            return getattr(self, name)
+
+    names: dict[str, Any] = {"llama3_debugmodel": Loose}
+    with installed():
+        exec(readme_code("interop", "MixDataLoader") + "config = my_run()\n", names)
+    config = names["config"]
+    data, training = config.dataloader, config.training
+    assert (data.mix, data.steps, data.global_batch_size) == ("mix.yaml", training.steps, training.global_batch_size)
+    assert training.disable_cuda_graphs
+    assert isinstance(config.loss, names["MixLoss"].Config)
 
 
 BLOCKS = [

@@ -109,7 +109,8 @@ class MegatronConfig(_LayoutConfig):
     """Transformer Engine's layers; auto: on a GPU where it is installed."""
     checkpoint_format: Literal["layers", "dist"] = "layers"
     """layers: megamix's own files, which both engines read in any layout; dist: model and optimizer through
-    megatron.core.dist_checkpointing, which only this engine reads, in any layout."""
+    megatron.core.dist_checkpointing, which only this engine reads as a whole, in any layout. Megatron-LM can take the
+    weights of it, not resume it: iteration, arguments and random states are not in it."""
 
     @property
     def layout(self) -> dict[str, int]:

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, MegamixError
 from megamix.core.log import get_logger
 from megamix.core.text import listed
 from megamix.data.blend.blend import Blend
@@ -26,7 +27,7 @@ from megamix.mixing.mixers import Mixer, ScheduleConfig, evaluated, make_mixer
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
 from megamix.training.checkpoints.state import RunState
-from megamix.training.guard import Guard
+from megamix.training.guard import BadStep, Guard
 from megamix.training.plan import DataPlan
 from megamix.training.records.run_record import RunRecord
 from megamix.training.reference.cache import open_reference, reference_folder
@@ -43,6 +44,7 @@ class MixedData:
         device: of the model; batches stay on the CPU, pinned where it is a GPU.
         resumed: the checkpoint to continue from, as rank 0 sees it; None starts anew.
         evaluates: whether the trainer submits sums of evaluations where the mixer wants them.
+        keeps_previous: whether `previous_state` may be asked for.
 
     Attributes:
         step: steps submitted.
@@ -61,6 +63,7 @@ class MixedData:
         device: torch.device,
         resumed: Resumed | None = None,
         evaluates: bool = False,
+        keeps_previous: bool = False,
     ) -> None:
         config = evaluated(plan.config.mixer)
         if config is not None and not evaluates:
@@ -71,6 +74,9 @@ class MixedData:
         self.step = 0 if resumed is None else resumed.step
         self._is_new = resumed is None
         self._device = device
+        self._fingerprints = data_fingerprints(plan)
+        self._keeps_previous = keeps_previous
+        self._previous: RunState | None = None
         self.guard = Guard.of(plan, data_rank, None if resumed is None else resumed.state.guard)
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
         if resumed is not None and self.change is not None and dist.get_rank() == 0:
@@ -104,7 +110,7 @@ class MixedData:
             loss_weights=loss_weights,
             has_reference=reference_folder(plan) is not None,
             rewards_evaluation=config is not None,
-            judge=self.guard.judge,
+            judge=self._judge,
             on_report=self._report,
         )
         reader = plan.reader(plan.domains, open_reference(plan)) if reads_data else None
@@ -186,12 +192,32 @@ class MixedData:
     def state(self) -> RunState:
         """The state before step ``step``."""
         self.exchange.settle(self.step)
+        return self._state(self.step)
+
+    def previous_state(self) -> RunState:
+        """The state before the last submitted step, whatever the guard says of that step; on rank 0."""
+        with suppress(BadStep):
+            self.exchange.settle(self.step)
+        if self._previous is None or self._previous.step != self.step - 1:
+            raise MegamixError(
+                f"the state before step {self.step} is not there: no step was taken, or it was not kept."
+            )
+        return self._previous
+
+    def _judge(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor, group: Any) -> None:
+        """On the mixing thread, before the mixer sees the sums of ``step``."""
+        if self._keeps_previous and self.mixer is not None:
+            self._previous = self._state(step)
+        self.guard.judge(step, sums_KC, evaluated_KC, group)
+
+    def _state(self, step: int) -> RunState:
+        """The state before ``step``, once the steps before it are mixed."""
         return RunState(
-            step=self.step,
-            fingerprints=data_fingerprints(self.plan),
-            sampler=self.sampler.state_dict(self.step),
+            step=step,
+            fingerprints=self._fingerprints,
+            sampler=self.sampler.state_dict(step),
             mixer=self.mixer.state_dict() if self.mixer is not None else None,
-            shadow={shadow.name: shadow.state(self.step) for shadow in self.shadows},
+            shadow={shadow.name: shadow.state(step) for shadow in self.shadows},
             guard=self.guard.state(),
             total_samples=self.plan.total_samples,
             manifest=str(self.plan.config.data.manifest.absolute()),

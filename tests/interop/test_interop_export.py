@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,12 +22,16 @@ from interop_files import (
     lines_of,
     write_run,
 )
+from typer.testing import CliRunner
 
+from megamix.cli import app
+from megamix.core.config import validate
 from megamix.data.blend.blend import Blend
 from megamix.mixing.weight_files import read_weights
+from megamix.training.config import MixConfig
 from megamix.training.records.ledger import Ledger
 from megamix.training.records.mean_weights import mean_weights
-from megamix.training.records.recorded_run import RecordedRun
+from megamix.training.records.recorded_run import RecordedRun, write_mix
 
 pytest_plugins = ["interop_fixtures"]
 
@@ -186,3 +191,29 @@ def test_a_run_without_its_data_still_has_weights(run: tuple[Path, list[Line], B
     assert blend("export", lost, "--format", "json") == blend("export", run[0], "--format", "json")
     fresh = write_run(tmp_path / "fresh", tmp_path / "nowhere", run[1][:1], steps=0)
     assert list(as_dict(blend("export", fresh, "--format", "json", "--which", "initial"))) == list(NAMES)
+
+
+def test_the_record_of_another_trainer(run: tuple[Path, list[Line], Blend], tmp_path: Path) -> None:
+    """An adapter's folder, with weights.jsonl and mix.json, has the blends of the run with the same weights."""
+    run_dir, folder = run[0], tmp_path / "megamix"
+    folder.mkdir()
+    shutil.copy(run_dir / "weights.jsonl", folder)
+    config = RecordedRun.open(run_dir).config
+    batches = config.train.model_dump(include={"steps", "global_batch", "micro_batch", "seed"})
+    sections = {**config.model_dump(mode="json", include={"data", "mixer"}), "train": batches}
+    write_mix(folder, validate(MixConfig, sections, "mix.yaml"), STEPS)
+    for options in (["megatron"], ["per-split-json"], ["doremi"], ["json", "--which", "realised"]):
+        assert blend("export", folder, "--format", *options) == blend("export", run_dir, "--format", *options)
+    for source, out in ((run_dir, tmp_path / "theirs"), (folder, tmp_path / "ours")):
+        blend("export", source, "--stages", "3", "--out", out)
+    assert (tmp_path / "ours" / "phases.json").read_text() == (tmp_path / "theirs" / "phases.json").read_text()
+    (folder / "mix.json").write_text("{}")
+    assert "mix.json cannot be read (KeyError: 'config')" in error_of("export", folder)
+
+
+@pytest.mark.parametrize("options", [["--format", "per-split-json"], ["--stages", "2"]])
+def test_says_what_validation_files_ask_for(
+    run: tuple[Path, list[Line], Blend], tmp_path: Path, options: list[str]
+) -> None:
+    result = CliRunner().invoke(app, ["blend", "export", str(run[0]), *options, "--out", str(tmp_path / "out")])
+    assert "Give Megatron --eval-iters above 0" in result.stderr

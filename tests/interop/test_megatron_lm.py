@@ -3,10 +3,14 @@ megatron.core ranks, against a loop in plain PyTorch (`megatron_reference`)."""
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import megatron_forms
 import megatron_loop
 import megatron_reference
 import numpy as np
@@ -16,14 +20,21 @@ import torch.distributed as dist
 import yaml
 from commands import SUPPORT
 from megatron.core import parallel_state
+from megatron.core import utils as core_utils
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
+from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_loop import LAYERS, make_args
 from ranks import run_ranks
 from tolerance import rounding
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.engines.megatron.cpu import cpu_stand_ins
+from megamix.interop.blend_files.export import export_blend
 from megamix.interop.trainers.megatron_lm import MegatronMix
 
 COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
@@ -107,6 +118,8 @@ def test_interleaved_pipeline(config: Path, reference: dict[str, Any], tmp_path:
     for step, weights in enumerate(reference["weights"]):
         if step != 1:  # nothing is decided at step 1 yet: those of step 0 go on
             np.testing.assert_allclose(by_step[step], weights, rtol=0, atol=TOLERANCE)
+    exported = json.loads(export_blend(tmp_path / "megamix", "json").text)
+    np.testing.assert_allclose(list(exported.values()), np.mean(reference["weights"], axis=0), rtol=0, atol=TOLERANCE)
 
 
 def test_tensor_parallel_with_per_token_loss(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
@@ -129,20 +142,41 @@ def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, 
     assert read_samples(first[:1], 4) == read_samples(first[1:], 4) == reference["samples"][:3]
     assert read_samples(second, 2) == reference["samples"][3:]
     check_weights(second, reference)
-    kept = sorted(path.name for path in (tmp_path / "megamix").glob("*.json"))
+    kept = sorted(path.name for path in (tmp_path / "megamix").glob("iter_*.json"))
     assert kept == ["iter_0000003.json", "iter_0000006.json"]
 
 
+def installed(batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:
+    """core_v0.16's function, under the name of the installed one."""
+    return get_batch_on_this_cp_rank(batch, cp_group)
+
+
+def of_014(batch: dict[str, Any]) -> dict[str, Any]:
+    return get_batch_on_this_cp_rank(batch)
+
+
+def of_018(
+    batch: dict[str, Any], is_hybrid_cp: bool, cp_group: Any = None, hybrid_cp_group_func: Any = None
+) -> dict[str, Any]:
+    """Without a group it slices by the world, which is one rank here."""
+    assert not is_hybrid_cp
+    return get_batch_on_this_cp_rank(batch, cp_group or dist.group.WORLD)
+
+
+@pytest.mark.parametrize("split", [installed, of_014, of_018])
 def test_context_parallel_ranks_share_every_sample(
-    one_rank: None, config: Path, monkeypatch: pytest.MonkeyPatch
+    one_rank: None, config: Path, monkeypatch: pytest.MonkeyPatch, split: Callable[..., Any]
 ) -> None:
     """Each of two ranks has its half of every tensor, and together they have every token once.
 
     megatron.core's attention on a CPU has no context parallelism, so the ranks are only claimed here.
     """
     args = make_args(eod_mask_loss=True)
+    monkeypatch.setattr(core_utils, "get_batch_on_this_cp_rank", split)
     parts = []
     for size, rank in ((1, 0), (2, 0), (2, 1)):
+        group = SimpleNamespace(size=lambda size=size: size, rank=lambda rank=rank: rank)
+        monkeypatch.setattr(parallel_state, "get_context_parallel_group", lambda group=group: group)
         monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda size=size: size)
         monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
         mix = MegatronMix(config, get_args=lambda: args)
@@ -157,6 +191,130 @@ def test_context_parallel_ranks_share_every_sample(
     assert whole.loss_mask is not None
     assert whole.position_ids[0].tolist() == list(range(32))
     assert sum(int(half.loss_mask.sum()) for half in halves if half.loss_mask is not None) == int(whole.loss_mask.sum())
+
+
+# In this process
+
+
+def train_here(config: Path, **given: Any) -> tuple[list[Any], list[Any]]:
+    """One run of the stand-in on this rank: its record, and the domains and first tokens of the rows it read."""
+    args = make_args(**{**COMMON, "eod_mask_loss": True, **given})
+    megatron_loop._ARGS[:] = [args]
+    destroy_rerun_state_machine()
+    initialize_rerun_state_machine(mode=RerunMode(args.rerun_mode))
+    loop = SimpleNamespace(save_checkpoint=megatron_loop.save_checkpoint, pretrain=megatron_loop.pretrain)
+    mix, record = MegatronMix(config, data_from=args.data_from, get_args=megatron_loop.get_args), []
+    samples = megatron_loop._note_samples(mix)
+    with cpu_stand_ins():
+        model = functools.partial(megatron_loop.make_model, args)
+        try:
+            mix.pretrain(loop, "decoder", model_provider=model, loop=loop, record=record)
+        except SystemExit as ending:
+            record.append(ending.code)
+    return record, samples
+
+
+def alike(record: list[Any], expected: list[Any]) -> None:
+    for line, other in zip(record, expected, strict=True):
+        assert line == pytest.approx(other, rel=TOLERANCE)
+
+
+def test_a_result_that_is_refused_twice(
+    one_rank: None, config: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """Megatron runs the step again, saves the iteration before and ends with 16; the run goes on from there, the step
+    anew, with the losses of one without the fault."""
+    common = {"eval_iters": 0, "save": str(tmp_path)}
+    first, again = train_here(config, **common, bad_iteration=4)
+    assert first.pop() == 16
+    assert again[-4:] == again[-8:-4], "the micro-batches of the step, once more"
+    assert [path.name for path in (tmp_path / "megamix").glob("iter_*.json")] == ["iter_0000003.json"]
+    second, rows = train_here(config, **common, load=str(tmp_path))
+    alike(first + second, [line for line in reference["record"] if "iteration" in line])
+    assert read_samples([{"samples": rows}], 4) == reference["samples"][3:]
+
+
+def test_items_of_a_step_are_plain(one_rank: None, config: Path) -> None:
+    """Megatron pickles them into a checkpoint and reads them with ``weights_only``."""
+    mix = MegatronMix(config, get_args=lambda: make_args(eod_mask_loss=True))
+    item = next(mix.train_valid_test_datasets_provider((48, 0, 0))[0])
+    mix.close()
+    assert item == (0, 0)
+
+
+def test_validation_with_batches_of_its_own(one_rank: None, config: Path, reference: dict[str, Any]) -> None:
+    """Micro-batches of another size: the same validation losses. Another global batch: more samples."""
+    alike(train_here(config, eval_micro_batch_size=4)[0], reference["record"])
+    halved, _ = train_here(config, eval_micro_batch_size=1, eval_global_batch_size=4, eval_iters=4)
+    alike(halved, reference["record"])
+
+
+def test_a_checkpoint_that_is_not_the_adapter_s(
+    one_rank: None, config: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """Iteration and weights are the checkpoint's; the data begins there, and goes on from later checkpoints."""
+    common = {"eval_iters": 0, "save": str(tmp_path), "save_interval": 3}
+    train_here(config, **common, exit_interval=3)
+    (tmp_path / "megamix" / "iter_0000003.json").unlink()
+    record, rows = train_here(config, **common, load=str(tmp_path), data_from=3)
+    assert [line["iteration"] for line in record] == [4, 5, 6]
+    assert read_samples([{"samples": rows}], 4) == reference["samples"][:3]
+    assert record[0]["lm loss"] != pytest.approx(reference["record"][0]["lm loss"], rel=TOLERANCE), "trained weights"
+    more, _ = train_here(config, **common, load=str(tmp_path), data_from=3, train_iters=7)
+    assert [line["iteration"] for line in more] == [7]
+    with pytest.raises(ResumeRefused, match="after step 3, but the checkpoint is of step 6"):
+        train_here(config, **common, load=str(tmp_path), train_iters=7)
+    with pytest.raises(InputError, match="data_from is 9, but Megatron-LM stands at iteration 6"):
+        train_here(config, **common, load=str(tmp_path), data_from=9, train_iters=12)
+
+
+def test_pretrain_of_every_version(config: Path) -> None:
+    """Parameters as in the sources of core_v0.14 to main; another form is refused with its parameters."""
+    mix = MegatronMix(config, get_args=make_args)
+    ours = {
+        "train_valid_test_dataset_provider": mix.train_valid_test_datasets_provider,
+        "forward_step_func": mix.forward_step,
+        "model_type": "decoder",
+    }
+
+    def call(pretrain: Any, **given: Any) -> Any:
+        loop = SimpleNamespace(save_checkpoint=print, pretrain=pretrain)
+        found = mix.pretrain(loop, "decoder", **given)
+        assert loop.save_checkpoint is not print
+        return found
+
+    for pretrain, given in (
+        (megatron_forms.pretrain_of_018, {"cfg_container": "cfg", "model_provider": "model", "store": "store"}),
+        (megatron_forms.pretrain_of_019, {"cfg_container": "cfg"}),
+        (megatron_forms.pretrain_of_019, {"cfg_container": "cfg", "model_provider": "model"}),
+    ):
+        found = call(pretrain, **given)
+        assert {name: value for name, value in found.items() if value} == {**ours, **given}
+    with pytest.raises(
+        InputError, match=r"begins with cfg_container. Give cfg_container=pretrain_cfg_container_from_args"
+    ):
+        call(megatron_forms.pretrain_of_018, model_provider="model")
+    with pytest.raises(InputError, match=r"takes no args_defaults\. It takes cfg_container"):
+        call(megatron_forms.pretrain_of_019, cfg_container="cfg", args_defaults={})
+    with pytest.raises(InputError, match=r"takes no cfg_container\. It takes train_valid_test_dataset_provider"):
+        call(megatron_loop.pretrain, cfg_container="cfg", model_provider="model", record=[])
+    with pytest.raises(InputError, match="needs model_provider, which was not given"):
+        call(megatron_forms.pretrain_of_018, cfg_container="cfg")
+
+    def pretrain_of_later(everything: Any, train_valid_test_dataset_provider: Any, **more: Any) -> None: ...
+
+    with pytest.raises(InputError, match=r"takes no model_type\. It takes everything"):
+        call(pretrain_of_later)
+
+
+def test_a_slicing_function_of_an_unknown_form(one_rank: None, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def split(batch: Any, plan: Any, cp_group: Any = None) -> Any: ...
+
+    monkeypatch.setattr(core_utils, "get_batch_on_this_cp_rank", split)
+    mix = provide(config)
+    with pytest.raises(InputError, match=r"split\(batch, plan, cp_group\) needs plan, which .* Versions seen to train"):
+        mix.get_batch(mix.train_valid_test_datasets_provider((48, 0, 0))[0])
+    mix.close()
 
 
 # Refusals
@@ -175,6 +333,16 @@ def provide(config: Path, *overrides: str, **given: Any) -> MegatronMix:
         ({"dataloader_type": "single"}, r"--dataloader-type is 'single', expected 'external'"),
         ({"rampup_batch_size": ["4", "4", "100"]}, r"--rampup-batch-size is \['4'.*one size"),
         ({"iterations_to_skip": [7]}, "--iterations-to-skip"),
+        ({"step_batch_size_schedule": "0:8 1M:16"}, "--step-batch-size-schedule is '0:8 1M:16', expected None"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask is True, expected False"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"sft": True}, "--sft is True, expected False"),
+        ({"fim_data": True}, "--fim-data"),
+        ({"check_for_spiky_loss": True}, "--check-for-spiky-loss"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"perform_rl_step": True}, "--perform-rl-step"),
+        ({"logits_load_dir": "logits"}, "--logits-load-dir"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"seq_length": 64}, r"--seq-length is 64, expected 32. Make it and data.seq_length"),
         ({"eod_mask_loss": False}, "--eod-mask-loss is False, expected True"),
         ({"padded_vocab_size": 384}, "padded vocabulary has 384 entries, but the data's tokenizer knows 512"),

@@ -3,7 +3,9 @@ checkpoints, as far as the functions it is given can see them.
 
 It follows ``megatron/training/training.py`` of Megatron-LM core_v0.16: what is called with which arguments, on which
 ranks and in which order (iterators per model chunk, wrapped for reruns; evaluation with `forward_only`; checkpoints by
-all ranks). Process groups, model, schedules, gradients and optimizer are the real megatron.core's.
+all ranks, also of the iteration before where a result was refused twice). Process groups, model, schedules, gradients,
+optimizer and the checks of results are the real megatron.core's. `megatron_forms` has
+``pretrain`` with the parameters of later versions.
 
 As a script it is one rank of a job: ``megatron_loop.py CONFIG ARGUMENTS_AS_JSON RECORD``.
 """
@@ -16,6 +18,8 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +87,20 @@ def make_args(**given: Any) -> SimpleNamespace:
         "eod_mask_loss": False,
         "reset_position_ids": False,
         "rerun_mode": "validate_results",
+        "eval_micro_batch_size": None,
+        "eval_global_batch_size": None,
+        "step_batch_size_schedule": None,
+        "reset_attention_mask": False,
+        "dataloader_inter_document_masking": False,
+        "sft": False,
+        "fim_data": False,
+        "check_for_spiky_loss": False,
+        "hybrid_context_parallel": False,
+        "perform_rl_step": False,
+        "logits_load_dir": None,
+        "gtp_weight_remat_size": 1,
+        "bad_iteration": None,  # of the stand-in: its gradient is not a number
+        "data_from": 0,  # of the stand-in: for the adapter
     }
     assert given.keys() <= defaults.keys(), given.keys() - defaults.keys()
     return SimpleNamespace(**{**defaults, **given})
@@ -147,7 +165,7 @@ def make_model(args: SimpleNamespace) -> list[Any]:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         gpt.first_layer = (chunk * sizes[1] + stage) * (LAYERS // (sizes[1] * (chunks or 1)))
         set_weights(gpt)
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
         model.append(DistributedDataParallel(config, ddp, gpt))
     return model
 
@@ -200,9 +218,24 @@ def build_data_iterators(provider: Any, args: SimpleNamespace) -> tuple[Any, Any
 
 
 def pretrain(
-    train_valid_test_dataset_provider: Any, model_provider: Any, forward_step_func: Any, loop: Any, record: list[Any]
+    train_valid_test_dataset_provider: Any,
+    model_provider: Any,
+    model_type: Any,
+    forward_step_func: Any,
+    process_non_loss_data_func: Any = None,
+    extra_args_provider: Any = None,
+    args_defaults: Any = None,
+    get_embedding_ranks: Any = None,
+    get_position_embedding_ranks: Any = None,
+    non_loss_data_func: Any = None,
+    store: Any = None,
+    inprocess_call_wrapper: Any = None,
+    *,
+    loop: Any = None,
+    record: list[Any],
 ) -> None:
     """``loop``: what a user of the real one finds in the module training.py, here ``save_checkpoint``."""
+    assert model_type == "decoder"
     args = get_args()
     model = model_provider()
     optimizer = make_optimizer(args, model)
@@ -226,7 +259,13 @@ def pretrain(
     iteration = args.iteration
     while iteration < args.train_iters:
         args.curr_iteration = iteration
-        reports = train_step(forward_step_func, train_data_iterator, model, optimizer)
+        reports, should_checkpoint, should_exit, exit_code = train_step(
+            forward_step_func, train_data_iterator, model, optimizer
+        )
+        if should_checkpoint:
+            loop.save_checkpoint(iteration, model, optimizer, None, 0, {}, train_data_iterator=train_data_iterator)
+        if should_exit:
+            sys.exit(exit_code)
         iteration += 1
         args.consumed_train_samples += args.global_batch_size
         record.append({"iteration": iteration, **_total(reports)})
@@ -238,20 +277,37 @@ def pretrain(
             break
 
 
-def train_step(forward_step_func: Any, data_iterator: Any, model: list[Any], optimizer: Any) -> list[Any]:
+def train_step(
+    forward_step_func: Any, data_iterator: Any, model: list[Any], optimizer: Any
+) -> tuple[list[Any], bool, bool, int]:
     args, rerun = get_args(), get_rerun_state_machine()
     losses_reduced: list[Any] = []
     while rerun.should_run_forward_backward(data_iterator):
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses_reduced = run_schedule(forward_step_func, data_iterator, model, args, forward_only=False)
-    optimizer.step()
-    return losses_reduced
+        with bad_gradient(model) if args.curr_iteration + 1 == args.bad_iteration else nullcontext():
+            losses_reduced = run_schedule(forward_step_func, data_iterator, model, args, forward_only=False)
+    ending = rerun.should_checkpoint_and_exit()
+    if not ending[1]:
+        optimizer.step()
+    return losses_reduced, *ending
+
+
+@contextmanager
+def bad_gradient(model: list[Any]) -> Iterator[None]:
+    """Gradients that are not numbers, after sound losses."""
+    parameter = next(iter(model[-1].parameters()))
+    hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
+    yield
+    hook.remove()
 
 
 def evaluate(forward_step_func: Any, data_iterator: Any, model: list[Any]) -> list[Any]:
     args, rerun = get_args(), get_rerun_state_machine()
+    batch = args.eval_global_batch_size or args.global_batch_size  # core_v0.18 and later
+    micro = args.eval_micro_batch_size or args.micro_batch_size
+    size = batch // (micro * parallel_state.get_data_parallel_world_size()), micro
     mode = rerun.get_mode()
     rerun.set_mode(RerunMode.DISABLED)
     for chunk in model:
@@ -259,22 +315,31 @@ def evaluate(forward_step_func: Any, data_iterator: Any, model: list[Any]) -> li
     reports = []
     with torch.no_grad():
         for _ in range(args.eval_iters):
-            reports += run_schedule(forward_step_func, data_iterator, model, args, forward_only=True)
-            args.consumed_valid_samples += args.global_batch_size
+            reports += run_schedule(forward_step_func, data_iterator, model, args, forward_only=True, size=size)
+            args.consumed_valid_samples += batch
     for chunk in model:
         chunk.train()
     rerun.set_mode(mode)
     return reports
 
 
-def run_schedule(step: Any, data_iterator: Any, model: list[Any], args: SimpleNamespace, *, forward_only: bool) -> Any:
+def run_schedule(
+    step: Any,
+    data_iterator: Any,
+    model: list[Any],
+    args: SimpleNamespace,
+    *,
+    forward_only: bool,
+    size: tuple[int, int] | None = None,
+) -> Any:
+    num_microbatches, micro_batch_size = size or (get_num_microbatches(), args.micro_batch_size)
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=data_iterator,
         model=model if len(model) > 1 else model[0],
-        num_microbatches=get_num_microbatches(),
+        num_microbatches=num_microbatches,
         seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 
@@ -309,18 +374,16 @@ def main() -> None:
 
     config, given, record_to = sys.argv[1:]
     args = make_args(**json.loads(given))
-    loop = SimpleNamespace(save_checkpoint=save_checkpoint)
-    mix, record = MegatronMix(config, get_args=get_args), []
-    samples = _note_samples(mix)
-    loop.save_checkpoint = mix.saving(loop.save_checkpoint)
+    loop = SimpleNamespace(save_checkpoint=save_checkpoint, pretrain=pretrain)
+    mix, record, states = MegatronMix(config, data_from=args.data_from, get_args=get_args), [], []
+    samples, close = _note_samples(mix), mix.close
+    run: Any = mix
+    mix.close = lambda: (states.append(run._run.state().to_json()), close())  # pyright: ignore[reportAttributeAccessIssue]
     dist.init_process_group("gloo")
     with cpu_stand_ins():
         initialize(args)
-        pretrain(mix.train_valid_test_datasets_provider, lambda: make_model(args), mix.forward_step, loop, record)
-        run: Any = mix._run
-        state = run.state().to_json()
-    mix.close()
-    lines = {"record": record, "samples": samples, "state": state if dist.get_rank() == 0 else None}
+        mix.pretrain(loop, "decoder", model_provider=lambda: make_model(args), loop=loop, record=record)
+    lines = {"record": record, "samples": samples, "state": states[0] if dist.get_rank() == 0 else None}
     Path(f"{record_to}{dist.get_rank()}.json").write_text(json.dumps(lines))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,8 +1,10 @@
-"""Python scripts as ranks of a job, as torchrun would start them but without its seconds."""
+"""Python scripts as ranks of a job: as torchrun would start them but without its seconds, and by torchrun itself."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from commands import ENVIRONMENT, RUN_SECONDS, SUPPORT
@@ -39,3 +41,20 @@ def run_ranks(
     said = "\n".join(f"rank {rank}: exit code {each.returncode}\n{each.stdout}" for rank, each in enumerate(done))
     assert [each.returncode for each in done] == [code] * num_ranks, said
     return printed
+
+
+def torchrun(script: Path, num_ranks: int, *arguments: object, cwd: Path) -> None:
+    """Runs ``script`` on the ranks of a real torchrun; fails if it does not succeed."""
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(SUPPORT)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    done = subprocess.run(
+        [*launcher, str(script), *map(str, arguments)],
+        env={**ENVIRONMENT, "PYTHONPATH": path},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * RUN_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from megamix.core.errors import InputError
-from megamix.interop.blend_files.export import export_blend, is_run, write_text
+from megamix.interop.blend_files.export import export_blend, is_run, open_run, write_text
 from megamix.interop.blend_files.stages import cuts_at, equal_cuts, export_phases
-from megamix.training.records.recorded_run import RecordedRun
 
 app = typer.Typer(
     help="Exchange token files and blends with Megatron and DoReMi.",
@@ -94,7 +93,7 @@ def export(
         _check_phase_options(path, which, weights, stages, stages_at)
         if out is None:
             raise InputError(f"{_option(stages)} writes several files. Give their folder with --out.")
-        run = RecordedRun.open(path)
+        run = open_run(path)
         cuts = equal_cuts(run, stages) if stages is not None else cuts_at(run, stages_at or "")
         written, notes = export_phases(run, cuts, format or "per-split-json", out)
         lines = [str(file) for file in written]

@@ -25,7 +25,7 @@ from megamix.data.tokens.stream import DomainTokens
 from megamix.mixing.megatron_blend import data_path, per_split_json
 from megamix.mixing.weight_files import doremi_config, read_weights
 from megamix.training.records.mean_weights import run_weights
-from megamix.training.records.recorded_run import CONFIG, RecordedRun
+from megamix.training.records.recorded_run import CONFIG, MIX, RecordedMix, RecordedRun
 
 FORMATS = ("megatron", "per-split-json", "doremi", "json")
 WHOLE_SPLIT = "100,0,0"
@@ -56,7 +56,7 @@ class DataSet:
     missing: str | None = None
 
     @classmethod
-    def of_run(cls, run: RecordedRun) -> DataSet:
+    def of_run(cls, run: RecordedMix) -> DataSet:
         """Data set of a run, with its domains at the end of the run."""
         return cls(str(run.run_dir), run.manifest, run.natural_shares(), run.missing_data)
 
@@ -85,7 +85,7 @@ def export_blend(
         return render(natural if weights is None else read_weights(weights, names), format, data)
     if weights is not None:
         raise InputError(f"--weights is for data sets, but {path} is a run, which has its own. Use --which.")
-    run = RecordedRun.open(path)
+    run = open_run(path)
     return render(run_weights(run, which or "mean"), format, DataSet.of_run(run))
 
 
@@ -95,11 +95,16 @@ def is_run(path: Path) -> bool:
     Raises:
         InputError: it is neither.
     """
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() or (path / MIX).is_file():
         return True
     if path.is_file() or (path / FILE_NAME).is_file():
         return False
     raise InputError(f"{path} is neither a run (it has no {CONFIG}) nor a data set (no {FILE_NAME}). Check the path.")
+
+
+def open_run(path: Path) -> RecordedMix:
+    """Record of a run: of `megamix train`, or of another trainer (``SAVE/megamix``, ``output_dir/megamix``)."""
+    return RecordedRun.open(path) if (path / CONFIG).is_file() else RecordedMix.open(path)
 
 
 def render(weights: Mapping[str, float], format: str, data: DataSet) -> ExportedBlend:
@@ -136,6 +141,9 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
             f"{data.source}: its validation is held out of the same files by --split {manifest.split}, which"
             " --per-split-data-args-path cannot say. Use --format megatron with that --split."
         )
+    notes.append(
+        "Give Megatron --eval-iters above 0: at 0 it ends with 'no sample to consume' over the validation files."
+    )
     return ExportedBlend(_json(per_split_json(train, _files(manifest, data.natural, "validation"))), notes)
 
 

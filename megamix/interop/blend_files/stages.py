@@ -19,7 +19,7 @@ from pathlib import Path
 from megamix.core.errors import InputError
 from megamix.interop.blend_files.export import WHOLE_SPLIT, DataSet, render, write_text
 from megamix.training.records.mean_weights import mean_weights
-from megamix.training.records.recorded_run import RecordedRun
+from megamix.training.records.recorded_run import RecordedMix
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Phase:
     weights: dict[str, float]
 
 
-def make_phases(run: RecordedRun, cuts: Sequence[int]) -> list[Phase]:
+def make_phases(run: RecordedMix, cuts: Sequence[int]) -> list[Phase]:
     """Phases between ``cuts``, rising iterations inside the run."""
     batch, bounds = run.config.train.global_batch, [0, *cuts, run.steps]
     return [
@@ -40,7 +40,7 @@ def make_phases(run: RecordedRun, cuts: Sequence[int]) -> list[Phase]:
     ]
 
 
-def equal_cuts(run: RecordedRun, stages: int) -> list[int]:
+def equal_cuts(run: RecordedMix, stages: int) -> list[int]:
     """Iterations that cut the recorded run into equal phases, to the nearest iteration.
 
     Raises:
@@ -53,7 +53,7 @@ def equal_cuts(run: RecordedRun, stages: int) -> list[int]:
     return [round(number * run.steps / stages) for number in range(1, stages)]
 
 
-def cuts_at(run: RecordedRun, tokens: str) -> list[int]:
+def cuts_at(run: RecordedMix, tokens: str) -> list[int]:
     """Iterations nearest to numbers of tokens, as "1e9,2e9".
 
     Raises:
@@ -78,7 +78,7 @@ def cuts_at(run: RecordedRun, tokens: str) -> list[int]:
     return cuts
 
 
-def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path) -> tuple[list[Path], list[str]]:
+def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path) -> tuple[list[Path], list[str]]:
     """Writes a blend per phase, ``phases.json`` and, for Megatron's formats, ``phases.sh`` into ``out``.
 
     Returns:
@@ -128,7 +128,7 @@ def export_phases(run: RecordedRun, cuts: Sequence[int], format: str, out: Path)
     return [path for path, _ in written], said
 
 
-def _shell(run: RecordedRun, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:
+def _shell(run: RecordedMix, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:
     """Shell functions that set PHASE_ARGS, Megatron's arguments for the phase of a checkpoint's iteration."""
     data = f"--split {split} --data-args-path" if format == "megatron" else "--per-split-data-args-path"
     transitions = f" --phase-transition-iterations {','.join(map(str, cuts))}" if cuts else ""

@@ -1,1 +1,2 @@
-"""Adapters for other trainers: Megatron-LM (`megatron_lm`) and Hugging Face (`hugging_face`), over `host`."""
+"""Adapters for other trainers: Megatron-LM (`megatron_lm`), Hugging Face (`hugging_face`) and torchtitan, over
+`host`."""

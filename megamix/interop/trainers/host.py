@@ -32,6 +32,7 @@ from megamix.training.checkpoints.state import RunState
 from megamix.training.config import KINDS, MixConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
+from megamix.training.records.recorded_run import write_mix
 from megamix.training.records.run_record import RunRecord
 from megamix.training.records.wholeness import missing_from_record, record_sizes
 
@@ -79,9 +80,10 @@ class HostRun:
         data_rank: number of the data-parallel slice that this rank reads of every global batch.
         reads_data: False on a rank that needs no tokens.
         has_loss: whether this rank calls `loss`, once per micro-batch of every step.
-        record_dir: folder in which rank 0 writes ``weights.jsonl``; None for no record.
+        record_dir: folder in which rank 0 writes ``weights.jsonl`` and ``mix.json``; None for no record.
         resumed: state to continue from (see `load_state`); None for a new run.
         process_group: ranks that share the vocabulary; None where the logits hold all of it.
+        keeps_previous: whether the host may save the state before the last step.
 
     Attributes:
         num_micro_batches: micro-batches of this rank in every step.
@@ -101,13 +103,22 @@ class HostRun:
         resumed: Resumed | None,
         loss_implementation: str = "auto",
         process_group: Any = None,
+        keeps_previous: bool = False,
     ) -> None:
         self.plan, self.data_rank, self.reads_data = plan, data_rank, reads_data
         self.num_micro_batches = plan.share(data_rank).num_micro_batches
         self.loss = StepLoss(len(plan.domain_names), plan.vocab_size, device, loss_implementation, process_group)
         self._has_loss = has_loss
         self.begun = 0 if resumed is None else resumed.step
-        self.data = MixedData(plan, data_rank=data_rank, reads_data=reads_data, device=device, resumed=resumed)
+        self._keeps_previous = keeps_previous
+        self.data = MixedData(
+            plan,
+            data_rank=data_rank,
+            reads_data=reads_data,
+            device=device,
+            resumed=resumed,
+            keeps_previous=keeps_previous,
+        )
         self._record, self._record_dir = None, record_dir or Path()
         if record_dir is not None and dist.get_rank() == 0:
             self._record = self._open_record(record_dir, resumed)
@@ -143,24 +154,42 @@ class HostRun:
         if self.data.step % SETTLE_EVERY == 0:
             self.data.settle()
         if not self._has_loss:
-            self.data.submit(torch.zeros_like(self.loss.evaluation_sums))
+            self.submit_nothing()
             return
         objective = self.data.objective(batch)
         objective = Objective(objective.normaliser / divided_by, objective.loss_weights)
         submit = functools.partial(self._submit, None if batch is None else batch.samples)
         self.loss.start_step(self.num_micro_batches, objective, None, submit)
 
+    def submit_nothing(self) -> None:
+        """Ends the step in progress on a rank without a loss."""
+        self.data.submit(torch.zeros_like(self.loss.evaluation_sums))
+
     def _submit(self, samples: StepSamples | None, sums_KC: torch.Tensor) -> None:
         """Submits the sums of the step, and keeps its samples so that the guard can name one with a bad loss."""
         self.data.guard.keep(self.data.step, samples, self.loss.non_finite_counts)
         self.data.submit(sums_KC)
 
-    def state(self) -> RunState:
-        """State for the host's checkpoint of step `step`; complete on rank 0 only."""
+    def state(self, step: int | None = None) -> RunState:
+        """State for the host's checkpoint of ``step``; complete on rank 0 only.
+
+        Args:
+            step: default: `step`; with ``keeps_previous`` also the one before.
+
+        Raises:
+            MegamixError: another step.
+        """
+        if step is not None and step != self.step:
+            if not (self._keeps_previous and step == self.step - 1):
+                raise MegamixError(
+                    f"a checkpoint of iteration {step} cannot be saved: the data stands after {self.step} steps."
+                )
+            return self.data.previous_state()
         self.data.settle()
         if self._record is not None:
             self._write_reports()
             self._record.flush()
+            write_mix(self._record_dir, self.plan.config, self.step)
         state = self.data.state()
         return state if self._record is None else replace(state, record=record_sizes(self._record_dir))
 
@@ -170,6 +199,7 @@ class HostRun:
         if self._record is not None:
             self._write_reports()
             self._record.close()
+            write_mix(self._record_dir, self.plan.config, self.step)
 
     def _open_record(self, folder: Path, resumed: Resumed | None) -> RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +209,7 @@ class HostRun:
                 get_logger().warning("%s", missing)
         record = RunRecord(folder, self.plan.domain_names, None if resumed is None else resumed.step)
         self.data.announce(record)
+        write_mix(folder, self.plan.config, self.begun)
         return record
 
     def _write_reports(self) -> None:
@@ -194,11 +225,12 @@ def save_state(path: Path, state: RunState) -> None:
     replace_file(path, (json.dumps(state.to_json(), allow_nan=False) + "\n").encode())
 
 
-def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
+def load_state(path: Path, plan: DataPlan, step: int, anew: str = "begin the data anew") -> Resumed:
     """State to continue from, read by rank 0 for all ranks. Every rank calls it.
 
     Args:
         step: step of the host's checkpoint.
+        anew: what to do without a state, for messages.
 
     Raises:
         ResumeRefused: the state is missing, unreadable, or of another run or step.
@@ -214,7 +246,7 @@ def load_state(path: Path, plan: DataPlan, step: int) -> Resumed:
     if not isinstance(found[0], dict):
         raise ResumeRefused(
             f"{path} cannot be read ({found[0]}), so where the data stood is not known. Continue from a checkpoint that "
-            "was saved through the adapter, or begin the data anew."
+            f"was saved through the adapter, or {anew}."
         )
     return check_state(found[0], plan, path, step)
 

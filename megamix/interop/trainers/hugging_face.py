@@ -79,6 +79,7 @@ class MixCallback(TrainerCallback, ExportableState):
         self._folder = Path(args.output_dir or ".")
         self._run: HostRun | None = None
         self._made_group = False
+        self._label_check: Any = None
         self.dataset = MixDataset(self._plan, args.process_index)
 
     def validation(self, samples: int | None = None) -> dict[str, Dataset[dict[str, torch.Tensor]]]:
@@ -114,7 +115,10 @@ class MixCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Opens the data, at the position of the checkpoint if the Trainer continues from one."""
-        _check_model(kwargs.get("model"), self._plan)
+        model = kwargs.get("model")
+        _check_model(model, self._plan)
+        if isinstance(model, torch.nn.Module):
+            self._label_check = model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
         resumed = None
         if state.global_step > 0:
             saved: Any = state.stateful_callbacks or {}
@@ -151,6 +155,11 @@ class MixCallback(TrainerCallback, ExportableState):
                 f"a reference model's losses cannot travel through {HOST}. Use a mixer without a reference."
             )
         self._run.begin_step(batch, self._divided_by)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._label_check is not None:
+            self._label_check.remove()
+            self._label_check = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,6 +279,7 @@ def _check_args(args: TrainingArguments) -> None:
         ("auto_find_batch_size", args.auto_find_batch_size, False, "A step is one global batch, always of one size."),
         ("restore_callback_states_from_checkpoint", args.restore_callback_states_from_checkpoint, False,
          "The callback restores itself."),
+        ("label_smoothing_factor", args.label_smoothing_factor, 0.0, "The mixer's loss is the plain cross-entropy."),
         ("n_gpu", max(args.n_gpu, 1), 1, "Start one process per GPU, with torchrun."),
         ("accelerator_config.split_batches", accelerator.split_batches, False, "Leave it out."),
         ("accelerator_config.dispatch_batches", accelerator.dispatch_batches or False, False, "Every rank reads."),
@@ -277,6 +287,15 @@ def _check_args(args: TrainingArguments) -> None:
         refuse_unlike(HOST, option, seen, wanted, remedy)
     if getattr(args, "parallelism_config", None) is not None:
         raise InputError(f"{HOST}'s parallelism_config is set; only data parallelism is supported here. Leave it out.")
+
+
+def _refuse_labels(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises InputError where labels reach the model; the Trainer withholds them where it has a loss function."""
+    if kwargs.get("labels") is not None:
+        raise InputError(
+            f"the labels reached the model, which would take a domain for a token: {HOST} has no loss function. Give it "
+            "compute_loss_func=mix.loss."
+        )
 
 
 def _check_model(model: Any, plan: DataPlan) -> None:

@@ -20,9 +20,20 @@ def check_args(args: Any) -> None:
         "full_validation": (False, "Leave --full-validation out."),
         "multiple_validation_sets": (False, "Leave it out: the loss of every domain is reported as it is."),
         "mtp_num_layers": (None, "Multi-token prediction has losses of its own. Leave it out."),
+        "step_batch_size_schedule": (None, "Leave it out: a step is one global batch, always of one size."),
+        "reset_attention_mask": (False, "Attention is causal over whole samples here. Leave it out."),
+        "dataloader_inter_document_masking": (False, "Attention is causal over whole samples here. Leave it out."),
+        "sft": (False, "Samples are windows of token streams, without turns and packing. Leave it out."),
+        "fim_data": (False, "Samples are read as they are. Leave it out."),
+        "check_for_spiky_loss": (False, "The adapter's loss is not checked for spikes. Leave it out."),
+        "hybrid_context_parallel": (False, "Samples are all of one length. Leave it out."),
+        "perform_rl_step": (False, "The data are token files. Leave it out."),
+        "logits_load_dir": (None, "The adapter has a loss of its own. Leave it out."),
     }
     for option, (value, remedy) in wanted.items():
         refuse_unlike(HOST, f"--{option.replace('_', '-')}", getattr(args, option, value) or value, value, remedy)
+    if getattr(args, "gtp_weight_remat_size", 1) != 1:
+        raise InputError(f"{HOST}'s --tensor-parallel-num-weight-shards divides the data once more. Leave it out.")
     if getattr(args, "iterations_to_skip", None):
         raise InputError(f"{HOST}'s --iterations-to-skip skips steps without the mixer. Leave it out.")
 

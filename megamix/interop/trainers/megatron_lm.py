@@ -1,15 +1,10 @@
 """Adapter for Megatron-LM's training loop, at the places of ``pretrain_gpt.py``.
 
-Conforms to Megatron-LM core_v0.16 (``pretrain_gpt.py``, ``megatron/training/training.py``):
+Conforms to Megatron-LM core_v0.14 to main (``pretrain_gpt.py``, ``megatron/training/training.py``; see
+`megatron_versions`):
 
     mix = MegatronMix("mix.yaml")
-    training.save_checkpoint = mix.saving(training.save_checkpoint)      # training: megatron.training.training
-    pretrain(
-        mix.train_valid_test_datasets_provider,
-        partial(model_provider, gpt_builder),
-        ModelType.encoder_or_decoder,
-        mix.forward_step,
-    )
+    mix.pretrain(training, ModelType.encoder_or_decoder, model_provider=...)     # training: megatron.training.training
 
 with ``--dataloader-type external``. Megatron's arguments set steps, batches, seed and sample length. Samples are a
 function of the position, so every rank reads for itself and nothing goes through the tensor-parallel group. All stages
@@ -32,12 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megamix.core.errors import InputError, MegamixError
+from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.data.sampler import Slice
 from megamix.engines.base import local_device
 from megamix.interop.trainers.host import HostRun, host_plan, load_state, save_state
 from megamix.interop.trainers.megatron_arguments import HOST, check_args, check_plan
+from megamix.interop.trainers.megatron_versions import call_pretrain, context_parallel_part
 
 FOLDER = "megamix"
 """Folder, beside Megatron's checkpoints, of weights.jsonl and of one state of the data for each checkpoint."""
@@ -66,10 +63,15 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Item:
-    """Micro-batch between an iterator and `MegatronMix.get_batch`; no batch on a rank that reads none."""
+    """Validation micro-batch between an iterator and `MegatronMix.get_batch`; no batch on a rank that reads none."""
 
     batch: Batch | None
     index: int
+
+
+Place = tuple[int, int]
+"""Training micro-batch between an iterator and `MegatronMix.get_batch`: step and number. Plain integers, since Megatron
+pickles the items of a step that is to be run again into its checkpoint."""
 
 
 class MegatronMix:
@@ -79,6 +81,8 @@ class MegatronMix:
         config: YAML with the sections data, mixture and mixer.
         overrides: ``key.path=value`` over it.
         loss_implementation: ``auto``, ``triton`` or ``torch``.
+        data_from: iteration of Megatron's at which the data begins, that of a checkpoint without a state of the data to
+            continue from; later checkpoints need it as well.
         get_args: returns Megatron's arguments; default: ``megatron.training.get_args``.
     """
 
@@ -88,21 +92,48 @@ class MegatronMix:
         overrides: Sequence[str] = (),
         *,
         loss_implementation: str = "auto",
+        data_from: int = 0,
         get_args: Callable[[], Any] | None = None,
     ) -> None:
         self._config = config
         self._overrides = overrides
         self._loss_implementation = loss_implementation
+        self._data_from = data_from
         self._get_args = get_args or _megatron_args
         self._run: HostRun | None = None
         self._batch: Batch | None = None
         self._normaliser = 1.0
 
+    def pretrain(
+        self, training: Any, model_type: Any, *, model_provider: Any = None, cfg_container: Any = None, **options: Any
+    ) -> Any:
+        """Calls ``training.pretrain``, with `saving` in place of ``training.save_checkpoint``.
+
+        Args:
+            training: Megatron's module ``megatron.training.training``.
+            model_type, model_provider, cfg_container, options: arguments of ``pretrain``, as far as it takes them.
+
+        Raises:
+            InputError: ``pretrain`` takes other arguments.
+        """
+        training.save_checkpoint = self.saving(training.save_checkpoint)
+        given = {
+            "cfg_container": cfg_container,
+            "train_valid_test_dataset_provider": self.train_valid_test_datasets_provider,
+            "model_provider": model_provider,
+            "model_type": model_type,
+            "forward_step_func": self.forward_step,
+        }
+        try:
+            return call_pretrain(training.pretrain, given, options)
+        finally:
+            self.close()
+
     # Arguments of pretrain().
 
     def train_valid_test_datasets_provider(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None
-    ) -> tuple[Iterator[_Item], Iterator[_Item] | None, None]:
+    ) -> tuple[Iterator[Place], Iterator[_Item] | None, None]:
         """Iterators over training and validation micro-batches for one chunk of the model; no test data.
 
         Raises:
@@ -117,23 +148,23 @@ class MegatronMix:
         training = _TrainIterator(functools.partial(self._train_item, first))
         if not args.eval_iters:
             return training, None, None
-        return training, _validation(run, getattr(args, "consumed_valid_samples", 0)), None
+        return training, _validation(run, args), None
 
     # Megatron builds the iterators on every rank, not on the first of each tensor-parallel group alone.
     train_valid_test_datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
 
-    def get_batch(self, data_iterator: Iterator[_Item], vp_stage: int | None = None) -> MicroBatch:
+    def get_batch(self, data_iterator: Iterator[Place | _Item], vp_stage: int | None = None) -> MicroBatch:
         """Next micro-batch of this rank; with context parallelism, its part of every sample."""
         from megatron.core import parallel_state
         from megatron.core.utils import get_batch_on_this_cp_rank
 
         item = next(data_iterator)
+        batch, m = (item.batch, item.index) if isinstance(item, _Item) else (self._batch, item[1])
         at_end = parallel_state.is_pipeline_first_stage(
             ignore_virtual=False, vp_stage=vp_stage
         ) or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        if item.batch is None or not at_end:
+        if batch is None or not at_end:
             return MicroBatch()
-        batch, m = item.batch, item.index
         labels_BS = batch.labels[m]
         positions_BS = torch.arange(labels_BS.shape[1], device=labels_BS.device).expand_as(labels_BS)
         whole = {
@@ -145,10 +176,12 @@ class MegatronMix:
             "domains": batch.domains[m],
             "reference": None if batch.reference is None else batch.reference[m],
         }
-        return MicroBatch(**get_batch_on_this_cp_rank(whole))
+        return MicroBatch(
+            **context_parallel_part(whole, get_batch_on_this_cp_rank, parallel_state.get_context_parallel_group)
+        )
 
     def forward_step(
-        self, data_iterator: Iterator[_Item], model: torch.nn.Module, return_schedule_plan: bool = False
+        self, data_iterator: Iterator[Place | _Item], model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         """Output of the model for the next micro-batch, and the function that computes its loss on the last stage."""
         from megatron.core.utils import get_attr_wrapped_model
@@ -205,15 +238,12 @@ class MegatronMix:
         """Writes the state of the data after ``iteration`` steps to ``SAVE/megamix/iter_ITERATION.json``, on rank 0.
 
         Raises:
-            MegamixError: ``iteration`` is not the step just taken.
+            MegamixError: ``iteration`` is neither that of the step just taken nor, where Megatron validates results and
+                may give a step up, the one before.
         """
         if self._run is None or dist.get_rank() != 0:
             return
-        if self._run.step != iteration:
-            raise MegamixError(
-                f"a checkpoint of iteration {iteration} cannot be saved: the data stands after {self._run.step} steps."
-            )
-        save_state(_state_path(self._get_args().save, iteration), self._run.state())
+        save_state(_state_path(self._get_args().save, iteration), self._run.state(iteration - self._data_from))
 
     def close(self) -> None:
         """Stops the background threads; call it when ``pretrain`` returns."""
@@ -227,16 +257,23 @@ class MegatronMix:
         from megatron.core import parallel_state
 
         check_args(args)
+        step = args.iteration - self._data_from
+        if step < 0:
+            raise InputError(
+                f"data_from is {self._data_from}, but {HOST} stands at iteration {args.iteration}. Give the iteration of the "
+                "checkpoint at which the data begins (--load and --ckpt-step), or leave data_from out."
+            )
         data_size = parallel_state.get_data_parallel_world_size()
         train = {
-            "steps": args.train_iters,
+            "steps": args.train_iters - self._data_from,
             "global_batch": args.global_batch_size,
             "micro_batch": args.micro_batch_size,
             "seed": args.seed,
         }
         plan = host_plan(self._config, self._overrides, train, data_size, HOST)
         check_plan(args, plan)
-        resumed = load_state(_state_path(args.load, args.iteration), plan, args.iteration) if args.iteration else None
+        anew = f"begin the data anew there, with MegatronMix(..., data_from={args.iteration})"
+        resumed = load_state(_state_path(args.load, args.iteration), plan, step, anew) if step else None
         sharded = parallel_state.get_tensor_model_parallel_world_size() > 1
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return HostRun(
@@ -249,15 +286,16 @@ class MegatronMix:
             resumed=resumed,
             loss_implementation=self._loss_implementation,
             process_group=parallel_state.get_tensor_model_parallel_group() if sharded else None,
+            keeps_previous=getattr(args, "rerun_mode", "disabled") == "validate_results",
         )
 
-    def _train_item(self, first_step: int, index: int) -> _Item:
+    def _train_item(self, first_step: int, index: int) -> Place:
         """Micro-batch ``index`` since ``first_step``. The first call for a step, in any chunk, begins the step."""
         assert self._run is not None
         step, micro_batch = divmod(index, self._run.num_micro_batches)
         if first_step + step == self._run.begun:
             self._begin_step(self._run)
-        return _Item(self._batch, micro_batch)
+        return first_step + step, micro_batch
 
     def _begin_step(self, run: HostRun) -> None:
         from megatron.core import parallel_state
@@ -295,25 +333,31 @@ class MegatronMix:
         return loss, tokens.to(torch.int), {"lm loss": sums.sum(0), **reports}
 
 
-class _TrainIterator(Iterator[_Item]):
+class _TrainIterator(Iterator[Place]):
     """Iterator over the micro-batches of one chunk of the model."""
 
-    def __init__(self, item: Callable[[int], _Item]) -> None:
+    def __init__(self, item: Callable[[int], Place]) -> None:
         self._item = item
         self._index = 0
 
-    def __next__(self) -> _Item:
+    def __next__(self) -> Place:
         item = self._item(self._index)
         self._index += 1
         return item
 
 
-def _validation(run: HostRun, consumed: int) -> Iterator[_Item]:
+def _validation(run: HostRun, args: Any) -> Iterator[_Item]:
     """Endless micro-batches of validation samples, from all domains in equal shares."""
-    plan, share = run.plan, run.plan.share(run.data_rank)
+    plan = run.plan
+    share = Slice(
+        getattr(args, "eval_global_batch_size", None) or args.global_batch_size,
+        getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size,
+        run.data_rank,
+        plan.data_size,
+    )
     windows = [domain.num_windows(plan.config.data.seq_length) for domain in plan.validation]
     blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
-    blend.take(consumed)
+    blend.take(getattr(args, "consumed_valid_samples", 0))
     reader = plan.reader(plan.validation)
     rows = np.arange(share.global_batch)[share.samples]
     device = local_device()

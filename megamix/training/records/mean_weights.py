@@ -9,12 +9,12 @@ import numpy as np
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.text import by_name
 from megamix.training.records.ledger import Ledger
-from megamix.training.records.recorded_run import RecordedRun
+from megamix.training.records.recorded_run import RecordedMix
 
 WHICH = ("mean", "final", "initial", "realised")
 
 
-def run_weights(run: RecordedRun, which: str) -> dict[str, float]:
+def run_weights(run: RecordedMix, which: str) -> dict[str, float]:
     """The weights of a run by domain.
 
     A mixer whose result is not what it samples with says so by ``average_weights`` in its record, as DoReMi does: its

@@ -1,4 +1,5 @@
-"""Recorded run: config.resolved.yaml, metrics.jsonl and weights.jsonl, read back.
+"""Recorded run: config.resolved.yaml, metrics.jsonl and weights.jsonl, read back; of a run in another trainer mix.json
+and weights.jsonl.
 
 Natural shares and epochs need the data set; they are empty where it is gone.
 
@@ -7,6 +8,7 @@ Legend: N domains, of the end of the run and of any time before.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,86 +18,62 @@ import numpy as np
 from megamix.core.config import validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
-from megamix.core.files import read_json_lines
+from megamix.core.files import read_json_lines, replace_file
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.mixers import without_code
-from megamix.training.config import RunConfig
+from megamix.training.config import MixConfig, RunConfig
 from megamix.training.objective import objective_weights
 from megamix.training.records.ledger import Ledger
 
 CONFIG = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights.jsonl"
+MIX = "mix.json"
+"""Record of a run in another trainer: its steps, and data, mixture and mixer of its config."""
 
 
 @dataclass(frozen=True)
-class RecordedRun:
-    """The record of a run.
+class RecordedMix:
+    """The record of the weights of a run, in megamix's trainer or another.
 
     Attributes:
         config: as the run resolved it, its paths as seen from here.
-        train: the ``train`` lines of metrics.jsonl, by step.
-        evaluations: its ``evaluate`` lines, by step.
         ledger: the weights by position.
         manifest: the data set, or None where it cannot be opened.
         missing_data: why it cannot.
+        steps: steps taken, as far as they are on record.
     """
 
     run_dir: Path
-    config: RunConfig
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    config: MixConfig
     ledger: Ledger
     manifest: Manifest | None
     missing_data: str | None
+    steps: int
 
     @classmethod
-    def open(cls, run_dir: Path) -> RecordedRun:
-        """Reads the record in ``run_dir``.
+    def open(cls, run_dir: Path) -> RecordedMix:
+        """Reads the record that another trainer's run wrote with `write_mix` into ``run_dir``.
 
         Raises:
-            InputError: no such run, a run that has recorded nothing yet, or a damaged line.
+            InputError: no such record, or nothing recorded yet.
         """
-        run_dir = Path(run_dir)
-        if not (run_dir / CONFIG).is_file():
-            reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
-            raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
-        recorded = without_code(read_yaml(run_dir / CONFIG))
-        config = _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
-        ledger = Ledger.read(run_dir / WEIGHTS, config.train.seed, config.data.sampling)
-        if ledger is None:
-            raise InputError(f"the run {run_dir} has recorded nothing yet: {WEIGHTS} has no line. Train it first.")
-        metrics = read_json_lines(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
-        manifest, missing = None, None
+        path = Path(run_dir) / MIX
         try:
-            manifest = Manifest.load(config.data.manifest)
-        except InputError as error:
-            missing = str(error)
-        absent = [name for name in ledger.lines[-1]["domain_names"] if manifest and name not in manifest.domain_names]
-        if absent:
-            manifest, missing = (
-                None,
-                f"{config.data.manifest} has no domain '{absent[0]}', which the run was made with.",
-            )
-        return cls(
-            run_dir,
-            config,
-            [line for line in metrics if line["event"] == "train"],
-            [line for line in metrics if line["event"] == "evaluate"],
-            ledger,
-            manifest,
-            missing,
-        )
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            config, steps = without_code(recorded["config"]), int(recorded["steps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read ({type(error).__name__}: {error}). Give the folder of a run's {MIX}."
+            ) from error
+        checked = validate(MixConfig, config, str(path))
+        ledger = _ledger(Path(run_dir), checked)
+        return RecordedMix(Path(run_dir), checked, ledger, *_data_set(checked, ledger), steps)
 
     @property
     def domain_names(self) -> tuple[str, ...]:
         """The N domains; those that are no longer there come last."""
         return self.ledger.names
-
-    @property
-    def steps(self) -> int:
-        """Steps taken, as far as they are on record."""
-        return max((line["step"] for line in (*self.train, *self.evaluations)), default=0)
 
     @property
     def position(self) -> int:
@@ -123,6 +101,40 @@ class RecordedRun:
         names = self.ledger.lines[-1]["domain_names"]
         return dict(zip(names, self.manifest.natural_weights(names).tolist(), strict=True))
 
+
+@dataclass(frozen=True)
+class RecordedRun(RecordedMix):
+    """The record of a run.
+
+    Attributes:
+        train: the ``train`` lines of metrics.jsonl, by step.
+        evaluations: its ``evaluate`` lines, by step.
+    """
+
+    config: RunConfig
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RecordedRun:
+        """Reads the record in ``run_dir``.
+
+        Raises:
+            InputError: no such run, a run that has recorded nothing yet, or a damaged line.
+        """
+        run_dir = Path(run_dir)
+        if not (run_dir / CONFIG).is_file():
+            reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
+            raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
+        recorded = without_code(read_yaml(run_dir / CONFIG))
+        config = _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
+        ledger = _ledger(run_dir, config)
+        metrics = read_json_lines(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
+        train, evaluations = ([line for line in metrics if line["event"] == event] for event in ("train", "evaluate"))
+        manifest, missing = _data_set(config, ledger)
+        steps = max((line["step"] for line in (*train, *evaluations)), default=0)
+        return cls(run_dir, config, ledger, manifest, missing, steps, train, evaluations)
+
     def objective(self) -> dict[str, float]:
         """The weights of the objective; those of the last evaluation, which every run since there is an objective has
         on record, or what the config says. Empty where they are natural shares that are not known."""
@@ -133,6 +145,32 @@ class RecordedRun:
             return natural
         weights = objective_weights(self.config.objective, names, np.zeros(len(names)))
         return dict(zip(names, weights.tolist(), strict=True))
+
+
+def write_mix(run_dir: Path, config: MixConfig, steps: int) -> None:
+    """Writes the record of a run in another trainer, beside its weights.jsonl."""
+    recorded = config.model_dump(mode="json")
+    recorded["data"]["manifest"] = str(config.data.manifest.absolute())
+    replace_file(run_dir / MIX, (json.dumps({"steps": steps, "config": recorded}, indent=1) + "\n").encode())
+
+
+def _ledger(run_dir: Path, config: MixConfig) -> Ledger:
+    ledger = Ledger.read(run_dir / WEIGHTS, config.train.seed, config.data.sampling)
+    if ledger is None:
+        raise InputError(f"the run {run_dir} has recorded nothing yet: {WEIGHTS} has no line. Train it first.")
+    return ledger
+
+
+def _data_set(config: MixConfig, ledger: Ledger) -> tuple[Manifest | None, str | None]:
+    """The data set with the run's domains, or why there is none."""
+    try:
+        manifest = Manifest.load(config.data.manifest)
+    except InputError as error:
+        return None, str(error)
+    absent = [name for name in ledger.lines[-1]["domain_names"] if name not in manifest.domain_names]
+    if absent:
+        return None, f"{config.data.manifest} has no domain '{absent[0]}', which the run was made with."
+    return manifest, None
 
 
 def _relocate(config: RunConfig, run_dir: Path) -> RunConfig:
