@@ -53,6 +53,17 @@ def test_nats_of_an_absent_domain_do_not_count() -> None:
     assert stats.excess_loss.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("absent", [math.nan, math.inf, -math.inf])
+def test_whatever_is_given_for_an_absent_domain_is_set_to_0(absent: float) -> None:
+    """A mean over no tokens is NaN, and so is a sum of such means."""
+    stats = DomainStats(nats=[absent, 1.0], tokens=[0, 1], excess_nats=[absent, 0.5])
+    assert stats.nats.tolist() == [0.0, 1.0]
+    assert stats.excess_nats is not None
+    assert stats.excess_nats.tolist() == [0.0, 0.5]
+    with pytest.raises(InputError, match="excess_nats of domain 0 is"):
+        DomainStats(nats=[1.0, 1.0], tokens=[1, 0], excess_nats=[absent, 0.5])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from odm_reference import PRESETS, Reference, close, mean_losses, odm, random_stats
+from odm_reference import PRESETS, Program, Reference, close, mean_losses, odm, random_stats
 
 from megamix.core.config import validate
 from megamix.core.errors import InputError
@@ -91,50 +91,51 @@ def test_official_keeps_the_weights_while_nothing_was_seen() -> None:
     assert mixer.changed_at(2)
 
 
+@pytest.mark.parametrize("every", [1, 4, 7])
+@pytest.mark.parametrize("warmup", [0, 18, 20])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_an_interval_is_a_ratio_of_sums(preset: str) -> None:
-    rng = random.Random(5)
+def test_warm_up_and_intervals_are_those_of_the_source(preset: str, warmup: int, every: int) -> None:
+    """ODM's repository and DataFlex see the losses of the update's step alone, and nothing of the warm-up."""
+    rng = random.Random(f"{warmup}{every}")
     initial = [0.5, 0.3, 0.2]
-    mixer, reference = odm(initial, preset=preset, update_every=7), Reference(preset, initial)
-    nats, tokens = [0.0] * 3, [0] * 3
-    for step in range(1, 141):
-        before = mixer.weights
-        stats = random_stats(rng, 3, absent=0.5)
-        weights = mixer.update(stats, step)
-        nats = [a + b for a, b in zip(nats, stats.nats.tolist(), strict=True)]
-        tokens = [a + b for a, b in zip(tokens, stats.tokens.tolist(), strict=True)]
-        if step % 7:
-            assert weights.tolist() == before.tolist()
-            assert not mixer.changed_at(step)
-        else:
-            assert mixer.changed_at(step)
-            losses = [n / t if t else None for n, t in zip(nats, tokens, strict=True)]
-            close(weights, reference.step(step, losses))
-            nats, tokens = [0.0] * 3, [0] * 3
+    mixer = odm(initial, preset=preset, warmup_steps=warmup, update_every=every)
+    source = Program(preset, initial, warmup, every)
+    for step in range(1, 100):
+        stats = random_stats(rng, 3, absent=0.4 if step > 30 else 0.0)
+        close(mixer.update(stats, step), source.step(step, stats))
+        assert mixer.record()["is_warmup"] == (step <= warmup)
+        assert mixer.changed_at(step) == (step > warmup and step % every == 0)
+    assert np.ptp(mixer.weights) > 1e-2
 
 
+@pytest.mark.parametrize("warmup", [0, 18, 20])
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("every", [1, 4])
-def test_warm_up_ends_exactly_after_its_last_step(preset: str, every: int) -> None:
-    rng = random.Random(6)
+def test_any_preset_can_see_whole_intervals_and_the_warm_up(preset: str, warmup: int) -> None:
+    """The same sums as the paper's preset, for every rule; without the warm-up, from its end on."""
+    rng = random.Random(warmup)
     initial = [0.5, 0.3, 0.2]
-    mixer = odm(initial, preset=preset, warmup_steps=20, update_every=every)
-    reference = Reference(preset, initial)
-    interval: DomainStats | None = None
-    for step in range(1, 41):
-        stats = random_stats(rng, 3)
-        interval = stats if interval is None else interval + stats
-        weights = mixer.update(stats, step)
-        if step % every == 0:
-            reference.step(step, mean_losses(interval), move=step > 20)
-            interval = None
-        first = 21 if every == 1 else 24
-        if step < first:
-            assert weights.tolist() == initial
-        else:
-            close(weights, reference.pi)  # statistics of the warm-up are in the estimates
-        assert mixer.record()["is_warmup"] == (step <= 20)
-        assert mixer.changed_at(step) == (step >= first and step % every == 0)
+    options = {"preset": preset, "warmup_steps": warmup, "update_every": 4, "reward_over": "interval"}
+    both = odm(initial, estimate_in_warmup=True, exploration_from="start", **options)
+    after = odm(initial, estimate_in_warmup=False, exploration_from="start", **options)
+    seen, late = Reference(preset, initial), Reference(preset, initial)
+    interval: list[DomainStats] = []
+    for step in range(1, 60):
+        interval.append(random_stats(rng, 3, absent=0.4 if step > 30 else 0.0))
+        weights, others = both.update(interval[-1], step), after.update(interval[-1], step)
+        if step % 4 == 0:
+            seen.step(step, mean_losses(added(interval)), move=step > warmup)
+            if step > warmup:
+                late.step(step, mean_losses(added(interval[-min(4, step - warmup) :])))
+            interval = []
+        close(weights, seen.pi)
+        close(others, late.pi)
+
+
+def added(stats: list[DomainStats]) -> DomainStats:
+    total = stats[0]
+    for one in stats[1:]:
+        total += one
+    return total
 
 
 def test_update_times_counts_changes_of_the_weights() -> None:
@@ -234,14 +235,13 @@ def test_given_keys_win_over_the_preset() -> None:
 
 def test_the_record_has_dataflex_names() -> None:
     mixer = odm([0.5, 0.5], preset="exp3", warmup_steps=2, alpha=0.5)
-    mixer.update(DomainStats([8.0, 4.0], [2, 2]), 1)
-    assert mixer.record() == {
-        "is_warmup": True,
-        "cumulative_estimated_rewards": [0.8, 0.4],
-        "exploration_rate": 0.5,
-        "alpha": 0.5,
-        "warmup_steps": 2,
-    }
+    before = {"cumulative_estimated_rewards": [0.0, 0.0], "exploration_rate": 0.5, "alpha": 0.5, "warmup_steps": 2}
+    for step in (1, 2):
+        mixer.update(DomainStats([8.0, 4.0], [2, 2]), step)
+        assert mixer.record() == {"is_warmup": True, **before}
+    mixer.update(DomainStats([8.0, 4.0], [2, 2]), 3)
+    after = {"cumulative_estimated_rewards": [0.8, 0.4], "exploration_rate": pytest.approx(math.sqrt(math.log(2) / 6))}
+    assert mixer.record() == {"is_warmup": False, **before, **after}
 
 
 def test_clips_and_floor_act() -> None:

@@ -64,6 +64,31 @@ class Reference:
         return [power / sum(powers) for power in powers]
 
 
+class Program:
+    """When each source calls its updater, and with what.
+
+    ODM's repository and DataFlex call it after the warm-up alone, with the losses of that one step; DataFlex also counts
+    steps from there. The paper updates after every step; an interval of it is taken as one step.
+    """
+
+    def __init__(self, preset: str, initial: list[float], warmup: int = 0, every: int = 1) -> None:
+        self.warmup, self.every, self.whole = warmup, every, preset == "paper"
+        self.updater = Reference(preset, initial, clock=-warmup if preset == "dataflex" else 0)
+        self.sums = [(0.0, 0)] * len(initial)
+
+    def step(self, step: int, stats: DomainStats) -> list[float]:
+        added = zip(self.sums, stats.nats.tolist(), stats.tokens.tolist(), strict=True)
+        self.sums = [(nats + more, tokens + count) for (nats, tokens), more, count in added]
+        if step % self.every == 0:
+            interval = [nats / tokens if tokens else None for nats, tokens in self.sums]
+            self.sums = [(0.0, 0)] * len(self.sums)
+            if self.whole:
+                self.updater.step(step, interval, move=step > self.warmup)
+            elif step > self.warmup:
+                self.updater.step(step, mean_losses(stats))
+        return self.updater.pi
+
+
 def domain_names(k: int) -> list[str]:
     return [f"d{i}" for i in range(k)]
 

@@ -142,6 +142,11 @@ class Mixer(ABC):
     def _observe(self, stats: DomainStats, step: int) -> None:  # noqa: B027 - not every mixer keeps estimates
         """Observes the sums of one interval, ``stats.weights`` always set; called in the warm-up too."""
 
+    def _sums_interval(self) -> bool:
+        """Whether the sums that `_observe` sees still hold those of the interval's steps so far, as in every step by
+        default; False drops them."""
+        return True
+
     def _extra_state(self) -> dict[str, Any]:
         """The mixer's own state as plain numbers, strings, lists and mappings; JSON knows no NaN and no infinity."""
         return {}
@@ -242,12 +247,13 @@ class Mixer(ABC):
         # Integer division, so that an interval still ends when the caller skips a step.
         every = self._schedule.update_every
         due = step // every > self._step // every
+        pending = self._pending if self._sums_interval() else None
         self._step = step
         if 0 <= self._schedule.update_times <= self._num_updates:
             return self.weights
         if stats.weights is None:
             stats = DomainStats(stats.nats, stats.tokens, stats.excess_nats, self._weights, stats.non_finite)
-        self._pending = stats if self._pending is None else self._pending + stats
+        self._pending = stats if pending is None else pending + stats
         if due:
             interval, self._pending = self._pending, None
             self._observe(interval, step)

@@ -5,8 +5,10 @@ The paper, its repository (alon-albalak/online-data-mixing) and DataFlex (OpenDC
 under this name; each is a preset here, a set of defaults for the parameters of one mixer.
 
 Notation: K domains; pi the sampling weights; L_i domain i's mean loss in nats per token over the tokens since the last
-update; t the 1-based optimizer step of the update; e_t = min(1/K, sqrt(ln K / (K t))) the exploration rate, e_{t-1}
-that of the update before (1/K before the first); a = alpha; R the estimated rewards, at first 0. An update is
+update, or of the update's step alone (``reward_over``); t the 1-based optimizer step of the update, counted from the
+run's start or from the end of the warm-up (``exploration_from``); e_t = min(1/K, sqrt(ln K / (K t))) the exploration
+rate, e_{t-1} that of the update before (1/K before the first); a = alpha; R the estimated rewards, at first 0, from the
+first step or from the end of the warm-up on (``estimate_in_warmup``). An update is
 
     r_i = scale * L_i  or  scale * exp(L_i), divided by pi_i with importance weighting        for the domains seen
     R_i <- R_i + r_i  (cumulative)  or  a R_i + (1 - a) r_i  (moving average)                 the others keep theirs
@@ -34,21 +36,34 @@ from megamix.mixing.mixers.weights import DomainWeights, FloatArray
 
 _MOVING_AVERAGE = {"alpha": 0.9, "estimate": "moving_average"}
 _PLAIN = {"reward_scale": 1.0, "reward_clip": None, "exponent_clip": None, "min_exploration_rate": 0.0}
+# The repository calls its updater after the warm-up only, with the losses of that step alone, and counts all steps.
+_REPOSITORY = {"reward_over": "step", "estimate_in_warmup": False, "exploration_from": "start"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The repository's SmoothedMeanWeightUpdater.group_update: sampling in proportion to smoothed perplexity.
     "official": {
         **_PLAIN,
+        **_REPOSITORY,
         **_MOVING_AVERAGE,
         "reward": "exp_loss",
         "importance_weighting": False,
         "policy": "linear",
     },
-    # The paper's algorithm 1.
-    "paper": {**_PLAIN, **_MOVING_AVERAGE, "reward": "loss", "importance_weighting": True, "policy": "gibbs"},
-    # The repository's Exp3WeightUpdater, and DataFlex's documentation.
+    # The paper's algorithm 1, which updates after every step and knows no warm-up.
+    "paper": {
+        **_PLAIN,
+        **_MOVING_AVERAGE,
+        "reward": "loss",
+        "importance_weighting": True,
+        "policy": "gibbs",
+        "reward_over": "interval",
+        "estimate_in_warmup": True,
+        "exploration_from": "start",
+    },
+    # The repository's Exp3WeightUpdater, and the rule in DataFlex's documentation.
     "exp3": {
         **_PLAIN,
+        **_REPOSITORY,
         "alpha": 0.9,
         "estimate": "cumulative",
         "reward": "loss",
@@ -56,7 +71,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance_weighting": True,
         "policy": "gibbs",
     },
-    # DataFlex's ODMMixer as its code has it, except that its t counts from the end of the warm-up (here: the step).
+    # The rule of DataFlex's ODMMixer, for every domain's own loss. Its trainer hands it the loss of the last micro-batch
+    # as that of the domain of this batch's first sample.
     "dataflex": {
         **_MOVING_AVERAGE,
         "reward": "loss",
@@ -66,6 +82,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy": "gibbs",
         "exponent_clip": 5.0,
         "min_exploration_rate": 0.03,
+        "reward_over": "step",
+        "estimate_in_warmup": False,
+        "exploration_from": "warmup",
     },
 }
 """The parameters each preset stands for; keys given in a config win over these."""
@@ -78,8 +97,8 @@ class OdmConfig(ScheduleConfig, EvaluatedConfig):
     """Which mixer this configures."""
 
     preset: Literal["official", "paper", "exp3", "dataflex"] = "official"
-    """official: the paper's repository; paper: its algorithm 1; exp3: the repository's Exp3; dataflex: DataFlex's
-    code."""
+    """official: the paper's repository; paper: its algorithm 1; exp3: the repository's Exp3, which DataFlex documents;
+    dataflex: the rule in DataFlex's code."""
 
     alpha: float = Field(default=0.9, ge=0, lt=1, allow_inf_nan=False)
     """Share of the old value in the moving average, in [0, 1); of no effect on cumulative estimates."""
@@ -108,6 +127,16 @@ class OdmConfig(ScheduleConfig, EvaluatedConfig):
 
     min_exploration_rate: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     """Lower bound of the exploration rate, and so of every weight (up to normalisation)."""
+
+    reward_over: Literal["interval", "step"] = "step"
+    """Losses that an update sees with update_every above 1. interval: of all steps since the last update; step: of the
+    update's step alone (the repository, DataFlex)."""
+
+    estimate_in_warmup: bool = False
+    """Whether rewards are estimated during the warm-up, too; the repository and DataFlex begin after it."""
+
+    exploration_from: Literal["start", "warmup"] = "start"
+    """Where the exploration rate counts steps from: the run's start, or the end of the warm-up (DataFlex)."""
 
     reward_from: Literal["training", "evaluation"] = "training"
     """training: the losses of the tokens trained on, at no cost; evaluation (DataFlex): before each update after the
@@ -146,9 +175,8 @@ class OdmConfig(ScheduleConfig, EvaluatedConfig):
 class OdmMixer(Mixer):
     """ODM in all its variants; see the module's docstring for the formulas and `OdmConfig` for the parameters.
 
-    Rewards are estimated in the warm-up too, with the exploration rate following, as the repository does with
-    ``internal_updates``. A domain that was sampled although its weight was 0 is importance-weighted by its share of the
-    interval's tokens: 1 / pi does not exist there, and the share is what pi estimates.
+    A domain that was sampled although its weight was 0 is importance-weighted by its share of the tokens that the update
+    sees: 1 / pi does not exist there, and the share is what pi estimates.
     """
 
     name = "odm"
@@ -174,10 +202,18 @@ class OdmMixer(Mixer):
         A minimum above 1/K counts as 1/K, where the weights are uniform: 1 - K e_t must not become negative.
         """
         k = self.num_domains
-        decayed = math.sqrt(math.log(k) / (k * step))
+        count = step if self.config.exploration_from == "start" else step - self.config.warmup_steps
+        decayed = math.sqrt(math.log(k) / (k * count)) if count > 0 else math.inf
         return min(1.0 / k, max(decayed, self.config.min_exploration_rate))
 
+    def _sums_interval(self) -> bool:
+        """See `Mixer._sums_interval`: `is_warmup` is still of the step before."""
+        ignored = self.is_warmup and not self.config.estimate_in_warmup
+        return self.config.reward_over == "interval" and not ignored
+
     def _observe(self, stats: DomainStats, step: int) -> None:
+        if self.is_warmup and not self.config.estimate_in_warmup:
+            return
         self._previous_rate, self._rate = self._rate, self.exploration_rate(step)
         seen = stats.seen
         loss, old = stats.loss[seen], self._estimates[seen]

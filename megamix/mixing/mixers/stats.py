@@ -28,9 +28,11 @@ class DomainStats:
     Every field accepts any sequence of K numbers and is kept as a read-only copy.
 
     Attributes:
-        nats: float64 [K], the losses of each domain's tokens, summed, in nats; set to 0 for a domain without tokens.
+        nats: float64 [K], the losses of each domain's tokens, summed, in nats; set to 0 for a domain without tokens,
+            whatever is given there.
         tokens: int64 [K], how many tokens were counted; 0 means the domain was absent.
-        excess_nats: float64 [K] or None, the sums of max(loss - reference loss, 0), where a reference was used.
+        excess_nats: float64 [K] or None, the sums of max(loss - reference loss, 0), where a reference was used; set to
+            0 like ``nats``.
         weights: float64 [K] or None, the sampling weights these tokens were drawn with; they sum to 1. The sampler
             applies new weights some steps late, so they are not always the mixer's latest (which None stands for), and
             importance weighting by any others is biased.
@@ -58,11 +60,9 @@ class DomainStats:
         counts = _counts("tokens", tokens)
         k = counts.size
         fields: dict[str, npt.NDArray[Any] | None] = {
-            "nats": np.where(counts > 0, _numbers("nats", nats, k), 0.0),
+            "nats": _numbers("nats", nats, k, counts > 0),
             "tokens": counts,
-            "excess_nats": None
-            if excess_nats is None
-            else np.where(counts > 0, _numbers("excess_nats", excess_nats, k), 0.0),
+            "excess_nats": None if excess_nats is None else _numbers("excess_nats", excess_nats, k, counts > 0),
             "weights": None if weights is None else _sampling_weights(weights, k),
             "non_finite": None if non_finite is None else _counts("non_finite", non_finite, k),
         }
@@ -143,13 +143,16 @@ class DomainStats:
         return {name: None if getattr(self, name) is None else getattr(self, name).tolist() for name in names}
 
 
-def _numbers(name: str, values: Any, num_domains: int) -> FloatArray:
+def _numbers(name: str, values: Any, num_domains: int, where: npt.NDArray[np.bool_] | None = None) -> FloatArray:
+    """Checked float64 [K]; 0 outside of ``where``."""
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"domain statistics: {name} is not a sequence of numbers: {values!r}.") from error
     if array.shape != (num_domains,):
         raise InputError(f"domain statistics: {name} has shape {array.shape}, expected ({num_domains},) like tokens.")
+    if where is not None:
+        array[~where] = 0.0
     for index in np.flatnonzero(~np.isfinite(array)):
         raise InputError(f"domain statistics: {name} of domain {index} is {array[index]}, expected a finite number.")
     return array
