@@ -35,16 +35,18 @@ def _few_samples(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.
     rewards_losses = mixer.name == "odm" or mixer.name not in MIXERS
     if not rewards_losses or evaluated(mixer) is not None:
         return []
-    every = getattr(mixer, "update_every", 1)
+    over_steps = getattr(mixer, "reward_over", "interval") == "interval"
+    every = getattr(mixer, "update_every", 1) if over_steps else 1
     expected = {name: float(weight) * batch * every for name, weight in zip(names, initial, strict=True) if weight > 0}
     few = sorted((number, name) for name, number in expected.items() if number < FEW_SAMPLES)
     if not few:
         return []
     fewest, name = few[0]
     others = f" (below {FEW_SAMPLES:g} too: {listed(other for _, other in few[1:])})" if few[1:] else ""
-    updates = math.ceil(FEW_SAMPLES / (fewest / every))
+    longer = f"mixer.update_every to {math.ceil(FEW_SAMPLES / (fewest / every))}"
+    longer = longer if over_steps else f"mixer.reward_over to interval and {longer},"
     return [
         f"mixer {mixer.name}: an update has {fewest:.2g} samples of domain '{name}' at its initial weight{others}, so weights "
-        f"will follow the losses of single samples. Set mixer.update_every to {updates} or train.global_batch to "
+        f"will follow the losses of single samples. Set {longer} or train.global_batch to "
         f"{math.ceil(batch * FEW_SAMPLES / fewest)}, or use the mixer recommended, which is made for noise."
     ]

@@ -101,10 +101,18 @@ class ByName(Kinds):
     Args:
         find: the class for a name (None where there is none); raises `InputError` for one that has none.
         installed: the classes that come with other packages, to be shown in help.
+        variant: a key that other keys' meaning depends on, in the classes that have it: where a mapping names itself and
+            differs in it, it is of another kind.
     """
 
-    def __init__(self, find: Callable[[object], type[Config]], installed: Callable[[], list[type[Config]]]) -> None:
+    def __init__(
+        self,
+        find: Callable[[object], type[Config]],
+        installed: Callable[[], list[type[Config]]],
+        variant: str | None = None,
+    ) -> None:
         self._find = find
+        self._variant = variant
         self.installed = installed
         # A separate config, so that a name that cannot be used is reported under its key.
         self._name = pydantic.create_model(
@@ -115,7 +123,17 @@ class ByName(Kinds):
         return handler.generate_schema(typing.Annotated[Any, pydantic.BeforeValidator(self._validate)])
 
     def differ(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-        return "name" in new and new["name"] != old.get("name", new["name"])
+        if "name" not in new:
+            return False
+        if new["name"] != old.get("name", new["name"]):
+            return True
+        return self._variant in new and new[self._variant] != self._variant_of({"name": new["name"], **old})
+
+    def _variant_of(self, value: Mapping[str, Any]) -> Any:
+        """The variant of a mapping, by default that of its class; None where this has none."""
+        found = self.class_of(value)
+        field = found.model_fields.get(self._variant) if _is_config(found) else None
+        return value.get(self._variant, None if field is None else field.default)
 
     def class_of(self, value: object) -> Any:
         """The class for a value that stands in a config; Any where it has none."""

@@ -23,7 +23,7 @@ from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
 from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
-from megamix.mixing.mixers import Mixer, ScheduleConfig, evaluated, make_mixer
+from megamix.mixing.mixers import Mixer, ScheduleConfig, evaluated, make_mixer, with_later_keys
 from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
 from megamix.training.checkpoints.state import RunState
@@ -263,8 +263,7 @@ def open_shadows(
     shadows = []
     for name, config in zip(shadow_names(plan.config.shadow), plan.config.shadow, strict=True):
         own, identity = saved.get(name), plan.mixer_fingerprint(config)
-        # Before there was an objective, the config alone was saved.
-        if resumed is not None and own is not None and own.config in (identity, identity["mixer"]):
+        if resumed is not None and own is not None and _saved_identity(own.config) in (identity, identity["mixer"]):
             part = replace(resumed, state=replace(resumed.state, mixer=own.mixer, sampler=own.sampler))
             its_blend, change = part.blend(plan)
             out = part.left_out(plan)
@@ -290,3 +289,10 @@ def open_shadows(
             )
         )
     return tuple(shadows)
+
+
+def _saved_identity(config: dict[str, Any] | None) -> dict[str, Any]:
+    """The identity of a saved shadow; before there was an objective, that was its config alone."""
+    if config is None:
+        return {}
+    return {**config, "mixer": with_later_keys(config["mixer"])} if "mixer" in config else with_later_keys(config)

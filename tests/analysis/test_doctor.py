@@ -96,11 +96,15 @@ def test_an_update_has_few_samples_of_a_domain(data: Path, tmp_path: Path) -> No
     assert not warned({"name": "odm"}, batch=16)
     text = warned({"name": "odm"})
     assert "mixer odm: an update has 3 samples of domain 'code' at its initial weight, so weights" in text
-    assert "Set mixer.update_every to 2 or train.global_batch to 16, or use the mixer recommended" in text
+    more = "Set mixer.reward_over to interval and mixer.update_every to {}, or train.global_batch to 16"
+    assert f"{more.format(2)}, or use the mixer recommended" in text
     both = warned({"name": "odm"}, batch=4)
     assert "1 samples of domain 'code' at its initial weight (below 4 too: web)" in both
-    assert "Set mixer.update_every to 4 or train.global_batch to 16" in both
-    assert not warned({"name": "odm", "update_every": 2})
+    assert more.format(4) in both
+    assert warned({"name": "odm", "update_every": 2}) == text  # which sees the losses of every second step alone
+    whole = {"name": "odm", "reward_over": "interval"}
+    assert "Set mixer.update_every to 2 or train.global_batch to 16" in warned(whole)
+    assert not warned({**whole, "update_every": 2})
     assert not warned({"name": "odm", "reward_from": "evaluation"})
     assert not warned({"name": "recommended"}, batch=4)
     assert not warned({"name": "odm"}, mixture={"web": 1, "code": 0})

@@ -243,6 +243,21 @@ def test_another_name_replaces_the_mapping() -> None:
     assert small("mixer={name: odm, alpha: 0.5}").mixer == OdmConfig(preset="paper", warmup_steps=5, alpha=0.5)
 
 
+def test_another_preset_of_a_named_mixer_replaces_the_mapping() -> None:
+    """A preset decides what the other keys start from, so those of the file were meant for the other one."""
+    file = {"name": "odm", "preset": "official", "warmup_steps": 50, "update_every": 2, "alpha": 0.5}
+    for new in ({"name": "odm", "preset": "exp3"}, {"name": "odm", "preset": "paper", "alpha": 0.7}):
+        assert merge({"mixer": file}, {"mixer": new}, KINDS) == {"mixer": new}
+    plain = {"name": "odm", "warmup_steps": 50}  # official, by default
+    other = {"name": "odm", "preset": "exp3"}
+    assert merge({"mixer": plain}, {"mixer": other}, KINDS) == {"mixer": other}
+    for base, new in ((file, {"name": "odm", "preset": "official"}), (plain, {"name": "odm", "preset": "official"})):
+        assert merge({"mixer": base}, {"mixer": new}, KINDS) == {"mixer": {**base, **new}}
+    assert small("mixer={name: odm, preset: exp3}").mixer == OdmConfig.model_validate({"preset": "exp3"})
+    kept = OdmConfig.model_validate({"preset": "exp3", "warmup_steps": 5})
+    assert small("mixer.preset=exp3").mixer == kept
+
+
 def test_another_engine_replaces_one_without_a_name() -> None:
     """An engine without a name is DeepSpeed, whose keys mean nothing to Megatron."""
     plain = SMALL + "engine: {pipeline: 2, zero: 0}\n"

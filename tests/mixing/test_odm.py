@@ -13,7 +13,8 @@ from odm_reference import PRESETS, Program, Reference, close, mean_losses, odm, 
 
 from megamix.core.config import validate
 from megamix.core.errors import InputError
-from megamix.mixing.mixers import DomainStats, OdmConfig
+from megamix.mixing.mixers import DomainStats, OdmConfig, with_later_keys
+from megamix.mixing.mixers.odm import BEFORE_THESE_KEYS
 
 
 @pytest.mark.parametrize("k", [2, 5, 22])
@@ -231,6 +232,20 @@ def test_given_keys_win_over_the_preset() -> None:
     assert validate(OdmConfig, config.model_dump(), "test") == config
     assert OdmConfig() == OdmConfig(preset="official")
     assert OdmConfig().warmup_steps == 0
+
+
+def test_a_record_without_the_later_keys_means_what_it_did() -> None:
+    """Every preset of 0.1 saw whole intervals and the warm-up; a config that a user writes names few keys."""
+    for preset in PRESETS:
+        now = OdmConfig.model_validate({"preset": preset, "warmup_steps": 8}).model_dump()
+        record = {key: value for key, value in now.items() if key not in BEFORE_THESE_KEYS}
+        assert OdmConfig.model_validate(record).model_dump() == {**now, **BEFORE_THESE_KEYS}
+        assert OdmConfig.model_validate({**record, "reward_over": "step"}).reward_over == "step"
+        del record["alpha"]
+        assert OdmConfig.model_validate(record).model_dump() == now
+        assert with_later_keys(now) == now
+    assert with_later_keys({"name": "odm", "alpha": 0.5}) == {"name": "odm", "alpha": 0.5, **BEFORE_THESE_KEYS}
+    assert with_later_keys({"name": "ado"}) == {"name": "ado"}
 
 
 def test_the_record_has_dataflex_names() -> None:

@@ -61,18 +61,21 @@ def written(folder: Path, name: str) -> Any:
     return json.loads((folder / "out" / name).read_text())
 
 
-def test_a_config_of_olmix(tmp_path: Path) -> None:
-    """Families without the dropped metric; prior, KL, bound and weights are kept for the proposal."""
-    fitted = fit_of(tmp_path)
+def test_a_config_of_olmix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Families are averaged before anything is dropped; prior, KL, bound and weights are kept for the proposal."""
+    with caplog.at_level("WARNING"):
+        fitted = fit_of(tmp_path)
+    assert "m2 and absent is no family of eval.tasks and changes nothing" in caplog.text
     assert fitted.metrics == ("math", "code")
-    assert fitted.table.values_RJ == pytest.approx(TABLE.values_RJ[:, [0, 3]])
+    math = TABLE.values_RJ[:, [0, 2]].mean(axis=1)
+    assert fitted.table.values_RJ == pytest.approx(np.stack([math, TABLE.values_RJ[:, 3]], axis=1))
     assert (tmp_path / "out" / "fit.json").is_file()
     assert written(tmp_path, "priors.json") == {
         "relative_sizes": {"d0": 0.5, "d1": 0.25, "d2": 0.25},
         "token_counts": COUNTS,
     }
     assert written(tmp_path, "propose.json") == {
-        "kl": 0.1,
+        "kl": pytest.approx(0.1 / (7 / 52 + 1)),  # there beside a sum, here beside a mean
         "use_natural_kl": False,
         "worst": False,
         "seed": 0,
@@ -157,7 +160,8 @@ def test_files_and_options_of_the_command_line_come_first(tmp_path: Path) -> Non
         ({"regression": {"type": "search"}}, "search has no counterpart"),
         ({"regression": {"train_split": [0.5, 0.5]}}, "splits several swarms"),
         ({"regression": {"early_stopping": 0.1}}, "unknown key 'regression.early_stopping'"),
-        ({"proposer": {"type": "simulation"}}, "proposer.type is simulation, but for regression.type log_linear"),
+        ({"proposer": {"type": "search"}}, "search, but for regression.type log_linear the proposal is exact or simul"),
+        ({"proposer": {"type": "simulation"}}, "kl_reg is 0.1, but proposer.type simulation knows no KL"),
         ({"regression": {"type": "gp"}}, "proposer.type is exact, but for regression.type gp"),
         ({"proposer": {"temperature": 0.5}}, "proposer.temperature: 0.5 has no counterpart"),
         ({"constraints": {"target_tokens": None}}, "target_tokens is not given"),
@@ -169,6 +173,7 @@ def test_files_and_options_of_the_command_line_come_first(tmp_path: Path) -> Non
         ({"eval": None}, "aggregate_task_families is true, but eval does not name the families"),
         ({"eval": {"type": "inloop"}}, r"tasks.math: expected \{task: metric\}"),
         ({"eval": {"tasks": {"math": ["m9"]}}}, "has no metric 'm9'"),
+        ({"filtering": {"drop_metrics": ["math", "code"]}}, "per is family, but there are no families"),
         ({"filtering": {"obj_weights": {"m0": 1}}}, "filtering.obj_weights: m0 is no fitted metric"),
         ({"filtering": {"obj_weights": {"math": "7/x"}}}, "'7/x', expected a number or a fraction"),
         ({"filtering": {"obj_weights": {"math": "7/0"}}}, "'7/0', expected a number or a fraction"),

@@ -1,4 +1,5 @@
-"""weights.jsonl has what DataFlex's logs have, under the same names: code written for those reads it as it is.
+"""weights.jsonl names things as DataFlex's logs do, and beside it lie logs of exactly their form: code written for those
+reads them as they are.
 
 The facts are from DataFlex's documentation of its ODM and DoReMi mixers; the code here has the form of its examples.
 """
@@ -19,12 +20,13 @@ from matplotlib.figure import Figure
 STEPS, WARMUP = 8, 3
 COMMON = {"step", "timestamp", "domain_names", "domain_weights", "is_warmup"}
 ODM = COMMON | {"exploration_rate", "alpha", "warmup_steps"}
+CUMULATIVE = "cumulative_estimated_rewards"
 DOREMI = COMMON | {"perdomain_scores", "average_weights"}
 
 
 @pytest.fixture(scope="module")
 def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """weights.jsonl of three real runs."""
+    """weights.jsonl of four real runs; the last was stopped, and went on."""
     folder = tmp_path_factory.mktemp("formats")
     config = folder / "config.yaml"
     config.write_text(
@@ -41,8 +43,11 @@ def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "moving": f"{{name: odm, preset: official, warmup_steps: {WARMUP}}}",
         "cumulative": f"{{name: odm, preset: exp3, warmup_steps: {WARMUP}}}",
         "doremi": "{name: doremi, apply: sampling, eta: 0.1}",
+        "doremi_loss": "{name: doremi, eta: 0.1}",
     }
-    run_job(1, [(config, [f"run_dir={folder / name}", f"mixer={mixer}"]) for name, mixer in mixers.items()])
+    jobs = {name: [f"run_dir={folder / name}", f"mixer={mixer}"] for name, mixer in mixers.items()}
+    stopped = [*jobs["doremi_loss"], "train.stop_after=5"]
+    run_job(1, [(config, overrides) for overrides in (stopped, *jobs.values())])
     return {name: folder / name / "weights.jsonl" for name in mixers}
 
 
@@ -111,3 +116,30 @@ def test_an_analysis_of_a_doremi_run(runs: dict[str, Path]) -> None:
     expected = (1 - 1e-3) * raised / raised.sum(1, keepdims=True) + 1e-3 / 4
     np.testing.assert_allclose(weights[1:], expected, rtol=1e-9)
     np.testing.assert_allclose(entries[-1]["average_weights"], weights[1:].mean(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("run", "rewards"), [("moving", "estimated_rewards"), ("cumulative", CUMULATIVE)])
+def test_an_odm_log_has_the_form_of_the_documentation(runs: dict[str, Path], run: str, rewards: str) -> None:
+    entries, updates = history(runs[run].with_name("odm_weights.jsonl")), history(runs[run])[1:]
+    assert [list(entry) for entry in entries] == [
+        ["step", "timestamp", "domain_names", "domain_weights", rewards, "exploration_rate", "alpha", "warmup_steps", "is_warmup"]
+    ] * (STEPS - WARMUP)  # fmt: skip
+    assert entries == [{key: line[key] for key in entries[0]} for line in updates]
+    assert not runs[run].with_name("doremi_weights.jsonl").exists()
+
+
+@pytest.mark.parametrize("run", ["doremi", "doremi_loss"])
+def test_domain_weights_of_a_doremi_log_are_alpha(runs: dict[str, Path], run: str) -> None:
+    """Whether alpha acts on the blend or, as in DataFlex, on the loss while the blend stays as it was."""
+    entries = history(runs[run].with_name("doremi_weights.jsonl"))
+    keys = ["step", "timestamp", "domain_names", "domain_weights", "perdomain_scores"]
+    assert [list(entry) for entry in entries] == [keys] * STEPS
+    assert [entry["step"] for entry in entries] == [*range(1, STEPS + 1)]
+    alpha = np.array(history(runs[run])[0]["domain_weights"])
+    for entry in entries:
+        alpha = alpha * np.exp(0.1 * np.array(entry["perdomain_scores"]))
+        alpha = (1 - 1e-3) * alpha / alpha.sum() + 1e-3 / 4
+        np.testing.assert_allclose(entry["domain_weights"], alpha, rtol=1e-9)
+    sampled = history(runs[run])[-1]["domain_weights"]
+    assert np.allclose(sampled, alpha) == (run == "doremi")
+    assert not runs[run].with_name("odm_weights.jsonl").exists()

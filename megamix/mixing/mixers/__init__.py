@@ -22,7 +22,7 @@ from megamix.mixing.mixers.aioli import AioliConfig, AioliMixer
 from megamix.mixing.mixers.base import EvaluatedConfig, Mixer, ScheduleConfig, evaluated
 from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
 from megamix.mixing.mixers.left_out import PartMixer, adopt_state, mixed_domains, zero_domains
-from megamix.mixing.mixers.odm import OdmConfig, OdmMixer
+from megamix.mixing.mixers.odm import BEFORE_THESE_KEYS, OdmConfig, OdmMixer
 from megamix.mixing.mixers.own import check_installed, installed, own_mixer
 from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
 from megamix.mixing.mixers.static import StaticConfig, StaticMixer
@@ -65,9 +65,14 @@ def _installed_configs() -> list[type[Config]]:
 
 MixerConfig = Annotated[
     StaticConfig | OdmConfig | AdoConfig | AioliConfig | RecommendedConfig | DoremiConfig,
-    ByName(lambda name: find_mixer(name)[0], _installed_configs),
+    ByName(lambda name: find_mixer(name)[0], _installed_configs, variant="preset"),
 ]
-"""The config of any mixer, told apart by ``name``."""
+"""The config of any mixer, told apart by ``name``; another ``preset`` makes it another one, too."""
+
+
+def with_later_keys(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a mixer in the checkpoint of an earlier version, with the keys that came since, at what it did."""
+    return {**(BEFORE_THESE_KEYS if recorded.get("name") == "odm" else {}), **recorded}
 
 
 class RecordedConfig(Config):
@@ -158,5 +163,6 @@ __all__ = [
     "mixed_domains",
     "normalise_weights",
     "project_to_capped_simplex",
+    "with_later_keys",
     "without_code",
 ]

@@ -89,6 +89,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The parameters each preset stands for; keys given in a config win over these."""
 
+BEFORE_THESE_KEYS = {"reward_over": "interval", "estimate_in_warmup": True, "exploration_from": "start"}
+"""What every preset did before there were these keys, and so the meaning of a recorded config without them."""
+
 
 class OdmConfig(ScheduleConfig, EvaluatedConfig):
     """Online data mixing. ``preset`` sets the defaults of all other parameters; those given beside it win."""
@@ -169,7 +172,9 @@ class OdmConfig(ScheduleConfig, EvaluatedConfig):
         preset = data.get("preset", "official")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset: unknown '{preset}'." + did_you_mean(str(preset), PRESETS))
-        return {**PRESETS[preset], **data}
+        # Of the keys that a record spells out, none but these can be missing.
+        is_old_record = {*cls.model_fields} - data.keys() == {*BEFORE_THESE_KEYS}
+        return {**PRESETS[preset], **(BEFORE_THESE_KEYS if is_old_record else {}), **data}
 
 
 class OdmMixer(Mixer):

@@ -3,10 +3,15 @@
 Keys about the fit become keys of `FitConfig`. Keys about the proposal are written beside the fit, as priors.json and
 propose.json, where ``megamix swarm propose DIR`` finds them. Keys without a counterpart are refused, with the reason.
 
-Differences: another generator chooses runs (``n_test``, ``train_split``), so that the same seed chooses others; the law
-is fitted to convergence, not for a number of steps; MMLU's subjects form groups only where ``eval`` says so.
+As there, MMLU's subjects become the means of its four categories before anything else, families are averaged before
+metrics are dropped, and the weights of the objective are not normalised against the KL.
 
-Format: github.com/allenai/olmix, ``olmix/fit/config.py`` and ``configs/examples/fit``.
+Differences: another generator chooses runs (``n_test``, ``train_split``), so that the same seed chooses others; the law
+is fitted to convergence, not for a number of steps; a run without a value for a dropped metric alone is kept;
+``simulation`` on the log-linear law is the minimum that its search looks for.
+
+Format: github.com/allenai/olmix, ``olmix/fit/config.py`` and ``configs/examples/fit``. Keys of its older versions
+(``use_natural_kl``, ``keep_sources``, ``support_domains``, ``fixed_weight``) are read, too.
 """
 
 from __future__ import annotations
@@ -21,10 +26,14 @@ from megamix.core.config import Config, validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_json
+from megamix.core.log import get_logger
 from megamix.core.text import listed
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.fit.fit import fit
 from megamix.studies.swarm.fit.fitted import Fitted
+from megamix.studies.swarm.fit.selection import Families
+from megamix.studies.swarm.fit.tables import metric_names
+from megamix.studies.swarm.mmlu import Means, mmlu_means
 from megamix.studies.swarm.priors import FILE as PRIORS_FILE
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
 
@@ -51,8 +60,8 @@ def fit_from(out: Path, ratios: Path | None, metrics: Path | None, config: Path 
     data = read_yaml(config) if config is not None else {}
     olmix = validate(OlmixFit, data, str(config)) if _is_olmix(data) else None
     if olmix is not None:
-        data = olmix.fit_config()
         ratios, metrics = ratios or olmix.swarm.ratios, metrics or olmix.swarm.metrics
+        data = olmix.fit_config(mmlu_means(metric_names(metrics), str(metrics)))
     options = validate(FitConfig, apply_overrides(data, overrides), str(config or "the options of fit"))
     if ratios is None or metrics is None:
         raise InputError(
@@ -165,7 +174,7 @@ class _Proposer(Config):
 class _Constraints(Config):
     enabled: bool = False
     target_tokens: int | None = pydantic.Field(default=None, gt=0)
-    repetition_factor: float = pydantic.Field(default=5.0, gt=0)
+    repetition_factor: float = pydantic.Field(default=4.0, gt=0)
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> _Constraints:
@@ -208,12 +217,13 @@ class OlmixFit(Config):
 
     @pydantic.model_validator(mode="after")
     def _together(self) -> OlmixFit:
-        log_linear = self.regression.type == "log_linear"
-        if log_linear != (self.proposer.type == "exact"):
-            wanted = "exact, which solves the convex problem" if log_linear else "simulation or search"
+        kind, law = self.proposer.type, self.regression.type
+        if kind == "search" or (kind == "exact" and law != "log_linear"):
+            wanted = "exact or simulation" if law == "log_linear" else "simulation"
+            raise ValueError(f"proposer.type is {kind}, but for regression.type {law} the proposal is {wanted}.")
+        if kind != "exact" and self.proposer.kl_reg is not None:
             raise ValueError(
-                f"proposer.type is {self.proposer.type}, but for regression.type {self.regression.type} the proposal is"
-                f" {wanted}."
+                f"proposer.kl_reg is {self.proposer.kl_reg:g}, but proposer.type {kind} knows no KL. Leave one of them out."
             )
         if self.regression.aggregate_task_families and self.eval is None:
             raise ValueError("regression.aggregate_task_families is true, but eval does not name the families.")
@@ -221,32 +231,73 @@ class OlmixFit(Config):
             raise ValueError("constraints are enabled, but priors has no token_counts to bound the repetition by.")
         return self
 
-    def fit_config(self) -> dict[str, Any]:
-        """The corresponding keys of `FitConfig`. Runs without a value are dropped, as in Olmix."""
-        families = self.eval.families if self.eval is not None else {}
-        filtering = self.filtering
-        dropped = set(filtering.drop_metrics)
+    def fit_config(self, means: Means) -> dict[str, Any]:
+        """The corresponding keys of `FitConfig`. Runs without a value are dropped, as in Olmix.
+
+        Args:
+            means: of MMLU's subjects in the metrics (`mmlu_means`).
+
+        Raises:
+            InputError: a family of MMLU's subjects alone.
+        """
+        by_family = self.regression.aggregate_task_families
         return {
             "regression": self.regression.type,
-            "families": families,
-            "per": "family" if self.regression.aggregate_task_families else "metric",
-            "metrics": [name for one in families.values() for name in one if name not in dropped] or None,
-            "drop_metrics": filtering.drop_metrics,
+            "means": means,
+            **(self._family_metrics(means) if by_family else self._single_metrics(means)),
             "missing": "drop",
-            "support_domains": filtering.keep_sources or filtering.support_domains,
-            "support_nonzero": bool(filtering.keep_sources),
+            "support_domains": self.filtering.keep_sources or self.filtering.support_domains,
+            "support_nonzero": bool(self.filtering.keep_sources),
             "seed": self.regression.seed,
             "test_runs": self.regression.n_test,
             "train_split": self.regression.train_split,
         }
+
+    def _family_metrics(self, means: Means) -> dict[str, Any]:
+        """Keys of a fit to the means of families: these are taken first, so that only whole families can be dropped."""
+        dropped = self.filtering.drop_metrics
+        families = _without(self._families, _inside(means))
+        empty = [name for name, members in families.items() if not members]
+        if empty:
+            raise InputError(
+                f"eval.tasks.{empty[0]} has MMLU's subjects alone, which become {listed(means)} before families are taken."
+                " Name these in it."
+            )
+        idle = [name for name in dropped if name not in families]
+        if idle:
+            get_logger().warning(
+                "filtering.drop_metrics: %s is no family of eval.tasks and changes nothing, as in Olmix: metrics are"
+                " averaged first, then families are dropped.",
+                listed(idle),
+            )
+        return {"per": "family", "families": {name: one for name, one in families.items() if name not in dropped}}
+
+    def _single_metrics(self, means: Means) -> dict[str, Any]:
+        """Keys of a fit to each metric: those of ``eval`` and MMLU's means, without the dropped ones."""
+        inside = _inside(means)
+        dropped = [name for name in self.filtering.drop_metrics if name not in inside]
+        families = _without(self._families, {*inside, *dropped})
+        chosen = [name for members in families.values() for name in members]
+        chosen += [name for name in means if name not in (*chosen, *dropped)]
+        return {
+            "families": {name: members for name, members in families.items() if members},
+            "metrics": chosen if self.eval is not None else None,
+            "drop_metrics": dropped,
+        }
+
+    @property
+    def _families(self) -> Families:
+        return self.eval.families if self.eval is not None else {}
 
     def propose_config(self, metrics: tuple[str, ...], domains: tuple[str, ...]) -> ProposeConfig:
         """Options of the proposal for a fit of these metrics and domains. A metric without a weight counts 1."""
         weights, fixed = self.filtering.obj_weights, self.filtering.fixed_weight
         _check_names("filtering.obj_weights", weights, metrics, "fitted metric")
         _check_names("filtering.fixed_weight", fixed, domains, "domain of the swarm")
+        # Olmix adds the KL to the sum of weights times metrics, here it is added to their mean.
+        total = sum(weights.get(name, 1.0) for name in metrics) if weights else 1.0
         keys: dict[str, Any] = {
-            "kl": self.proposer.kl_reg or 0.0,
+            "kl": (self.proposer.kl_reg or 0.0) / (total or 1.0),
             "use_natural_kl": self.proposer.use_natural_kl,
             "worst": self.proposer.make_worst_mix,
             "seed": self.regression.seed,
@@ -279,6 +330,14 @@ class OlmixFit(Config):
         proposal = self.propose_config(metrics, domains).model_dump(mode="json", exclude_unset=True)
         for name, content in ((PRIORS_FILE, self.priors_of(domains)), (OPTIONS_FILE, proposal)):
             replace_json(folder / name, content)
+
+
+def _inside(means: Means) -> set[str]:
+    return {metric for weights in means.values() for metric in weights}
+
+
+def _without(families: Families, names: set[str]) -> Families:
+    return {family: tuple(name for name in members if name not in names) for family, members in families.items()}
 
 
 def _check_names(key: str, given: Any, known: tuple[str, ...], what: str) -> None:

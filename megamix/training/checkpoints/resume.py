@@ -15,7 +15,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
 from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
-from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains
+from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
@@ -215,7 +215,7 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     accepted = plan.config.checkpoint.accept_changed
     saved = state.fingerprints
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
-    saved = _with_objective(saved, present["mixer"], domains is not None)
+    saved = _comparable(saved, present["mixer"], domains is not None)
     changed = _changed_parts(saved, present)
     if domains is not None:
         # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
@@ -267,15 +267,17 @@ def _constraints(plan: DataPlan) -> dict[str, Any]:
     return found
 
 
-def _with_objective(
+def _comparable(
     saved: Mapping[str, Mapping[str, Any]], mixer: Mapping[str, Any], other_domains: bool
 ) -> dict[str, Mapping[str, Any]]:
-    """Saved `fingerprints` whose objective can be compared with that of ``mixer``, the same part now.
+    """Saved `fingerprints` whose mixer can be compared with ``mixer``, the same part now.
 
     An objective that was not saved counts as unchanged: the mixer did not follow it, or there was none yet. So does one
     that names domains, where these differ: it cannot stay what it was.
     """
     before = dict(saved.get("mixer", {}))
+    if "mixer" in before:
+        before["mixer"] = with_later_keys(before["mixer"])
     was, now = before.pop("objective", None), mixer.get("objective")
     if now is not None:
         by_name = isinstance(was, Mapping) and isinstance(now, Mapping)

@@ -22,6 +22,9 @@ which says what changed; they take the place of all lines before them that begin
 
 ``events.jsonl`` says when the run was started, resumed, stopped (`megamix.training.records.events`).
 
+``odm_weights.jsonl`` or ``doremi_weights.jsonl`` hold the updates of such a mixer in DataFlex's form
+(`megamix.training.records.dataflex_log`).
+
 ``statistics/`` holds the sums of every step (`megamix.training.records.step_statistics`), ``shadow/NAME.jsonl`` the
 lines that ``weights.jsonl`` would have, had that mixer been the run's (`megamix.mixing.shadow`).
 """
@@ -41,6 +44,7 @@ from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
 from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats
+from megamix.training.records.dataflex_log import DataflexLog
 from megamix.training.records.events import Event, EventLog
 from megamix.training.records.recorded_run import METRICS, WEIGHTS
 from megamix.training.records.sinks import Sink
@@ -59,6 +63,7 @@ class RunRecord:
         self._domains = domains
         self._metrics = _open(run_dir / METRICS, resumed_step)
         self._weights = _open(run_dir / WEIGHTS, resumed_step)
+        self._dataflex = DataflexLog(run_dir, lambda path: _open(path, resumed_step), is_new=resumed_step is None)
         self._statistics = StatisticsWriter(run_dir, domains, resumed_step)
         self._run_dir = run_dir
         self._shadows: dict[str, AppendFile] = {}  # opened with its first line, or here where there are lines already
@@ -106,7 +111,9 @@ class RunRecord:
     def weights(self, report: MixReport) -> None:
         """Logs the weights that follow from a step."""
         record = {**report.record, **statistics_record(report.stats)}
-        self._write_weights(report.step + 1, report.effective_step, report.position, report.segment, record)
+        self._dataflex.write(
+            self._write_weights(report.step + 1, report.effective_step, report.position, report.segment, record)
+        )
 
     def train(self, line: dict[str, Any]) -> None:
         self._metrics.write_line({"event": "train", **line})
@@ -118,24 +125,27 @@ class RunRecord:
 
     def flush(self) -> None:
         """Makes every line so far safe on disk."""
-        for file in (self._metrics, self._weights, *self._shadows.values()):
+        for file in (self._metrics, self._weights, self._dataflex, *self._shadows.values()):
             file.sync()
         self._statistics.flush()
 
     def close(self) -> None:
-        for file in (self._metrics, self._weights, *self._shadows.values(), self._statistics, self._events):
+        files = (self._metrics, self._weights, self._dataflex, *self._shadows.values(), self._statistics, self._events)
+        for file in files:
             file.close()
         for sink in self._sinks:
             sink.close()
 
     def _write_weights(
         self, step: int, effective_step: int, position: int, segment: Segment, extra: Mapping[str, object]
-    ) -> None:
-        self._weights.write_line(_weights_line(self._domains, step, effective_step, position, segment, extra))
+    ) -> dict[str, Any]:
+        line = _weights_line(self._domains, step, effective_step, position, segment, extra)
+        self._weights.write_line(line)
         weights = segment.weights.tolist()
         by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights, strict=True)}
         for sink in self._sinks:
             sink.scalars(by_name, effective_step)
+        return line
 
     def _plot(self, prefix: str, line: Mapping[str, Any]) -> None:
         numbers = {f"{prefix}/{key}": value for key, value in line.items() if isinstance(value, int | float)}

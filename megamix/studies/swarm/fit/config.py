@@ -18,6 +18,8 @@ class FitConfig(Config):
     regression: Regression = "log_linear"
     """log_linear: f_j(x) = exp(c_j) + exp(A_j . x) for metric j, x the mixture; lightgbm: boosted trees; gp: a Gaussian
     process. The last two need the extra ``swarm``."""
+    means: dict[str, dict[str, float]] = pydantic.Field(default_factory=dict)
+    """Weighted means that take the place of their metrics before all else: {name: {metric: weight}}."""
     families: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
     """Metrics by family, for example {math: [gsm, minerva]}; a metric is in one family at most."""
     per: Literal["metric", "family"] = "metric"
@@ -55,6 +57,7 @@ class FitConfig(Config):
     def _consistent(self) -> FitConfig:
         if self.per == "family" and not self.families:
             raise ValueError("per is family, but there are no families. Give families: {name: [metrics]}.")
+        self._check_means()
         seen: dict[str, str] = {}
         for family, members in self.families.items():
             if not members:
@@ -68,6 +71,16 @@ class FitConfig(Config):
                 f"bootstrap is {self.bootstrap}, but only log_linear has resampled fits; {self.regression} takes 0."
             )
         return self
+
+    def _check_means(self) -> None:
+        seen: dict[str, str] = {}
+        for name, weights in self.means.items():
+            if not weights or not all(0 < weight < float("inf") for weight in weights.values()):
+                raise ValueError(f"means.{name}: expected metrics with weights above 0, got {weights}.")
+            for metric in weights:
+                if metric in seen:
+                    raise ValueError(f"metric '{metric}' is in '{seen[metric]}' and in '{name}'. Keep one of them.")
+                seen[metric] = name
 
     @property
     def resamples(self) -> int:

@@ -34,7 +34,7 @@ def read_selected(ratios: Path, metrics: Path, config: FitConfig) -> tuple[Swarm
     only = config.metrics
     if only is None and config.per == "family":
         only = tuple(metric for members in families.values() for metric in members)
-    table = read_table(ratios, metrics, missing=config.missing, only=only, drop=config.drop_metrics)
+    table = _read_with_means(ratios, metrics, config, only)
     for name, members in families.items():
         for metric in members:
             if metric not in table.metrics:
@@ -48,6 +48,33 @@ def read_selected(ratios: Path, metrics: Path, config: FitConfig) -> tuple[Swarm
         values = family_means(table.values_RJ, table.metrics, families)
         return replace(table, metrics=tuple(families), values_RJ=values), {}
     return table, families
+
+
+def _read_with_means(ratios: Path, metrics: Path, config: FitConfig, only: tuple[str, ...] | None) -> SwarmTable:
+    """Reads a table with ``config.means`` in the place of their metrics, which ``only`` does not name."""
+    means = {
+        name: weights
+        for name, weights in config.means.items()
+        if name not in config.drop_metrics and (only is None or name in only)
+    }
+    inside = [metric for weights in means.values() for metric in weights]
+    unused = [metric for weights in config.means.values() for metric in weights if metric not in inside]
+    lost = [name for name in (*(only or ()), *config.drop_metrics) if name in inside]
+    if lost:
+        raise InputError(f"{listed(lost)}: no metric to choose or drop, as it is part of a mean ({listed(means)}).")
+    if only is not None:
+        only = (*(name for name in only if name not in means), *inside)
+    drop = [name for name in config.drop_metrics if name not in config.means]
+    table = read_table(ratios, metrics, missing=config.missing, only=only, drop=[*drop, *unused])
+    if not means:
+        return table
+    kept = [place for place, name in enumerate(table.metrics) if name not in inside]
+    columns = [table.values_RJ[:, kept]]
+    for weights in means.values():
+        places = [table.metrics.index(metric) for metric in weights]
+        columns.append(np.average(table.values_RJ[:, places], axis=1, weights=list(weights.values()))[:, None])
+    names = (*(table.metrics[place] for place in kept), *means)
+    return replace(table, metrics=names, values_RJ=np.concatenate(columns, axis=1))
 
 
 def _on_domains(table: SwarmTable, domains: tuple[str, ...], all_nonzero: bool) -> SwarmTable:

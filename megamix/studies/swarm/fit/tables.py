@@ -103,6 +103,15 @@ def read_table(
     )
 
 
+def metric_names(path: Path) -> tuple[str, ...]:
+    """The metrics of metrics.csv.
+
+    Raises:
+        InputError: see `read_table`.
+    """
+    return _read_csv(Path(path), "metric").columns
+
+
 def write_ratios(path: Path, runs: Sequence[str], domains: Sequence[str], ratios_RK: Array) -> None:
     """Writes ratios.csv, whole or not at all; numbers are written so that they are read back the same."""
     _write_csv(path, runs, domains, ratios_RK)
