@@ -101,8 +101,8 @@ class ByName(Kinds):
     Args:
         find: the class for a name (None where there is none); raises `InputError` for one that has none.
         installed: the classes that come with other packages, to be shown in help.
-        variant: a key that other keys' meaning depends on, in the classes that have it: where a mapping names itself and
-            differs in it, it is of another kind.
+        variant: a key that decides what other keys mean, in classes that have it: a mapping that has a name and
+            differs in this key is of another kind.
     """
 
     def __init__(

@@ -270,3 +270,38 @@ def test_other_domains() -> None:
     np.testing.assert_allclose(new.average_weights, [0.4 * 0.75, 0.2, 0.4, 0.4 * 0.25], rtol=1e-14)
     assert new.record()["perdomain_scores"] == [2.0, pytest.approx(7 / 3), 1.0, 2.0]
     np.testing.assert_allclose(new.weights, [0.45, 0.2, 0.2, 0.15], rtol=1e-14)
+
+
+def test_the_repository_counts_the_initial_weights_once_more() -> None:
+    """Its running mean begins with them; ours, as the paper's, with the first update."""
+    rng = random.Random(12)
+    initial = [0.6, 0.3, 0.1]
+    mixer, theirs, counted = doremi(initial, eta=0.3), np.array(initial), 1
+    for step in range(1, 30):
+        mixer.update(excess([rng.uniform(0, 2) for _ in initial]), step)
+        counted += 1
+        theirs = (theirs * (counted - 1) + alpha_of(mixer)) / counted
+        moved = mixer.average_weights + (np.array(initial) - mixer.average_weights) / (step + 1)
+        np.testing.assert_allclose(theirs, moved, rtol=1e-12)
+
+
+def test_centred_scores_of_dataflex_change_nothing_while_every_domain_is_there() -> None:
+    """Its code subtracts the mean of the scores of the domains seen; one that is absent counts as that mean, where ours
+    keeps its last score."""
+    rng = random.Random(13)
+    mixer, theirs = doremi([0.25] * 4, eta=0.1, smoothing=0.01), np.full(4, 0.25)
+
+    def dataflex(scores: list[float | None]) -> np.ndarray:
+        mean = math.fsum(score for score in scores if score is not None) / sum(score is not None for score in scores)
+        centred = [0.0 if score is None else max(-5.0, min(5.0, score - mean)) for score in scores]
+        raised = [a * math.exp(0.1 * score) for a, score in zip(theirs, centred, strict=True)]
+        return np.array([0.99 * one / math.fsum(raised) + 0.01 / 4 for one in raised])
+
+    for step in range(1, 30):
+        scores: list[float | None] = [rng.uniform(0, 4) for _ in range(4)]
+        mixer.update(excess(scores), step)
+        theirs = dataflex(scores)
+        np.testing.assert_allclose(alpha_of(mixer), theirs, rtol=1e-12)
+    scores[2] = None
+    mixer.update(excess(scores), 30)
+    assert np.abs(alpha_of(mixer) - dataflex(scores)).max() > 1e-4

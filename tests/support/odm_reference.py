@@ -67,8 +67,8 @@ class Reference:
 class Program:
     """When each source calls its updater, and with what.
 
-    ODM's repository and DataFlex call it after the warm-up alone, with the losses of that one step; DataFlex also counts
-    steps from there. The paper updates after every step; an interval of it is taken as one step.
+    ODM's repository and DataFlex call it after the warm-up alone, with the losses of that one step; DataFlex also
+    counts steps from there. The paper updates after every step; an interval of it is taken as one step.
     """
 
     def __init__(self, preset: str, initial: list[float], warmup: int = 0, every: int = 1) -> None:

@@ -1,5 +1,5 @@
-"""weights.jsonl names things as DataFlex's logs do, and beside it lie logs of exactly their form: code written for those
-reads them as they are.
+"""weights.jsonl names things as DataFlex's logs do, and beside it lie logs of exactly their form, which code written
+for those reads as they are.
 
 The facts are from DataFlex's documentation of its ODM and DoReMi mixers; the code here has the form of its examples.
 """

@@ -71,8 +71,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance_weighting": True,
         "policy": "gibbs",
     },
-    # The rule of DataFlex's ODMMixer, for every domain's own loss. Its trainer hands it the loss of the last micro-batch
-    # as that of the domain of this batch's first sample.
+    # The rule of DataFlex's ODMMixer, for every domain's own loss. Its trainer hands it the last micro-batch's loss as
+    # that of the domain of the batch's first sample.
     "dataflex": {
         **_MOVING_AVERAGE,
         "reward": "loss",
@@ -180,8 +180,8 @@ class OdmConfig(ScheduleConfig, EvaluatedConfig):
 class OdmMixer(Mixer):
     """ODM in all its variants; see the module's docstring for the formulas and `OdmConfig` for the parameters.
 
-    A domain that was sampled although its weight was 0 is importance-weighted by its share of the tokens that the update
-    sees: 1 / pi does not exist there, and the share is what pi estimates.
+    A domain that was sampled although its weight was 0 is importance-weighted by its share of the tokens that the
+    update sees: 1 / pi does not exist there, and the share is what pi estimates.
     """
 
     name = "odm"

@@ -266,8 +266,8 @@ class OlmixFit(Config):
         idle = [name for name in dropped if name not in families]
         if idle:
             get_logger().warning(
-                "filtering.drop_metrics: %s is no family of eval.tasks and changes nothing, as in Olmix: metrics are"
-                " averaged first, then families are dropped.",
+                "filtering.drop_metrics: eval.tasks has no family %s, so that nothing is dropped for it, as in Olmix: metrics"
+                " are averaged first, then families are dropped.",
                 listed(idle),
             )
         return {"per": "family", "families": {name: one for name, one in families.items() if name not in dropped}}

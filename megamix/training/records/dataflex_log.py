@@ -1,7 +1,7 @@
 """``odm_weights.jsonl`` or ``doremi_weights.jsonl`` of a run: its updates in the form of DataFlex's logs.
 
-The keys are those of DataFlex's documentation of its two mixers. They differ from ``weights.jsonl`` in what is left out,
-and in ``domain_weights`` of a DoReMi run: there as here alpha, whatever it acts on.
+The keys are those of DataFlex's documentation of its two mixers: fewer than in ``weights.jsonl``, and in a DoReMi run
+``domain_weights`` are alpha, whatever this acts on.
 
 Format: github.com/OpenDCAI/DataFlex, documentation of the mixers ``odm`` and ``doremi``.
 """
