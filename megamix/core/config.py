@@ -127,13 +127,12 @@ class ByName(Kinds):
             return False
         if new["name"] != old.get("name", new["name"]):
             return True
-        return self._variant in new and new[self._variant] != self._variant_of({"name": new["name"], **old})
-
-    def _variant_of(self, value: Mapping[str, Any]) -> Any:
-        """The variant of a mapping, by default that of its class; None where this has none."""
-        found = self.class_of(value)
-        field = found.model_fields.get(self._variant) if _is_config(found) else None
-        return value.get(self._variant, None if field is None else field.default)
+        key = self._variant
+        if key is None or key not in new:
+            return False
+        found = self.class_of(new)
+        field = found.model_fields.get(key) if _is_config(found) else None
+        return new[key] != old.get(key, None if field is None else field.default)
 
     def class_of(self, value: object) -> Any:
         """The class for a value that stands in a config; Any where it has none."""

@@ -175,6 +175,22 @@ def test_families_of_categories(tmp_path: Path) -> None:
         olmix_fit(tmp_path, table, **sections)
 
 
+def test_a_run_without_a_value_for_a_dropped_metric_is_dropped(tmp_path: Path) -> None:
+    """Of all metrics, or of those that ``eval`` names; families are dropped whole."""
+    values = TABLE.values_RJ.copy()
+    values[3, 1] = values[4, 2] = values[5, 0] = np.nan
+    table = replace(TABLE, values_RJ=values)
+    dropped = {"drop_metrics": ["m1"]}
+    fitted = olmix_fit(tmp_path, table, filtering=dropped)
+    assert (fitted.metrics, fitted.table.dropped) == (("m0", "m2", "m3"), TABLE.runs[3:6])
+    fitted = olmix_fit(tmp_path, table, filtering=dropped, eval={"tasks": {"some": ["m0", "m3"]}})
+    assert (fitted.metrics, fitted.table.dropped) == (("m0", "m3"), TABLE.runs[5:6])
+    families = {"a": ["m0"], "b": ["m1"], "c": ["m3"]}
+    sections = {"regression": {"aggregate_task_families": True}, "filtering": {"drop_metrics": ["b"]}}
+    fitted = olmix_fit(tmp_path, table, eval={"tasks": families}, **sections)
+    assert (fitted.metrics, fitted.table.dropped) == (("a", "c"), (TABLE.runs[3], TABLE.runs[5]))
+
+
 def test_subjects_that_are_not_all_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 56 of MMLU's 57 subjects.*mmlu_world_religions:rc::olmes are missing"):
         olmix_fit(tmp_path, with_subjects(SUBJECTS[:-1]))

@@ -7,8 +7,8 @@ As there, MMLU's subjects become the means of its four categories before anythin
 metrics are dropped, and the weights of the objective are not normalised against the KL.
 
 Differences: another generator chooses runs (``n_test``, ``train_split``), so that the same seed chooses others; the law
-is fitted to convergence, not for a number of steps; a run without a value for a dropped metric alone is kept;
-``simulation`` on the log-linear law is the minimum that its search looks for.
+is fitted to convergence, not for a number of steps; ``simulation`` on the log-linear law gives the minimum that its
+search looks for.
 
 Format: github.com/allenai/olmix, ``olmix/fit/config.py`` and ``configs/examples/fit``. Keys of its older versions
 (``use_natural_kl``, ``keep_sources``, ``support_domains``, ``fixed_weight``) are read, too.
@@ -232,7 +232,7 @@ class OlmixFit(Config):
         return self
 
     def fit_config(self, means: Means) -> dict[str, Any]:
-        """The corresponding keys of `FitConfig`. Runs without a value are dropped, as in Olmix.
+        """The corresponding keys of `FitConfig`. Runs without a value, also of a dropped metric, are dropped.
 
         Args:
             means: of MMLU's subjects in the metrics (`mmlu_means`).
@@ -245,7 +245,7 @@ class OlmixFit(Config):
             "regression": self.regression.type,
             "means": means,
             **(self._family_metrics(means) if by_family else self._single_metrics(means)),
-            "missing": "drop",
+            "missing": "drop_any",
             "support_domains": self.filtering.keep_sources or self.filtering.support_domains,
             "support_nonzero": bool(self.filtering.keep_sources),
             "seed": self.regression.seed,
@@ -270,12 +270,21 @@ class OlmixFit(Config):
                 " are averaged first, then families are dropped.",
                 listed(idle),
             )
-        return {"per": "family", "families": {name: one for name, one in families.items() if name not in dropped}}
+        return {
+            "per": "family",
+            "families": {name: members for name, members in families.items() if name not in dropped},
+            "drop_metrics": [one for name, members in families.items() if name in dropped for one in members],
+        }
 
     def _single_metrics(self, means: Means) -> dict[str, Any]:
         """Keys of a fit to each metric: those of ``eval`` and MMLU's means, without the dropped ones."""
         inside = _inside(means)
-        dropped = [name for name in self.filtering.drop_metrics if name not in inside]
+        known = (
+            None if self.eval is None else {name for members in self._families.values() for name in members} | {*means}
+        )
+        dropped = [
+            name for name in self.filtering.drop_metrics if name not in inside and (known is None or name in known)
+        ]
         families = _without(self._families, {*inside, *dropped})
         chosen = [name for members in families.values() for name in members]
         chosen += [name for name in means if name not in (*chosen, *dropped)]

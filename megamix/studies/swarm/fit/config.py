@@ -29,7 +29,8 @@ class FitConfig(Config):
     drop_metrics: tuple[str, ...] = ()
     """Metrics to leave out, also of the families."""
     missing: Missing = "refuse"
-    """What becomes of a run that is in one file only or has no number for a metric: refuse, or drop the run."""
+    """What becomes of a run that is in one file only or has no number for a metric: refuse, or drop the run; drop_any:
+    also one that has none for a dropped metric."""
     support_domains: tuple[str, ...] = ()
     """Fit only runs whose weights on these domains sum to 1; the other domains are left out. Empty: all."""
     support_nonzero: bool = False

@@ -26,7 +26,7 @@ from megamix.core.log import get_logger
 from megamix.core.text import listed, plural
 
 Array = NDArray[np.float64]
-Missing = Literal["refuse", "drop"]
+Missing = Literal["refuse", "drop", "drop_any"]
 SUM_TOLERANCE = 1e-3
 """How far from 1 the sum of a run's ratios may be; within it they are divided by their sum."""
 _ID_COLUMNS = ("run", "run_id")
@@ -64,7 +64,8 @@ def read_table(
 
     Args:
         missing: what becomes of a run that is in one file only or has no finite number for a metric: ``refuse`` is an
-            error with their names, ``drop`` leaves them out and says which.
+            error with their names, ``drop`` leaves them out and says which; ``drop_any`` asks for the numbers of
+            ``drop``, too.
         only: the metrics to read; the others may lack values. None: all.
         drop: metrics not to read; warns of one that the file lacks.
 
@@ -75,7 +76,9 @@ def read_table(
     mixtures, results = _read_csv(Path(ratios), "domain"), _read_csv(Path(metrics), "metric")
     chosen = _chosen_metrics(results, only, drop)
     values = results.numbers(chosen)
-    lacking = _lacking(mixtures, results, chosen, values)
+    also = tuple(name for name in drop if name in results.columns) if missing == "drop_any" else ()
+    wanted = np.concatenate([values, results.numbers(also)], axis=1) if also else values
+    lacking = _lacking(mixtures, results, (*chosen, *also), wanted)
     if lacking and missing == "refuse":
         raise InputError(
             f"{plural(len(lacking), 'run')} cannot be used: {listed([f'{run} ({why})' for run, why in lacking.items()])}."
