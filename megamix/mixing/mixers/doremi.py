@@ -10,9 +10,12 @@ max(loss - reference loss, 0) in nats per token; c the smoothing. An update is
     alpha'   =  alpha exp(eta lambda), normalised
     alpha    =  (1 - c) alpha' + c / K
 
-and the result of a run is the mean of alpha over its updates. A domain not seen yet has the score ``initial_score``: at
-0 its weight is multiplied by 1, then normalised and smoothed with the others, so it keeps its ratio to every domain
-that is as good as the reference.
+and the result of a run is the mean of alpha after each update (the repository counts the initial weights once more). A
+domain not seen yet has the score ``initial_score``: at 0 its weight is multiplied by 1, then normalised and smoothed
+with the others, so it keeps its ratio to every domain that is as good as the reference.
+
+A step's loss is weighed by the alpha that follows from the step before, in the paper by that from the same step: this
+is known only when every rank has done all its forward passes, and no rank waits for it here.
 
 The paper samples domains with fixed weights and lets alpha weigh the loss (``apply: loss``). With ``apply: sampling``
 the blend follows alpha and all tokens weigh the same: the same objective in expectation.
