@@ -13,6 +13,7 @@ from synthetic import known_law, swarm_of
 
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 from megamix.studies.swarm.fit.fitted import Fitted
 from megamix.studies.swarm.fit.tables import write_metrics, write_ratios
 from megamix.studies.swarm.olmix import fit_from
@@ -61,10 +62,11 @@ def written(folder: Path, name: str) -> Any:
     return json.loads((folder / "out" / name).read_text())
 
 
-def test_a_config_of_olmix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_of_olmix(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Families are averaged before anything is dropped; prior, KL, bound and weights are kept for the proposal."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
     fitted = fit_of(tmp_path)
-    assert "filtering.drop_metrics: eval.tasks has no family m2, absent, so that nothing" in capsys.readouterr().err
+    assert "filtering.drop_metrics: eval.tasks has no family m2, absent, so that nothing" in caplog.text
     assert fitted.metrics == ("math", "code")
     math = TABLE.values_RJ[:, [0, 2]].mean(axis=1)
     assert fitted.table.values_RJ == pytest.approx(np.stack([math, TABLE.values_RJ[:, 3]], axis=1))
