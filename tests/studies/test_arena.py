@@ -98,6 +98,32 @@ def test_arms_that_ignore_the_objective_run_once(tiny_config: Write, monkeypatch
     assert Path(mean["mixture"]["from_run"]).name == "seed1.new@natural"
 
 
+def test_objectives_of_weights(tiny_config: Write) -> None:
+    """They are judged by name beside the words, normalised, and given to the mixers that follow the objective."""
+    arms = {"new": {"mixer": {"name": "recommended"}}}
+    asked = {"natural": "natural", "mostly": {"tables": 3.0, "topics": 1.0}}
+    found = study(tiny_config, arms=arms, objectives=asked, seeds=[1], controls=False, frozen_mean=False)
+    assert list(found.objectives) == ["natural", "mostly"]
+    assert found.objectives["mostly"] == {**dict.fromkeys(found.domains, 0.0), "tables": 0.75, "topics": 0.25}
+    objectives = {entry.name: found.run(entry)["objective"] for entry in found.entries}
+    assert objectives == {"seed1.new@natural": "natural", "seed1.new@mostly": found.objectives["mostly"]}
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        (["uniform", "uniform"], "objectives names uniform twice"),
+        (["code"], "got 'code', expected natural or uniform"),
+        ([], "objectives is empty"),
+        ({"natural": "uniform"}, "the name means natural"),
+        ({"mine": {"nowhere": 1.0}}, "arena.objectives: .*nowhere"),
+    ],
+)
+def test_objectives_that_cannot_be(tiny_config: Write, objectives: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        study(tiny_config, objectives=objectives)
+
+
 def test_a_member_that_has_begun_keeps_its_config(tiny_config: Write) -> None:
     found = study(tiny_config)
     found.write()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from megamix.core.config import Config
+from megamix.training.objective import ObjectiveConfig
 
 CONTROLS: dict[str, Any] = {"natural": "natural", "uniform": "uniform", "sqrt": {"temperature": 0.5}}
 """The arms that ``arena.controls`` adds, by name, and their mixtures."""
@@ -17,7 +18,6 @@ FROZEN = "-frozen"
 """Ends the name of an arm with the mean weights of another."""
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_+-]+$")]
 """Part of a member's name: letters, digits, _, + and -."""
-Word = Literal["uniform", "natural"]
 Kind = Literal["noise", "floor", "duplicates", "tiny", "late"]
 _KEYS: dict[str, dict[str, bool]] = {
     "noise": {"share": False, "tokens": False},
@@ -27,6 +27,21 @@ _KEYS: dict[str, dict[str, bool]] = {
     "late": {"domain": True, "from_step": True},
 }
 """The keys of each kind of trap, and whether it needs them."""
+
+
+def _by_name(value: object) -> object:
+    """A list of words as a mapping from each to itself."""
+    if not isinstance(value, list | tuple):
+        return value
+    repeated = [word for word in value if value.count(word) > 1]
+    if repeated:
+        raise ValueError(f"objectives names {repeated[0]} twice. Name each once.")
+    wrong = [word for word in value if word not in (NATURAL, "uniform")]
+    if wrong:
+        raise ValueError(
+            f"got {wrong[0]!r}, expected natural or uniform. For weights give each a name: {{name: {{domain: weight}}}}."
+        )
+    return {word: word for word in value}
 
 
 class TrapConfig(Config):
@@ -78,9 +93,9 @@ class ArenaConfig(Config):
     """Numbers of steps (train.steps), each for all members. Default: the run's."""
     models: dict[Name, dict[str, Any]] | None = None
     """{name: keys of model that differ}, each for all members. Default: the run's model."""
-    objectives: tuple[Word, ...] | None = None
-    """What arms are judged by. An arm whose mixer follows the objective runs once for each, all others once in all.
-    Default: the run's objective."""
+    objectives: Annotated[dict[Name, ObjectiveConfig], pydantic.BeforeValidator(_by_name)] | None = None
+    """What arms are judged by: a list of natural and uniform, or {name: natural, uniform or {domain: weight}}. An arm
+    whose mixer follows the objective runs once for each, all others once in all. Default: the run's objective."""
     controls: bool = True
     """Adds the static arms natural, uniform and sqrt (shares to the power 1/2), unless arms have these names."""
     frozen_mean: bool = True
@@ -91,14 +106,20 @@ class ArenaConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _once_each(self) -> ArenaConfig:
-        for key, values in (("seeds", self.seeds), ("budgets", self.budgets), ("objectives", self.objectives)):
+        for key, values in (("seeds", self.seeds), ("budgets", self.budgets)):
             repeated = [value for value in values or () if (values or ()).count(value) > 1]
             if repeated:
                 raise ValueError(f"{key} names {repeated[0]} twice. Name each once.")
             if values is not None and not values:
                 raise ValueError(f"{key} is empty. Name at least one, or remove the key.")
-        if self.models is not None and not self.models:
-            raise ValueError("models is empty. Name at least one, or remove the key.")
+        for key, named in (("models", self.models), ("objectives", self.objectives)):
+            if named is not None and not named:
+                raise ValueError(f"{key} is empty. Name at least one, or remove the key.")
+        for name in ("natural", "uniform"):
+            if self.objectives and self.objectives.get(name, name) != name:
+                raise ValueError(
+                    f"objectives.{name} is {self.objectives[name]}, but the name means {name}. Choose another name."
+                )
         taken = [name for name in self.arms if name.endswith(FROZEN) and name.removesuffix(FROZEN) in self.arms]
         if self.frozen_mean and taken:
             raise ValueError(

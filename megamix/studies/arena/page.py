@@ -2,7 +2,7 @@
 
 RUN_DIR/arena.html             tables, gains over tokens, and the weights of online arms; it needs no network
 RUN_DIR/plots/differences.png  every arm against the best static one, with intervals
-RUN_DIR/plots/gain.png         the gain over natural weights, over tokens
+RUN_DIR/plots/gain.CELL.png    the gain over natural weights, over tokens, of each objective and condition
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def plot(results: Results) -> list[Path]:
     """Writes the PNGs; returns the files written."""
     folder = results.study.run_dir / PLOTS
     with matplotlib.rc_context(STYLE):
-        figures = {"differences.png": differences_figure(results), "gain.png": gain_figure(results)}
+        figures = {"differences.png": differences_figure(results)}
+        figures |= {f"gain.{slug(cell)}.png": gain_figure(results, cell) for cell in results.cells}
         return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
 
 
@@ -176,11 +177,18 @@ def _against(cell: Cell, against: str) -> Sequence[tuple[str, float, float | Non
     return sorted(found, key=lambda one: one[1])
 
 
-def gain_figure(results: Results) -> Figure | None:
-    """The gain of each arm over natural in the first cell, over tokens; None where there is none yet."""
-    cell = next(iter(results.cells), None)
-    curves = [] if cell is None else list(gains(results, cell))
-    if cell is None or not curves:
+def slug(cell: Cell) -> str:
+    """``uniform.small.800steps.noise``: a cell's part of a file name."""
+    model, steps, trap = cell.condition.model, cell.condition.steps, cell.condition.trap
+    return ".".join(
+        [cell.objective, *([model] if model else []), f"{steps}steps", *([trap] if trap != NO_TRAP else [])]
+    )
+
+
+def gain_figure(results: Results, cell: Cell) -> Figure | None:
+    """The gain of each arm of a cell over natural, over tokens; None where there is none yet."""
+    curves = list(gains(results, cell))
+    if not curves:
         return None
     figure, axes = new_figure(f"Gain over natural weights: {plain(title(cell))}", len(curves))
     labels = []

@@ -26,6 +26,7 @@ from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.traps import Trap
 from megamix.studies.runs import Member, read_section, write_yaml
 from megamix.training.config import KINDS, RunConfig
+from megamix.training.objective import objective_weights
 from megamix.training.plan import Plan, make_plan
 
 MEMBERS, RUNS, TRAPS = "members", "runs", "traps"
@@ -116,14 +117,14 @@ class ArenaStudy:
     @cached_property
     def objectives(self) -> dict[str, Weights]:
         """{name: weights of the domains} that arms are judged by."""
-        words = {"natural": self.natural, "uniform": dict.fromkeys(self.domains, 1 / len(self.domains))}
-        if self.config.objectives is not None:
-            return {name: words[name] for name in self.config.objectives}
         own = self.plan.config.objective
-        if isinstance(own, str):
-            return {own: words[own]}
-        weights = self.plan.objective_weights.tolist()
-        return {"given": dict(zip(self.domains, weights, strict=True))}
+        given = self.config.objectives or {own if isinstance(own, str) else "given": own}
+        natural = self.plan.natural_weights
+        try:
+            weights = {name: objective_weights(one, self.domains, natural) for name, one in given.items()}
+        except InputError as error:
+            raise InputError(f"{self.source}: arena.objectives: {error}") from error
+        return {name: dict(zip(self.domains, found.tolist(), strict=True)) for name, found in weights.items()}
 
     @cached_property
     def traps(self) -> dict[str, Trap]:
@@ -320,6 +321,7 @@ class ArenaStudy:
 
     def check(self) -> None:
         """Raises InputError for whatever would stop a member later."""
+        _ = self.objectives  # raises for weights that cannot be used
         for name, trap in self.traps.items():
             where = f"{self.source}: arena.traps.{name}"
             trap.check(self.plan.config.data.seq_length, where)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megamix.core.text import ABSENT, Report, Table, number
 from megamix.studies.arena.config import NO_TRAP
@@ -50,12 +51,17 @@ def condition_text(condition: Condition) -> str:
     return ", ".join([*model, f"{condition.steps} steps", *trap])
 
 
+def _arms(cell: Cell) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Difference]]]:
+    """(arm, its means, its differences by what they are against), the lowest loss first."""
+    records = {arm: arm_record(cell, arm) for arm in cell.rows}
+    for arm in sorted(records, key=lambda name: records[name]["objective_loss"]):
+        yield arm, records[arm], {one.against: one for one in cell.differences[arm]}
+
+
 def cell_table(cell: Cell) -> Table:
     """The arms of a cell, the lowest loss first."""
-    records = {arm: arm_record(cell, arm) for arm in cell.rows}
     rows = []
-    for arm in sorted(records, key=lambda name: records[name]["objective_loss"]):
-        record, found = records[arm], {one.against: one for one in cell.differences[arm]}
+    for arm, record, found in _arms(cell):
         best = found.get("best_static")
         rows.append(
             (
@@ -78,10 +84,8 @@ def cell_table(cell: Cell) -> Table:
 
 def trap_table(cell: Cell) -> Table:
     """The arms of a cell with a trap, against the best static arm without it."""
-    records = {arm: arm_record(cell, arm) for arm in cell.rows}
     rows = []
-    for arm in sorted(records, key=lambda name: records[name]["objective_loss"]):
-        record, found = records[arm], {one.against: one for one in cell.differences[arm]}
+    for arm, record, found in _arms(cell):
         plain = found.get("best_static_without_trap")
         share = record["noise_share"]
         rows.append(
