@@ -14,8 +14,10 @@ READY := $(VENV)/.ready
 
 demo: mini-pile
 	$(BIN)/megamix train configs/demo.yaml
-	$(BIN)/megamix inspect runs/demo
+	$(BIN)/megamix train configs/demo_static.yaml
 	$(BIN)/megamix plot runs/demo
+	$(BIN)/megamix inspect runs/demo
+	$(BIN)/megamix compare runs/demo_static runs/demo
 
 # SHORT. The same command goes on after an interruption; ARGS are for each arena, for example ARGS="--at-once 8".
 evidence: mini-pile workshop
