@@ -1,6 +1,7 @@
 # make demo: from raw text to a mixed, trained model.  make test: all tests.  make check: lint, types, layers, spelling.
 # make evidence: mixing rules against static mixtures, over seeds, sizes and corpora.  make evidence-short: a part of it.
-# make clean: removes the environments, data and runs.
+# make gpu: the loss kernels' acceptance on this machine's GPU, half an hour.  make clean: removes the environments, data
+# and runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # The build of PyTorch; pip options may follow it, for example to choose the CPU build.
@@ -10,7 +11,7 @@ TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo evidence evidence-short mini-pile workshop test check env lock newest clean
+.PHONY: demo evidence evidence-short gpu mini-pile workshop test check env lock newest clean
 
 demo: mini-pile
 	$(BIN)/megamix train configs/demo.yaml
@@ -27,6 +28,11 @@ evidence: mini-pile workshop
 
 evidence-short: mini-pile
 	$(BIN)/megamix arena configs/evidence/short.yaml $(ARGS)
+
+# A peer that cannot be installed here is a row without figures. ARGS are for the script, for example ARGS="--minutes 60".
+gpu: $(READY)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH) --editable ".[bench]"
+	$(BIN)/python kernels/bench/acceptance.py --out runs/acceptance $(ARGS)
 
 mini-pile: $(READY)
 	$(BIN)/megamix corpus data/text

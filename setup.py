@@ -32,6 +32,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "swarm": ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7"],
     "cuda": ["triton>=3.6"],
+    "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "dev": [

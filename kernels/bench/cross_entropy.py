@@ -5,7 +5,8 @@
     python kernels/bench/cross_entropy.py --sweep              # other launches of our kernels
 
 Prints tables and writes OUT/cross_entropy.csv, domains.csv and cross_entropy.png. Each figure is the median of several
-runs on fresh logits, timed with device events, after a write that empties the cache. The incoming gradient is 1/8, not
+runs on fresh logits, "low" and "high" are quartiles. Device events time them, after a write that empties the cache and
+a pause in which the host enqueues the whole step: the host's time is no part of it. The incoming gradient is 1/8, not
 1. GB/s divides the bytes of one reading and one writing of the logits by the time: the same bytes for all, so ratios of
 GB/s are ratios of time. "% copy" compares the rate with a copy of the same bytes, timed here. Peak is the largest
 memory use in bytes per logit, the logits included.
@@ -36,6 +37,7 @@ from megamix_kernels.inputs import VocabularyShard
 SHAPES = ["8192x50304", "16384x128256", "8192x131072", "4096x151936", "8192x32000", "16384x16032"]
 CPU_SHAPES = ["64x512", "32x2048"]
 FLUSH_BYTES = 2**28
+PAUSE_CYCLES = 4_000_000  # 2 ms: longer than the host takes for a step
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Result:
     total_ms: float | None = None
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
     peak_bytes: float | None = None
     note: str = ""
 
@@ -67,21 +71,25 @@ class _Logits(torch.autograd.Function):
 
 
 class Bench:
-    """Logits of one shape, and the timing of calls on them."""
+    """Logits of one shape, a share of their rows ``ignored``, and the timing of calls on them."""
 
-    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
+    def __init__(
+        self, shape: str, device: torch.device, dtype: torch.dtype, repeats: int, ignored: float = 0.0
+    ) -> None:
         self.shape, self.device, self.repeats = shape, device, repeats
         num_rows, width = (int(part) for part in shape.split("x"))
         generator = torch.Generator(device).manual_seed(0)
         self.source_NV = torch.randn(num_rows, width, generator=generator, device=device, dtype=dtype) * 3
         self.labels_N = torch.randint(0, width, (num_rows,), generator=generator, device=device)
+        if ignored:
+            self.labels_N[:: round(1 / ignored)] = -100
         self.buffer_NV = torch.empty_like(self.source_NV)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         flush = FLUSH_BYTES if device.type == "cuda" else 1
         self.flush = torch.empty(flush, dtype=torch.uint8, device=device)
         want = torch.nn.functional.cross_entropy(self.source_NV[:64].float(), self.labels_N[:64])
         self.want_loss = float(want)
-        self.copy_ms = self._median(self._copy)[-1]
+        self.copy_ms = self.median(self._copy)[-1]
 
     @property
     def floor_bytes(self) -> int:
@@ -95,14 +103,16 @@ class Bench:
             return Result(self.shape, name, note=f"not installed ({error})")
         try:
             self._check(loss)
-            times = self._median(lambda: self._step(loss))
+            spans = self.spans(lambda: self.step(loss))
             peak = self._peak(loss)
         except Exception as error:  # a peer's own failure is a finding, not the end of the benchmark
             return Result(self.shape, name, note=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
-        forward, total = times
+        forward, total = (statistics.median(span) for span in spans)
+        low, _, high = statistics.quantiles(spans[-1], n=4) if self.repeats > 1 else spans[-1] * 3
         rate = self.floor_bytes / total / 1e6
         return Result(
-            self.shape, name, forward, total - forward, total, rate, 100 * self.copy_ms / total, peak_bytes=peak
+            *(self.shape, name, forward, total - forward, total, rate, 100 * self.copy_ms / total),
+            *(low, high, peak),
         )
 
     def _check(self, loss: Loss) -> None:
@@ -114,15 +124,17 @@ class Bench:
             raise ValueError(f"the loss of the first rows is {got}, not {self.want_loss}")
 
     def _copy(self) -> list[Any]:
+        self._pause()
         marks = [self._mark()]
         self.buffer_NV.copy_(self.source_NV)
         return [*marks, self._mark()]
 
-    def _step(self, loss: Loss) -> list[Any]:
+    def step(self, loss: Loss) -> list[Any]:
         """Marks before, between and after forward and backward."""
         self.buffer_NV.copy_(self.source_NV)
         logits_NV = _Logits.apply(self.anchor, self.buffer_NV)
         self.flush.zero_()
+        self._pause()
         marks = [self._mark()]
         value = loss(logits_NV, self.labels_N)
         marks.append(self._mark())
@@ -133,23 +145,31 @@ class Bench:
         """Bytes per logit, the logits included; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        self._step(loss)
+        self.step(loss)
         torch.cuda.synchronize()
         beside = torch.cuda.memory_allocated() - self.buffer_NV.nbytes
         torch.cuda.reset_peak_memory_stats()
-        self._step(loss)
+        self.step(loss)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - beside) / self.buffer_NV.numel()
 
-    def _median(self, run: Callable[[], list[Any]]) -> list[float]:
+    def median(self, run: Callable[[], list[Any]]) -> list[float]:
         """Returns median ms from the first mark to each later one."""
-        for _ in range(3):
+        return [statistics.median(span) for span in self.spans(run)]
+
+    def spans(self, run: Callable[[], list[Any]]) -> list[list[float]]:
+        """Returns the ms of every run from the first mark to each later one."""
+        for _ in range(3 if self.device.type == "cuda" else 1):
             run()
         marks = [run() for _ in range(self.repeats)]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         spans = [[self._between(first, mark) for mark in others] for first, *others in marks]
-        return [statistics.median(span) for span in zip(*spans, strict=True)]
+        return [list(span) for span in zip(*spans, strict=True)]
+
+    def _pause(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda._sleep(PAUSE_CYCLES)
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -167,9 +187,9 @@ def statistics_cost(bench: Bench, mode: str, path: str) -> list[dict[str, Any]]:
     rows = []
     for num_domains in (1, 22, 1024):
         loss = megamix(bench.device, implementation=path, promised=mode == "A", num_domains=num_domains)
-        on = bench._median(lambda loss=loss: bench._step(loss))[-1]
+        on = bench.median(lambda loss=loss: bench.step(loss))[-1]
         with mock.patch.object(VocabularyShard, "holds_sums", False):
-            off = bench._median(lambda loss=loss: bench._step(loss))[-1]
+            off = bench.median(lambda loss=loss: bench.step(loss))[-1]
         names = ("shape", "mode", "domains", "on_ms", "off_ms", "ratio")
         rows.append(dict(zip(names, (bench.shape, mode, num_domains, on, off, on / off), strict=True)))
         print(f"{bench.shape:>13}  mode {mode}, K = {num_domains:<5} {on:9.3f} ms on {off:9.3f} ms off  {on / off:.3f}")
@@ -191,7 +211,7 @@ def sweep(bench: Bench) -> None:
             times = []
             for mode in "AB":
                 loss = megamix(bench.device, implementation="triton", promised=mode == "A")
-                times.append(bench._median(lambda loss=loss: bench._step(loss))[-1])
+                times.append(bench.median(lambda loss=loss: bench.step(loss))[-1])
         print(f"{bench.shape:>13}  {launch!s:<30} A {times[0]:8.3f} ms  B {times[1]:8.3f} ms")
 
 

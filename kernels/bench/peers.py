@@ -18,33 +18,73 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megamix_kernels import DomainSums, domain_cross_entropy
+from megamix_kernels import DomainSums, domain_cross_entropy, linear_domain_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 INCOMING = 0.125
 
 
-def megamix(device: torch.device, *, implementation: str, promised: bool, num_domains: int = 22) -> Loss:
+def megamix(
+    device: torch.device, *, implementation: str, promised: bool, num_domains: int = 22, **options: Any
+) -> Loss:
     """This package's loss, with domain statistics; ``promised`` is mode A."""
     sums = DomainSums(num_domains, device)
-    domains: dict[int, Tensor] = {}  # made once for each number of rows, not in the time of every run
+    known: dict[int, tuple[Tensor, float]] = {}  # made once for each number of rows, not in the time of every run
 
     def loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-        if len(labels_N) not in domains:
-            domains[len(labels_N)] = labels_N % num_domains
+        if len(labels_N) not in known:
+            known[len(labels_N)] = labels_N % num_domains, float((labels_N != -100).sum())
+        domain_N, num_counted = known[len(labels_N)]
         return domain_cross_entropy(
             logits_NV,
             labels_N,
-            domains[len(labels_N)],
+            domain_N,
             num_domains,
-            normaliser=float(len(labels_N)),
+            normaliser=num_counted,
             sums=sums,
             gradient_scale=INCOMING if promised else None,
+            implementation=implementation,
+            **options,
+        ).loss
+
+    return loss
+
+
+def megamix_linear(device: torch.device, *, implementation: str = "auto") -> LinearLoss:
+    """This package's loss from hidden states, with domain statistics and a promised gradient."""
+    sums = DomainSums(22, device)
+
+    def loss(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Tensor:
+        return linear_domain_cross_entropy(
+            *(hidden_NH, weight_VH, labels_N, labels_N % 22, 22),
+            normaliser=float(len(labels_N)),
+            sums=sums,
+            gradient_scale=INCOMING,
             implementation=implementation,
         ).loss
 
     return loss
+
+
+def torch_linear(device: torch.device) -> LinearLoss:
+    return lambda hidden_NH, weight_VH, labels_N: F.cross_entropy((hidden_NH @ weight_VH.T).float(), labels_N)
+
+
+def liger_linear(device: torch.device) -> LinearLoss:
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_fused_linear_cross_entropy,
+    )
+
+    return liger_fused_linear_cross_entropy
+
+
+def cut_linear(device: torch.device) -> LinearLoss:
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    # Exact, without the filter that leaves small gradients out.
+    return lambda hidden_NH, weight_VH, labels_N: linear_cross_entropy(hidden_NH, weight_VH, labels_N, impl="cce_exact")
 
 
 def torch_eager(device: torch.device) -> Loss:
@@ -95,7 +135,7 @@ def transformer_engine(device: torch.device) -> Loss:
 def quack(device: torch.device) -> Loss:
     from quack.cross_entropy import cross_entropy  # pyright: ignore[reportMissingImports]
 
-    return lambda logits_NV, labels_N: cross_entropy(logits_NV, labels_N, reduction="mean")
+    return lambda logits_NV, labels_N: cross_entropy(logits_NV, labels_N, inplace_backward=True)
 
 
 PEERS: dict[str, Callable[..., Loss]] = {
@@ -106,6 +146,12 @@ PEERS: dict[str, Callable[..., Loss]] = {
     "megatron unfused": lambda device: megatron(device, fused=False),
     "transformer-engine": transformer_engine,
     "quack": quack,
+}
+LINEAR: dict[str, Callable[..., LinearLoss]] = {
+    "megamix linear": megamix_linear,
+    "torch": torch_linear,
+    "liger-kernel": liger_linear,
+    "cut-cross-entropy": cut_linear,
 }
 
 

@@ -21,6 +21,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,7 @@ class Steps:
         """Takes ``number`` steps; returns the seconds of one."""
         started = time.perf_counter()
         for _ in range(number):
-            batch = self._next_batch()
-            objective = self._objective(batch)
-            self._engine.train_step(batch, objective, self._lr, self._data.submit if self._mixing else _ignore)
+            self.step()
         if self._mixing:
             # What the last step leaves to be done would fall into the next block.
             self._data.settle()
@@ -70,6 +70,12 @@ class Steps:
         if self._engine.place.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / number
+
+    def step(self) -> None:
+        """Takes one step, of which nothing is waited for that the step itself does not wait for."""
+        batch = self._next_batch()
+        objective = self._objective(batch)
+        self._engine.train_step(batch, objective, self._lr, self._data.submit if self._mixing else _ignore)
 
     def close(self) -> None:
         self._data.close()
@@ -94,6 +100,18 @@ class Steps:
 
 def _ignore(_sums: torch.Tensor) -> None:
     """Takes the statistics of a step without mixing."""
+
+
+@contextmanager
+def started(config: RunConfig, world_size: int) -> Iterator[tuple[Plan, Engine]]:
+    """The plan and the engine of a job in which this process is a rank."""
+    plan = make_plan(config, world_size)
+    start_distributed(config.engine)
+    options: dict[str, Any] = {"seq_length": config.data.seq_length, "num_domains": len(plan.domains)}
+    options.update(vocab_size=plan.vocab_size, loss_implementation=config.loss.implementation)
+    yield plan, make_engine(config.engine, plan.model, config.train, **options)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def measure(plan: Plan, engine: Engine, *, blocks: int, block: int, doremi: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -164,16 +182,10 @@ def main() -> None:
     world_size = job_world_size()
     if world_size is None:
         start_ranks(config)
-    plan = make_plan(config, world_size)
-    start_distributed(config.engine)
-    options: dict[str, Any] = {"seq_length": config.data.seq_length, "num_domains": len(plan.domains)}
-    options.update(vocab_size=plan.vocab_size, loss_implementation=config.loss.implementation)
-    engine = make_engine(config.engine, plan.model, config.train, **options)
-    seconds = measure(plan, engine, blocks=blocks, block=arguments.block, doremi=arguments.doremi)
-    if dist.get_rank() == 0:
-        print(report(plan, *seconds, arguments.doremi))
-    dist.barrier()
-    dist.destroy_process_group()
+    with started(config, world_size) as (plan, engine):
+        seconds = measure(plan, engine, blocks=blocks, block=arguments.block, doremi=arguments.doremi)
+        if dist.get_rank() == 0:
+            print(report(plan, *seconds, arguments.doremi))
 
 
 if __name__ == "__main__":

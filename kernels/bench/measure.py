@@ -1,0 +1,217 @@
+"""One measurement of the acceptance, in a process of its own: `python measure.py '{"kind": ..., "file": ...}'`.
+
+Writes a list of rows {metric, value, unit, low, high, note} to the file.
+
+Shapes: N tokens, H hidden, V vocabulary, K domains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+REQUEST: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+if REQUEST.get("device") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # settled when Triton is first imported
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from cross_entropy import Bench  # noqa: E402  # pyright: ignore[reportMissingImports]
+from peers import INCOMING, LINEAR, PEERS, megamix  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = torch.device(REQUEST.get("device", "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+REPEATS = 30 if ON_GPU else 2
+Rows = list[dict[str, Any]]
+
+
+def figure(metric: str, values: list[float] | float, unit: str, note: str = "") -> dict[str, Any]:
+    """Row of the median and the quartiles of some values."""
+    values = values if isinstance(values, list) else [values]
+    row: dict[str, Any] = {"metric": metric, "value": statistics.median(values), "unit": unit, "note": note}
+    if len(values) > 1:
+        row["low"], _, row["high"] = statistics.quantiles(values, n=4)
+    return row
+
+
+def bench_of(request: dict[str, Any]) -> Bench:
+    dtype = getattr(torch, request.get("dtype", "bfloat16"))
+    return Bench(request["shape"], DEVICE, dtype, REPEATS, request.get("ignored", 0.0))
+
+
+def builder(name: str, settings: dict[str, Any]) -> Callable[..., Any]:
+    """The loss of this name; of this package, with settings."""
+    if name in PEERS:
+        return PEERS[name]
+    mode, path = re.fullmatch(r"megamix (A|B) \((\w+)\)", name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return lambda device: megamix(device, implementation=path, promised=mode == "A", **settings)
+
+
+def loss(request: dict[str, Any]) -> Rows:
+    bench, settings = bench_of(request), request.get("settings", {})
+    # The check knows the plain loss only.
+    with mock.patch.object(bench, "_check") if settings else contextlib.nullcontext():
+        result = bench.measure(request["name"], builder(request["name"], settings))
+    if result.note:
+        return [{"metric": "failed", "note": result.note}]
+    rows = [
+        figure("forward + backward", result.total_ms, "ms") | {"low": result.low_ms, "high": result.high_ms},
+        figure("forward", result.forward_ms, "ms"),
+        figure("bandwidth of one reading and one writing", result.percent_of_copy, "% of a copy"),
+    ]
+    return rows + ([figure("peak memory", result.peak_bytes, "bytes a logit")] if result.peak_bytes else [])
+
+
+def reading(request: dict[str, Any]) -> Rows:
+    """The part of a second reading that is paid: mode A less a copy, over a reading alone."""
+    bench = bench_of(request)
+    at_once, later = (builder(f"megamix {mode} (triton)", {})(DEVICE) for mode in "AB")
+    mode_a = bench.spans(lambda: bench.step(at_once))[-1]
+    forward = bench.spans(lambda: bench.step(later))[0]
+    paid = [(total - bench.copy_ms) / statistics.median(forward) for total in mode_a]
+    return [
+        figure("mode A", mode_a, "ms"),
+        figure("one reading", forward, "ms"),
+        figure("a copy", bench.copy_ms, "ms"),
+        figure("second reading paid", paid, "readings", "0: from the cache; 1: from memory; the arithmetic included"),
+    ]
+
+
+def statistics_cost(request: dict[str, Any]) -> Rows:
+    from megamix_kernels.inputs import VocabularyShard
+
+    bench = bench_of(request)
+    made = megamix(DEVICE, implementation="triton", promised=request["mode"] == "A", num_domains=request["domains"])
+    on = bench.spans(lambda: bench.step(made))[-1]
+    with mock.patch.object(VocabularyShard, "holds_sums", False):
+        off = bench.spans(lambda: bench.step(made))[-1]
+    ratio = statistics.median(on) / statistics.median(off)
+    return [figure("on", on, "ms"), figure("off", off, "ms"), figure("on / off", ratio, "")]
+
+
+def linear(request: dict[str, Any]) -> Rows:
+    num_rows, hidden, vocabulary = (int(part) for part in request["shape"].split("x"))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": DEVICE, "dtype": torch.bfloat16}
+    hidden_NH = torch.randn(num_rows, hidden, **options).requires_grad_()
+    weight_VH = (torch.randn(vocabulary, hidden, **options) / hidden**0.5).requires_grad_()
+    labels_N = torch.randint(0, vocabulary, (num_rows,), generator=generator, device=DEVICE)
+    try:
+        made = LINEAR[request["name"]](DEVICE)
+    except ImportError as error:
+        return [{"metric": "failed", "note": f"not installed ({error})"}]
+
+    def step() -> float:
+        hidden_NH.grad = weight_VH.grad = None
+        _wait()
+        started = time.perf_counter()
+        (made(hidden_NH, weight_VH, labels_N) * INCOMING).backward()
+        _wait()
+        return (time.perf_counter() - started) * 1e3
+
+    step()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if ON_GPU else 0
+    rows = [figure("forward + backward", [step() for _ in range(max(REPEATS // 3, 2))], "ms", "host included")]
+    if ON_GPU:
+        rows.append(figure("peak memory", (torch.cuda.max_memory_allocated() - before) / 2**20, "MiB"))
+    return rows
+
+
+def host(request: dict[str, Any]) -> Rows:
+    """Time in which the host enqueues a call, on logits so small that the device is always ahead."""
+    made = builder(request["name"], {})(DEVICE)
+    source_NV = torch.randn(2, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    labels_N = torch.arange(2, device=DEVICE)
+    forward, backward = [], []
+    for _ in range(200 if ON_GPU else 2):
+        logits_NV = source_NV * 1
+        _wait()
+        marks = [time.perf_counter()]
+        value = made(logits_NV, labels_N) * INCOMING
+        marks.append(time.perf_counter())
+        value.backward()
+        marks.append(time.perf_counter())
+        forward.append((marks[1] - marks[0]) * 1e6)
+        backward.append((marks[2] - marks[1]) * 1e6)
+    warm = len(forward) // 2
+    return [figure("forward", forward[warm:], "us"), figure("backward", backward[warm:], "us")]
+
+
+def numerics(request: dict[str, Any]) -> Rows:
+    folder = ROOT / "tests" / "kernels" / "on_device"
+    chosen = [str(path) for path in sorted(folder.glob("*.py"))]
+    if not ON_GPU:
+        chosen = [f"{folder / 'autograd.py'}::test_the_promise_reaches_hidden_states_and_weight"]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0" if ON_GPU else "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *chosen]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
+    if not found:
+        return [{"metric": "failed", "note": (done.stdout + done.stderr).strip()[-160:]}]
+    failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    return [figure(f"tests {word}", float(number), "", "; ".join(failed)[:300]) for word, number in found.items()]
+
+
+def model(request: dict[str, Any]) -> Rows:
+    """A model's step with mixing on against off, from tests/benchmarks/bench_step.py."""
+    import model_step  # pyright: ignore[reportMissingImports]
+
+    return model_step.measure(request, figure)
+
+
+def trace(request: dict[str, Any]) -> Rows:
+    import model_step  # pyright: ignore[reportMissingImports]
+
+    return model_step.trace(request, figure)
+
+
+def parallel(request: dict[str, Any]) -> Rows:
+    """One rank's part of 131072 columns, each rank on a GPU of its own."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if ON_GPU:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if ON_GPU else "gloo")
+    rows, columns = (8192, 131072 // ranks) if ON_GPU else (4, 128 // ranks)
+    device = torch.device("cuda", rank) if ON_GPU else DEVICE
+    bench = Bench(f"{rows}x{columns}", device, torch.bfloat16, REPEATS)
+    dist.broadcast(bench.labels_N, 0)
+    found = []
+    for mode in "AB":
+        settings = {"promised": mode == "A", "process_group": dist.group.WORLD}
+        made = megamix(device, implementation="triton", **settings)
+        found.append(figure(f"mode {mode}", bench.spans(lambda made=made: bench.step(made))[-1], "ms"))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found if rank == 0 else []
+
+
+def _wait() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+KINDS = {
+    "loss": loss, "reading": reading, "statistics": statistics_cost, "linear": linear, "host": host,
+    "numerics": numerics, "model": model, "trace": trace, "parallel": parallel,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    if not ON_GPU:
+        torch.set_num_threads(1)
+    rows = KINDS[REQUEST["kind"]](REQUEST)
+    if rows:
+        Path(REQUEST["file"]).write_text(json.dumps(rows), encoding="utf-8")
