@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import sys
 import traceback
@@ -10,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamix.core.errors import EXIT_FAILED, MegamixError
+from megamix.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, MegamixError
 from megamix.core.paths import paths_expanded
 from megamix.interop.blend_files.cli import app as blend
 from megamix.prepare.cli import corpus, merge, prepare, verify
@@ -338,15 +340,26 @@ for _group in (app, blend, swarm):
 
 def main() -> None:
     """Entry point: a `MegamixError` becomes one line and its exit code; anything else keeps its traceback."""
+    from megamix.core.streams import open_streams
     from megamix.training.job.local_ranks import report_failure
 
     try:
-        app()
+        open_streams()
+        try:
+            app()
+        except SystemExit:  # how a command ends well
+            sys.stdout.flush()
+            raise
     except MegamixError as error:
         report_failure(str(error))
         code = error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         code = EXIT_FAILED
+    except OSError as error:
+        # Looking whether a path is there raises this, too, so it would have to be caught wherever a path is given.
+        is_too_long = error.errno == errno.ENAMETOOLONG
+        report_failure(f"{_in_short(error)}. Give a shorter path." if is_too_long else traceback.format_exc())
+        code = EXIT_BAD_INPUT if is_too_long else EXIT_FAILED
     except Exception:
         report_failure(traceback.format_exc())
         code = EXIT_FAILED
@@ -359,6 +372,12 @@ def _leave(code: int) -> None:
     """Ends the process even if a background thread waits in a collective that a dead rank will never join."""
     import os
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, MegamixError):
+            stream.flush()
     os._exit(code)
+
+
+def _in_short(error: OSError) -> str:
+    name = str(error.filename)
+    return f"{name if len(name) <= 120 else name[:120] + '...'}: {error.strerror}"

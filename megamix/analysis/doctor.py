@@ -21,8 +21,9 @@ from megamix.analysis.memory import StageMemory, checkpoint_bytes, estimate_memo
 from megamix.analysis.mixer_warnings import mixer_warnings
 from megamix.core.errors import InputError
 from megamix.core.processes import num_cores
-from megamix.core.text import ABSENT, Report, Table, gib, number, plural
+from megamix.core.text import ABSENT, Report, Table, gib, most_of, number, plural
 from megamix.data.sampler import Slice
+from megamix.data.tokens.stream import files_line
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import normalise_weights
@@ -168,6 +169,7 @@ def _what_runs(shape: _Shape) -> str:
         ("mixture", _mixture_line(shape)),
         ("mixer", f"{config.mixer.name}; weights act {delay} after the one they follow from"),
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
+        *([("token files", files_line(shape.plan.domains))] if shape.plan is not None else []),
     )  # fmt: skip
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
@@ -226,7 +228,7 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
         if not names:
             return f"domains      known once the data is there; initial weights: {mixture_of(shape.config.mixture).describe()}"
         rows = [(name, ABSENT, ABSENT, number(weight), ABSENT) for name, weight in zip(names, initial, strict=True)]
-        return Table(columns, rows)
+        return Table(columns, most_of(rows, initial))
     if shape.plan is not None:
         tokens = [domain.num_tokens for domain in shape.plan.domains]
     else:
@@ -238,7 +240,7 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
             names, tokens, mix.natural_weights, initial, mix.epochs, strict=True
         )
     ]
-    return Table(columns, rows)
+    return Table(columns, most_of(rows, initial))
 
 
 def _memory(stages: Sequence[StageMemory]) -> Table:

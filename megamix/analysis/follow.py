@@ -165,7 +165,8 @@ def _speed(run: LiveRun) -> str:
     if run.train is None:
         return ""
     left = "" if run.seconds_left is None else f", {_time(run.seconds_left)} left"
-    return f"{run.train['tokens_per_second']:,.0f} tokens/s, {run.train['step_seconds']:.3g} s a step{left}"
+    seconds = f", {run.train['step_seconds']:.3g} s a step" if "step_seconds" in run.train else ""
+    return f"{run.train['tokens_per_second']:,.0f} tokens/s{seconds}{left}"
 
 
 def _split(run: LiveRun) -> str:

@@ -8,7 +8,6 @@ Legend: K domains.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from megamix.analysis.series import objective_losses
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
+from megamix.core.files import parse_json
 from megamix.core.text import Report, Table, gib, number, plural
 from megamix.data.blend.blend import Blend
 from megamix.data.reference_losses import is_cache
@@ -285,7 +285,7 @@ def _checkpoint_problem(path: Path) -> str | None:
     problem = store.damage(path)
     if problem is not None:
         return problem
-    files: dict[str, Any] = json.loads((path / store.LISTING).read_text(encoding="utf-8"))["files"]
+    files: dict[str, Any] = parse_json((path / store.LISTING).read_bytes())["files"]
     for name, entry in files.items():
         with (path / name).open("rb") as file:
             seen = hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ resume has cut back is read anew.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -15,9 +14,12 @@ from typing import Any
 
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.core.files import parse_json
 from megamix.training.checkpoints.store import LISTING, complete_steps
 from megamix.training.records.events import EVENTS
+from megamix.training.records.lines import EventLine, MetricsLine, StepLine, WeightsLine, checked
 from megamix.training.records.recorded_run import CONFIG, METRICS, WEIGHTS
+from megamix.training.records.wide_lines import WideReader, side_path
 
 QUIET_SECONDS = 180.0
 _TAIL = 2**20  # bytes read of the end of a file that is there already
@@ -27,8 +29,10 @@ _NOTABLE = ("resumed", "skipped", "preempted", "failed")
 class _Tail:
     """Reads the lines that are added to a .jsonl file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[StepLine]) -> None:
         self._path = path
+        self._kind = kind
+        self._arrays = WideReader(side_path(path))
         self._file: tuple[int, int] | None = None  # device and inode
         self._offset = 0
         self.modified = 0.0
@@ -42,6 +46,7 @@ class _Tail:
                 self.modified = status.st_mtime
                 anew = self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset
                 if anew:
+                    self._arrays = WideReader(side_path(self._path))
                     self._file = (status.st_dev, status.st_ino)
                     self._offset = max(0, status.st_size - _TAIL)
                 file.seek(self._offset)
@@ -53,15 +58,16 @@ class _Tail:
         if anew and self._offset:
             texts = texts[1:]  # begins in the middle of a line
         self._offset += len(whole)
-        return [line for text in texts if (line := _parse(text)) is not None], anew
+        return [line for text in texts if (line := _parse(text, self._kind, self._arrays)) is not None], anew
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
+def _parse(text: bytes, kind: type[StepLine], reader: WideReader) -> dict[str, Any] | None:
+    """A line; None where it is not what a run writes."""
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = parse_json(text)
+        return checked(line, kind, reader) if isinstance(line, dict) else None
+    except (ValueError, InputError):
         return None
-    return line if isinstance(line, dict) else None
 
 
 @dataclass
@@ -90,17 +96,22 @@ class LiveRun:
     checkpoint: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
-        self._metrics = _Tail(self.run_dir / METRICS)
-        self._ledger = _Tail(self.run_dir / WEIGHTS)
-        self._events = _Tail(self.run_dir / EVENTS)
+        self._metrics = _Tail(self.run_dir / METRICS, MetricsLine)
+        self._ledger = _Tail(self.run_dir / WEIGHTS, WeightsLine)
+        self._events = _Tail(self.run_dir / EVENTS, EventLine)
         self._heard: float | None = None
 
     def look(self) -> None:
-        """Reads the new lines of all files."""
+        """Reads the new lines of all files.
+
+        Raises:
+            InputError: the config is not that of a run.
+        """
         try:
-            self.config = read_yaml(self.run_dir / CONFIG)
+            config = read_yaml(self.run_dir / CONFIG)
         except InputError:  # not there yet, or being written
             return
+        self.config = _checked(config, self.run_dir / CONFIG)
         self._read_metrics()
         lines, anew = self._ledger.read()
         if anew:
@@ -133,7 +144,7 @@ class LiveRun:
     @property
     def steps(self) -> int:
         """Steps of the whole run, from its config."""
-        return int(self.config["train"]["steps"]) if self.config else 0
+        return self.config["train"]["steps"] if self.config else 0
 
     @property
     def step(self) -> int:
@@ -155,7 +166,7 @@ class LiveRun:
 
     @property
     def seconds_left(self) -> float | None:
-        if self.train is None or not self.is_going_on:
+        if self.train is None or "step_seconds" not in self.train or not self.is_going_on:
             return None
         return (self.steps - self.step) * self.train["step_seconds"]
 
@@ -164,9 +175,22 @@ class LiveRun:
         """Seconds without a new line of metrics.jsonl; 0 while that is nothing unusual."""
         if self._heard is None or not self.is_going_on or not self.config:
             return 0.0
-        between = self.config["log"]["every"] * self.train["step_seconds"] if self.train else 0.0
+        between = self.config["log"]["every"] * self.train.get("step_seconds", 0.0) if self.train else 0.0
         silence = time.monotonic() - self._heard
         return silence if silence > max(QUIET_SECONDS, 3 * between) else 0.0
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config, whose keys that are read here have been checked; a custom mixer's code may be missing."""
+    for section, key in (("train", "steps"), ("log", "every")):
+        values = config.get(section)
+        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**53:
+            raise InputError(
+                f"{path}: {section}.{key} is {value!r}, expected a whole number above 0. Put back the file that the run "
+                "wrote."
+            )
+    return config
 
 
 def _last_checkpoint(folder: Path) -> tuple[int, float] | None:

@@ -22,12 +22,13 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.analysis.movers import top_movers
 from megamix.analysis.plots.drawing import STYLE, save_figure
 from megamix.analysis.plots.figures import weights_figure
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
-from megamix.core.text import Report, Table, number
+from megamix.core.text import Report, Table, most_of, number
 from megamix.data.blend.blend import Blend
 from megamix.mixing.mixers import evaluated, find_mixer, make_mixer
 from megamix.mixing.shadow import Shadow, shadow_names
@@ -84,6 +85,8 @@ class Replay:
             (name, *(number(weights[name]) for one in every for weights in (one.final, one.mean)))
             for name in self.used.mean
         ]
+        moved = [abs(final - self.used.mean[name]) for name, final in self.used.final.items()]
+        rows = most_of(rows, moved)
         rows.append(("distance from used", *(text for one in every for text in ("", number(one.distance)))))
         words = (
             f"{self.run_dir}: {self.num_steps} steps replayed. final: the last weights computed; mean: over the samples trained "
@@ -225,7 +228,7 @@ def _result(run: RecordedRun, ledger: Ledger, name: str, drawn_with: Floats, fol
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}. Choose another --out.") from error
     with matplotlib.rc_context(STYLE):
-        save_figure(weights_figure(replace(run, run_dir=folder / name, ledger=ledger)), paths[2])
+        save_figure(weights_figure(*top_movers([replace(run, run_dir=folder / name, ledger=ledger)])), paths[2])
     return replace(found, written=paths)
 
 

@@ -132,7 +132,7 @@ def _straying(values: Floats, tolerance: float, most: int) -> Ints | None:
 def weight_series(run: RecordedRun, most: int | None = None) -> Series:
     """The sampling weights where each begins to act, the last ones repeated where the record ends."""
     lines = _acting(run)
-    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights[: len(lines)])
+    series = Series(run.domain_names, _tokens(run, lines), run.ledger.weights_of(run.domain_names)[: len(lines)])
     return series.at_changes(most).closed(recorded_tokens(run))
 
 
@@ -145,7 +145,7 @@ def recorded_series(run: RecordedRun, key: str, most: int | None = None) -> Seri
     if not lines:
         return None
     rows: list[list[float | None]] = []
-    by_domain = isinstance(lines[0][key], list)
+    by_domain = not isinstance(lines[0][key], int | float)
     names = run.domain_names if by_domain else (key,)
     for line in lines:
         given = dict(zip(line["domain_names"], line[key], strict=True)) if by_domain else {key: line[key]}
@@ -185,7 +185,7 @@ def asked_shares(run: RecordedRun) -> dict[str, float]:
         return {}
     starts = np.array([min(line["position"], end) for line in run.ledger.lines])
     lengths = np.diff(np.append(starts, end))
-    shares = lengths @ run.ledger.weights / end
+    shares = lengths @ run.ledger.weights_of(run.domain_names) / end
     return dict(zip(run.domain_names, shares.tolist(), strict=True))
 
 

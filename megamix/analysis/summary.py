@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamix.core.text import ABSENT, Report, Table, number
+from megamix.core.text import ABSENT, Report, Table, listed, most_of, number
 from megamix.training.objective import objective_name, weighted_loss
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -110,6 +110,8 @@ class RunTable:
             )
             for row in self.rows
         ]
+        moved = [abs(row.final_weight - row.initial_weight) for row in self.rows]
+        rows = most_of(rows, moved)
         means = {
             f"objective ({self.objective_name})": self.by_objective,
             "mean over domains": self.macro,
@@ -136,7 +138,7 @@ class RunTable:
         known = [row for row in self._present if row.beats_unigram is not None]
         behind = [row.domain for row in known if not row.beats_unigram]
         if behind:
-            notes.append(f"It does not beat a unigram model on: {', '.join(behind)}.")
+            notes.append(f"It does not beat a unigram model on: {listed(behind, 40)}.")
         elif known and len(known) == len(self._present):
             notes.append("It beats a unigram model on every domain.")
         if self.missing_data:
@@ -165,7 +167,7 @@ def run_table(run: RecordedRun) -> RunTable:
             epochs=epochs.get(name),
             present=name in run.ledger.lines[-1]["domain_names"],
         )
-        for k, name in enumerate(run.domain_names)
+        for k, name in enumerate(run.ledger.names)
     ]
     name = objective_name(run.config.objective)
     return RunTable(

@@ -23,6 +23,7 @@ from megamix.core.paths import expand, literal
 C = TypeVar("C", bound="Config")
 IS_PATH = object()
 """Marks a field of type str whose text may be a path: ``Annotated[str, IS_PATH]``."""
+_LARGEST = 2**64
 
 
 class Config(pydantic.BaseModel):
@@ -67,9 +68,11 @@ class Config(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _no_truth_value_for_a_number(cls, data: Any) -> Any:
-        """pydantic would take ``warmup: true`` for 1."""
+    def _numbers_that_can_be_used(cls, data: Any) -> Any:
+        """pydantic would take ``warmup: true`` for 1, and whole numbers that no arithmetic with floats can take."""
         for key, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, int) and abs(value) > _LARGEST and str(key) in cls.model_fields:
+                raise ValueError(f"{key} has more than {len(str(_LARGEST)) - 1} digits, expected a smaller number.")
             if isinstance(value, bool) and (field := cls.model_fields.get(str(key))) is not None:
                 members = _members(field.annotation)
                 if bool not in members and (int in members or float in members):

@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -53,10 +54,15 @@ class Preempted(MegamixError):
 
 def check_known(names: Iterable[str], known: Iterable[str], unknown: str) -> None:
     """Raises InputError for the first name that is not known: ``UNKNOWN 'name'. Did you mean ...?``"""
-    known = list(known)
+    known = dict.fromkeys(known)
     for name in names:
         if name not in known:
             raise InputError(f"{unknown} '{name}'." + did_you_mean(str(name), known))
+
+
+def given_twice(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once, sorted."""
+    return sorted(name for name, number in Counter(names).items() if number > 1)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

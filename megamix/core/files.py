@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megamix.core.errors import InputError, MegamixError
+from megamix.core.errors import InputError, MegamixError, given_twice
 
 MOST_TEXT = 1 << 30
 """Bytes of a text file that is read as a whole."""
@@ -104,6 +106,18 @@ def read_text(path: Path, what: str = "", lost: str = "Check the path.") -> str:
         raise InputError(f"{path} is not text: {error}. Check the path.") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or is nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its lists or objects are nested too deep") from error
+
+
 def read_json(path: Path, what: str = "", lost: str = "Check the path.", damaged: str = "Correct it.") -> Any:
     """The value in a JSON file.
 
@@ -117,21 +131,40 @@ def read_json(path: Path, what: str = "", lost: str = "Check the path.", damaged
     text = read_text(path, what, lost)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}. {damaged}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path} is not valid JSON: {reason}. {damaged}") from error
+
+
+def read_csv(path: Path, what: str = "", lost: str = "Check the path.") -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file that are not empty, each with the number of its last line.
+
+    Args:
+        what, lost: see `read_text`.
+
+    Raises:
+        InputError: it cannot be read, or a field is longer than 128 KiB, as after a quote that is never closed.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, what, lost).removeprefix("\ufeff"), newline=""))
+    try:
+        return [(reader.line_num, fields) for fields in reader if fields]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num} is no CSV: {error}. Look for a quote that is not closed."
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     """json keeps the last of two equal keys in silence."""
-    names = [name for name, _ in pairs]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        doubled = given_twice(name for name, _ in pairs)
         raise InputError(f"{path} names '{doubled[0]}' twice. Keep one of them.")
-    return dict(pairs)
+    return result
 
 
-def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl record, each of which has ``keys``; none where there is no file.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl record; none where there is no file.
 
     A last line that is still being written, or was cut off in writing, is left out.
 
@@ -149,12 +182,11 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     for index, text in enumerate(content.split(b"\n")[:-1], start=1):
         line, problem = None, None
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError as error:
             problem = str(error)
         else:
-            absent = [key for key in keys if key not in line] if isinstance(line, dict) else list(keys)
-            problem = f"it has no '{absent[0]}'" if absent else None
+            problem = None if isinstance(line, dict) else f"it is {_short(line)}, expected an object"
         if problem is not None:
             raise InputError(
                 f"{path}, line {index} is damaged: {problem}. "
@@ -162,6 +194,12 @@ def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
             )
         lines.append(line)
     return lines
+
+
+def _short(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 class AppendFile:
@@ -181,6 +219,11 @@ class AppendFile:
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise write_failed(path, error) from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
 
     def write(self, data: bytes) -> None:
         """Adds ``data`` whole; where that fails, the file is cut back to what it held before, if that can be done.

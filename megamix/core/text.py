@@ -34,6 +34,15 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def most_of(rows: Sequence[Sequence[str]], sizes: Sequence[float], most: int = 60) -> list[Sequence[str]]:
+    """The rows of a table in their order; of more than ``most`` those with the largest sizes, and how many are left."""
+    if len(rows) <= most:
+        return list(rows)
+    largest = sorted(range(len(rows)), key=lambda index: -sizes[index])[:most]
+    left = (f"and {len(rows) - most:,} more", *[""] * (len(rows[0]) - 1))
+    return [*(rows[index] for index in sorted(largest)), left]
+
+
 def by_name(names: Iterable[str], values: Any) -> dict[str, Any]:
     """``{name: value}``, with the Python numbers of an array."""
     return dict(zip(names, values.tolist() if hasattr(values, "tolist") else values, strict=True))

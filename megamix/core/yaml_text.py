@@ -83,6 +83,10 @@ def parse_yaml(text: str, source: str) -> Any:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{source} cannot be read: its lists or mappings are nested too deep. Make it flatter."
+        ) from error
 
 
 def _check_size(node: yaml.Node, source: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,9 @@ from numpy.typing import NDArray
 
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError, MegamixError, did_you_mean
-from megamix.core.files import read_json, replace_json, writing
+from megamix.core.files import parse_json, read_json, replace_json, writing
 from megamix.data.domain_names import file_name
+from megamix.data.tokens.mapped_files import TOKEN_FILES
 
 FILE_NAME = "reference.json"
 PROGRESS = "progress.json"
@@ -100,7 +100,8 @@ class ReferenceLosses:
         self.info = read_info(folder)
         _check_same(self.info, key, f"the reference losses in {folder}", "Run `megamix reference` for this data.")
         self._names = list(key.domains)
-        self._rows = [_map(folder, self.info, name) for name in self._names]
+        for name in self._names:
+            _map(folder, self.info, name)  # raises where it is damaged
 
     def read_window(self, domain: int, sample: int, losses: NDArray[np.float32]) -> None:
         """Fills ``losses``, float32 [S], with the losses of a sample's labels.
@@ -108,7 +109,7 @@ class ReferenceLosses:
         Raises:
             InputError: the sample's losses were not computed.
         """
-        losses[:] = self._rows[domain][sample]
+        losses[:] = self._rows(self._names[domain])[sample]
         # Not "<= 0", which NaN would pass.
         if not losses.min() > 0:
             name = self._names[domain]
@@ -118,6 +119,9 @@ class ReferenceLosses:
                 f"of {entry.computed} of {entry.windows} samples). It was made for a run that reads others, or is "
                 "damaged: run `megamix reference` for this run, or for whole domains."
             )
+
+    def _rows(self, name: str) -> NDArray[np.float16]:
+        return TOKEN_FILES.get(losses_path(self.folder, name), lambda: _map(self.folder, self.info, name))
 
 
 def read_info(folder: Path) -> CacheInfo:
@@ -141,7 +145,7 @@ def is_cache(folder: Path) -> bool:
     if (folder / FILE_NAME).is_file():
         return True
     try:
-        return json.loads((folder / PROGRESS).read_bytes())["info"]["format"] == "megamix-reference"
+        return parse_json((folder / PROGRESS).read_bytes())["info"]["format"] == "megamix-reference"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -158,7 +162,7 @@ def read_progress(folder: Path) -> tuple[CacheInfo, int]:
         done = sum(domain.computed for domain in info.domains.values())
     else:
         try:
-            data = json.loads(progress.read_bytes())
+            data = parse_json(progress.read_bytes())
             info, done = validate(CacheInfo, data["info"], str(progress)), int(data["done"])
         except OSError as error:
             raise InputError(f"cannot read {progress}: {error.strerror or error}. Check the path.") from error

@@ -80,7 +80,7 @@ class MixReport:
         effective_step: the first step with the weights that follow from it.
         position: its first sample.
         segment: the stretch of constant weights that ``effective_step`` starts in.
-        record: `Mixer.record`.
+        record: `Mixer.record`; empty where no new weights were computed.
         updated: whether new weights were computed, by the mixer or by a staged mixture.
         shadows: new weights of mixers that only log.
     """
@@ -227,7 +227,8 @@ class MixExchange:
             self._loss_weights = weights[1].numpy()
         if self._mixer is not None and stats is not None:
             position, segment = effective_step * self._policy.global_batch, self._sampler.segment_at(effective_step)
-            self._on_report(MixReport(step, stats, effective_step, position, segment, self._mixer.record(), updated))
+            record = self._mixer.record() if updated else {}
+            self._on_report(MixReport(step, stats, effective_step, position, segment, record, updated))
 
     def _on_host(self, reduced: torch.Tensor, work: Any) -> torch.Tensor:
         """The sums once they are reduced, on the CPU."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, given_twice
 from megamix.core.files import read_json, read_text
 from megamix.core.text import listed
 from megamix.mixing.megatron_blend import (
@@ -144,7 +144,7 @@ def _of_record(record: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         raise InputError(
             f"{source}: domain_names is {names!r} and domain_weights {weights!r}, expected two lists of one length."
         )
-    doubled = [str(name) for name in names if names.count(name) > 1]
+    doubled = given_twice(map(str, names))
     if doubled:
         raise InputError(f"{source} names the domain '{doubled[0]}' twice. Keep one of them.")
     return dict(zip(map(str, names), weights, strict=True))

@@ -12,14 +12,13 @@ A task is done when its outputs are there and were made from its inputs as they 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamix.core.config import Config
 from megamix.core.errors import EXIT_OK
-from megamix.core.files import replace_json
+from megamix.core.files import parse_json, replace_json
 from megamix.core.log import get_logger
 from megamix.training.checkpoints.state import newest_state
 from megamix.training.config import RunConfig
@@ -120,7 +119,7 @@ class Stamp:
 
     def _noted(self) -> dict[str, list[str]]:
         path = self.folder / STAMPS
-        return json.loads(path.read_bytes()) if path.is_file() else {}
+        return parse_json(path.read_bytes()) if path.is_file() else {}
 
     def _present(self) -> dict[str, list[str]]:
         made_from = hashlib.sha256(self.settings.model_dump_json().encode())

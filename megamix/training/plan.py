@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.config import Config
-from megamix.core.errors import InputError, did_you_mean
+from megamix.core.errors import InputError, did_you_mean, given_twice
 from megamix.data.blend.blend import Blend
 from megamix.data.blend.permute import hash_words
 from megamix.data.reference_losses import read_info
@@ -256,13 +256,13 @@ def _entries(config: MixConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:
     if wanted is None:
         return manifest.domains
     known = {entry.name: entry for entry in manifest.domains}
-    for index, name in enumerate(wanted):
+    for name in wanted:
         if name not in known:
             raise InputError(
                 f"data.domains: {config.data.manifest} has no domain '{name}'." + did_you_mean(name, known)
             )
-        if name in wanted[:index]:
-            raise InputError(f"data.domains names '{name}' twice. Name each domain once.")
+    if doubled := given_twice(wanted):
+        raise InputError(f"data.domains names '{doubled[0]}' twice. Name each domain once.")
     if not wanted:
         raise InputError("data.domains is empty. Name at least one domain, or leave it out for all.")
     return tuple(known[name] for name in wanted)

@@ -11,6 +11,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK
 from megamix.core.files import writing
 from megamix.core.log import get_logger
+from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
@@ -22,6 +23,9 @@ from megamix.training.job.signals import heed_signals
 from megamix.training.plan import Plan, make_plan
 from megamix.training.records.sinks import check_sinks
 from megamix.training.reference.cache import open_reference
+
+_MANY_FILES = 256
+"""Token files from which on a run says how many of them are open at a time."""
 
 
 def train(config_path: Path, overrides: list[str]) -> int:
@@ -46,6 +50,8 @@ def train(config_path: Path, overrides: list[str]) -> int:
     with RunLock(config.run_dir) as lock:
         resumed = open_checkpoint(plan)
         _open_sources(plan, resumed)
+        if sum(domain.num_files for domain in plan.domains) > _MANY_FILES:
+            log.info("token files: %s", files_line(plan.domains))
         if resumed is not None and resumed.step >= config.train.steps and not _needs_conversion(config, resumed):
             log.info(
                 "%s is done: all its %d steps are. To train anew, choose another run_dir.",

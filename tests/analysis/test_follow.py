@@ -57,7 +57,16 @@ class Writer:
         )  # fmt: skip
 
     def weights(self, step: int, *weights: float) -> None:
-        self.add("weights.jsonl", step=step, domain_names=list(self.names), domain_weights=list(weights))
+        segment = {"start": 0, "counts": [0] * len(weights), "deficits": [0.0] * len(weights)}
+        names = list(self.names)
+        self.add(
+            "weights.jsonl",
+            step=step,
+            position=8 * step,
+            domain_names=names,
+            domain_weights=list(weights),
+            segment=segment,
+        )
 
     def event(self, event: str, step: int, text: str = "") -> None:
         self.add("events.jsonl", time=time.time(), event=event, step=step, text=text)

@@ -14,9 +14,10 @@ import pytest
 from records import record, samples
 
 from megamix.core.errors import MegamixError
-from megamix.core.files import AppendFile, read_json_lines
+from megamix.core.files import AppendFile
 from megamix.mixing.mixers import DomainStats
 from megamix.training.records.events import EVENTS, EventLog
+from megamix.training.records.lines import EventLine, read_lines
 from megamix.training.records.step_statistics import StatisticsWriter, read_statistics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -114,6 +115,6 @@ def test_a_run_whose_record_does_not_fit_goes_on_from_its_checkpoint(
     megamix("train", config)
     assert record(run) == record(whole)
     assert samples(run) == samples(whole)
-    events = [line["event"] for line in read_json_lines(run / EVENTS, ("time", "event", "step"))]
+    events = [line["event"] for line in read_lines(run / EVENTS, EventLine)]
     assert events == ["started", "ended", "resumed", "failed", "resumed", "ended"]
     assert json.loads((run / EVENTS).read_text().splitlines()[3])["text"].startswith(f"cannot write {path}")

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megamix.analysis.labels import run_names
+from megamix.analysis.movers import top_movers
 from megamix.analysis.plots.drawing import STYLE, save_figure
 from megamix.analysis.plots.figures import (
     comparison_figure,
@@ -37,7 +38,7 @@ def plot_run(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
     """
     if not run_dirs:
         raise InputError("no run given. Name the run_dir of at least one run.")
-    runs = [RecordedRun.open(Path(run_dir)) for run_dir in run_dirs]
+    runs = top_movers([RecordedRun.open(Path(run_dir)) for run_dir in run_dirs])
     names = run_names([run.run_dir for run in runs])
     written = []
     with matplotlib.rc_context(STYLE):

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megamix.analysis.movers import movers_note
 from megamix.analysis.plots.drawing import (
     Label,
     domain_look,
@@ -45,7 +46,7 @@ def weights_figure(run: RecordedRun) -> Figure:
     curves = [(name, domain_look(k), *series.column(name)) for k, name in enumerate(series.names)]
     figure, axes, labels = _lines(f"Sampling weights: {_name(run)}", "weight", curves, drawstyle="steps-post")
     highest = float(series.values.max())
-    natural = run.natural_shares()
+    natural = {name: share for name, share in run.natural_shares().items() if name in series.names}
     if natural:
         highest = max(highest, *natural.values())
         for k, share in ((run.domain_names.index(name), share) for name, share in natural.items()):
@@ -54,6 +55,8 @@ def weights_figure(run: RecordedRun) -> Figure:
                 color=domain_look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,
             )  # fmt: skip
         note(axes, "thick dashes at the left: natural shares")
+    if said := movers_note([run]):
+        axes.set_xlabel(said)
     weight_axis(axes, highest, float(np.median(series.values[-1])))
     name_lines(figure, axes, labels)
     return figure

@@ -16,7 +16,8 @@ from megamix.training.records.recorded_run import RecordedRun
 
 def proportions_figure(run: RecordedRun) -> Figure | None:
     """Realised against asked shares of every domain; None before the first step."""
-    asked, rows = asked_shares(run), run_table(run).rows
+    asked, drawn = asked_shares(run), set(run.domain_names)
+    rows = [row for row in run_table(run).rows if row.domain in drawn]
     if not asked:
         return None
     figure, axes = _rows(f"Shares of the samples: {plain(run.run_dir.resolve().name)}", [row.domain for row in rows], 1)
@@ -40,7 +41,8 @@ def proportions_figure(run: RecordedRun) -> Figure | None:
 def epochs_figure(runs: Sequence[RecordedRun], names: Sequence[str]) -> Figure | None:
     """Epochs read of each domain by each run; None without a data set."""
     epochs = [run.epochs() for run in runs]
-    domains = list(dict.fromkeys(domain for one in epochs for domain in one))
+    drawn = {name for run in runs for name in run.domain_names}
+    domains = [domain for domain in dict.fromkeys(domain for one in epochs for domain in one) if domain in drawn]
     if not domains:
         return None
     figure, axes = _rows("Epochs read", domains, len(runs))

@@ -283,10 +283,11 @@ def proportion_charts(shown: Shown) -> str:
         asked = asked_shares(run)
         if not asked:
             continue
-        shares = [*asked.values(), *(row.natural_share or 0.0 for row in table.rows)]
+        drawn = [row for row in table.rows if row.domain in asked]
+        shares = [*asked.values(), *(row.natural_share or 0.0 for row in drawn)]
         axis = nice_axis(0.0, max(*shares, 1e-6))
         rows = []
-        for row in table.rows:
+        for row in drawn:
             realised, natural = row.realised_share or 0.0, row.natural_share
             said = f"{row.domain}: realised {realised:.4f}, asked {asked[row.domain]:.4f}"
             said += "" if natural is None else f", natural {natural:.4f}"
@@ -294,7 +295,7 @@ def proportion_charts(shown: Shown) -> str:
             marks += "" if natural is None else f'<i class="natural" style="left:{_percent(axis, natural)}"></i>'
             marks += f'<i class="asked" style="left:{_percent(axis, asked[row.domain])}"></i>'
             rows.append(_bar_row(row.domain, shown.look(row.domain), said, marks))
-        off = max(abs((row.realised_share or 0.0) - asked[row.domain]) for row in table.rows) * run.position
+        off = max(abs((row.realised_share or 0.0) - asked[row.domain]) for row in drawn) * run.position
         title = "Shares of the samples" if len(shown.runs) == 1 else shown.names[index]
         note = f"furthest from what was asked: {off:.2g} of {run.position:,} samples"
         figures.append(_bars(title, note, "".join(rows), axis, shown.run_look(index)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megamix import __version__
 from megamix.analysis.labels import run_names
+from megamix.analysis.movers import movers_note, top_movers
 from megamix.analysis.report import charts
 from megamix.analysis.report.charts import Data, Shown
 from megamix.analysis.report.looks import rules, run_class, swatch
@@ -56,6 +57,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 def report_page(runs: Sequence[RecordedRun]) -> str:
     """The page as text."""
+    runs = top_movers(runs)
     shown = Shown(runs, [run_table(run) for run in runs], run_names([run.run_dir for run in runs]))
     data = Data()
     sampling = [(index, weight_series(run, shown.points)) for index, run in enumerate(runs)]
@@ -232,6 +234,8 @@ def _shares(shown: Shown) -> str:
 def _notes(shown: Shown, sampling: Sequence[tuple[int, Series]], alpha: Sequence[tuple[int, Series]]) -> str:
     """Points that the charts leave out, and numbers that are not known."""
     notes = []
+    if said := movers_note(shown.runs):
+        notes.append(f"Charts and tables show {said}; means, the worst domain and the objective are of all.")
     drawn = [(f"sampling weights of {shown.names[index]}", series) for index, series in sampling]
     drawn += [(f"loss weights of {shown.names[index]}", series) for index, series in alpha]
     for what, series in drawn:

@@ -124,7 +124,11 @@ class Blend:
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: the samples of each domain in positions [0, position)."""
         segment = self.segment_at(position)
-        return segment.counts + self._order_of(segment).counts_at(position - segment.start)
+        # Bounds ask for the counts where weights change, and the change asks again.
+        if self._counted is None or self._counted[:2] != (position, segment.start):
+            counts = segment.counts + self._order_of(segment).counts_at(position - segment.start)
+            self._counted = position, segment.start, counts
+        return self._counted[2].copy()
 
     def segment_at(self, position: int) -> Segment:
         """The segment that contains ``position``."""
@@ -167,6 +171,7 @@ class Blend:
         if at == last.start:
             self._segments[-1] = Segment(at, checked, last.deficits, last.counts)
             self._orders.pop(at, None)
+            self._counted = None
         else:
             counts = self._counts if at == self._position else self.counts_at(at)
             self._segments.append(last.then(at, counts, checked))
@@ -278,6 +283,7 @@ class Blend:
     def _stand(self, segments: list[Segment], position: int, counts: Ints) -> None:
         """Sets the segments and a position in the first of them, before which the domains gave ``counts``."""
         self._segments, self._position, self._counts = segments, position, counts
+        self._counted: tuple[int, int, Ints] | None = None  # position, start of its segment, and the counts there
         self._orders.clear()
         if position > segments[0].start and isinstance(order := self._order_of(segments[0]), Draws):
             order.know(position - segments[0].start, counts - segments[0].counts)
@@ -353,8 +359,12 @@ class Blend:
         array = np.array(weights, np.float64)  # a copy: the caller may go on to change theirs
         if array.shape != (self.num_domains,):
             raise InputError(f"weights have shape {array.shape}, expected [{self.num_domains}], one for each domain.")
-        values = array.tolist()  # of some hundred numbers, Python finds the least and the sum in less time than numpy
-        least, largest = min(values), max(values)
+        values = array.tolist()
+        # Of some hundred numbers, Python finds the least in less time than numpy.
+        if array.size < 512:
+            least, largest = min(values), max(values)
+        else:
+            least, largest = float(array.min()), float(array.max())
         if not (least >= 0 and 1e-200 < largest < 1e200):
             largest = self._largest(array)
             array /= largest  # so that the sum of huge weights is finite and tiny ones keep their digits

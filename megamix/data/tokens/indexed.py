@@ -12,20 +12,16 @@ the same documents.
 from __future__ import annotations
 
 import bisect
-import errno
 import functools
-import mmap
-import os
-import resource
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.core.processes import allow_more_files
+from megamix.data.tokens.mapped_files import TOKEN_FILES, map_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -61,16 +57,23 @@ def pick_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+class _Index(NamedTuple):
+    """The columns of a mapped .idx; the last two for bisect."""
+
+    lengths: np.ndarray
+    pointers: np.ndarray
+    bounds: np.ndarray
+    sorted_pointers: Sequence[int]
+    sorted_bounds: Sequence[int]
+
+
 class IndexedTokens:
-    """One ``.bin`` / ``.idx`` pair, memory-mapped.
+    """One ``.bin`` / ``.idx`` pair, memory-mapped when it is read (`megamix.data.tokens.mapped_files`).
 
     Args:
         prefix: path without ``.bin`` / ``.idx``.
         verify: compare every pointer with the lengths before it: one pass over the index, 12 bytes a sequence. File
             sizes are always checked.
-
-    Attributes:
-        tokens: the whole stream, mapped read-only, [num_tokens] of ``dtype``.
 
     Raises:
         InputError: a file is missing or unreadable, is no index of version 1, or index and data disagree.
@@ -79,26 +82,42 @@ class IndexedTokens:
     def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:
         self.prefix = Path(prefix)
         self._verify = verify
-        data, index = _map(bin_path(prefix)), _map(idx_path(prefix))
-        self.dtype, self.num_sequences, num_bounds = _read_header(idx_path(prefix), index)
+        self._bin, self._idx = bin_path(prefix), idx_path(prefix)
+        data_bytes = _size(self._bin)
+        index = map_file(self._idx)
+        self.dtype, self.num_sequences, num_bounds = _read_header(self._idx, index)
         self.num_documents = num_bounds - 1
-        lengths_end = HEADER.size + 4 * self.num_sequences
-        pointers_end = lengths_end + 8 * self.num_sequences
-        self._lengths = index[HEADER.size : lengths_end].view("<i4")
-        self._pointers = index[lengths_end:pointers_end].view("<i8")
-        self._bounds = index[pointers_end:].view("<i8")
-        self._sorted_pointers = _searchable(index[lengths_end:pointers_end])
-        self._sorted_bounds = _searchable(index[pointers_end:])
-        self._check_sizes(data.size)
+        columns = self._columns(index)
+        self._check_sizes(columns, data_bytes)
         if verify:
-            self._check_pointers()
-            self._check_bounds()
-        self.num_tokens = data.size // self.dtype.itemsize
-        self.tokens: np.ndarray = data.view(self.dtype)
+            self._check_pointers(columns)
+            self._check_bounds(columns)
+        self.num_tokens = data_bytes // self.dtype.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would pickle as a copy of its contents.
         return functools.partial(IndexedTokens, verify=False), (self.prefix,)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The whole stream, mapped read-only, [num_tokens] of ``dtype``."""
+        return TOKEN_FILES.get(self._bin, lambda: map_file(self._bin).view(self.dtype))
+
+    @property
+    def _index(self) -> _Index:
+        return TOKEN_FILES.get(self._idx, lambda: self._columns(map_file(self._idx)))
+
+    def _columns(self, index: np.ndarray) -> _Index:
+        lengths_end = HEADER.size + 4 * self.num_sequences
+        pointers_end = lengths_end + 8 * self.num_sequences
+        pointers, bounds = index[lengths_end:pointers_end], index[pointers_end:]
+        return _Index(
+            index[HEADER.size : lengths_end].view("<i4"),
+            pointers.view("<i8"),
+            bounds.view("<i8"),
+            _searchable(pointers),
+            _searchable(bounds),
+        )
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
@@ -107,60 +126,62 @@ class IndexedTokens:
 
     def starts_of(self, document_n: np.ndarray) -> np.ndarray:
         """First token of each of these documents, int64 [n]; document ``num_documents`` starts at the end."""
-        sequence_n = self._bounds[document_n]
+        index = self._index
+        sequence_n = index.bounds[document_n]
         start_n = np.full(sequence_n.shape, self.num_tokens, np.int64)
         inside_n = sequence_n < self.num_sequences
-        start_n[inside_n] = self._pointers[sequence_n[inside_n]] // self.dtype.itemsize
+        start_n[inside_n] = index.pointers[sequence_n[inside_n]] // self.dtype.itemsize
         return start_n
 
     def document_at(self, token: int) -> tuple[int, int]:
         """The document that holds token number ``token``, and the token's offset in it, in O(log documents) reads."""
-        sequence = bisect.bisect_right(self._sorted_pointers, token * self.dtype.itemsize) - 1
-        document = bisect.bisect_right(self._sorted_bounds, sequence) - 1
-        start = self._sorted_pointers[self._sorted_bounds[document]] // self.dtype.itemsize
+        index = self._index
+        sequence = bisect.bisect_right(index.sorted_pointers, token * self.dtype.itemsize) - 1
+        document = bisect.bisect_right(index.sorted_bounds, sequence) - 1
+        start = index.sorted_pointers[index.sorted_bounds[document]] // self.dtype.itemsize
         return document, token - start
 
     def starts_between(self, start: int, stop: int) -> np.ndarray:
         """First tokens of documents that begin in [start, stop), int64, in O(log documents) reads; an empty document
         begins where the next one does. Token ids and a document's division into sequences do not matter.
         """
-        size = self.dtype.itemsize
-        sequence = bisect.bisect_left(self._sorted_pointers, start * size)
-        first = bisect.bisect_left(self._sorted_bounds, sequence)
-        sequence = bisect.bisect_left(self._sorted_pointers, stop * size, sequence)
-        end = bisect.bisect_left(self._sorted_bounds, sequence, first)
-        return self._pointers[self._bounds[first:end]] // size
+        size, index = self.dtype.itemsize, self._index
+        sequence = bisect.bisect_left(index.sorted_pointers, start * size)
+        first = bisect.bisect_left(index.sorted_bounds, sequence)
+        sequence = bisect.bisect_left(index.sorted_pointers, stop * size, sequence)
+        end = bisect.bisect_left(index.sorted_bounds, sequence, first)
+        return index.pointers[index.bounds[first:end]] // size
 
-    def _check_sizes(self, data_bytes: int) -> None:
+    def _check_sizes(self, index: _Index, data_bytes: int) -> None:
         wanted = 0
         if self.num_sequences:
-            wanted = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+            wanted = int(index.pointers[-1]) + int(index.lengths[-1]) * self.dtype.itemsize
         if wanted != data_bytes:
             raise InputError(
                 f"{bin_path(self.prefix)} holds {data_bytes} bytes, but its index {idx_path(self.prefix).name} expects"
                 f" {wanted} bytes ({self.num_sequences} sequences of {self.dtype.name}). {_COPY_AGAIN}"
             )
 
-    def _check_pointers(self) -> None:
+    def _check_pointers(self, index: _Index) -> None:
         wanted = 0
         for start in range(0, self.num_sequences, AT_ONCE):
-            lengths = self._lengths[start : start + AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            lengths = index.lengths[start : start + AT_ONCE].astype(np.int64) * self.dtype.itemsize
             ends = wanted + np.cumsum(lengths)
-            seen = self._pointers[start : start + AT_ONCE]
+            seen = index.pointers[start : start + AT_ONCE]
             wrong = np.flatnonzero((seen != ends - lengths) | (lengths < 0))
             if wrong.size:
                 at = int(wrong[0])
                 raise InputError(
-                    f"{idx_path(self.prefix)}: sequence {start + at}, {int(self._lengths[start + at])} tokens long, has"
+                    f"{idx_path(self.prefix)}: sequence {start + at}, {int(index.lengths[start + at])} tokens long, has"
                     f" the pointer {int(seen[at])}; the lengths before it put it at byte {int(ends[at] - lengths[at])}."
                     f" {_COPY_AGAIN}"
                 )
             wanted = int(ends[-1])
 
-    def _check_bounds(self) -> None:
-        first, last = int(self._bounds[0]), int(self._bounds[-1])
+    def _check_bounds(self, index: _Index) -> None:
+        first, last = int(index.bounds[0]), int(index.bounds[-1])
         rising = all(
-            bool(np.all(np.diff(self._bounds[start : start + AT_ONCE + 1]) >= 0))
+            bool(np.all(np.diff(index.bounds[start : start + AT_ONCE + 1]) >= 0))
             for start in range(0, self.num_documents, AT_ONCE)
         )
         if first != 0 or last != self.num_sequences or not rising:
@@ -171,24 +192,13 @@ class IndexedTokens:
             )
 
 
-def _map(path: Path) -> np.ndarray:
-    """The bytes of a file, uint8 [size], mapped.
-
-    Not an `np.memmap`: its slices cost several times as much as an array's, and opening it twice as much.
-    """
-    allow_more_files()  # a mapped file stays open, and corpora have more of them than the usual limit
+def _size(path: Path) -> int:
     try:
-        with open(path, "rb") as file:
-            # An empty file cannot be mapped.
-            if os.fstat(file.fileno()).st_size == 0:
-                return np.empty(0, np.uint8)
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return path.stat().st_size
     except OSError as error:
-        advice = "Check the path, or run `megamix prepare`."
-        if error.errno == errno.EMFILE:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            advice = f"Both files of every prefix stay open, and this process may open {limit}: raise `ulimit -n`."
-        raise InputError(f"cannot read {path}: {error.strerror or error}. {advice}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}. Check the path, or run `megamix prepare`."
+        ) from error
 
 
 def _searchable(column: np.ndarray) -> Sequence[int]:

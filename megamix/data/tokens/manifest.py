@@ -10,6 +10,7 @@ has the hash of every whole .bin file alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import pydantic
 
 from megamix.core.config import Config, validate
-from megamix.core.errors import DataChanged, InputError, check_known, did_you_mean
+from megamix.core.errors import DataChanged, InputError, check_known, did_you_mean, given_twice
 from megamix.core.files import read_json, replace_file
 from megamix.data.domain_names import check_domain_name
 from megamix.data.tokens.hashes import FileHashes
@@ -226,10 +227,13 @@ class Manifest(Config):
 
     def domain(self, name: str) -> DomainEntry:
         """The entry of a domain; an unknown name is an `InputError` that suggests the nearest one."""
-        for domain in self.domains:
-            if domain.name == name:
-                return domain
+        if (found := self._by_name.get(name)) is not None:
+            return found
         raise InputError(f"{self.folder / FILE_NAME} has no domain '{name}'." + did_you_mean(name, self.domain_names))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, DomainEntry]:
+        return {domain.name: domain for domain in self.domains}
 
     def natural_weights(self, names: Sequence[str] | None = None) -> np.ndarray:
         """Shares of the training tokens, float64 [K], sum 1, of all domains or of ``names``."""
@@ -283,7 +287,7 @@ class Manifest(Config):
 
     def _check(self, path: Path) -> None:
         names = self.domain_names
-        doubled = sorted({name for name in names if names.count(name) > 1})
+        doubled = given_twice(names)
         if doubled or not names:
             problem = f"names the domain '{doubled[0]}' twice" if doubled else "has no domains"
             raise InputError(f"{path} {problem}. Run `megamix prepare` again.")

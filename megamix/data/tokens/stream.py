@@ -11,6 +11,7 @@ import numpy as np
 
 from megamix.core.errors import InputError
 from megamix.data.tokens.indexed import IndexedTokens
+from megamix.data.tokens.mapped_files import may_open, most_open
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class DomainTokens:
             )
 
     def _piece(self, file: IndexedTokens, documents: tuple[int, int] | None) -> _Piece:
-        first, end = (0, file.num_documents) if documents is None else documents
+        if documents is None:  # the usual case, which needs no index
+            return _Piece(file, 0, file.num_documents, 0, file.num_tokens)
+        first, end = documents
         if not 0 <= first <= end <= file.num_documents:
             raise InputError(
                 f"domain '{self.name}': documents {first} to {end} of {file.prefix} asked for, but it holds documents 0"
@@ -84,6 +87,11 @@ class DomainTokens:
             )
         start, stop = file.starts_of(np.array([first, end])).tolist()
         return _Piece(file, first, end, start, stop - start)
+
+    @property
+    def num_files(self) -> int:
+        """Files of the stream: two for each prefix."""
+        return 2 * len(self.files)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """A copy of tokens [start, start + length), ``dtype`` [length], across files.
@@ -174,3 +182,9 @@ class DomainTokens:
             done += end - begin
             number += 1
         return spans
+
+
+def files_line(domains: Sequence[DomainTokens]) -> str:
+    """How many token files there are, and how many a process has open at a time."""
+    number, most = sum(domain.num_files for domain in domains), most_open()
+    return f"{number:,}, of which each rank has at most {min(number, most):,} open (it may open {may_open():,})"

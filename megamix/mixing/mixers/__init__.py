@@ -95,7 +95,7 @@ def without_code(config: dict[str, Any]) -> dict[str, Any]:
     result = dict(config)
     if "mixer" in config:
         result["mixer"] = readable(config["mixer"])
-    if "shadow" in config:
+    if isinstance(config.get("shadow"), list):
         result["shadow"] = [readable(mixer) for mixer in config["shadow"]]
     return result
 

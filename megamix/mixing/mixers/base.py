@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from megamix.core.config import Config
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, given_twice
 from megamix.mixing.mixers.stats import DomainStats, IntArray
 from megamix.mixing.mixers.weights import DomainWeights, FloatArray, normalise_weights
 
@@ -116,7 +116,7 @@ class Mixer(ABC):
     def __init__(self, config: Config, domains: Sequence[str], initial_weights: DomainWeights) -> None:
         self.name = vars(type(self)).get("name") or getattr(config, "name", type(self).__name__)
         names = tuple(str(domain) for domain in domains)
-        repeated = sorted({domain for domain in names if names.count(domain) > 1})
+        repeated = given_twice(names)
         if not names or repeated:
             raise InputError(
                 f"mixer '{self.name}': the domain names {', '.join(repeated)} are given more than once. Name each once."

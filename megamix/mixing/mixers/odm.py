@@ -298,7 +298,7 @@ class OdmMixer(Mixer):
             "reward": self.config.reward,
             "estimate": self.config.estimate,
             # log R of a domain never seen is -infinity, which JSON has not.
-            "estimates": [None if value == -math.inf else value for value in self._estimates.tolist()],
+            "estimates": _without_infinity(self._estimates),
             "rate": self._rate,
             "previous_rate": self._previous_rate,
         }
@@ -352,3 +352,13 @@ class OdmMixer(Mixer):
             "alpha": self.config.alpha,
             "warmup_steps": self.config.warmup_steps,
         }
+
+
+def _without_infinity(logs: FloatArray) -> list[float | None]:
+    """A list with None for -infinity."""
+    unseen = logs == -math.inf
+    if not unseen.any():
+        return logs.tolist()
+    values = logs.astype(object)
+    values[unseen] = None
+    return values.tolist()

@@ -44,19 +44,21 @@ def normalise_weights(
     """
     if isinstance(weights, str) or not hasattr(weights, "__iter__"):
         raise InputError(f"{source}: {weights!r} are no weights. Give one number a domain, or a mapping by name.")
-    values = _in_order(weights, domains, source) if isinstance(weights, Mapping) else list(weights)
+    values = _in_order(weights, domains, source) if isinstance(weights, Mapping) else weights
+    if not isinstance(values, np.ndarray):
+        values = list(values)
     if len(values) != len(domains):
         raise InputError(
             f"{source}: {len(values)} weights for {len(domains)} domains ({listed(domains)}). Give one weight a domain."
         )
-    numbers = [_as_number(value) for value in values]
-    for domain, value, number in zip(domains, values, numbers, strict=True):
-        if not (0 <= number < math.inf):
-            raise InputError(
-                f"{source}: the weight of domain '{domain}' is {value!r}, "
-                "expected a finite number that is not negative."
-            )
-    result = np.array(numbers, dtype=np.float64)
+    # A mixer's weights of every step are an array, which is not gone through number by number.
+    is_plain = isinstance(values, np.ndarray) and values.dtype == np.float64 and values.ndim == 1
+    result = np.array(values if is_plain else [_as_number(value) for value in values], dtype=np.float64)
+    for index in np.flatnonzero(~((result >= 0) & (result < np.inf)))[:1]:
+        raise InputError(
+            f"{source}: the weight of domain '{domains[index]}' is {values[index]!r}, "
+            "expected a finite number that is not negative."
+        )
     largest = result.max(initial=0.0)
     if largest == 0:
         raise InputError(
@@ -126,10 +128,7 @@ def project_to_capped_simplex(
     wanted = np.array(weights, dtype=np.float64)
     lower = _bound(floor, wanted.size, "floor")
     upper = np.minimum(_bound(cap, wanted.size, "cap"), 1.0)
-    names = (
-        [f"domain {index}" for index in range(wanted.size)] if domains is None else [f"'{name}'" for name in domains]
-    )
-    _check_feasible(wanted, lower, upper, names)
+    _check_feasible(wanted, lower, upper, domains)
     inside = np.all((wanted >= lower) & (wanted <= upper))
     if inside and abs(wanted.sum() - 1.0) <= 1e-12:
         return wanted
@@ -184,22 +183,29 @@ def _bound(value: float | Sequence[float] | FloatArray, num_domains: int, what: 
     return np.array(np.broadcast_to(array, (num_domains,)))
 
 
-def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, names: Sequence[str]) -> None:
-    if weights.ndim != 1 or weights.size == 0 or len(names) != weights.size:
-        raise InputError(f"weights of shape {weights.shape} for {len(names)} domains, expected one weight a domain.")
+def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, domains: Sequence[str] | None) -> None:
+    number = weights.size if domains is None else len(domains)
+    if weights.ndim != 1 or weights.size == 0 or number != weights.size:
+        raise InputError(f"weights of shape {weights.shape} for {number} domains, expected one weight a domain.")
+
+    def name(index: int) -> str:
+        return f"domain {index}" if domains is None else f"'{domains[index]}'"
+
+    # Names are put together for an error only: this is done in every step, for tens of thousands of domains.
     for what, values in (("weight", weights), ("floor", lower), ("cap", upper)):
-        for name, value in zip(names, values.tolist(), strict=True):
-            if not (0 <= value < math.inf):
-                raise InputError(f"the {what} of {name} is {value}, expected a finite number that is not negative.")
-    bounds = list(zip(names, lower, upper, strict=True))
-    crossed = [f"{name} (floor {low:.6g}, cap {high:.6g})" for name, low, high in bounds if low > high]
-    if crossed:
+        for index in np.flatnonzero(~((values >= 0) & (values < np.inf)))[:1].tolist():
+            raise InputError(
+                f"the {what} of {name(index)} is {values[index]}, expected a finite number that is not negative."
+            )
+    above = np.flatnonzero(lower > upper).tolist()
+    if above:
+        crossed = [f"{name(index)} (floor {lower[index]:.6g}, cap {upper[index]:.6g})" for index in above]
         raise InputError(f"the floor is above the cap for {listed(crossed)}. Lower the floor or raise the cap.")
     if lower.sum() > 1 + _SLACK:
-        shown = [f"{name} {low:.6g}" for name, low, _ in bounds if low > 0]
+        shown = [f"{name(index)} {lower[index]:.6g}" for index in np.flatnonzero(lower > 0).tolist()]
         raise InputError(f"the floors sum to {lower.sum():.6g}, more than 1: {listed(shown)}. Lower some of them.")
     if upper.sum() < 1 - _SLACK:
-        shown = [f"{name} {high:.6g}" for name, _, high in bounds]
+        shown = [f"{name(index)} {high:.6g}" for index, high in enumerate(upper.tolist())]
         raise InputError(
             f"the caps sum to {upper.sum():.6g}, less than 1, so the domains together cannot fill the mixture: "
             f"{listed(shown)}. Raise some caps (more epochs), add data or train for fewer tokens."

@@ -25,7 +25,7 @@ import numpy as np
 
 from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK, InputError
-from megamix.core.files import read_json_lines, replace_file
+from megamix.core.files import parse_json, replace_file
 from megamix.core.log import get_logger
 from megamix.core.text import Table
 from megamix.core.text import number as number_text
@@ -41,6 +41,7 @@ from megamix.training.checkpoints.state import RunState, newest_state
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_world_size
 from megamix.training.plan import make_plan
+from megamix.training.records.lines import WeightsLine, read_lines
 from megamix.training.records.recorded_run import WEIGHTS as LEDGER
 from megamix.training.reference.cache import cache_key, samples_read
 from megamix.training.reference.run import reference
@@ -195,7 +196,7 @@ def _result(study: DoremiStudy, number: int) -> tuple[Weights, float]:
 
 def swing_of(proxy: Path) -> float:
     """The change of DoReMi's weights from one update to the next: total variation distance, mean over the run."""
-    lines = read_json_lines(proxy / LEDGER, ("domain_names", "domain_weights"))
+    lines = read_lines(proxy / LEDGER, WeightsLine)
     names = lines[-1]["domain_names"] if lines else []
     rows = [line.get("loss_weights", line["domain_weights"]) for line in lines if line["domain_names"] == names]
     return 0.0 if len(rows) < 2 else float(np.abs(np.diff(rows, axis=0)).sum(axis=1).mean() / 2)
@@ -222,7 +223,7 @@ def _finished(config: RunConfig) -> RunState:
 def _is_saved(study: DoremiStudy) -> bool:
     """Whether the weights that the last round found are saved."""
     path = study.run_dir / WEIGHTS
-    return path.is_file() and json.loads(path.read_bytes()) == _found(study.folder(study.config.rounds))
+    return path.is_file() and parse_json(path.read_bytes()) == _found(study.folder(study.config.rounds))
 
 
 def _save_weights(study: DoremiStudy, weights: Weights) -> None:

@@ -10,8 +10,6 @@ validation loss of its last evaluation, in nats per token.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from megamix.core.config import validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
-from megamix.core.files import read_text
+from megamix.core.files import parse_json, read_csv, read_text
 from megamix.core.log import get_logger
 from megamix.core.text import listed
 from megamix.studies.runs import Member, members_of
@@ -93,8 +91,12 @@ def is_collected(folder: Path, members: Sequence[Member]) -> bool:
     path = place_of_tables(folder) / METRICS
     if not path.is_file():
         return False
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row.get("run") for row in csv.DictReader(file)} == {member.name for member in members}
+    try:
+        (_, header), *rows = read_csv(path)
+        run = header.index("run")
+        return {fields[run] for _, fields in rows} == {member.name for member in members}
+    except (InputError, ValueError, IndexError):  # cut off: to be made anew
+        return False
 
 
 def _metrics_of(swarm: Path) -> MetricsConfig:
@@ -131,13 +133,14 @@ def _metrics(run: RecordedRun, config: MetricsConfig) -> dict[str, float]:
 def _read_results(path: Path) -> dict[str, float]:
     """A user's own results of a run."""
     lost = "swarm.metrics.file names a file in every run's directory: write it there, then collect again."
-    text = read_text(path, lost=lost)
     try:
         if path.suffix == ".csv":
-            found = {row["metric"]: float(row["value"]) for row in csv.DictReader(text.splitlines())}
+            (_, header), *rows = read_csv(path, lost=lost)
+            metric, value = header.index("metric"), header.index("value")
+            found = {fields[metric]: float(fields[value]) for _, fields in rows}
         else:
-            found = {str(name): float(value) for name, value in json.loads(text).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = {str(name): float(value) for name, value in parse_json(read_text(path, lost=lost)).items()}
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path} is no table of results ({error}): expected JSON {{metric: number}}, or CSV with the columns metric "
             "and value."

@@ -15,7 +15,6 @@ DIR is the config's run_dir.
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from megamix.core.errors import EXIT_OK, InputError
-from megamix.core.files import replace_json
+from megamix.core.files import read_csv, replace_json
 from megamix.core.log import get_logger
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.studies.pool import default_at_once, run_members
@@ -264,9 +263,12 @@ def _tell_cost(study: SwarmStudy) -> None:
 
 def _read_mixtures(path: Path, domains: tuple[str, ...]) -> Floats:
     """float64 [rows, K]: the rows of a ratios.csv that have all their weight on these domains."""
+    key = "swarm.generate.existing_mix_file"
+    read = read_csv(path, what=key)
+    header = read[0][1] if read else []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[float(row.get(name) or 0.0) for name in domains] for row in csv.DictReader(file)]
-    except (OSError, ValueError) as error:
-        raise InputError(f"swarm.generate.existing_mix_file: cannot read {path}: {error}. Check the path.") from error
+        named = [dict(zip(header, fields, strict=False)) for _, fields in read[1:]]
+        rows = [[float(row.get(name) or 0.0) for name in domains] for row in named]
+    except ValueError as error:
+        raise InputError(f"{key}: cannot read {path}: {error}. Check the path.") from error
     return np.array([row for row in rows if abs(sum(row) - 1) < 1e-3], np.float64).reshape(-1, len(domains))

@@ -129,7 +129,8 @@ def report_failure(message: str) -> None:
         with contextlib.suppress(OSError):
             (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
             return
-    print(f"megamix: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit code is left
+        print(f"megamix: {message}", file=sys.stderr)
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], received: list[int], reports: Path) -> int:

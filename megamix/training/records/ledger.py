@@ -18,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
-from megamix.core.files import read_json_lines
 from megamix.data.blend.blend import Blend, Sampling, Segment
+from megamix.training.records.lines import WeightsLine, read_lines
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-KEYS = ("step", "position", "domain_names", "domain_weights", "segment")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Ledger:
             InputError: a damaged line.
         """
         held: list[dict[str, Any]] = []
-        for number, line in enumerate(read_json_lines(path, KEYS), start=1):
-            _check_line(line, f"{path}, line {number}")
+        for number, line in enumerate(read_lines(path, WeightsLine), start=1):
             if line.get("change"):
                 while held and held[-1]["position"] >= line["position"]:
                     held.pop()
@@ -65,9 +63,12 @@ class Ledger:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The N domains: of the last line, then earlier ones."""
-        names = dict.fromkeys(self.lines[-1]["domain_names"])
+        names: dict[str, None] = {}
+        last = None
         for line in reversed(self.lines):
-            names |= dict.fromkeys(line["domain_names"])
+            if line["domain_names"] is not last:  # one list for all lines of many domains
+                last = line["domain_names"]
+                names |= dict.fromkeys(last)
         return tuple(names)
 
     @cached_property
@@ -75,10 +76,21 @@ class Ledger:
         """float64 [lines, N]; 0 where a domain was not there. Not to be written to."""
         place = {name: index for index, name in enumerate(self.names)}
         rows = np.zeros((len(self.lines), len(place)))
+        last, places = None, np.empty(0, np.int64)
         for row, line in zip(rows, self.lines, strict=True):
-            row[[place[name] for name in line["domain_names"]]] = line["domain_weights"]
+            if line["domain_names"] is not last:
+                last = line["domain_names"]
+                places = np.array([place[name] for name in last])
+            row[places] = line["domain_weights"]
         rows.setflags(write=False)
         return rows
+
+    def weights_of(self, names: Sequence[str]) -> Floats:
+        """float64 [lines, len(names)]: columns of `weights`."""
+        if tuple(names) == self.names:
+            return self.weights
+        place = {name: index for index, name in enumerate(self.names)}
+        return self.weights[:, [place[name] for name in names]]
 
     @cached_property
     def starts(self) -> Ints:
@@ -126,12 +138,7 @@ class Ledger:
 
 def segment_of(line: dict[str, Any]) -> Segment:
     """The stretch of constant weights that a line describes."""
-    return Segment.from_json({**line["segment"], "weights": line["domain_weights"]})
-
-
-def _check_line(line: dict[str, Any], where: str) -> None:
-    names, weights = line["domain_names"], line["domain_weights"]
-    if len(names) != len(weights) or len(set(names)) != len(names):
-        raise InputError(
-            f"{where} has {len(weights)} weights for the domains {names}, expected one for each of different names."
-        )
+    part = line["segment"]
+    return Segment.from_json(
+        {"weights": line["domain_weights"], **{key: part[key] for key in ("start", "deficits", "counts")}}
+    )

@@ -34,7 +34,7 @@ def run_weights(run: RecordedMix, which: str) -> dict[str, float]:
     if which == "initial":
         return by_name(run.ledger.lines[0]["domain_names"], run.ledger.lines[0]["domain_weights"])
     if which == "final":
-        key = "loss_weights" if {"average_weights", "loss_weights"} <= last.keys() else "domain_weights"
+        key = "loss_weights" if "average_weights" in last and "loss_weights" in last else "domain_weights"
         return by_name(last["domain_names"], last[key])
     if run.position == 0:
         raise InputError(f"the run {run.run_dir} has not trained yet: no weights to average. Use --which initial.")

@@ -9,7 +9,7 @@ Legend: N domains, of the end of the run and of any time before.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy as np
 from megamix.core.config import validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
-from megamix.core.files import read_json_lines, replace_file
+from megamix.core.files import replace_file
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.mixers import without_code
 from megamix.training.config import MixConfig, RunConfig
 from megamix.training.objective import objective_weights
 from megamix.training.records.ledger import Ledger
+from megamix.training.records.lines import MetricsLine, read_lines
 
 CONFIG = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
@@ -42,6 +43,7 @@ class RecordedMix:
         manifest: the data set, or None where it cannot be opened.
         missing_data: why it cannot.
         steps: steps taken, as far as they are on record.
+        drawn: the domains that `domain_names` is to be; all where it is empty.
     """
 
     run_dir: Path
@@ -50,6 +52,7 @@ class RecordedMix:
     manifest: Manifest | None
     missing_data: str | None
     steps: int
+    drawn: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def open(cls, run_dir: Path) -> RecordedMix:
@@ -72,8 +75,8 @@ class RecordedMix:
 
     @property
     def domain_names(self) -> tuple[str, ...]:
-        """The N domains; those that are no longer there come last."""
-        return self.ledger.names
+        """The N domains, or those to be drawn; those that are no longer there come last."""
+        return self.drawn or self.ledger.names
 
     @property
     def position(self) -> int:
@@ -129,7 +132,7 @@ class RecordedRun(RecordedMix):
         recorded = without_code(read_yaml(run_dir / CONFIG))
         config = _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
         ledger = _ledger(run_dir, config)
-        metrics = read_json_lines(run_dir / METRICS, ("event", "step", "tokens", "domain_loss"))
+        metrics = read_lines(run_dir / METRICS, MetricsLine)
         train, evaluations = ([line for line in metrics if line["event"] == event] for event in ("train", "evaluate"))
         manifest, missing = _data_set(config, ledger)
         steps = max((line["step"] for line in (*train, *evaluations)), default=0)

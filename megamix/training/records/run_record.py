@@ -3,7 +3,8 @@
 ``metrics.jsonl`` holds one object per line, told apart by ``event``:
 
 - ``train``, every ``log.every`` steps: ``step`` (steps taken), ``tokens`` (trained on so far), ``loss`` (mean nats per
-  token over the interval), ``domain_loss`` and ``domain_tokens`` by domain (null and 0 where absent), ``lr``,
+  token over the interval), ``domain_loss`` and ``domain_tokens`` by domain (null and 0 where absent; of more than 256
+  domains only those that were seen), ``lr``,
   ``grad_norm``, ``tokens_per_second``, and where the time of rank 0 went (`megamix.training.step_clock`, means per
   step): ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
   ``mixing_seconds``;
@@ -16,9 +17,10 @@
 statistics were used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``,
 ``domain_weights``, ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
 from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
-mixer shows of itself. After a resume that changed domains, mixture or constraints there are lines with ``change``,
-which says what changed; they take the place of all lines before them that begin at their position or later
-(`megamix.training.records.ledger`).
+mixer shows of itself. Of more than 256 domains the arrays are in ``weights.bin``
+(`megamix.training.records.wide_lines`). After a resume that changed domains, mixture or constraints there are lines
+with ``change``, which says what changed; they take the place of all lines before them that begin at their position or
+later (`megamix.training.records.ledger`).
 
 ``events.jsonl`` says when the run was started, resumed, stopped (`megamix.training.records.events`).
 
@@ -39,16 +41,18 @@ from typing import Any
 
 import numpy as np
 
-from megamix.core.files import AppendFile, read_json_lines, replace_file, write_failed
+from megamix.core.files import AppendFile, replace_file, write_failed
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
 from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats
 from megamix.training.records.dataflex_log import DataflexLog
 from megamix.training.records.events import Event, EventLog
+from megamix.training.records.lines import StepLine, read_lines
 from megamix.training.records.recorded_run import METRICS, WEIGHTS
 from megamix.training.records.sinks import Sink
 from megamix.training.records.step_statistics import StatisticsWriter
+from megamix.training.records.wide_lines import MOST_IN_TEXT, WideWriter, side_path
 from megamix.training.step_clock import StepTimes
 
 SHADOWS = "shadow"
@@ -62,16 +66,17 @@ class RunRecord:
     ) -> None:
         self._domains = domains
         self._metrics = _open(run_dir / METRICS, resumed_step)
-        self._weights = _open(run_dir / WEIGHTS, resumed_step)
+        self._weights = _LedgerFile(run_dir / WEIGHTS, resumed_step)
         self._dataflex = DataflexLog(run_dir, lambda path: _open(path, resumed_step), is_new=resumed_step is None)
         self._statistics = StatisticsWriter(run_dir, domains, resumed_step)
         self._run_dir = run_dir
-        self._shadows: dict[str, AppendFile] = {}  # opened with its first line, or here where there are lines already
+        self._shadows: dict[str, _LedgerFile] = {}  # opened with its first line, or here where there are lines already
         for path in (run_dir / SHADOWS).glob("*.jsonl"):
             if resumed_step is None:
                 path.unlink()
+                side_path(path).unlink(missing_ok=True)
             else:
-                self._shadows[path.stem] = _open(path, resumed_step)
+                self._shadows[path.stem] = _LedgerFile(path, resumed_step)
         self._sinks = sinks
         self._events = EventLog(run_dir)
         self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
@@ -103,17 +108,20 @@ class RunRecord:
         self._statistics.write(report.step + 1, report.stats)
         for change in report.shadows:
             if change.name not in self._shadows:
-                self._shadows[change.name] = _open(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
-            self._shadows[change.name].write_line(shadow_line(self._domains, change))
+                self._shadows[change.name] = _LedgerFile(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
+            self._shadows[change.name].write(shadow_line(self._domains, change))
         if report.updated:
             self.weights(report)
 
     def weights(self, report: MixReport) -> None:
         """Logs the weights that follow from a step."""
-        record = {**report.record, **statistics_record(report.stats)}
-        self._dataflex.write(
-            self._write_weights(report.step + 1, report.effective_step, report.position, report.segment, record)
-        )
+        # Arrays that go to a binary file are not made lists first.
+        stats = {"nats": report.stats.nats, "tokens": report.stats.tokens}
+        sums = {"statistics": stats} if len(self._domains) > MOST_IN_TEXT else statistics_record(report.stats)
+        record = {**report.record, **sums}
+        line = self._write_weights(report.step + 1, report.effective_step, report.position, report.segment, record)
+        if len(self._domains) <= MOST_IN_TEXT:  # of more, a line of text is megabytes
+            self._dataflex.write(line)
 
     def train(self, line: dict[str, Any]) -> None:
         self._metrics.write_line({"event": "train", **line})
@@ -138,13 +146,15 @@ class RunRecord:
 
     def _write_weights(
         self, step: int, effective_step: int, position: int, segment: Segment, extra: Mapping[str, object]
-    ) -> dict[str, Any]:
-        line = _weights_line(self._domains, step, effective_step, position, segment, extra)
-        self._weights.write_line(line)
-        weights = segment.weights.tolist()
-        by_name = {f"weight/{name}": weight for name, weight in zip(self._domains, weights, strict=True)}
-        for sink in self._sinks:
-            sink.scalars(by_name, effective_step)
+    ) -> Mapping[str, Any]:
+        as_lists = len(self._domains) <= MOST_IN_TEXT
+        line = _weights_line(self._domains, step, effective_step, position, segment, extra, as_lists)
+        self._weights.write(line)
+        if self._sinks:
+            shown = np.argsort(-segment.weights, kind="stable")[:MOST_IN_TEXT].tolist()
+            by_name = {f"weight/{self._domains[k]}": float(segment.weights[k]) for k in sorted(shown)}
+            for sink in self._sinks:
+                sink.scalars(by_name, effective_step)
         return line
 
     def _plot(self, prefix: str, line: Mapping[str, Any]) -> None:
@@ -166,21 +176,39 @@ def _weights_line(
     position: int,
     segment: Segment,
     extra: Mapping[str, object],
+    as_lists: bool = True,
 ) -> dict[str, Any]:
+    arrays = segment.weights, segment.counts, segment.deficits
+    weights, counts, deficits = [array.tolist() for array in arrays] if as_lists else arrays
     return {
         "step": step,
         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
         "effective_step": effective_step,
         "position": position,
         "domain_names": list(domains),
-        "domain_weights": segment.weights.tolist(),
-        "segment": {
-            "start": segment.start,
-            "counts": segment.counts.tolist(),
-            "deficits": segment.deficits.tolist(),
-        },
+        "domain_weights": weights,
+        "segment": {"start": segment.start, "counts": counts, "deficits": deficits},
         **extra,
     }
+
+
+class _LedgerFile:
+    """Lines of weights, with the file for the arrays of many domains."""
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        self._lines = _open(path, resumed_step)
+        self._arrays = WideWriter(path, anew=resumed_step is None)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._lines.write_line(self._arrays.packed(line))  # arrays first: no line names what is not there
+
+    def sync(self) -> None:
+        self._arrays.sync()
+        self._lines.sync()
+
+    def close(self) -> None:
+        self._arrays.close()
+        self._lines.close()
 
 
 class SampleLog:
@@ -241,13 +269,18 @@ class IntervalLog:
         """
         if not self._tokens.any():
             return None
-        domain_loss = [n / t if t else None for n, t in zip(self._nats.tolist(), self._tokens.tolist(), strict=True)]
+        # Of many domains, most are absent from an interval: only the others are named.
+        every = np.arange(len(self._domains))
+        named = every if len(self._domains) <= MOST_IN_TEXT else np.flatnonzero(self._tokens)
+        names = [self._domains[k] for k in named.tolist()]
+        nats, counts = self._nats[named].tolist(), self._tokens[named].tolist()
+        domain_loss = [n / t if t else None for n, t in zip(nats, counts, strict=True)]
         line = {
             "step": step,
             "tokens": tokens,
             "loss": float(self._nats.sum() / self._tokens.sum()),
-            "domain_loss": dict(zip(self._domains, domain_loss, strict=True)),
-            "domain_tokens": dict(zip(self._domains, self._tokens.tolist(), strict=True)),
+            "domain_loss": dict(zip(names, domain_loss, strict=True)),
+            "domain_tokens": dict(zip(names, counts, strict=True)),
             "lr": lr,
             "grad_norm": grad_norm,
             **times.record(),
@@ -275,7 +308,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     Raises:
         MegamixError: the disk is full; the file is as it was then.
     """
-    lines = read_json_lines(path, ("step",))
+    lines = read_lines(path, StepLine)
     # What a resume at this very step changed is written again, if it changes it again.
     kept = [line for line in lines if line["step"] < step or (line["step"] == step and "change" not in line)]
     try:

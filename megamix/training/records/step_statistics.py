@@ -15,18 +15,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
-from megamix.core.files import AppendFile, replace_file, write_failed
+from megamix.core.files import AppendFile, parse_json, replace_file, write_failed
 from megamix.mixing.mixers import DomainStats
 
 FOLDER = "statistics"
 _KINDS = {"nats": "<f8", "tokens": "<i8", "excess_nats": "<f8"}
 Rows = NDArray[Any]
+
+
+class _Header(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+    first_step: Annotated[int, pydantic.Field(ge=1, le=2**53)]
+    domain_names: Annotated[list[str], pydantic.Field(min_length=1)]
+    columns: Annotated[list[Literal["nats", "tokens", "excess_nats"]], pydantic.Field(min_length=2)]
 
 
 @dataclass(frozen=True)
@@ -57,16 +66,16 @@ class StatisticsFile:
         try:
             with path.open("rb") as file:
                 line = file.readline()
-                header = json.loads(line)
-                names, columns = tuple(header["domain_names"]), tuple(header["columns"])
+                header = _Header.model_validate(parse_json(line))
+                names, columns = tuple(header.domain_names), tuple(header.columns)
                 size = os.fstat(file.fileno()).st_size
             row = _row_type(names, columns).itemsize
-            return cls(path, int(header["first_step"]), names, columns, len(line), (size - len(line)) // row)
+            return cls(path, header.first_step, names, columns, len(line), (size - len(line)) // row)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise InputError(
-                f"{path} is damaged: its first line is not what a run writes ({type(error).__name__}: {error}). Remove it; "
+                f"{path} is damaged: its first line is not what a run writes ({_in_short(error)}). Remove it; "
                 "the steps in it cannot be replayed then."
             ) from error
 
@@ -198,6 +207,13 @@ def read_statistics(run_dir: Path) -> RecordedStatistics:
         np.concatenate([part["tokens"] for part in parts]),
         excess,
     )
+
+
+def _in_short(error: ValueError) -> str:
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
 
 
 def _paths(run_dir: Path) -> list[Path]:

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.errors import InputError, check_known
-from megamix.core.files import read_text, replace_file
+from megamix.core.errors import InputError, check_known, given_twice
+from megamix.core.files import read_csv, replace_file
 from megamix.core.log import get_logger
 from megamix.core.text import listed, plural
 
@@ -160,15 +160,12 @@ class _Csv:
 
 
 def _read_csv(path: Path, kind: str) -> _Csv:
-    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
-    header = [name.strip() for name in next(reader, [])]
+    read = read_csv(path)
+    header = [name.strip() for name in read[0][1]] if read else []
     run_column, places = _columns(header, path, kind)
     rows: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
-    for fields in reader:
-        line = reader.line_num
-        if not fields:
-            continue
+    for line, fields in read[1:]:
         if len(fields) != len(header):
             raise InputError(
                 f"{path}, line {line} has {plural(len(fields), 'field')}, the header {len(header)}: the file is cut off"
@@ -201,7 +198,7 @@ def _columns(header: list[str], path: Path, kind: str) -> tuple[int, list[int]]:
     names = [header[place] for place in places]
     if not names:
         raise InputError(f"{path} has no column for a {kind}; its header is {header}.")
-    doubled = [name for name in names if names.count(name) > 1]
+    doubled = given_twice(names)
     if doubled:
         raise InputError(f"{path} has the {kind} '{doubled[0]}' twice in its header. Keep one of them.")
     return ids[0], places
