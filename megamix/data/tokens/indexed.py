@@ -141,6 +141,10 @@ class IndexedTokens:
         start = index.sorted_pointers[index.sorted_bounds[document]] // self.dtype.itemsize
         return document, token - start
 
+    def document_from(self, sequence: int) -> int:
+        """The first document that begins at or after a sequence."""
+        return bisect.bisect_left(self._index.sorted_bounds, sequence, hi=self.num_documents)
+
     def starts_between(self, start: int, stop: int) -> np.ndarray:
         """First tokens of documents that begin in [start, stop), int64, in O(log documents) reads; an empty document
         begins where the next one does. Token ids and a document's division into sequences do not matter.

@@ -9,7 +9,6 @@ splits. The test share of ``--split`` is not used.
 
 from __future__ import annotations
 
-import bisect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +168,7 @@ def _open(name: str, sources: Sources, split: str | None) -> _Domain:
     assert split is not None
     train_parts, validation_parts = [], []
     for file in train:
-        ends = [_document_from(file, sequence) for sequence in split_bounds(split, file.num_sequences)]
+        ends = [file.document_from(sequence) for sequence in split_bounds(split, file.num_sequences)]
         train_parts.append(_Part(file, 0, ends[0], False))
         validation_parts.append(_Part(file, ends[0], ends[1], False))
     return _Domain(name, tuple(train_parts), tuple(validation_parts))
@@ -186,11 +185,6 @@ def _open_file(name: str, prefix: str) -> IndexedTokens:
             " Check the prefix."
         )
     return file
-
-
-def _document_from(file: IndexedTokens, sequence: int) -> int:
-    """First document that begins at or after a sequence."""
-    return bisect.bisect_left(file._bounds, sequence, hi=file.num_documents)
 
 
 def _scan(domains: Sequence[_Domain], vocab_size: int, workers: int, progress: bool) -> dict[int, FileScan]:
