@@ -100,6 +100,7 @@ class ReferenceLosses:
         self.info = read_info(folder)
         _check_same(self.info, key, f"the reference losses in {folder}", "Run `megamix reference` for this data.")
         self._names = list(key.domains)
+        self._owner = TOKEN_FILES.owner(self, *self._names)
         for name in self._names:
             _map(folder, self.info, name)  # raises where it is damaged
 
@@ -121,7 +122,7 @@ class ReferenceLosses:
             )
 
     def _rows(self, name: str) -> NDArray[np.float16]:
-        return TOKEN_FILES.get(losses_path(self.folder, name), lambda: _map(self.folder, self.info, name))
+        return TOKEN_FILES.get((self._owner, name), lambda: _map(self.folder, self.info, name))
 
 
 def read_info(folder: Path) -> CacheInfo:

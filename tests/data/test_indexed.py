@@ -14,6 +14,7 @@ from commands import ENVIRONMENT
 
 from megamix.core.errors import InputError
 from megamix.data.tokens.indexed import IndexedTokens, pick_dtype
+from megamix.data.tokens.mapped_files import TOKEN_FILES, MappedFiles
 from megamix.data.tokens.stream import DomainTokens
 from megamix.data.tokens.writer import IndexedWriter
 
@@ -279,6 +280,7 @@ def test_ranges_of_documents_cut_into_sequences(tmp_path: Path) -> None:
 MANY_FILES = """
 import os, resource, sys
 import numpy as np
+from megamix.data.tokens.mapped_files import TOKEN_FILES, MappedFiles
 from megamix.data.tokens.stream import DomainTokens
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 domain = DomainTokens("web", [f"{sys.argv[1]}{number}" for number in range(100)])
@@ -305,3 +307,36 @@ def test_more_files_than_the_soft_limit(tmp_path: Path) -> None:
         done = run(soft, hard)
         seen = done.stdout.split(maxsplit=3)
         assert (seen[0], seen[2:]) == ("600", [str(hard), "read again with all other descriptors taken\n"]), done.stderr
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_a_file_that_changes_after_the_start_is_refused(tmp_path: Path, ending: str) -> None:
+    """Files are opened when they are read, which may be hours later."""
+    write(tmp_path / "a", GOLDEN_DOCUMENTS)
+    tokens = IndexedTokens(tmp_path / "a")
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match=rf"a\.{ending} holds .* but held .* it was changed"):
+        tokens.tokens.sum() if ending == "bin" else tokens.document_at(0)
+
+
+def test_a_file_written_anew_under_its_name_is_another_one(tmp_path: Path) -> None:
+    """What was mapped of the old one is not read for the new one, and is closed when nobody has it any more."""
+    before = IndexedTokens(write(tmp_path / "a", GOLDEN_DOCUMENTS))
+    assert before.tokens.tolist() == [1, 2, 65499, 7, 300, 0]
+    (tmp_path / "a.bin").unlink()
+    write(tmp_path / "a", [[5, 5]])
+    assert IndexedTokens(tmp_path / "a").tokens.tolist() == [5, 5]
+    assert before.tokens.tolist() == [1, 2, 65499, 7, 300, 0]
+    kept = len(TOKEN_FILES)
+    del before
+    assert len(TOKEN_FILES) == kept - 1
+
+
+def test_the_files_read_least_lately_are_dropped_first() -> None:
+    files = MappedFiles(most=2)
+    made = []
+    for key in ("a", "b", "a", "c", "a", "b"):
+        files.get(key, lambda key=key: made.append(key))
+    assert made == ["a", "b", "c", "b"]
+    assert len(files) == 2

@@ -81,7 +81,7 @@ class IndexedTokens:
 
     def __init__(self, prefix: str | Path, *, verify: bool = True) -> None:
         self.prefix = Path(prefix)
-        self._verify = verify
+        self._owner = TOKEN_FILES.owner(self, "bin", "idx")
         self._bin, self._idx = bin_path(prefix), idx_path(prefix)
         data_bytes = _size(self._bin)
         index = map_file(self._idx)
@@ -92,6 +92,7 @@ class IndexedTokens:
         if verify:
             self._check_pointers(columns)
             self._check_bounds(columns)
+        self._bin_bytes, self._idx_bytes = data_bytes, index.size
         self.num_tokens = data_bytes // self.dtype.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,11 +102,20 @@ class IndexedTokens:
     @property
     def tokens(self) -> np.ndarray:
         """The whole stream, mapped read-only, [num_tokens] of ``dtype``."""
-        return TOKEN_FILES.get(self._bin, lambda: map_file(self._bin).view(self.dtype))
+        return TOKEN_FILES.get((self._owner, "bin"), lambda: self._mapped(self._bin, self._bin_bytes).view(self.dtype))
 
     @property
     def _index(self) -> _Index:
-        return TOKEN_FILES.get(self._idx, lambda: self._columns(map_file(self._idx)))
+        return TOKEN_FILES.get((self._owner, "idx"), lambda: self._columns(self._mapped(self._idx, self._idx_bytes)))
+
+    def _mapped(self, path: Path, wanted: int) -> np.ndarray:
+        mapped = map_file(path)
+        if mapped.size != wanted:
+            raise InputError(
+                f"{path} holds {mapped.size} bytes, but held {wanted} when it was first looked at: it was changed. Put the "
+                "old file back, and start again."
+            )
+        return mapped
 
     def _columns(self, index: np.ndarray) -> _Index:
         lengths_end = HEADER.size + 4 * self.num_sequences

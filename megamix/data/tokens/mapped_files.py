@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -38,7 +39,7 @@ class MappedFiles:
     def __init__(self, most: int | None = None) -> None:
         self._most = most
         self._kept: OrderedDict[Hashable, object] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a user may be collected while it is held
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -57,6 +58,18 @@ class MappedFiles:
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         return made
+
+    def forget(self, owner: object, *parts: str) -> None:
+        """Drops what was made for the keys (owner, part)."""
+        with self._lock:
+            for part in parts:
+                self._kept.pop((owner, part), None)
+
+    def owner(self, user: object, *parts: str) -> object:
+        """Half of a key, for as long as ``user`` lives: a file written anew under its name is another one."""
+        owner = object()
+        weakref.finalize(user, self.forget, owner, *parts).atexit = False
+        return owner
 
     def drop(self) -> bool:
         """Drops half of what is kept; returns whether there was anything."""
