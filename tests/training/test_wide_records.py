@@ -138,6 +138,23 @@ def test_damage_is_one_error(tmp_path: Path, what: str) -> None:
         read_last(path)
 
 
+def test_what_is_no_number_for_each_domain_stays_in_the_line(tmp_path: Path) -> None:
+    """As the names of all domains under ``stalled``, or lists of lists."""
+    writer = WideWriter(tmp_path / "a.jsonl", anew=True)
+    names = [f"d{index}" for index in range(300)]
+    line = {"domain_names": names, "stalled": names, "pairs": [[0, 1]] * 300, "flags": [True] * 300, "few": [1, 2]}
+    packed = writer.packed({**line, "whole": [1] * 300, "known": [None, 2.5] * 150})
+    writer.close()
+    assert packed["stalled"] == names
+    assert packed["pairs"] == [[0, 1]] * 300
+    assert packed["flags"] == [True] * 300
+    assert packed["few"] == [1, 2]
+    assert packed["arrays"].keys() == {"domain_names", "whole", "known"}
+    known = WideReader(tmp_path / "a.bin").array(packed["arrays"]["known"], 300)
+    assert np.isnan(known[::2]).all()
+    assert (known[1::2] == 2.5).all()
+
+
 def test_a_base_that_is_not_before_its_differences_is_refused(tmp_path: Path) -> None:
     """A loop of bases would never end."""
     writer = WideWriter(tmp_path / "a.jsonl", anew=True)

@@ -85,17 +85,15 @@ class WideWriter:
         for key, value in part.items():
             if isinstance(value, Mapping):
                 kept[key] = self._strip(value, f"{prefix}{key}.", number, arrays)
-            elif isinstance(value, list | np.ndarray) and len(value) == number:
-                if key != "domain_names":
-                    arrays[prefix + key] = self._array(prefix + key, value)
+            elif key == "domain_names":
+                continue
+            elif (array := _numbers(value, number)) is not None:
+                arrays[prefix + key] = self._array(prefix + key, array)
             else:
                 kept[key] = value
         return kept
 
-    def _array(self, key: str, value: Any) -> int:
-        # None, a number that is not known, is NaN here.
-        array = np.asarray(value)
-        array = array.astype(_DTYPES[1] if array.dtype.kind in "iu" else _DTYPES[0])
+    def _array(self, key: str, array: Array) -> int:
         before = self._last.get(key)
         base, chain, kind = 0, 0, _WHOLE
         places = np.flatnonzero(array)
@@ -116,6 +114,18 @@ class WideWriter:
         at = self._file.size
         self._file.write(_HEADER.pack(kind, dtype, len(body) if number is None else number, base) + body)
         return at
+
+
+def _numbers(value: Any, number: int) -> Array | None:
+    """Values of a line with a number for each domain, NaN for None; None where they are something else."""
+    if not isinstance(value, list | np.ndarray) or len(value) != number:
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind == "O" and all(each is None or isinstance(each, int | float) for each in array.tolist()):
+        return array.astype(_DTYPES[0])
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        return None
+    return array.astype(_DTYPES[0] if array.dtype.kind == "f" else _DTYPES[1])
 
 
 class WideReader:
