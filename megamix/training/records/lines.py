@@ -221,7 +221,7 @@ def _problem(line: Mapping[str, Any], kind: type[StepLine]) -> str | None:
         if first["type"] == "missing":
             return f"it has no '{key}'"
         if first["type"] == "value_error":
-            return str(first["ctx"]["error"])
+            return str(first.get("ctx", {}).get("error"))
         seen = repr(first["input"])
         return f"{key} is {seen if len(seen) <= 60 else seen[:60] + '...'}: {first['msg']}"
     return None
