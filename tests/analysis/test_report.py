@@ -231,7 +231,7 @@ def test_training_losses_become_means_over_tokens(data: Path, tmp_path: Path) ->
     loss, tokens = rng.uniform(1, 5, 100), rng.integers(1, 9, 100)
     lines = [
         {
-            "event": "train", "step": step + 1, "tokens": (step + 1) * 10,
+            "event": "train", "step": step + 1, "tokens": (step + 1) * 10, "loss": loss[step], "tokens_per_second": 1.0,
             "domain_loss": {"web": loss[step], "c_$1$": None}, "domain_tokens": {"web": int(tokens[step]), "c_$1$": 0},
         }
         for step in range(100)
