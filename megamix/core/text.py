@@ -34,7 +34,7 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def most_of(rows: Sequence[Sequence[str]], sizes: Sequence[float], most: int = 60) -> list[Sequence[str]]:
+def most_of(rows: Sequence[Sequence[str]], sizes: Any, most: int = 60) -> list[Sequence[str]]:
     """The rows of a table in their order; of more than ``most`` those with the largest sizes, and how many are left."""
     if len(rows) <= most:
         return list(rows)
