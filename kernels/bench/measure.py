@@ -63,13 +63,14 @@ def loss(request: dict[str, Any]) -> Rows:
     # The check knows the plain loss only.
     with mock.patch.object(bench, "_check") if settings else contextlib.nullcontext():
         result = bench.measure(request["name"], builder(request["name"], settings))
-    if result.note:
+    if result.note or result.total_ms is None or result.forward_ms is None:
         return [{"metric": "failed", "note": result.note}]
     rows = [
         figure("forward + backward", result.total_ms, "ms") | {"low": result.low_ms, "high": result.high_ms},
         figure("forward", result.forward_ms, "ms"),
-        figure("bandwidth of one reading and one writing", result.percent_of_copy, "% of a copy"),
     ]
+    if result.percent_of_copy is not None:
+        rows.append(figure("bandwidth of one reading and one writing", result.percent_of_copy, "% of a copy"))
     return rows + ([figure("peak memory", result.peak_bytes, "bytes a logit")] if result.peak_bytes else [])
 
 

@@ -116,5 +116,5 @@ def test_a_run_whose_record_does_not_fit_goes_on_from_its_checkpoint(
     assert record(run) == record(whole)
     assert samples(run) == samples(whole)
     events = [line["event"] for line in read_lines(run / EVENTS, EventLine)]
-    assert events == ["started", "ended", "resumed", "failed", "resumed", "ended"]
-    assert json.loads((run / EVENTS).read_text().splitlines()[3])["text"].startswith(f"cannot write {path}")
+    assert events == ["started", "ended", "resumed", "incomplete", "failed", "resumed", "ended"]
+    assert json.loads((run / EVENTS).read_text().splitlines()[4])["text"].startswith(f"cannot write {path}")

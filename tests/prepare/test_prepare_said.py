@@ -268,7 +268,7 @@ def test_any_name_and_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.jsonl", gzip.compress(b"{}"), r"begins as a .gz file does. Give its name that ending: x.jsonl.gz"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), r"begins as a .gz file does. Give its name that ending: x.jsonl.gz"),
         ("x.txt", b"\x28\xb5\x2f\xfd\x00", r"begins as a .zst file does. Give its name that ending: x.txt.zst"),
         ("x.jsonl", b"PAR1\x15", r"begins as a .parquet file does"),
         ("x.jsonl.gz", b"\xfd7zXZ\x00", r"begins as a .xz file does. Unpack it"),
