@@ -101,10 +101,10 @@ def test_arms_that_ignore_the_objective_run_once(tiny_config: Write, monkeypatch
 def test_objectives_of_weights(tiny_config: Write) -> None:
     """They are judged by name beside the words, normalised, and given to the mixers that follow the objective."""
     arms = {"new": {"mixer": {"name": "recommended"}}}
-    asked = {"natural": "natural", "mostly": {"tables": 3.0, "topics": 1.0}}
+    asked = {"natural": "natural", "mostly": {"code": 0.0, "tables": 3.0, "topics": 1.0}}
     found = study(tiny_config, arms=arms, objectives=asked, seeds=[1], controls=False, frozen_mean=False)
     assert list(found.objectives) == ["natural", "mostly"]
-    assert found.objectives["mostly"] == {**dict.fromkeys(found.domains, 0.0), "tables": 0.75, "topics": 0.25}
+    assert found.objectives["mostly"] == {"code": 0.0, "tables": 0.75, "topics": 0.25}
     objectives = {entry.name: found.run(entry)["objective"] for entry in found.entries}
     assert objectives == {"seed1.new@natural": "natural", "seed1.new@mostly": found.objectives["mostly"]}
 

@@ -260,8 +260,20 @@ def test_how_much_weights_swing(tmp_path: Path, key: str) -> None:
     """From step to step, by hand: half the sum of absolute changes is 0.1, 0.3 and 0.2; other domains do not count."""
     assert swing_of(tmp_path) == 0.0
     rows = [[0.5, 0.5, 0.0], [0.6, 0.4, 0.0], [0.3, 0.4, 0.3], [0.3, 0.6, 0.1]]
-    lines = [{"domain_names": ["z"], "domain_weights": [1.0]}]
-    lines += [{"domain_names": ["a", "b", "c"], "domain_weights": [1 / 3] * 3, key: row} for row in rows]
+    empty = {"start": 0, "counts": [0] * 3, "deficits": [0.0] * 3}
+    one = {"start": 0, "counts": [0], "deficits": [0.0]}
+    lines = [{"step": 0, "position": 0, "domain_names": ["z"], "domain_weights": [1.0], "segment": one}]
+    lines += [
+        {
+            "step": 1,
+            "position": 1,
+            "domain_names": ["a", "b", "c"],
+            "domain_weights": [1 / 3] * 3,
+            "segment": empty,
+            key: row,
+        }
+        for row in rows
+    ]
     (tmp_path / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert swing_of(tmp_path) == pytest.approx(0.2)
 

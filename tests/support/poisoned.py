@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.upgrade import with_contents
+
 VOCAB = 512
 SEQ_LENGTH = 64
 Tokens = frozenset[int]
@@ -86,6 +89,7 @@ def plant(data_dir: Path, folder: Path, places: Sequence[Iterable[Read]]) -> lis
             files[read.domain][read.sample * SEQ_LENGTH + SEQ_LENGTH // 2] = token
     for content in files.values():
         content.flush()
+    with_contents(Manifest.load(folder)).save()  # the hashes of what is there now
     return tokens
 
 

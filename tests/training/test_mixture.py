@@ -169,10 +169,12 @@ def write_run(run_dir: Path, mixer: str, lines: list[dict[str, Any]], position: 
         "train": {"steps": 20, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
     (run_dir / "config.resolved.yaml").write_text(json.dumps(config))
-    segment = {"start": 0, "counts": [0, 0], "deficits": [0.0, 0.0]}
-    recorded = [{"domain_names": NAMES, "segment": segment, "step": line["position"], **line} for line in lines]
+    recorded = [{"domain_names": NAMES, "step": line["position"], **line} for line in lines]
+    for line in recorded:
+        zeros = [0] * len(line["domain_names"])
+        line["segment"] = {"start": 0, "counts": zeros, "deficits": list(map(float, zeros))}
     (run_dir / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recorded))
-    evaluation = {"event": "evaluate", "step": position // 10, "tokens": 0, "domain_loss": {}}
+    evaluation = {"event": "evaluate", "step": position // 10, "tokens": 0, "domain_loss": {}, "macro_loss": None}
     (run_dir / "metrics.jsonl").write_text(json.dumps(evaluation) + "\n")
     return str(run_dir)
 

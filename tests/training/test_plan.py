@@ -144,7 +144,7 @@ def test_constrain_at_later_positions(manifest: Path) -> None:
     assert plan.policy.allowed(unchanged, counts, 200).tolist() == unchanged.tolist()
     # Past the end, what the whole run allows: the samples of each domain over the 400 of the run.
     end = plan.policy.allowed(np.array([0.1, 0.4, 0.4, 0.1]), np.array([250, 60, 20, 70]), 400)
-    assert np.allclose(end, plan.num_samples / plan.num_samples.sum(), rtol=0, atol=1e-12)
+    assert np.allclose(end, [0.5, 0.15, 0.05, 0.3], rtol=0, atol=1e-12)
     assert make_plan(config(manifest, steps=50)).policy.allowed(end, counts, 200).tolist() == end.tolist()
 
 
