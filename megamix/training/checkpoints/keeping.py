@@ -69,7 +69,7 @@ def drop_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
     the user said so, and its record continues from there.
 
     A checkpoint that was saved while steps were left out, or is damaged, takes the place of no other: the weights in it
-    may be why. Of the former only the newest stays.
+    may be why. Of the former the newest stays, or as many as are missing from ``keep``.
 
     Args:
         keep: number of the newest others that stay.
@@ -86,7 +86,7 @@ def drop_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
                 (after_skips if listing.after_skips else sound).append(other)
     later = [other for other in found if other > step]
     oldest = sound[-keep] if len(sound) >= keep else 0
-    old = [other for other in found if other < oldest or other in after_skips[:-1]]
+    old = [other for other in found if other < oldest or other in after_skips[: -max(1, keep - len(sound))]]
     for other in later:
         get_logger().info("removing %s: the run was resumed from a step before it", found[other])
     for other in [*later, *(other for other in old if not keep_every or other % keep_every)]:
