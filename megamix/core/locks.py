@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError, MegamixError
+from megamix.core.files import parse_json
 from megamix.core.log import get_logger
 from megamix.core.processes import process_began
 
@@ -154,7 +155,7 @@ def _sign(path: Path, file: int, facts: Mapping[str, object]) -> None:
 
 def _read(file: int) -> Holder:
     try:
-        holder = json.loads(os.pread(file, 4096, 0))
-    except (OSError, ValueError, RecursionError):
+        holder = parse_json(os.pread(file, 4096, 0))
+    except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -6,10 +6,10 @@ is smaller than its checkpoint says has lost lines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megamix.core.files import parse_json
 from megamix.core.text import listed
 
 _FILES = ("*.jsonl", "*.bin", "statistics/*.bin", "shadow/*.jsonl", "shadow/*.bin")
@@ -54,6 +54,6 @@ def _up_to(path: Path) -> str:
         return ""
     whole = path.read_bytes().split(b"\n")[:-1]
     try:
-        return f", up to step {int(json.loads(whole[-1])['step'])}"
-    except (IndexError, ValueError, KeyError, TypeError, RecursionError):
+        return f", up to step {int(parse_json(whole[-1])['step'])}"
+    except (IndexError, ValueError, KeyError, TypeError):
         return ""

@@ -13,6 +13,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from megamix.core.files import parse_json
+
 LONGEST_LINE = 1 << 17
 AT_ONCE = 1 << 20
 """Bytes that one call of `Connection.receive` reads: a rank that never stops speaking is not listened to alone."""
@@ -82,8 +84,8 @@ class Connection:
             self.problem = f"a message of more than {LONGEST_LINE} bytes"
             return None
         try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
+            message = parse_json(line)
+        except ValueError:
             message = None
         if isinstance(message, dict):
             return message
