@@ -14,6 +14,7 @@ import typer
 
 from megamix.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, MegamixError
 from megamix.core.paths import paths_expanded
+from megamix.core.text import shortened
 from megamix.interop.blend_files.cli import app as blend
 from megamix.prepare.cli import corpus, merge, prepare, verify
 from megamix.studies.launch import Overrides, launch
@@ -379,5 +380,4 @@ def _leave(code: int) -> None:
 
 
 def _in_short(error: OSError) -> str:
-    name = str(error.filename)
-    return f"{name if len(name) <= 120 else name[:120] + '...'}: {error.strerror}"
+    return f"{shortened(str(error.filename), 120)}: {error.strerror}"

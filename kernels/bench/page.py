@@ -23,8 +23,14 @@ def cell(row: dict[str, Any]) -> str:
     """The figure of a row in words: value, unit and quartiles, or why there is none."""
     if row.get("value") is None:
         return f"{NOT_MEASURED}: {row.get('note', '')}"
-    spread = f" ({row['low']:.4g} to {row['high']:.4g})" if row.get("low") is not None else ""
-    return f"{row['metric']} {row['value']:.4g} {row.get('unit', '')}".rstrip() + spread
+    value, spread = _figure(row)
+    return f"{row['metric']} {value}" + (f" ({spread})" if spread else "")
+
+
+def _figure(row: dict[str, Any]) -> tuple[str, str]:
+    """Value with its unit, and quartiles; empty where there are none."""
+    spread = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
+    return f"{row['value']:.4g} {row.get('unit', '')}".rstrip(), spread
 
 
 def make(rows: list[dict[str, Any]], keys: list[str]) -> str:
@@ -56,8 +62,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     heads = [*shown, "value", "quartiles", "note"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        value = NOT_MEASURED if row.get("value") is None else f"{row['value']:.4g} {row.get('unit', '')}".rstrip()
-        spread = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
+        value, spread = (NOT_MEASURED, "") if row.get("value") is None else _figure(row)
         cells = [str(row.get(name) or "") for name in shown]
         lines.append("| " + " | ".join([*cells, value, spread, row.get("note") or ""]) + " |")
     return [*lines, ""]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import InputError, MegamixError, given_twice
+from megamix.core.text import shortened
 
 MOST_TEXT = 1 << 30
 """Bytes of a text file that is read as a whole."""
@@ -186,7 +187,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             problem = str(error)
         else:
-            problem = None if isinstance(line, dict) else f"it is {_short(line)}, expected an object"
+            problem = None if isinstance(line, dict) else f"it is {shortened(repr(line))}, expected an object"
         if problem is not None:
             raise InputError(
                 f"{path}, line {index} is damaged: {problem}. "
@@ -194,12 +195,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             )
         lines.append(line)
     return lines
-
-
-def _short(value: object) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 class AppendFile:

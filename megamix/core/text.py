@@ -34,6 +34,11 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """The text, cut where it is longer than ``most`` characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def most_of(rows: Sequence[Sequence[str]], sizes: Any, most: int = 60) -> list[Sequence[str]]:
     """The rows of a table in their order; of more than ``most`` those with the largest sizes, and how many are left."""
     if len(rows) <= most:

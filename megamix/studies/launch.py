@@ -73,8 +73,9 @@ def launch(
         root = context.find_root()
         command: Any = root.command
         options = command.get_command(root, "prepare").make_context("prepare", [source, *overrides]).params
+        options["out"] = Path(expand(str(options["out"])))
         tasks = _prepare_tasks((source, *overrides), options, resources, shards, limit)
-        said = submit_or_show(Path(expand(str(options["out"]))), tasks, dry_run=dry_run)
+        said = submit_or_show(options["out"], tasks, dry_run=dry_run)
     else:
         folder, task = _train_task(path, overrides, resources)
         said = submit_or_show(folder, [task], dry_run=dry_run)
@@ -107,7 +108,7 @@ def _prepare_tasks(
     for name, value in (("--shard", options["shard"]), ("--tokenizer-only", options["tokenizer_only"])):
         if value:
             raise InputError(f"the chain sets {name} itself. Leave it out, and say how many: --shards N.")
-    out = Path(expand(str(options["out"])))
+    out: Path = options["out"]
     find_inputs(options["inputs"], out)
     left = tuple(i for i in range(1, shards + 1) if not shard_note_path(out, Shard(i, shards)).is_file())
     tokenizer = command_job(("prepare", *arguments, "--tokenizer-only"), resources)

@@ -26,7 +26,7 @@ from megamix.core.progress import ReadProgress
 from megamix.core.text import gib, listed
 from megamix.data.tokens.hashes import BLOCK_BYTES, DIGEST_BYTES, block_digest
 from megamix.data.tokens.indexed import bin_path, idx_path
-from megamix.data.tokens.manifest import FILE_NAME, DomainEntry, Manifest
+from megamix.data.tokens.manifest import FILE_NAME, DomainEntry, Manifest, SplitEntry
 
 SAMPLE_BYTES = 128 << 20
 """Bytes that a sample reads, about."""
@@ -178,14 +178,13 @@ def verify_all(
 def _files(manifest: Manifest, domains: Sequence[DomainEntry] | None) -> list[_File] | None:
     """The files of the domains, each once; None for a manifest without their contents."""
     found: dict[Path, _File] = {}  # the splits of a domain may share a file
-    for domain in manifest.domains if domains is None else domains:
-        for split in (domain.train, domain.validation):
-            if split.contents is None:
-                return None
-            for prefix, held in zip(split.prefixes, split.contents, strict=True):
-                data, index = bin_path(manifest.folder / prefix), idx_path(manifest.folder / prefix)
-                found[data] = _File(domain.name, data, held.bin_bytes, held.bin_blocks)
-                found[index] = _File(domain.name, index, held.idx_bytes, held.idx_blocks)
+    for name, split in _splits(manifest, domains):
+        if split.contents is None:
+            return None
+        for prefix, held in zip(split.prefixes, split.contents, strict=True):
+            data, index = bin_path(manifest.folder / prefix), idx_path(manifest.folder / prefix)
+            found[data] = _File(name, data, held.bin_bytes, held.bin_blocks)
+            found[index] = _File(name, index, held.idx_bytes, held.idx_blocks)
     for file in found.values():
         wanted = -(-file.num_blocks * DIGEST_BYTES // 3) * 4  # characters of base64
         if len(file.blocks) != wanted:
@@ -199,13 +198,18 @@ def _files(manifest: Manifest, domains: Sequence[DomainEntry] | None) -> list[_F
 
 def _whole_files(manifest: Manifest, domains: Sequence[DomainEntry] | None) -> Iterator[tuple[str, Path, str]]:
     seen: set[Path] = set()
+    for name, split in _splits(manifest, domains):
+        for prefix, sha256 in zip(split.prefixes, split.sha256, strict=True):
+            path = bin_path(manifest.folder / prefix)
+            if path not in seen:
+                seen.add(path)
+                yield name, path, sha256
+
+
+def _splits(manifest: Manifest, domains: Sequence[DomainEntry] | None) -> Iterator[tuple[str, SplitEntry]]:
     for domain in manifest.domains if domains is None else domains:
-        for split in (domain.train, domain.validation):
-            for prefix, sha256 in zip(split.prefixes, split.sha256, strict=True):
-                path = bin_path(manifest.folder / prefix)
-                if path not in seen:
-                    seen.add(path)
-                    yield domain.name, path, sha256
+        yield domain.name, domain.train
+        yield domain.name, domain.validation
 
 
 def _draw(files: Sequence[_File], rng: np.random.Generator) -> list[tuple[int, list[int]]]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
 from megamix.core.errors import InputError
 from megamix.core.files import read_json_lines
+from megamix.core.text import shortened
 from megamix.training.records.wide_lines import ARRAYS, WideLine, WideReader, side_path
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0)]
-L = TypeVar("L", bound="StepLine")
 
 
 class _Part(pydantic.BaseModel):
@@ -222,6 +222,5 @@ def _problem(line: Mapping[str, Any], kind: type[StepLine]) -> str | None:
             return f"it has no '{key}'"
         if first["type"] == "value_error":
             return str(first.get("ctx", {}).get("error"))
-        seen = repr(first["input"])
-        return f"{key} is {seen if len(seen) <= 60 else seen[:60] + '...'}: {first['msg']}"
+        return f"{key} is {shortened(repr(first['input']))}: {first['msg']}"
     return None
