@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from unittest import mock
 import pytest
 import yaml
 from commands import LAUNCH_VARIABLES, STDLIB, run_megamix
+
+from megamix.core.log import get_logger
 
 # Files that take tens of seconds, the longest first: begun last, one of them would keep one of two workers idle.
 LONGEST = [
@@ -108,3 +111,14 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
 def megamix() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_megamix`."""
     return run_megamix
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The lines of the log so far."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    get_logger().addHandler(handler)
+    yield lines
+    get_logger().removeHandler(handler)

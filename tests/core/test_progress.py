@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import io
-import logging
 import time
-from collections.abc import Iterator
 
 import pytest
 from rich.progress import BarColumn, TextColumn
 
-from megamix.core.log import get_logger
 from megamix.core.progress import LOG_EVERY_S, Progress
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, *, enabled: bool) -> str:

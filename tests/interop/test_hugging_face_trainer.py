@@ -102,13 +102,17 @@ def weights(folder: Path) -> dict[int, list[float]]:
     return {line["effective_step"]: line["domain_weights"] for line in map(json.loads, lines)}
 
 
-@pytest.fixture(scope="module")
-def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without the labels that begin a document, so that micro-batches differ in their number of tokens."""
-    path = tmp_path_factory.mktemp("mix") / "mix.yaml"
+def mix_config(data_dir: Path, folder: Path) -> Path:
+    """Writes a config without the labels that begin a document, so that micro-batches differ in numbers of tokens."""
+    path = folder / "mix.yaml"
     data = {"manifest": str(data_dir), "seq_length": SEQ, "eod_mask_loss": True}
     path.write_text(yaml.safe_dump({"data": data, "mixer": MIXER}), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mix_config(data_dir, tmp_path_factory.mktemp("mix"))
 
 
 def plain_loop(data_dir: Path, mixer_config: dict[str, Any]) -> dict[str, Any]:

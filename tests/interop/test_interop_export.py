@@ -168,7 +168,8 @@ def test_a_data_set_and_weights_from_a_file(data: Path, tmp_path: Path) -> None:
         (["{fresh}", "--stages", "1", "--out", "x"], "fresh has 0 iterations on record"),
         (["{lost}"], "--format megatron needs its data set. cannot read the manifest .* Or use --format json"),
         (["{lost}", "--format", "doremi"], "--format doremi needs its data set"),
-        (["{back}", "--format", "json"], "weights.jsonl, line 2 is damaged: position is -6"),
+        (["{back}", "--format", "json"], "line 3 .* is at position 0, expected positions that rise"),
+        (["{below}", "--format", "json"], "weights.jsonl, line 2 is damaged: position is -6"),
     ],
 )
 def test_refused(
@@ -178,7 +179,9 @@ def test_refused(
     places = {"run": run[0], "data": data}
     places["fresh"] = write_run(tmp_path / "fresh", data, lines[:1], steps=0)
     places["lost"] = write_run(tmp_path / "lost", tmp_path / "nowhere", lines)
-    places["back"] = write_run(tmp_path / "back", data, [lines[0], {**lines[1], "position": -6}])
+    back = {**lines[2], "position": 0, "segment": {**lines[2]["segment"], "start": 0}}
+    places["back"] = write_run(tmp_path / "back", data, [lines[0], lines[1], back])
+    places["below"] = write_run(tmp_path / "below", data, [lines[0], {**lines[1], "position": -6}])
     given = [re.sub(r"{(\w+)}", lambda found: str(places[found[1]]), argument) for argument in arguments]
     seen = error_of("export", *given)
     assert re.search(message, seen), seen

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from ranks import run_ranks
 from test_hugging_face_trainer import (
     BATCH,
@@ -25,6 +24,7 @@ from test_hugging_face_trainer import (
     SEQ,
     STEPS,
     make_model,
+    mix_config,
     plain_loop,
 )
 from titan_stand_in import TitanLoop, installed
@@ -34,10 +34,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 
 @pytest.fixture(scope="module")
 def config(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mix") / "mix.yaml"
-    data = {"manifest": str(data_dir), "seq_length": SEQ, "eod_mask_loss": True}
-    path.write_text(yaml.safe_dump({"data": data, "mixer": MIXER}), encoding="utf-8")
-    return path
+    return mix_config(data_dir, tmp_path_factory.mktemp("mix"))
 
 
 @pytest.fixture(scope="module")

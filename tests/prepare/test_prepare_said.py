@@ -7,9 +7,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ from json_lines import jsonl
 from tokenizers import Tokenizer, models
 
 from megamix.core.errors import DataChanged, InputError
-from megamix.core.log import get_logger
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.data.tokens.verify import verify_all
@@ -32,16 +29,6 @@ WORDS = ["river", "stone", "letter", "garden", "quick", "slow", "paper", "music"
 def texts(number: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, 40)) for _ in range(number)]
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    get_logger().addHandler(handler)
-    yield lines
-    get_logger().removeHandler(handler)
 
 
 @pytest.fixture
@@ -72,23 +59,23 @@ def test_eod_by_name(text: Path, tmp_path: Path) -> None:
     assert manifest.domains[0].train.sha256 == Manifest.load(tmp_path / "first").domains[0].train.sha256
 
 
-def test_validation_0_is_said(text: Path, tmp_path: Path, said: list[str]) -> None:
+def test_validation_0_is_said(text: Path, tmp_path: Path, logged: list[str]) -> None:
     manifest = run(f"a={text}", out=tmp_path / "out", validation_fraction=0.0)
     assert documents(manifest, "a") == (59, 1)
-    assert any("--validation 0: one document of every domain is held out all the same" in line for line in said)
+    assert any("--validation 0: one document of every domain is held out all the same" in line for line in logged)
 
 
-def test_the_line_of_a_domain_has_the_validation_tokens(text: Path, tmp_path: Path, said: list[str]) -> None:
+def test_the_line_of_a_domain_has_the_validation_tokens(text: Path, tmp_path: Path, logged: list[str]) -> None:
     """With a share of 1/1000 chance holds out none of 60 documents."""
     manifest = run(f"a={text}", out=tmp_path / "out", validation_fraction=0.001)
     entry = manifest.domain("a")
     assert documents(manifest, "a") == (59, 1)
-    assert any(f"a: {entry.train.tokens:,} + {entry.validation.tokens:,} tokens" in line for line in said)
-    assert any("chance left no document to validate with" in line for line in said)
-    assert not any("+ 0 tokens" in line for line in said)
+    assert any(f"a: {entry.train.tokens:,} + {entry.validation.tokens:,} tokens" in line for line in logged)
+    assert any("chance left no document to validate with" in line for line in logged)
+    assert not any("+ 0 tokens" in line for line in logged)
 
 
-def test_files_passed_over_are_said(tmp_path: Path, said: list[str]) -> None:
+def test_files_passed_over_are_said(tmp_path: Path, logged: list[str]) -> None:
     part = tmp_path / "part"
     part.mkdir()
     (part / "part-0.jsonl").write_bytes(jsonl(texts(20)))
@@ -96,16 +83,16 @@ def test_files_passed_over_are_said(tmp_path: Path, said: list[str]) -> None:
     (part / "part-2.JSONL").write_bytes(jsonl(texts(20)))
     (part / ".hidden.jsonl").write_text("")
     assert find_inputs([f"x={part}"]) == {"x": [part / "part-0.jsonl"]}
-    (line,) = said
+    (line,) = logged
     assert line.startswith(f"{part}: 2 files passed over")
     assert "part-1.json.gz, part-2.JSONL" in line
-    said.clear()
+    logged.clear()
     find_inputs([str(tmp_path)])
-    assert [line.split(":")[0] for line in said] == [str(part)]
+    assert [line.split(":")[0] for line in logged] == [str(part)]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_documents_without_text(tmp_path: Path, said: list[str], shards: int) -> None:
+def test_documents_without_text(tmp_path: Path, logged: list[str], shards: int) -> None:
     given = texts(40)
     given[3:3] = ["", " \n\t", ""]
     given.append("   ")
@@ -123,12 +110,12 @@ def test_documents_without_text(tmp_path: Path, said: list[str], shards: int) ->
 
     left_out = made("without")
     assert sum(documents(left_out, "a")) == 40
-    count = [int(line.split(" document")[0].split(", ")[-1]) for line in said if "without text left out" in line]
+    count = [int(line.split(" document")[0].split(", ")[-1]) for line in logged if "without text left out" in line]
     assert sum(count) == 4
-    said.clear()
+    logged.clear()
     kept = made("with", keep_empty=True)
     assert sum(documents(kept, "a")) == 44
-    assert not any("left out" in line for line in said)
+    assert not any("left out" in line for line in logged)
     tokenizer = LoadedTokenizer(tmp_path / "with/tokenizer.json")
     # As Megatron-LM's preprocess_data: an empty document has no token, white space has its own and the end.
     wanted = sorted([*ids, tokenizer.eod_id] if ids else [] for ids in tokenizer.encode_batch(given))
@@ -140,7 +127,7 @@ def test_documents_without_text(tmp_path: Path, said: list[str], shards: int) ->
     assert sorted(seen) == wanted
 
 
-def test_a_killed_prepare_still_counts(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_prepare_still_counts(tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from megamix.prepare import parts
 
     path = tmp_path / "a.jsonl"
@@ -157,8 +144,8 @@ def test_a_killed_prepare_still_counts(tmp_path: Path, said: list[str], monkeypa
     with pytest.raises(KeyboardInterrupt):
         run(f"a={path}", out=tmp_path / "out", block_bytes=2000, journal_bytes=1)
     run(f"a={path}", out=tmp_path / "out", block_bytes=2000, journal_bytes=1)
-    assert any("going on after" in line for line in said)
-    assert any("40 documents without text left out" in line for line in said)
+    assert any("going on after" in line for line in logged)
+    assert any("40 documents without text left out" in line for line in logged)
 
 
 def test_only_documents_without_text(tmp_path: Path) -> None:
@@ -207,16 +194,16 @@ def test_what_verification_advises_mends_the_data(text: Path, tmp_path: Path) ->
         verify_all(Manifest.load(tmp_path / "out"))
 
 
-def test_bpe_dropout_is_switched_off(text: Path, tmp_path: Path, said: list[str]) -> None:
+def test_bpe_dropout_is_switched_off(text: Path, tmp_path: Path, logged: list[str]) -> None:
     whole = run(f"a={text}", out=tmp_path / "whole")
     content = json.loads((tmp_path / "whole/tokenizer.json").read_text())
     content["model"]["dropout"] = 0.3
     (tmp_path / "t.json").write_text(json.dumps(content))
     for name in ("first", "second"):
-        said.clear()
+        logged.clear()
         made = run(f"a={text}", out=tmp_path / name, tokenizer=tmp_path / "t.json")
         assert made.domain("a").train.sha256 == whole.domain("a").train.sha256
-        assert sum("cuts text at random (dropout 0.3)" in line for line in said) == 1
+        assert sum("cuts text at random (dropout 0.3)" in line for line in logged) == 1
 
 
 def test_sampling_of_other_models_is_switched_off(tmp_path: Path) -> None:
