@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import resource
 import signal
 import socket
@@ -46,10 +48,25 @@ def process_began(process: int) -> int | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody uses, and that stays free until it is listened on.
+
+    Not one that the kernel hands out: another process may get that one for a connection in the meantime.
+    """
+    lowest = _lowest_handed_out()
+    below = range(min(lowest, max(1024, lowest - 16384)), lowest)
+    for port in (*random.SystemRandom().sample(below, min(100, len(below))), 0):  # 0: the kernel's choice, if need be
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return probe.getsockname()[1]
+    raise OSError("this machine has no free port")
+
+
+def _lowest_handed_out() -> int:
+    """The lowest port that the kernel gives to a process which asks for any."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        return 32768  # Linux; others begin higher
 
 
 def allow_more_files() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from commands import ENVIRONMENT, ROOT, RUN_SECONDS
 
-from megamix.core.processes import die_with_parent, process_began
+from megamix.core import processes
+from megamix.core.processes import die_with_parent, free_port, process_began
 
 
 def child_of_one_that_dies(before: str, after: str) -> str:
@@ -72,3 +76,19 @@ def test_when_a_process_began() -> None:
     assert process_began(child) is None
     os.waitpid(child, 0)
     assert process_began(child) is None
+
+
+def test_a_free_port_is_none_that_the_kernel_hands_out() -> None:
+    """A connection of another process would take it before the first rank listens on it."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    ports = [free_port() for _ in range(8)]
+    assert all(1024 <= port < lowest for port in ports)
+    assert len(set(ports)) > 1
+
+
+@pytest.mark.parametrize("lowest", [0, 1024, 1025])
+def test_there_is_a_port_where_the_kernel_hands_out_nearly_all(lowest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_lowest_handed_out", lambda: lowest)
+    with socket.socket() as listener:
+        listener.bind(("", free_port()))
+        assert listener.getsockname()[1] > 0
