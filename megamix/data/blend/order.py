@@ -94,25 +94,35 @@ class Order:
     def counts_at(self, position: int) -> Ints:
         """int64 [K]: the samples of each domain in the first ``position`` positions."""
         low = self._below(position)
-        index, _ = self._sorted(low, position, position, False)
+        index, _, due = self._candidates(low, position, position, False)
         counts = np.zeros(self._num_domains, np.int64)
-        counts[self._domains] = low + np.bincount(index[: position - int(low.sum())], minlength=low.size)
+        if number := position - int(low.sum()):
+            # No need to sort: those due before the last one, and of those due with it the first in order of domains.
+            last = np.partition(due, number - 1)[number - 1]
+            before = index[due < last]
+            low = low + np.bincount(before, minlength=low.size)
+            low += np.bincount(index[due == last][: number - before.size], minlength=low.size)
+        counts[self._domains] = low
         return counts
 
     def _sorted(self, low: Ints, start: int, stop: int, settled: bool) -> tuple[Ints, Ints]:
         """(index into the domains of weight above 0, ordinal) of the samples from ``low`` on, at least as far as
         position ``stop``, in order; ``low`` are no more samples than given before ``start``."""
+        index, ordinal, due = self._candidates(low, start, stop, settled)
+        # Stable: equal due times stay sorted by domain, then by sample. Due times are above 0, so their bits sort like
+        # the numbers, but faster.
+        order = due.view(np.int64).argsort(kind="stable")
+        return index.take(order), ordinal.take(order)
+
+    def _candidates(self, low: Ints, start: int, stop: int, settled: bool) -> tuple[Ints, Ints, Floats]:
+        """(index, ordinal) as of `_sorted`, but by domain, then by sample; and their due times."""
         high = np.maximum(self._above(stop), low)
         number = high - low
         index = self._each.repeat(number)
         ordinal = (high - number.cumsum()).repeat(number)
         ordinal += np.arange(index.size)
         first, last = (self._last, self._last) if settled else self._phases_between(low, high, start, stop)
-        due = self._due(index, ordinal, first, last)
-        # Stable: equal due times stay sorted by domain, then by sample. Due times are above 0, so their bits sort like
-        # the numbers, but faster.
-        order = due.view(np.int64).argsort(kind="stable")
-        return index.take(order), ordinal.take(order)
+        return index, ordinal, self._due(index, ordinal, first, last)
 
     def _due(self, index: Ints, ordinal: Ints, first: int, last: int) -> Floats:
         """Due times of samples that are due in phases ``first`` to ``last``; the result does not depend on these, and

@@ -174,6 +174,8 @@ def _counts(name: str, values: Any, num_domains: int | None = None) -> IntArray:
         array = np.array(values)
         if array.dtype.kind not in "iuf":
             raise ValueError(f"numbers expected, not {array.dtype}")
+        if array.dtype == np.int64 and array.shape == (num_domains or array.size,) and array.min(initial=0) >= 0:
+            return array  # as they come in every step
         with np.errstate(invalid="ignore"):  # NaN and what exceeds int64 is found by the comparison below
             whole = array.astype(np.int64)
     except (TypeError, ValueError, OverflowError) as error:

@@ -156,12 +156,16 @@ def _fill(weights: FloatArray, lower: FloatArray, upper: FloatArray, total: floa
     All weights are above 0, and sum lower <= total < sum upper.
     """
     leaves_floor, reaches_cap = lower / weights, upper / weights
-    turning = np.unique(np.concatenate([[0.0], leaves_floor, reaches_cap]))
+    turning = np.concatenate([[0.0], leaves_floor, reaches_cap])
+    turning.sort()
+    clipped = np.empty_like(weights)
     # The largest turning point at which the sum does not exceed the total.
     first, last = 0, len(turning) - 1
     while first < last:
         middle = (first + last + 1) // 2
-        if np.clip(turning[middle] * weights, lower, upper).sum() <= total:
+        np.multiply(weights, turning[middle], out=clipped)
+        np.maximum(clipped, lower, out=clipped)
+        if np.minimum(clipped, upper, out=clipped).sum() <= total:
             first = middle
         else:
             last = middle - 1
@@ -180,7 +184,7 @@ def _bound(value: float | Sequence[float] | FloatArray, num_domains: int, what: 
     array = np.asarray(value, dtype=np.float64)
     if array.ndim and array.shape != (num_domains,):
         raise InputError(f"{array.size} values of {what} for {num_domains} domains. Give one value, or one a domain.")
-    return np.array(np.broadcast_to(array, (num_domains,)))
+    return array.copy() if array.ndim else np.full(num_domains, array)
 
 
 def _check_feasible(weights: FloatArray, lower: FloatArray, upper: FloatArray, domains: Sequence[str] | None) -> None:
