@@ -19,7 +19,7 @@ from megamix.data.sampler import Slice
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import Decoder, Embedding, Head
 from megamix.studies.arena.config import ArenaConfig
-from megamix.studies.arena.study import nested
+from megamix.studies.arena.members import nested
 from megamix.studies.runs import read_section
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.mixture import FileMixture

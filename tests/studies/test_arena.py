@@ -151,8 +151,8 @@ def test_jobs_of_an_arena(tiny_config: Write) -> None:
     waits = re.findall(r"^# (\w+)\n.* sbatch (?:.*--dependency=(\w+:<\w+>))?", said, re.MULTILINE)
     assert waits == [
         ("begin", ""),
-        ("run", "afterok:<begin>"),
-        ("frozen", "afterok:<run>"),
+        ("run", "afterany:<begin>"),
+        ("frozen", "afterany:<run>"),
         ("results", "afterany:<frozen>"),
     ]
     assert re.search(rf"command\.sbatch arena {path} --only collect$", said, re.MULTILINE)

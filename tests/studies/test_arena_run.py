@@ -93,7 +93,8 @@ def test_killed_and_started_again_it_has_the_same_results(megamix: Megamix, tiny
     assert found["verdict"] in page
     assert f"{found['mean']:+.4f}" in page
     assert not re.search(r"(src|href)=\"(?!#)", page)
-    assert {path.name for path in (run / "plots").iterdir()} == {"differences.png", f"gain.natural.{STEPS}steps.png"}
+    plots = {"differences.png", f"gain.natural.{STEPS}steps.png", "weights.png"}
+    assert {path.name for path in (run / "plots").iterdir()} == plots
 
 
 def test_a_domain_that_comes_late_and_a_frozen_mean(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:

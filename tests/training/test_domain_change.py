@@ -355,3 +355,12 @@ def test_a_run_that_stops_where_a_domain_is_used_up(
     assert (run / "metrics.jsonl").read_text() == record
     longer = [f"data.max_epochs={{tables: {15 / windows}}}", "checkpoint.accept_changed=[constraints]"]
     assert "is used up after step 7 of 12" in megamix("train", config, *longer).stderr
+
+
+def test_a_run_that_begins_has_no_domains_to_change(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
+    """It would train with the domain that is to come later from its first step on."""
+    config = tiny_config(checkpoint={"every": 0, "domains": {"add": {"tables": 0.1}}})
+    said = megamix("train", config, code=2).stderr
+    assert "checkpoint.domains.add changes the domains of a run that goes on, but" in said
+    assert "has no checkpoint" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

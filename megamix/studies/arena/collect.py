@@ -4,7 +4,7 @@
     RUN_DIR/results.json   for each of these cells the arms' means, and paired differences with intervals
     RUN_DIR/results.md     the same as tables
 
-Beside them are the page and its plots (`megamix.studies.arena.page`).
+Beside them are the page (`megamix.studies.arena.page`) and plots (`megamix.studies.arena.figures`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 def collect(study: ArenaStudy) -> Report:
     """Writes the results of the members that are done, with page and plots; returns what to print."""
     # Not at once: matplotlib takes seconds to import, and submitting does without it.
-    from megamix.studies.arena.page import PAGE, page, plot
+    from megamix.studies.arena.figures import plot
+    from megamix.studies.arena.page import PAGE, page
 
     results = read_results(study)
     content = {

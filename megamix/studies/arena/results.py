@@ -19,7 +19,8 @@ from megamix.analysis.paired import Interval, smallest_visible, t_interval
 from megamix.analysis.series import first_step_at
 from megamix.core.errors import InputError
 from megamix.studies.arena.config import NATURAL, NO_TRAP
-from megamix.studies.arena.study import ArenaStudy, Condition, Entry, Weights
+from megamix.studies.arena.members import Condition, Entry
+from megamix.studies.arena.study import ArenaStudy, Weights
 from megamix.training.checkpoints.state import newest_state
 from megamix.training.objective import weighted_loss
 from megamix.training.records.recorded_run import RecordedRun
@@ -221,6 +222,17 @@ def arm_record(cell: Cell, arm: str) -> dict[str, Any]:
         "noise_share": statistics.fmean(noise) / rows[0].tokens if noise else None,
         "differences": {one.against: one.record() for one in cell.differences[arm]},
     }
+
+
+def online_runs(results: Results) -> list[Entry]:
+    """A member of each arm with a mixer, and for each objective that it follows: of the first seed and condition that
+    are done."""
+    done = {row.member for row in results.rows}
+    found: dict[tuple[str, str | None], Entry] = {}
+    for entry in results.study.entries:
+        if entry.name in done and not entry.arm.is_static:
+            found.setdefault((entry.arm.name, entry.objective), entry)
+    return list(found.values())
 
 
 def best_of(rows: Mapping[str, Mapping[int, Row]]) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from megamix.core.text import ABSENT, Report, Table, number
 from megamix.studies.arena.config import NO_TRAP
+from megamix.studies.arena.members import Condition
 from megamix.studies.arena.results import Cell, Difference, Results, arm_record
-from megamix.studies.arena.study import Condition
 
 COLUMNS = (
     "arm", "objective loss", "sd", "n", "against natural", "against the best static", "verdict", "steps to target",

@@ -9,7 +9,7 @@ RUN_DIR/results.csv, .json, .md   the results (`megamix.studies.arena.collect`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -123,14 +123,15 @@ def _run(study: ArenaStudy, at_once: int | None) -> int:
 
 
 def _arrays(study: ArenaStudy, slurm: Submission) -> Iterator[Task]:
-    """The members as arrays, one for each part."""
+    """The members as arrays, one for each part. A member that fails does not keep the others from running: one that
+    needs it says so itself."""
     for part, name in ARRAYS.items():
         if members := study.members(part):
             # The weights of a mean are there when the members before it are done.
             checked = part != FROZEN_ARMS
             folder = study.folder(part)
             job = members_job(folder, [], members, slurm.resources, slurm.limit, check_data=checked)
-            yield Task(name, job=job)
+            yield Task(name, job=replace(job, after="afterany"))
 
 
 def _traps(study: ArenaStudy) -> int:

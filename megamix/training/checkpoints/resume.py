@@ -95,6 +95,7 @@ def open_checkpoint(plan: Plan) -> Resumed | None:
     """
     path = find_checkpoint(plan.config)
     if path is None:
+        check_starts_anew(plan.config)
         return None
     return resume_from(read_state(path), plan, path, fingerprints(plan))
 
@@ -116,6 +117,7 @@ def agree_on_checkpoint(plan: Plan, group: Any) -> Resumed | None:
     while True:
         offer = _from_main(search.next, group)
         if offer is None:
+            check_starts_anew(plan.config)
             return None
         resumed, listing = offer
         problem = _shared_reading(resumed.path, listing, group)
@@ -322,6 +324,16 @@ ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "train", "
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_starts_anew(config: RunConfig) -> None:
+    """Raises InputError where the config asks for a change of domains, and there is no checkpoint to change."""
+    asked = [key for key, value in config.checkpoint.domains if value]
+    if asked:
+        raise InputError(
+            f"checkpoint.domains.{asked[0]} changes the domains of a run that goes on, but {config.run_dir} has no checkpoint. "
+            "Let the run before it save one, or leave out checkpoint.domains: a run begins with all of data.domains."
+        )
 
 
 def find_checkpoint(config: RunConfig, patience: float = 0.0) -> Path | None:
