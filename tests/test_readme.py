@@ -38,7 +38,8 @@ RUN_ELSEWHERE = {
         "MegatronMix",
         "parse_and_validate_args",
         "MixCallback",
-    ],  # tests/interop/test_ddp_loop.py; below
+        "StatefulDataLoader",
+    ],  # tests/interop/test_ddp_loop.py, test_stateful.py; below
     "README": ["forward(domain, sample)"],  # below
     "kernels": ["domain_cross_entropy("],  # below
 }

@@ -24,7 +24,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.files import replace_file
 from megamix.core.log import get_logger
 from megamix.core.paths import expand
-from megamix.data.loader import Batch
+from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.step_loss import Objective, StepLoss
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
@@ -71,6 +71,25 @@ def refuse_unlike(host: str, option: str, seen: object, wanted: object, remedy: 
     """Raises InputError unless an option of the host has the value that the adapter needs."""
     if seen != wanted:
         raise InputError(f"{host}'s {option} is {seen!r}, expected {wanted!r}. {remedy}")
+
+
+def coded_labels(labels: torch.Tensor, domains: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Labels that carry the domain of their token, as ``label + domain * vocab_size``; those that do not count stay."""
+    return torch.where(labels >= 0, labels + domains.long() * vocab_size, labels)
+
+
+def decoded_labels(coded: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The labels and domains in the result of `coded_labels`; domain 0 where a label does not count."""
+    counted = coded >= 0
+    return torch.where(counted, coded % vocab_size, IGNORED_LABEL), torch.where(counted, coded // vocab_size, 0)
+
+
+def join_group_of_one() -> bool:
+    """Makes the process group of a process that has none, for the exchange of losses and weights; whether it did."""
+    if dist.is_initialized():
+        return False
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    return True
 
 
 class HostRun:

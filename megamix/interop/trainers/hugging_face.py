@@ -32,7 +32,15 @@ from transformers.trainer_callback import ExportableState
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.data.loader import IGNORED_LABEL, Batch
-from megamix.interop.trainers.host import HostRun, check_state, host_plan, refuse_unlike
+from megamix.interop.trainers.host import (
+    HostRun,
+    check_state,
+    coded_labels,
+    decoded_labels,
+    host_plan,
+    join_group_of_one,
+    refuse_unlike,
+)
 from megamix.training.plan import DataPlan
 
 HOST = "the Trainer"
@@ -98,12 +106,10 @@ class MixCallback(TrainerCallback, ExportableState):
             labels: int64 [B, S], as in `MixDataset`.
         """
         vocabulary = self._plan.vocab_size
-        counted_BS = labels >= 0
-        label_BS = torch.where(counted_BS, labels % vocabulary, IGNORED_LABEL)
+        label_BS, domain_BS = decoded_labels(labels, vocabulary)
         if torch.is_grad_enabled():
             if self._run is None:
                 raise MegamixError("the loss was called outside of training. Give the MixCallback to the Trainer too.")
-            domain_BS = torch.where(counted_BS, labels // vocabulary, 0)
             return self._run.loss(outputs.logits, (label_BS, domain_BS))
         logits_NV = outputs.logits[..., :vocabulary].flatten(0, 1).float()
         loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL)
@@ -129,10 +135,7 @@ class MixCallback(TrainerCallback, ExportableState):
                     "is not known. Continue from one that was saved with it, or begin anew."
                 )
             resumed = check_state(mix, self._plan, self._folder, state.global_step)
-        if not dist.is_initialized():
-            # A Trainer of one process has no process group; the exchange of losses and weights needs one.
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
-            self._made_group = True
+        self._made_group = join_group_of_one()
         self._run = HostRun(
             self._plan,
             data_rank=args.process_index,
@@ -259,8 +262,7 @@ class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
 
 def _sample(batch: Batch, place: tuple[int, int], vocab_size: int) -> dict[str, torch.Tensor]:
     """One row of a batch, in the form that the Trainer's collators take."""
-    labels_S = batch.labels[place]
-    coded_S = torch.where(labels_S >= 0, labels_S + batch.domains[place] * vocab_size, labels_S)
+    coded_S = coded_labels(batch.labels[place], batch.domains[place], vocab_size)
     sample = {"input_ids": batch.tokens[place], "labels": coded_S}
     return sample if batch.positions is None else {**sample, "position_ids": batch.positions[place]}
 

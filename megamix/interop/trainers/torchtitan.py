@@ -7,35 +7,27 @@
         ...
     )
 
-Conforms to torchtitan 0.3.0 (``components/dataloader.py``, ``components/loss.py``, ``trainer.py``). The trainer reads
-all micro-batches of a step before its first forward pass, so the first one begins the step. A label carries the domain
-of its token, as ``label + domain * vocabulary``. A rank whose loss is not called in a step (an earlier pipeline stage)
-submits zeros when the next step begins or a checkpoint is written. The state in the checkpoint is rank 0's, the same
-under any number of ranks.
+Conforms to torchtitan 0.3.0 (``components/dataloader.py``, ``components/loss.py``, ``trainer.py``). Data, loss and state
+are those of `MixBatches`. The trainer reads all micro-batches of a step before its first forward pass, so the first one
+begins the step. A rank whose loss is not called in a step (an earlier pipeline stage) submits zeros when the next step
+begins or a checkpoint is written.
 
-Legend: B samples, S tokens, V vocabulary, N labels.
+Legend: B samples, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torchtitan.components.dataloader import BaseDataLoader  # pyright: ignore[reportMissingImports]
 from torchtitan.components.loss import BaseLoss  # pyright: ignore[reportMissingImports]
 
 from megamix.core.errors import InputError
-from megamix.data.loader import IGNORED_LABEL
-from megamix.engines.base import local_device
-from megamix.interop.trainers.host import HostRun, check_state, host_plan
-from megamix.training.checkpoints.resume import Resumed
+from megamix.interop.trainers.stateful import MixBatches
 
 HOST = "torchtitan"
 _losses: list[MixLoss] = []
@@ -57,8 +49,7 @@ class MixLoss(BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         self.implementation = config.implementation
-        self.calls = 0
-        self.run: HostRun | None = None
+        self.batches: MixBatches | None = None
         _losses[:] = [self]
 
     def __call__(
@@ -75,25 +66,17 @@ class MixLoss(BaseLoss):
                 f"{HOST}'s logits are a {type(pred).__name__}, divided over ranks; that is not supported here. Set "
                 "parallelism.tensor_parallel_degree to 1 and spmd_backend to its default."
             )
-        run = self.run
-        if run is None:
+        if self.batches is None:
             raise InputError("the loss was called outside of training. Give MixDataLoader.Config to the trainer too.")
-        vocabulary = run.plan.vocab_size
-        counted_BS = labels >= 0
-        label_BS = torch.where(counted_BS, labels % vocabulary, IGNORED_LABEL)
-        if torch.is_grad_enabled():
-            self.calls += 1
-            return run.loss(pred, (label_BS, torch.where(counted_BS, labels // vocabulary, 0))), {}
-        logits_NV = pred[..., :vocabulary].flatten(0, 1).float()
-        loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-        return (loss if global_valid_tokens is None else loss / global_valid_tokens), {}
+        divisor = 1.0 if global_valid_tokens is None else global_valid_tokens
+        return self.batches.loss(pred, labels, divisor), {}
 
 
 class MixDataLoader(BaseDataLoader):
     """Micro-batches of this rank's part of every global batch, and the state of data and mixer.
 
     Args:
-        dp_world_size, dp_rank, seq_length, local_batch_size: the trainer's.
+        dp_world_size, dp_rank, seq_len, local_batch_size: the trainer's.
 
     Raises:
         InputError: the config does not fit the trainer or the data, or the loss is another.
@@ -129,51 +112,31 @@ class MixDataLoader(BaseDataLoader):
     ) -> None:
         if not _losses:
             raise InputError(f"{HOST}'s loss cannot read the labels of MixDataLoader. Give loss=MixLoss.Config().")
-        self._loss, self._rank = _losses[0], dp_rank
-        train = {
-            "steps": config.steps,
-            "global_batch": config.global_batch_size,
-            "micro_batch": local_batch_size,
-            "seed": config.seed,
-        }
-        self._plan = host_plan(config.mix, config.overrides, train, dp_world_size, HOST)
-        length = self._plan.config.data.seq_length
+        self._batches = _losses[0].batches = MixBatches(
+            config.mix,
+            steps=config.steps,
+            global_batch=config.global_batch_size,
+            micro_batch=local_batch_size,
+            seed=config.seed,
+            data_rank=dp_rank,
+            data_size=dp_world_size,
+            has_loss=None,
+            overrides=config.overrides,
+            record=config.record or None,
+            loss_implementation=_losses[0].implementation,
+            host=HOST,
+        )
+        length = self._batches.plan.config.data.seq_length
         if length != seq_len:
             raise InputError(f"{HOST}'s seq_len is {seq_len}, but data.seq_length is {length}. Make them the same.")
-        self._record = Path(config.record) if config.record else None
-        self._resumed: Resumed | None = None
-        self._run: HostRun | None = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        run = self._open()
-        while run.begun < self._plan.config.train.steps:
-            self._finish_step(run)
-            batch = run.next_batch()
-            assert batch is not None
-            if batch.reference is not None:
-                raise InputError(f"a reference model's losses cannot travel through {HOST}. Use a mixer without one.")
-            self._loss.calls = 0
-            run.begin_step(batch.to(local_device()), divided_by=1.0)
-            for m in range(run.num_micro_batches):
-                labels_BS = batch.labels[m]
-                coded_BS = torch.where(labels_BS >= 0, labels_BS + batch.domains[m] * self._plan.vocab_size, labels_BS)
-                inputs = {"input": batch.tokens[m]}
-                if batch.positions is not None:
-                    inputs["positions"] = batch.positions[m]
-                yield inputs, coded_BS
+        atexit.register(self.close)  # the trainer closes no dataloader
+        return iter(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
         """State for the trainer's checkpoint, the same on all ranks; every rank calls it."""
-        if self._run is None:
-            return {"mix": ""}
-        self._finish_step(self._run)
-        state: list[Any] = [None]
-        mine = self._run.state()
-        if dist.get_rank() == 0:
-            state = [json.dumps(mine.to_json(), allow_nan=False)]
-        group: Any = dist.new_group(backend="gloo")
-        dist.broadcast_object_list(state, src=0, group=group)
-        return {"mix": state[0]}
+        return self._batches.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from ``state_dict``, under any number of ranks; an empty one begins anew.
@@ -181,33 +144,9 @@ class MixDataLoader(BaseDataLoader):
         Raises:
             ResumeRefused: it is of another run.
         """
-        if state_dict.get("mix"):
-            saved = json.loads(state_dict["mix"])
-            self._resumed = check_state(saved, self._plan, Path(f"{HOST}'s checkpoint"), saved["step"])
+        self._batches.load_state_dict(state_dict)
 
     def close(self) -> None:
         """Stops the background threads and closes the record."""
         atexit.unregister(self.close)
-        if self._run is not None:
-            self._run.close()
-            self._run = None
-
-    def _open(self) -> HostRun:
-        if self._run is None:
-            self._run = self._loss.run = HostRun(
-                self._plan,
-                data_rank=self._rank,
-                reads_data=True,
-                has_loss=True,
-                device=local_device(),
-                record_dir=self._record,
-                resumed=self._resumed,
-                loss_implementation=self._loss.implementation,
-            )
-            atexit.register(self.close)  # the trainer closes no dataloader
-        return self._run
-
-    def _finish_step(self, run: HostRun) -> None:
-        """Submits zeros for the step in progress where this rank's loss was not called."""
-        if run.step != run.begun and self._loss.calls == 0:
-            run.submit_nothing()
+        self._batches.close()
