@@ -24,6 +24,7 @@ from megamix.cli import app
 from megamix.core.config import Config, configs_in, validate
 from megamix.core.config_files import apply_overrides, merge, read_yaml
 from megamix.core.yaml_text import parse_yaml
+from megamix.interop.trainers.megatron_versions import SEEN
 from megamix.studies.arena.config import ArenaConfig
 from megamix.studies.doremi.config import DoremiStudyConfig
 from megamix.studies.swarm.config import SwarmStudyConfig
@@ -152,6 +153,10 @@ def test_the_megatron_lm_example(mix_yaml: None, monkeypatch: pytest.MonkeyPatch
         assert got.pop("forward_step_func") == mix.forward_step
         assert got == {"model_type": "decoder", **expected}
         assert training.save_checkpoint is not print
+
+
+def test_the_versions_of_megatron_lm_seen_to_train() -> None:
+    assert SEEN in " ".join(PAGES["interop"].read_text(encoding="utf-8").split())
 
 
 def test_the_torchtitan_example(mix_yaml: None) -> None:

@@ -6,6 +6,7 @@ As a script this is one rank: ``test_stateful.py CONFIG FOLDER``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import types
@@ -139,6 +140,19 @@ def test_the_loop_of_the_page(config: Path, reference: dict[str, Any], tmp_path:
     mix.load_state_dict(json.loads((tmp_path / "state.json").read_text()))
     assert list(mix) == [], "the run is done, for one rank too"
     mix.close()
+
+
+def test_positions(config: Path) -> None:
+    """In the sample, or in the document; always there, as torchtitan makes its causal mask of them."""
+    for is_reset in (False, True):
+        overrides = ["data.seq_length=512", f"data.reset_position_ids={str(is_reset).lower()}"]
+        mix = batches(config, overrides=overrides)
+        positions = torch.cat([inputs["positions"] for inputs, _ in itertools.islice(mix, mix.num_micro_batches)])
+        mix.close()
+        rises = positions.diff(dim=1) == 1
+        assert (positions[:, 0] == 0).all()
+        assert rises.all() == (not is_reset)
+        assert (rises | (positions[:, 1:] == 0)).all()
 
 
 def test_validation(config: Path) -> None:

@@ -107,7 +107,9 @@ class TitanLoop:
         return losses
 
     def forward(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
-        loss, metrics = self.loss_fn(self.model(input_ids=inputs["input"]).logits, labels, torch.tensor(1))
+        # The trainer makes the causal mask of the positions, and refuses to go without.
+        logits = self.model(input_ids=inputs["input"], position_ids=inputs["positions"]).logits
+        loss, metrics = self.loss_fn(logits, labels, torch.tensor(1))
         assert metrics == {}
         loss.backward()
         return loss.item()

@@ -19,7 +19,7 @@ from typing import Any
 from megamix.core.errors import InputError
 from megamix.interop.trainers.megatron_arguments import HOST
 
-SEEN = "core_v0.16.1 and main (0.20) of August 2026"
+SEEN = "core_v0.14.0, 0.15.3, 0.16.1, 0.17.1, 0.18.2, 0.19.0 and main (0.20) of August 2026"
 
 
 def context_parallel_part(batch: dict[str, Any], split: Callable[..., Any], group: Callable[[], Any]) -> dict[str, Any]:

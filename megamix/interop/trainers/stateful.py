@@ -92,7 +92,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         self._group: Any = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Micro-batches from the step in progress on: inputs ``input`` [B, S] (and ``positions``), and labels [B, S]."""
+        """Micro-batches from the step in progress on: int64 [B, S] ``input`` and ``positions``, and the labels [B, S]."""
         if get_worker_info() is not None:
             raise InputError(
                 "the samples were asked for in a worker process, where the losses do not arrive. Leave the loader's "
@@ -110,9 +110,13 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
             self._calls = 0
             run.begin_step(batch.to(local_device()), self._divided_by)
             for m in range(run.num_micro_batches):
-                inputs = {"input": batch.tokens[m]}
-                if batch.positions is not None:
-                    inputs["positions"] = batch.positions[m]
+                tokens_BS = batch.tokens[m]
+                # torchtitan makes its causal mask of them, so they are there where they only count, too.
+                positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).repeat(tokens_BS.shape[0], 1)
+                inputs = {
+                    "input": tokens_BS,
+                    "positions": positions_BS if batch.positions is None else batch.positions[m],
+                }
                 yield inputs, coded_labels(batch.labels[m], batch.domains[m], self.plan.vocab_size)
 
     def loss(
