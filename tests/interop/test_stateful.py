@@ -73,13 +73,12 @@ def batches(config: Path, folder: Path | None = None, **given: Any) -> MixBatche
 
 def train(mix: MixBatches, loader: Any, model: Any, steps: int) -> list[float]:
     """Losses of the next steps."""
-    losses, seen = [0.0], 0
-    for inputs, labels in loader:
+    losses = [0.0]
+    for number, (inputs, labels) in enumerate(loader, start=1):
         loss = mix.loss(model(input_ids=inputs["input"]).logits, labels)
         loss.backward()
         losses[-1] += loss.item()
-        seen += 1
-        if seen % mix.num_micro_batches == 0:
+        if number % mix.num_micro_batches == 0:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter -= RATE * parameter.grad

@@ -5,9 +5,9 @@
     for inputs, labels in loader:
         mix.loss(model(inputs["input"]), labels).backward()
 
-Conforms to torchdata 0.11 (``stateful_dataloader``). The first micro-batch of a step begins it, the loss of the last one
-ends it, so no micro-batch may be read ahead of the losses of the step before. A label carries the domain of its token,
-as ``label + domain * vocabulary``. The state is rank 0's, the same under any number of ranks.
+Conforms to torchdata 0.11 (``stateful_dataloader``). The first micro-batch of a step begins it, the loss of the last
+one ends it, so no micro-batch may be read ahead of the losses of the step before. A label carries the domain of its
+token, as ``label + domain * vocabulary``. The state is rank 0's, the same under any number of ranks.
 
 Legend: B samples, S tokens, V vocabulary, N labels.
 """
@@ -92,7 +92,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         self._group: Any = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Micro-batches from the step in progress on: int64 [B, S] ``input`` and ``positions``, and the labels [B, S]."""
+        """Micro-batches from the next step on: int64 [B, S] ``input`` and ``positions``, and the labels [B, S]."""
         if get_worker_info() is not None:
             raise InputError(
                 "the samples were asked for in a worker process, where the losses do not arrive. Leave the loader's "

@@ -7,10 +7,10 @@
         ...
     )
 
-Conforms to torchtitan 0.3.0 (``components/dataloader.py``, ``components/loss.py``, ``trainer.py``). Data, loss and state
-are those of `MixBatches`. The trainer reads all micro-batches of a step before its first forward pass, so the first one
-begins the step. A rank whose loss is not called in a step (an earlier pipeline stage) submits zeros when the next step
-begins or a checkpoint is written.
+Conforms to torchtitan 0.3.0 (``components/dataloader.py``, ``components/loss.py``, ``trainer.py``). Data, loss and
+state are those of `MixBatches`. The trainer reads all micro-batches of a step before its first forward pass, so the
+first one begins the step. A rank whose loss is not called in a step (an earlier pipeline stage) submits zeros when the
+next step begins or a checkpoint is written.
 
 Legend: B samples, S tokens, V vocabulary.
 """
