@@ -51,7 +51,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/codespell megamix kernels configs slurm tests README.md DECISIONS.md CHANGELOG.md
+	$(BIN)/codespell megamix kernels configs slurm tests *.md
 
 env: $(READY)
 

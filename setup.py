@@ -80,6 +80,8 @@ setup(
         "megamix.slurm": "slurm",
     },
     package_data={
+        "megamix": ["py.typed"],
+        "megamix_kernels": ["py.typed"],
         "megamix.configs": ["*.yaml", "**/*.yaml"],
         "megamix.analysis.report": ["*.css", "*.js"],
         "megamix.slurm": ["*.sbatch", "*.sh"],

@@ -8,10 +8,12 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
+from megamix import __version__
+from megamix.core.command_help import WholeSentences
 from megamix.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, MegamixError
 from megamix.core.paths import paths_expanded
 from megamix.core.text import shortened
@@ -21,17 +23,42 @@ from megamix.studies.launch import Overrides, launch
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
 
+
+class _Commands(WholeSentences):
+    groups: ClassVar = {
+        "Data": ("corpus", "prepare", "merge", "verify", "blend"),
+        "A run": ("doctor", "train", "launch", "evaluate", "export"),
+        "What happened in it": ("inspect", "plot", "report", "compare", "replay"),
+        "Several runs": ("arena", "swarm", "doremi", "reference"),
+    }
+
+
 app = typer.Typer(
-    help="Online data mixing for language-model pretraining.",
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(blend, name="blend")
 app.add_typer(swarm, name="swarm")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, for example configs/demo.yaml.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megamix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Online data mixing for language-model pretraining."""
 
 
 for _command in (corpus, prepare, merge, verify):

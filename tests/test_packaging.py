@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
 import megamix
+from megamix.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "deepspeed", "transformers", "matplotlib"}
@@ -139,7 +141,7 @@ def test_the_wheel_holds_packages_configs_and_job_scripts_and_nothing_else(wheel
         "kernels/megamix_kernels/": ("megamix_kernels/", ""),
         "configs/": ("megamix/configs/", ".yaml"),
         "slurm/": ("megamix/slurm/", (".sbatch", ".sh")),
-        "megamix/": ("megamix/", (".py", ".css", ".js")),
+        "megamix/": ("megamix/", (".py", ".typed", ".css", ".js")),
     }
     expected = {
         new + name.removeprefix(old)
@@ -303,3 +305,21 @@ def test_help_is_light(arguments: list[str]) -> None:
     printed = python(code, ROOT, [ROOT, ROOT / "kernels"])
     assert printed.splitlines()[-1] == "loaded: []"
     assert len(printed.splitlines()) > 5
+
+
+@pytest.mark.parametrize("group", [[], ["swarm"], ["blend"]], ids=" ".join)
+def test_every_command_is_listed_with_its_whole_first_sentence(group: list[str]) -> None:
+    from typer.main import get_command
+
+    listing = get_command(app)
+    for name in group:
+        listing = listing.commands[name]
+    printed = " ".join(CliRunner().invoke(app, [*group, "-h"]).output.split())
+    assert listing.commands
+    for name, command in listing.commands.items():
+        sentence = " ".join(command.help.split()).split(". ")[0].removesuffix(".")
+        assert printed.count(f"{name} {sentence}.") == 1
+
+
+def test_the_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"megamix {megamix.__version__}\n"

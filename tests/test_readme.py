@@ -333,7 +333,9 @@ def test_every_yaml_block_is_accepted(text: str, at_home: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*PAGES.values(), ROOT / "DECISIONS.md", ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [*PAGES.values(), *(ROOT / f"{name}.md" for name in ("DECISIONS", "CHANGELOG", "CONTRIBUTING", "SECURITY"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_every_link_leads_somewhere(path: Path) -> None:
     for link in links(path):

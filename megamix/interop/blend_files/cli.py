@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from megamix.core.command_help import WholeSentences
 from megamix.core.errors import InputError
 from megamix.interop.blend_files.export import export_blend, is_run, open_run, write_text
 from megamix.interop.blend_files.stages import cuts_at, equal_cuts, export_phases
 
 app = typer.Typer(
+    cls=WholeSentences,
     help="Exchange token files and blends with Megatron and DoReMi.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from megamix.core.command_help import WholeSentences
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 
 app = typer.Typer(
+    cls=WholeSentences,
     help="Mixtures from a swarm of proxy runs: sample, train, fit, propose; and keep them as the domains change.",
     no_args_is_help=True,
     rich_markup_mode=None,
