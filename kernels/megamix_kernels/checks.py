@@ -60,6 +60,15 @@ def check_projection(hidden_NH: Tensor, weight_VH: Tensor) -> None:
         raise ValueError(f"weight_VH is on {weight_VH.device}, but hidden_NH is on {hidden_NH.device}; move it there")
 
 
+def check_weight_gradient(sum_VH: Tensor, weight_VH: Tensor) -> None:
+    """Raise unless gradients of the weight can be added to the sum: its shape and device, and its dtype or fp32."""
+    wider = () if weight_VH.dtype == torch.float64 else (torch.float32,)
+    _check_dtype("weight_gradient_VH", sum_VH, tuple(dict.fromkeys((*wider, weight_VH.dtype))))
+    if sum_VH.shape != weight_VH.shape or sum_VH.device != weight_VH.device:
+        seen, wanted = (f"{list(tensor.shape)} on {tensor.device}" for tensor in (sum_VH, weight_VH))
+        raise ValueError(f"weight_gradient_VH is {seen}, wanted {wanted}, like weight_VH")
+
+
 def check_vectors(num_rows: int, device: torch.device, vectors: Mapping[str, Tensor | None]) -> None:
     """Raise unless each given tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits'
     device."""

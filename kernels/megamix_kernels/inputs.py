@@ -128,11 +128,11 @@ def make_inputs(
         divisor=divisor,
         gradient_scale=checks.check_scalar("gradient_scale", options.gradient_scale, device, positive=False),
         shard=shard,
-        adds_to_sums=shard.holds_sums and not _is_recomputation(),
+        adds_to_sums=shard.holds_sums and not is_recomputation(),
     )
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether a backward pass is running: activation checkpointing then calls again what was called before."""
     return torch._C._current_graph_task_id() != -1
 

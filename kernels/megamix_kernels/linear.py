@@ -3,7 +3,8 @@
 Logits exist for a chunk of rows at a time: they are computed, turned into loss and gradient at once (mode A), and
 multiplied into the gradients of hidden states and weight before the next chunk replaces them. So the forward pass
 finishes the gradients. A promised incoming gradient is part of them; else they are gradients of the weighted sum, and
-the backward pass multiplies them, not the logits, by the incoming gradient, as it rounds them.
+the backward pass multiplies them, not the logits, by the incoming gradient, as it rounds them. A trainer that keeps
+sums of gradients lets the chunks add to its sum of the weight's.
 
 Shapes: N tokens, H hidden, V vocabulary (of this rank), K domains, R rows of one chunk.
 """
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megamix_kernels import checks
 from megamix_kernels.compilation import not_compiled
-from megamix_kernels.inputs import Inputs, compute_dtype, divided, make_inputs
+from megamix_kernels.inputs import Inputs, compute_dtype, divided, is_recomputation, make_inputs
 from megamix_kernels.loss import DomainLoss, PromisedGradient, choose_backend
 from megamix_kernels.options import LossOptions
 from megamix_kernels.sums import DomainSums
@@ -42,6 +43,7 @@ def linear_domain_cross_entropy(
     loss_weights_K: Tensor | None = None,
     reference_loss_N: Tensor | None = None,
     sums: DomainSums | None = None,
+    weight_gradient_VH: Tensor | None = None,
     chunk_rows: int | None = None,
     accumulate_fp32: bool = True,
     options: LossOptions = LossOptions(),
@@ -62,6 +64,9 @@ def linear_domain_cross_entropy(
     Args:
         hidden_NH: fp32, fp16, bf16 or float64.
         weight_VH: the output projection, in the dtype of hidden_NH.
+        weight_gradient_VH: a sum of gradients, such as Megatron's ``main_grad``, in fp32 or the weight's dtype. A call
+            with gradients enabled adds the weight's to it in the forward pass, and autograd hands none to the weight.
+            Wants ``gradient_scale``.
         chunk_rows: R. None: as many rows as make 2**28 logits (512 MiB in bf16), a multiple of 128.
         accumulate_fp32: whether chunks add to the weight's gradient in fp32, rounded once at the end, or in the
             weight's dtype, with half of the memory and a rounding per chunk.
@@ -70,7 +75,9 @@ def linear_domain_cross_entropy(
 
     Raises:
         TypeError: as there, or hidden_NH and weight_VH have different dtypes.
-        ValueError: as there, or their shapes do not match, or chunk_rows is not positive.
+        ValueError: as there, or their shapes do not match, or chunk_rows is not positive, or weight_gradient_VH comes
+            without gradient_scale.
+        RuntimeError: weight_gradient_VH in a recomputation, which would add to it a second time.
     """
     options = replace(options, **settings)
     factors = _as_in_products(hidden_NH), _as_in_products(weight_VH)
@@ -84,12 +91,17 @@ def linear_domain_cross_entropy(
     tensors = (labels_N, domain_N, num_domains, mask_N, loss_weights_K, reference_loss_N, sums)
     inputs = make_inputs(shape, hidden_NH.device, *tensors, options)
     enabled = torch.is_grad_enabled()
+    if weight_gradient_VH is not None:
+        checks.check_weight_gradient(weight_gradient_VH, factors[1])
+        if enabled:
+            _check_adds_once(inputs)
     call = _LinearCall(
         backend=backend,
         inputs=inputs,
         factors=factors,
         want_hidden=enabled and hidden_NH.requires_grad,
-        want_weight=enabled and weight_VH.requires_grad,
+        want_weight=enabled and (weight_VH.requires_grad or weight_gradient_VH is not None),
+        weight_gradient_VH=weight_gradient_VH,
         chunk_rows=chunk_rows,
         accumulate_fp32=accumulate_fp32,
     )
@@ -100,6 +112,17 @@ def linear_domain_cross_entropy(
 def default_chunk_rows(num_columns: int) -> int:
     """Returns the rows of a chunk for a vocabulary of this width (of this rank)."""
     return max(1, CHUNK_ELEMENTS // num_columns // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+
+
+def _check_adds_once(inputs: Inputs) -> None:
+    """Raises unless a call can add the gradient of the weight to a sum."""
+    if inputs.gradient_scale is None:
+        raise ValueError("weight_gradient_VH is added to before the incoming gradient is known; give gradient_scale")
+    if is_recomputation():
+        raise RuntimeError(
+            "weight_gradient_VH is added to in the forward pass, and activation checkpointing runs this one again; take "
+            "the loss out of the checkpointed part, or leave weight_gradient_VH out"
+        )
 
 
 def _as_in_products(factor: Tensor) -> Tensor:
@@ -121,6 +144,7 @@ class _LinearCall(NamedTuple):
     factors: tuple[Tensor, Tensor]
     want_hidden: bool
     want_weight: bool
+    weight_gradient_VH: Tensor | None
     chunk_rows: int
     accumulate_fp32: bool
 
@@ -130,14 +154,15 @@ class _LinearDomainLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, call: _LinearCall) -> tuple[Tensor, Tensor | None]:
-        wanted = ((hidden_NH, call.want_hidden), (weight_VH, call.want_weight))
+        returns_weight = call.want_weight and call.weight_gradient_VH is None
+        wanted = ((hidden_NH, call.want_hidden), (weight_VH, returns_weight))
         dtypes = [factor.dtype for factor, is_wanted in wanted if is_wanted]
         with torch.autocast(hidden_NH.device.type, enabled=False):
             loss, token_loss_N, gradients = _forward_in_chunks(*call.factors, call)
         if call.inputs.gradient_scale is not None:
             gradients = [_scaled(gradient, None, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
         ctx.inputs = call.inputs
-        ctx.wanted = call.want_hidden, call.want_weight
+        ctx.wanted = call.want_hidden, returns_weight
         ctx.dtypes = dtypes
         ctx.gradients = PromisedGradient(call.inputs, *gradients)
         # Kept by autograd for the notice of changes in place.
@@ -171,14 +196,17 @@ class _LinearDomainLoss(torch.autograd.Function):
 def _forward_in_chunks(
     hidden_NH: Tensor, weight_VH: Tensor, call: _LinearCall
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Returns the loss, the token losses and the wanted gradients; that of the weight in the dtype of its sum."""
+    """Returns the loss, the token losses and the wanted gradients; that of the weight in the dtype of its sum, or added
+    to the caller's sum."""
     inputs, is_promised = call.inputs, call.inputs.gradient_scale is not None
     if not is_promised:
         # Gradients of the weighted sum have size one, which fp16 can hold.
         inputs = replace(inputs, divisor=1.0, gradient_scale=1.0)
     grad_hidden_NH = torch.empty_like(hidden_NH) if call.want_hidden else None
-    grad_weight_VH = None
+    grad_weight_VH = call.weight_gradient_VH
     sum_dtype = torch.float32 if call.accumulate_fp32 and weight_VH.dtype != torch.float64 else weight_VH.dtype
+    if grad_weight_VH is not None:
+        sum_dtype = grad_weight_VH.dtype
 
     losses, token_losses = [], []
     for start in range(0, hidden_NH.shape[0], call.chunk_rows):
@@ -203,6 +231,8 @@ def _forward_in_chunks(
         token_loss_N = torch.cat(token_losses) if token_losses else zero.expand(0)
     if call.want_weight and grad_weight_VH is None:
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sum_dtype)
+    if call.weight_gradient_VH is not None:
+        grad_weight_VH = None
     gradients = [gradient for gradient in (grad_hidden_NH, grad_weight_VH) if gradient is not None]
     return loss if is_promised else divided(loss, call.inputs.divisor), token_loss_N, gradients
 

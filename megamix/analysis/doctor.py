@@ -244,11 +244,12 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
 
 
 def _memory(stages: Sequence[StageMemory]) -> Table:
-    columns = ["memory per rank, GiB", "layers", "parameters"]
-    columns += ["weights", "gradients", "Adam", "activations", "logits", "total"]
+    columns = ["memory per rank, GiB, computed from shapes", "layers", "parameters"]
+    columns += ["weights", "gradients", "Adam", "activations", "logits", "total", "or linear loss", "total then"]
     rows = []
     for stage in stages:
-        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.total)
+        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations)
+        sizes += (stage.logits, stage.total, stage.linear, stage.total_linear)
         layers = ", ".join(f"{first}-{last}" for first, last in stage.chunks)
         rows.append(
             (f"stage {stage.stage}", layers, f"{stage.parameters:,}", *(f"{size / 2**30:.3f}" for size in sizes))

@@ -34,7 +34,11 @@ class StageMemory:
       residual H less, also under Megatron) and e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s
       of p holds min(m, p - s) micro-batches at once (1F1B; s from 0). With activation checkpointing e H per token and
       decoder layer of each, and one layer in full. Each stage also holds its input, e H per token.
-    - ``logits``: on the last stage 2 e B S V, one micro-batch's logits and their gradient.
+    - ``logits``: on the last stage 2 e B S V, one micro-batch's logits and their gradient. (Triton's gradient takes the
+      place of the logits: half of that.)
+    - ``linear``: what the linear form of the loss takes in their place, 2 e R V for a chunk of R rows, which have 2^28
+      logits or are the whole micro-batch, and the gradients that it computes with the loss, e B S H of the hidden
+      states and 4 V H of the weight.
 
     Under Megatron:
 
@@ -51,6 +55,7 @@ class StageMemory:
       With v chunks a stage, min(m v, 2 (p - s - 1) + (v - 1) p + 1) chunks are held at once (interleaved 1F1B,
       Narayanan et al., 2021, arXiv 2104.04473). With activation checkpointing e H / s per token and layer of each.
     - ``logits``: 2 e B S V / (c t).
+    - ``linear``: 2 e R V / t, and e B S H / c; the gradient of the weight is added to its buffer.
 
     Not counted: the memory of CUDA, NCCL and the allocator (1 to 2 GiB on a GPU), communication buffers, and loaded
     libraries.
@@ -64,10 +69,17 @@ class StageMemory:
     optimizer: int
     activations: int
     logits: int
+    linear: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """With whole logits."""
+        return self.total_linear - self.linear + self.logits
+
+    @property
+    def total_linear(self) -> int:
+        """With the linear form of the loss."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.linear
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> list[int]:
@@ -160,6 +172,7 @@ def estimate_memory(
     parameters = layer_parameters(model, tensor)
     layer = activation_bytes(model, engine, seq_length, local_layers)
     boundary = size * model.hidden_size // (tensor if megatron and megatron.sequence_parallel else 1)
+    logits, linear = _loss_bytes(model, engine, seq_length, micro_batch)
     stages = []
     for stage, chunks in enumerate(stage_chunks(model, engine, seq_length)):
         count = sum(sum(parameters[first : last + 1]) for first, last in chunks)
@@ -178,7 +191,8 @@ def estimate_memory(
                 gradients=FP32 * count + (size * count if megatron is None and engine.precision == "bf16" else 0),
                 optimizer=_optimizer_bytes(engine, count, data_size * context),
                 activations=kept,
-                logits=2 * size * tokens * model.vocabulary // tensor if stage == engine.pipeline - 1 else 0,
+                logits=logits if stage == engine.pipeline - 1 else 0,
+                linear=linear if stage == engine.pipeline - 1 else 0,
             )
         )
     return stages
@@ -194,6 +208,17 @@ def _chunks_held(stages: int, stage: int, chunks: int, num_micro_batches: int) -
     if chunks == 1:
         return min(num_micro_batches, stages - stage)
     return min(num_micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+
+
+def _loss_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, micro_batch: int) -> tuple[int, int]:
+    """Returns (logits, linear) of the last stage; formulas in `StageMemory`."""
+    from megamix.engines.loss_form import logits_shape
+    from megamix_kernels.linear import default_chunk_rows
+
+    size, hidden = _bytes(engine), model.hidden_size
+    tokens, width = logits_shape(model, engine, seq_length=seq_length, micro_batch=micro_batch)
+    gradients = size * tokens * hidden + (FP32 * width * hidden if isinstance(engine, DeepSpeedConfig) else 0)
+    return 2 * size * tokens * width, 2 * size * min(tokens, default_chunk_rows(width)) * width + gradients
 
 
 def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:

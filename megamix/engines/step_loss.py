@@ -1,6 +1,6 @@
 """Loss function of an engine's last stage, with the domain sums of a step, and the check that a step is finite.
 
-Legend: M micro-batches, B samples, S tokens, V vocabulary, K domains, C statistics.
+Legend: M micro-batches, B samples, S tokens, H hidden size, V vocabulary, K domains, C statistics.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megamix.core.errors import InputError
 from megamix.data.loader import IGNORED_LABEL
-from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy
+from megamix.engines.loss_form import OutputFactors
+from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy, linear_domain_cross_entropy
 from megamix_kernels.loss import choose_backend
 from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE
 
@@ -60,15 +61,15 @@ class StepLoss:
         self._process_group = process_group
         self._token_dim = 1 - sample_dim
         try:
+            self._options = LossOptions(
+                ignore_index=IGNORED_LABEL,
+                vocab_size=vocab_size,
+                process_group=process_group,
+                implementation=implementation,
+            )
             choose_backend(implementation, torch.empty(1, 1, device=device))
         except ValueError as error:
             raise InputError(f"loss.implementation: {error}.") from error
-        self._options = LossOptions(
-            ignore_index=IGNORED_LABEL,
-            vocab_size=vocab_size,
-            process_group=process_group,
-            implementation=implementation,
-        )
         self._training = DomainSums(num_domains, device)
         self._evaluation = DomainSums(num_domains, device)
         self._objective = Objective(1.0)
@@ -127,28 +128,31 @@ class StepLoss:
         kept, self._token_losses = self._token_losses, None
         return torch.stack(kept) if kept else None
 
-    def __call__(self, logits_BSV: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def __call__(self, output: torch.Tensor | OutputFactors, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Returns the scalar to differentiate of one micro-batch.
 
         Args:
-            logits_BSV: this rank's part of the vocabulary.
+            output: logits [B, S, V] of this rank's part of the vocabulary, or their factors.
             targets: labels int64, domains int32 and, with a reference model, its losses float32, [B, S] each.
         """
         labels_BS, domain_BS, *reference_BS = targets
         training = self._on_statistics is not None
-        out = domain_cross_entropy(
-            logits_BSV.flatten(0, 1),
-            labels_BS.flatten(),
-            domain_BS.flatten(),
-            self._num_domains,
-            reference_loss_N=reference_BS[0].flatten() if reference_BS else None,
-            loss_weights_K=self._objective.loss_weights if training else None,
-            sums=self._training if training else self._evaluation,
-            options=self._options,
-            normaliser=self._objective.normaliser if training else 1.0,
-            gradient_scale=self._gradient_scale if training else None,
-            return_token_loss=training or self._token_losses is not None,
-        )
+        tokens = (labels_BS.flatten(), domain_BS.flatten(), self._num_domains)
+        options: dict[str, Any] = {
+            "reference_loss_N": reference_BS[0].flatten() if reference_BS else None,
+            "loss_weights_K": self._objective.loss_weights if training else None,
+            "sums": self._training if training else self._evaluation,
+            "options": self._options,
+            "normaliser": self._objective.normaliser if training else 1.0,
+            "gradient_scale": self._gradient_scale if training else None,
+            "return_token_loss": training or self._token_losses is not None,
+        }
+        if isinstance(output, OutputFactors):
+            factors = (output.hidden.flatten(0, 1), output.weight_VH)
+            options["weight_gradient_VH"] = output.weight_gradient_VH
+            out = linear_domain_cross_entropy(*factors, *tokens, **options)
+        else:
+            out = domain_cross_entropy(output.flatten(0, 1), *tokens, **options)
         if self._token_losses is not None and out.token_loss_N is not None:
             self._token_losses.append(out.token_loss_N.detach().view_as(labels_BS))
         if training:

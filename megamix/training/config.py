@@ -138,8 +138,10 @@ class WatchdogConfig(Config):
 class LossConfig(Config):
     """The domain loss."""
 
-    implementation: Literal["auto", "triton", "torch"] = "auto"
-    """triton: the fused kernel, on a GPU; torch: plain PyTorch; auto: the kernel where it can be used."""
+    implementation: Literal["auto", "triton", "torch", "linear"] = "auto"
+    """triton: the fused kernel, on a GPU; torch: plain PyTorch; linear: from hidden states and output weight, with the
+    logits of some rows at a time, by the kernel where it can be used; auto: the kernel where it can be used, in the
+    linear form where a micro-batch's logits would take more than a tenth of the GPU's memory."""
 
 
 class LogConfig(Config):

@@ -1,4 +1,5 @@
-"""``loss.implementation`` in whole runs: the Triton kernel, interpreted, trains what plain torch trains."""
+"""``loss.implementation`` in whole runs: the Triton kernel, interpreted, and the linear form train what plain torch
+trains."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import SUPPORT
 from jobs import run_job
 from records import largest_difference
-from tolerance import rounding
+from safetensors.torch import load_file
+from tolerance import assert_alike, rounding
 
 Write = Callable[..., Path]
 Run = Callable[..., Any]
@@ -42,3 +45,55 @@ def test_the_kernel_trains_what_torch_trains(tiny_config: Write, tmp_path: Path)
     limit = math.log(512) * rounding(terms=2 * 8, layers=4, steps=2)
     assert 0 < loss < limit  # not the same arithmetic
     assert weight < limit
+
+
+SEQ, BATCH, STEPS = 20, 4, 3
+LINEAR: dict[str, dict[str, Any]] = {
+    "deepspeed": {"engine": {"name": "deepspeed", "pipeline": 2, "data": 2}},
+    "megatron": {"engine": {"name": "megatron", "pipeline": 2, "tensor": 2}},
+    "megatron bf16": {"engine": {"name": "megatron", "pipeline": 2, "tensor": 2, "precision": "bf16"}},
+}
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    files = (run / "checkpoints" / f"step_{STEPS}" / "layers").iterdir()
+    tensors = {key: tensor for path in files for key, tensor in load_file(path).items()}
+    return {key: tensor for key, tensor in tensors.items() if key.startswith("weight/")}
+
+
+def test_the_linear_form_trains_what_torch_trains(tiny_config: Write, tmp_path: Path) -> None:
+    """Micro-batches of 40 tokens, whose logits exist for 16, 16 and 8 tokens at a time."""
+    pytest.importorskip("megatron.core")
+    runs = []
+    for name, changes in LINEAR.items():
+        for form in ("torch", "linear"):
+            written = tiny_config(
+                run_dir=str(tmp_path / f"{name} {form}"),
+                data={"seq_length": SEQ},
+                mixer={"name": "doremi", "reference": None, "eta": 0.3},
+                train={"steps": STEPS, "global_batch": BATCH, "micro_batch": 2, "clip": 0.5},
+                evaluate={"every": 2, "batches": 2},
+                checkpoint={"every": 0},
+                loss={"implementation": form},
+                **changes,
+            )
+            runs.append((written.rename(tmp_path / f"{name} {form}.yaml"), ()))
+    run_job(4, runs, SUPPORT / "small_chunks.py")
+    for name in LINEAR:
+        precise = name != "megatron bf16"
+        found, wanted = (tmp_path / f"{name} {form}" for form in ("linear", "torch"))
+        limit = rounding(
+            torch.float32 if precise else torch.bfloat16, terms=BATCH * SEQ, layers=4, steps=STEPS, mean_of=SEQ
+        )
+        loss, weight = largest_difference(found, wanted)
+        assert loss < math.log(512) * limit
+        assert weight < math.log(512) * limit
+        weights, others = final_weights(found), final_weights(wanted)
+        assert weights.keys() == others.keys()
+        differences = [(weights[key] - others[key]).abs().max().item() for key in weights]
+        print(name, loss, weight, limit, max(differences))
+        assert max(differences) > 0  # not the same arithmetic
+        if precise:
+            limit = rounding(terms=BATCH * SEQ, layers=4, steps=STEPS)
+            for key, tensor in weights.items():
+                assert_alike(tensor, others[key], limit)

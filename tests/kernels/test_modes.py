@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from loss_oracle import make_case, oracle
+from torch.utils.checkpoint import checkpoint
 
 from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy, linear_domain_cross_entropy
 
@@ -183,3 +184,67 @@ def test_what_the_loss_from_hidden_states_refuses(change, error, message):
     arguments = {"hidden_NH": torch.zeros(5, 4), "weight_VH": torch.zeros(6, 4), "labels_N": zeros_N}
     with pytest.raises(error, match=message):
         linear_domain_cross_entropy(**(arguments | {"domain_N": zeros_N, "num_domains": 1} | change))
+
+
+@pytest.mark.parametrize("chunk_rows", [16, None])
+@pytest.mark.parametrize(
+    ("dtype", "sum_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_the_gradient_of_the_weight_is_added_to_a_sum_that_the_caller_keeps(dtype, sum_dtype, chunk_rows):
+    generator = torch.Generator().manual_seed(3)
+    hidden_NH = torch.randn(37, 24, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight_VH = torch.randn(57, 24, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels_N, domain_N = torch.arange(37) % 50, torch.arange(37) % 3
+    before_VH = torch.randn(57, 24, generator=generator).to(sum_dtype)
+    sum_VH = before_VH.clone()
+    call = (hidden_NH, weight_VH, labels_N, domain_N, 3)
+    settings = {**OPTIONS, "gradient_scale": 0.25, "chunk_rows": chunk_rows, "weight_gradient_VH": sum_VH}
+    with torch.no_grad():
+        linear_domain_cross_entropy(*call, **settings)
+    assert torch.equal(sum_VH, before_VH)
+    out = linear_domain_cross_entropy(*call, **settings)
+    (out.loss * 0.25).backward()
+    assert weight_VH.grad is None
+    logits_NV = (hidden_NH @ weight_VH.T).detach().double()
+    _, grad_NV, *_ = oracle(logits_NV, labels_N, domain_N, 3, **OPTIONS)
+    want_VH = before_VH.double() + 0.25 * grad_NV.T @ hidden_NH.detach().double()
+    # The gradient of the logits has the dtype of the factors, so a wider sum is as exact as that.
+    step = {torch.float32: 2**-20, torch.bfloat16: 2**-6, torch.float64: 1e-13}[dtype]
+    assert (sum_VH.double() - want_VH).abs().max() <= step * want_VH.abs().max()
+    want_NH = 0.25 * grad_NV @ weight_VH.detach().double()
+    assert (hidden_NH.grad.double() - want_NH).abs().max() <= step * want_NH.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gradient_scale": None}, ValueError, "before the incoming gradient is known; give gradient_scale"),
+        ({"weight_gradient_VH": torch.zeros(6, 3)}, ValueError, r"is \[6, 3\] on cpu, wanted \[6, 4\] on cpu"),
+        ({"weight_gradient_VH": torch.zeros(6, 4).half()}, TypeError, "must be a tensor of float32; got float16"),
+    ],
+)
+def test_sums_that_the_gradient_of_the_weight_cannot_be_added_to(change, error, message):
+    zeros_N = torch.zeros(5, dtype=torch.int64)
+    settings = {"gradient_scale": 1.0, "weight_gradient_VH": torch.zeros(6, 4)} | change
+    with pytest.raises(error, match=f"weight_gradient_VH .*{message}"):
+        linear_domain_cross_entropy(torch.zeros(5, 4), torch.zeros(6, 4), zeros_N, zeros_N, 1, **settings)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_is_refused_where_it_would_add_the_gradient_of_the_weight_again(reentrant):
+    zeros_N = torch.zeros(5, dtype=torch.int64)
+
+    def loss(hidden_NH):
+        hidden_NH = hidden_NH.tanh()  # whose result a backward pass asks for again
+        settings = {"gradient_scale": 1.0, "weight_gradient_VH": torch.zeros(6, 4)}
+        return linear_domain_cross_entropy(hidden_NH, torch.zeros(6, 4), zeros_N, zeros_N, 1, **settings).loss
+
+    found = checkpoint(loss, torch.zeros(5, 4, requires_grad=True), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="take the loss out of the checkpointed part"):
+        found.backward()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
 from megamix.engines.config import DeepSpeedConfig, TrainConfig
+from megamix.engines.loss_form import kernel_of, takes_linear_form
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
 
@@ -63,7 +64,15 @@ class DeepSpeedEngine(Engine):
         world_size = dist.get_world_size()
         data_size = engine.data_size(world_size)
         device = local_device()
-        self._loss = StepLoss(num_domains, vocab_size, device, loss_implementation)
+        self._loss = StepLoss(num_domains, vocab_size, device, kernel_of(loss_implementation))
+        linear = takes_linear_form(
+            loss_implementation,
+            model,
+            engine,
+            seq_length=seq_length,
+            micro_batch=train.micro_batch,
+            device=device,
+        )
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level
             self._module = MixPipelineModule(
@@ -71,6 +80,7 @@ class DeepSpeedEngine(Engine):
                 seed=train.seed,
                 seq_length=seq_length,
                 loss=self._loss,
+                linear=linear,
                 topology=PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size),
                 checkpoint_layers=engine.activation_checkpointing,
             )

@@ -12,7 +12,11 @@ from megamix.engines.step_loss import StepLoss
 
 
 class MixPipelineModule(PipelineModule):
-    """Embedding, decoder layers and head; each rank builds only its stage's layers."""
+    """Embedding, decoder layers and head; each rank builds only its stage's layers.
+
+    Args:
+        linear: whether the loss takes the factors of the logits.
+    """
 
     def __init__(
         self,
@@ -21,6 +25,7 @@ class MixPipelineModule(PipelineModule):
         seed: int,
         seq_length: int,
         loss: StepLoss,
+        linear: bool,
         topology: Any,
         checkpoint_layers: bool,
     ) -> None:
@@ -30,7 +35,7 @@ class MixPipelineModule(PipelineModule):
             layers=[
                 LayerSpec(Embedding, model, 0, seed),
                 *[LayerSpec(Decoder, model, index, seed, seq_length) for index in range(1, last)],
-                LayerSpec(Head, model, last, seed),
+                LayerSpec(Head, model, last, seed, not linear),
             ],
             topology=topology,
             loss_fn=loss,

@@ -19,6 +19,7 @@ from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, OwnFormat, ParameterState
 from megamix.engines.config import MegatronConfig, TrainConfig
+from megamix.engines.loss_form import kernel_of, takes_linear_form
 from megamix.engines.megatron import checkpoint, setup
 from megamix.engines.megatron.context import context_part, whole_samples
 from megamix.engines.megatron.cpu import cpu_stand_ins
@@ -75,7 +76,15 @@ class MegatronEngine(Engine, OwnFormat):
             self._context_group = parallel_state.get_context_parallel_group()
             tensor_parallel.model_parallel_cuda_manual_seed(train.seed % 2**31)
             config = transformer_config(engine, model, seq_length)
-            self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length)
+            self._linear = takes_linear_form(
+                loss_implementation,
+                model,
+                engine,
+                seq_length=seq_length,
+                micro_batch=train.micro_batch,
+                device=self.place.device,
+            )
+            self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length, linear=self._linear)
             # Before the optimizer, which copies them.
             self._set_initial_weights()
             self._wrapped = setup.wrap(engine, config, self._chunks)
@@ -84,7 +93,7 @@ class MegatronEngine(Engine, OwnFormat):
             num_domains,
             vocab_size,
             self.place.device,
-            loss_implementation,
+            kernel_of(loss_implementation),
             process_group=self._tensor_group if engine.tensor > 1 else None,
             sample_dim=1,
         )
@@ -176,13 +185,14 @@ class MegatronEngine(Engine, OwnFormat):
             if self._config.precision == "bf16":
                 options["fp32_output"] = False  # of the logits; the loss computes in fp32 itself
         output = wrapped(tokens_BS, None, None, **options)
-        return output, partial(self._sum_up, targets)
+        return output, partial(self._sum_up, targets, chunk)
 
     def _sum_up(
-        self, targets: Sequence[torch.Tensor], logits_SBV: torch.Tensor
+        self, targets: Sequence[torch.Tensor], chunk: MixChunk, output: torch.Tensor
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         """Returns the scalar to differentiate, and two values for Megatron's averages, which are not used."""
-        return self._loss(logits_SBV, tuple(target_BS.t().contiguous() for target_BS in targets)), 0, {}
+        targets_SB = tuple(target_BS.t().contiguous() for target_BS in targets)
+        return self._loss(chunk.factors(output) if self._linear else output, targets_SB), 0, {}
 
     def _seed_dropout(self) -> None:
         """Seeds dropout by the step, alike on the tensor-parallel ranks for what they all compute."""

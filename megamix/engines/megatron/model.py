@@ -1,7 +1,7 @@
 """The model as chunks of megatron.core's `GPTModel`, which compute the same function as
 `megamix.engines.models.layers`.
 
-Legend: B samples, S tokens, R rotary dimensions, V vocabulary, T tensor-parallel ranks.
+Legend: B samples, S tokens, H hidden size, R rotary dimensions, V vocabulary, T tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # each module repeats that Transformer Engine and Apex are not installed
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from megatron.core.utils import make_viewless_tensor
 
 from megamix.engines.config import MegatronConfig
+from megamix.engines.loss_form import OutputFactors
 from megamix.engines.megatron.layout import stage_layers, uses_transformer_engine
 from megamix.engines.models.config import ModelConfig
 
@@ -59,10 +60,31 @@ class SampleRotary(RotaryEmbedding):
         return torch.cat((angle_SBR, angle_SBR), dim=-1)[:, :, None]
 
 
-class MixChunk(GPTModel):
-    """Chunk of the model; the last one returns logits [S, B, V / T]."""
+class GradientHeld(torch.autograd.Function):
+    """Hands hidden states on, and to the weight's hook the news that ``main_grad`` holds the gradient already."""
 
-    def __init__(self, config: TransformerConfig, rotary_base: float, rotary_percent: float, **options: Any) -> None:
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        ctx.weight_VH = weight_VH
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.weight_VH.grad_added_to_main_grad = True
+        # Megatron's hook wants some gradient, and drops it; this one takes no memory, as autograd does not copy it.
+        return grad_outputs[0], ctx.weight_VH.detach()
+
+
+class MixChunk(GPTModel):
+    """Chunk of the model; the last one returns logits [S, B, V / T], or what `factors` takes.
+
+    Args:
+        linear: whether the loss takes the factors of the logits.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, rotary_base: float, rotary_percent: float, *, linear: bool, **options: Any
+    ) -> None:
         rotary: dict[str, Any] = {"rotary_base": rotary_base, "rotary_percent": rotary_percent}
         super().__init__(config, position_embedding_type="rope", parallel_output=True, **rotary, **options)
         self.rotary_pos_emb: SampleRotary = SampleRotary(
@@ -73,11 +95,27 @@ class MixChunk(GPTModel):
         )
         if self.pre_process:
             self.embedding.embedding_dropout = torch.nn.Dropout(0.0)  # only the layers have dropout
+        if self.post_process and linear:
+            vars(self.output_layer)["forward"] = self._hidden_states
+
+    def _hidden_states(self, hidden_SBH: torch.Tensor, **_options: Any) -> tuple[torch.Tensor, None]:
+        """Replaces `ColumnParallelLinear.forward`: its collectives, which sum gradients over the ranks, without
+        its product."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=group), None
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=group), None
+
+    def factors(self, hidden_SBH: torch.Tensor) -> OutputFactors:
+        """Returns the factors of the logits from the output of a chunk that does not multiply them; the loss adds to
+        the weight's ``main_grad``."""
+        weight_VH: Any = self.output_layer.weight
+        return OutputFactors(GradientHeld.apply(hidden_SBH, weight_VH), weight_VH.detach(), weight_VH.main_grad)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Returns the logits at the end of a forward pass with labels; `StepLoss` computes the loss from them.
+        """Returns the output at the end of a forward pass with labels; `StepLoss` computes the loss from it.
 
-        A pass without labels would copy the logits to [B, S].
+        A pass without labels would copy it to [B, S].
         """
         return logits
 
@@ -141,9 +179,13 @@ def _pipeline_layout(engine: MegatronConfig, model: ModelConfig, seq_length: int
 
 
 def build_chunks(
-    engine: MegatronConfig, model: ModelConfig, config: TransformerConfig, seq_length: int
+    engine: MegatronConfig, model: ModelConfig, config: TransformerConfig, seq_length: int, *, linear: bool
 ) -> list[MixChunk]:
-    """Builds this rank's chunks, one unless the pipeline is interleaved; their weights are not set yet."""
+    """Builds this rank's chunks, one unless the pipeline is interleaved; their weights are not set yet.
+
+    Args:
+        linear: whether the loss takes the factors of the logits.
+    """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     last = engine.pipeline * engine.virtual_pipeline - 1
@@ -155,6 +197,7 @@ def build_chunks(
                 config,
                 model.rotary_base,
                 model.rotary_percent if model.architecture == "neox" else 1.0,
+                linear=linear,
                 transformer_layer_spec=_layer_spec(engine, model),
                 vocab_size=model.vocabulary,
                 max_sequence_length=seq_length,

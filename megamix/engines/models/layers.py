@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from megamix.engines.loss_form import OutputFactors
 from megamix.engines.models.config import ModelConfig
 
 
@@ -149,10 +150,15 @@ class Decoder(PipelineLayer):
 
 
 class Head(PipelineLayer):
-    """Last norm and output projection: hidden states [B, S, H] -> logits [B, S, V]."""
+    """Last norm and output projection: hidden states [B, S, H] -> logits [B, S, V], or their factors.
 
-    def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
+    Args:
+        multiplies: whether the output is the logits.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, seed: int, multiplies: bool = True) -> None:
         super().__init__(config, index, seed)
+        self._multiplies = multiplies
         norm = nn.LayerNorm if config.architecture == "neox" else LlamaRMSNorm
         self.norm = norm(config.hidden_size, eps=config.norm_epsilon)
         self.output = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
@@ -165,9 +171,13 @@ class Head(PipelineLayer):
         }
         return {**names, "output.weight": "lm_head.weight"}
 
-    def forward(self, hidden: Flow) -> torch.Tensor:
-        hidden_BSH = hidden[0] if isinstance(hidden, tuple) else hidden
-        return self.output(self.norm(hidden_BSH))
+    def forward(self, hidden: Flow) -> torch.Tensor | OutputFactors:
+        hidden_BSH = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden)
+        if self._multiplies:
+            return self.output(hidden_BSH)
+        # A view, so that the gradient passes an output of the module before it reaches the parameter: DeepSpeed begins
+        # a backward pass when the gradient of the first output comes.
+        return OutputFactors(hidden_BSH, self.output.weight.view_as(self.output.weight))
 
 
 def make_layer(config: ModelConfig, index: int, seed: int, seq_length: int) -> PipelineLayer:
