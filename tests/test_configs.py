@@ -103,7 +103,9 @@ def test_runs_of_the_pile_know_its_domains_and_fit_80_gb() -> None:
         for name, weight in zip(PILE, weights, strict=True):
             expected = weight * tokens / float(rows[name][1].replace(",", ""))
             assert float(rows[name][4]) == pytest.approx(expected, rel=0.04, abs=0.02)
-        assert all(float(row[-1]) < 70 for name, row in rows.items() if name.startswith("stage"))
+        # The totals with whole logits and with the linear loss.
+        stages = [row for name, row in rows.items() if name.startswith("stage")]
+        assert all(max(float(row[-3]), float(row[-1])) < 70 for row in stages)
 
 
 def test_the_run_of_the_paper() -> None:

@@ -245,7 +245,7 @@ def _domains(shape: _Shape, names: Sequence[str], initial: NDArray[np.float64]) 
 
 def _memory(stages: Sequence[StageMemory]) -> Table:
     columns = ["memory per rank, GiB, computed from shapes", "layers", "parameters"]
-    columns += ["weights", "gradients", "Adam", "activations", "logits", "total", "or linear loss", "total then"]
+    columns += ["weights", "gradients", "Adam", "activations", "logits", "total", "linear loss", "total with it"]
     rows = []
     for stage in stages:
         sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations)

@@ -51,14 +51,11 @@ def takes_linear_form(
 ) -> bool:
     """Returns whether the loss takes the linear form: if asked for, or by ``auto`` on a GPU whose memory is short.
 
-    Collective for ``auto`` on GPUs: the smallest of the job decides for all, as ranks that share a vocabulary must
-    agree.
+    Collective for ``auto`` on GPUs: the smallest of the job decides for all, as ranks that share a vocabulary must agree.
     """
     if implementation != "auto" or device.type != "cuda":
         return implementation == "linear"
-    memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)
-    total = int(memory)
+    total = smallest_memory(device)
     tokens, width = logits_shape(model, engine, seq_length=seq_length, micro_batch=micro_batch)
     num_bytes = (2 if engine.precision == "bf16" else 4) * tokens * width
     is_linear = num_bytes > LINEAR_SHARE * total
@@ -68,6 +65,13 @@ def takes_linear_form(
             gib(num_bytes), gib(total),
         )  # fmt: skip
     return is_linear
+
+
+def smallest_memory(device: torch.device) -> int:
+    """Returns the bytes of the smallest GPU of the job; collective."""
+    memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    return int(memory)
 
 
 def kernel_of(implementation: str) -> str:

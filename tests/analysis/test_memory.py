@@ -107,6 +107,24 @@ def test_bf16_and_zero_0() -> None:
     assert estimate(NEOX, DeepSpeedConfig(zero=0), data_size=4)[0].optimizer == 8 * count
 
 
+def test_the_linear_form_holds_the_logits_of_a_chunk_and_the_gradients() -> None:
+    """A micro-batch that is one chunk, and one of 8 chunks: 2048 rows are the most of 128 n whose logits are below 2^28."""
+    tokens = 4 * SEQ
+    one = estimate(NEOX, DeepSpeedConfig(pipeline=2), micro_batch=4)
+    assert one[0].linear == 0
+    assert one[1].linear == 2 * 4 * tokens * 320 + 4 * tokens * 64 + 4 * 320 * 64
+    assert one[1].total_linear - one[1].total == 4 * tokens * 64 + 4 * 320 * 64
+
+    wide = NEOX.model_copy(update={"vocab_size": 128256})
+    shape = {"seq_length": 4096, "micro_batch": 4}
+    chunks = estimate(wide, DeepSpeedConfig(precision="bf16"), **shape)[0]
+    assert chunks.linear == 2 * 2 * 2048 * 128256 + 2 * 16384 * 64 + 4 * 128256 * 64
+    assert chunks.logits == 2 * 2 * 16384 * 128256
+    # Of half of the vocabulary twice as many rows, rounded down: 2^28 // 64128 = 4186. Its gradient has a buffer.
+    halves = estimate(wide, MegatronConfig(name="megatron", tensor=2, precision="bf16"), **shape)[0]
+    assert halves.linear == 2 * 2 * 4096 * 64128 + 2 * 16384 * 64
+
+
 # Megatron
 
 

@@ -16,6 +16,12 @@ from records import largest_difference
 from safetensors.torch import load_file
 from tolerance import assert_alike, rounding
 
+from megamix.core.errors import InputError
+from megamix.engines import loss_form
+from megamix.engines.config import MegatronConfig
+from megamix.engines.models.config import ModelConfig
+from megamix.engines.step_loss import StepLoss
+
 Write = Callable[..., Path]
 Run = Callable[..., Any]
 
@@ -45,6 +51,30 @@ def test_the_kernel_trains_what_torch_trains(tiny_config: Write, tmp_path: Path)
     limit = math.log(512) * rounding(terms=2 * 8, layers=4, steps=2)
     assert 0 < loss < limit  # not the same arithmetic
     assert weight < limit
+
+
+def test_auto_takes_the_linear_form_on_gpus_that_the_logits_would_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(architecture="neox", hidden_size=32, num_layers=2, num_heads=2, ffn_size=64, vocab_size=1024)
+    engine = MegatronConfig(name="megatron", tensor=2, context=2, precision="bf16")
+    num_bytes = 2 * (4 * 64 // 2) * (1024 // 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+
+    def takes(implementation: str, device: str, memory: int) -> bool:
+        monkeypatch.setattr(loss_form, "smallest_memory", lambda _device: memory)
+        shape = {"seq_length": 64, "micro_batch": 4, "device": torch.device(device)}
+        return loss_form.takes_linear_form(implementation, model, engine, **shape)
+
+    assert [takes("auto", "cuda", memory) for memory in (10 * num_bytes - 1, 10 * num_bytes)] == [True, False]
+    assert not takes("auto", "cpu", 1)
+    for device in ("cpu", "cuda"):
+        assert takes("linear", device, 10**12)
+        assert not takes("torch", device, 1)
+        assert not takes("triton", device, 1)
+
+
+def test_trainers_that_hand_logits_over_have_no_linear_form() -> None:
+    with pytest.raises(InputError, match="loss.implementation: .* one of auto, torch, triton; got 'linear'"):
+        StepLoss(1, 8, torch.device("cpu"), "linear")
 
 
 SEQ, BATCH, STEPS = 20, 4, 3
