@@ -51,7 +51,7 @@ def takes_linear_form(
 ) -> bool:
     """Returns whether the loss takes the linear form: if asked for, or by ``auto`` on a GPU whose memory is short.
 
-    Collective for ``auto`` on GPUs: the smallest of the job decides for all, as ranks that share a vocabulary must agree.
+    Collective for ``auto`` on GPUs: the smallest decides for the job, as ranks that share a vocabulary must agree.
     """
     if implementation != "auto" or device.type != "cuda":
         return implementation == "linear"

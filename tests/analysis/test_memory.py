@@ -108,7 +108,7 @@ def test_bf16_and_zero_0() -> None:
 
 
 def test_the_linear_form_holds_the_logits_of_a_chunk_and_the_gradients() -> None:
-    """A micro-batch that is one chunk, and one of 8 chunks: 2048 rows are the most of 128 n whose logits are below 2^28."""
+    """A micro-batch that is one chunk, and one of 8: the most rows (a multiple of 128) with 2^28 logits at most."""
     tokens = 4 * SEQ
     one = estimate(NEOX, DeepSpeedConfig(pipeline=2), micro_batch=4)
     assert one[0].linear == 0

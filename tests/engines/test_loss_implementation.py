@@ -73,7 +73,7 @@ def test_auto_takes_the_linear_form_on_gpus_that_the_logits_would_fill(monkeypat
 
 
 def test_trainers_that_hand_logits_over_have_no_linear_form() -> None:
-    with pytest.raises(InputError, match="loss.implementation: .* one of auto, torch, triton; got 'linear'"):
+    with pytest.raises(InputError, match=r"loss\.implementation: .* one of auto, torch, triton; got 'linear'"):
         StepLoss(1, 8, torch.device("cpu"), "linear")
 
 
