@@ -46,7 +46,7 @@ def _gpu_tasks(num_gpus: int) -> list[Task]:
     tasks += [_statistics(TWO_MAIN[0], mode, num_domains) for mode in "AB" for num_domains in (1, 22, 1024)]
     tasks += [_linear(shape, name) for shape in LINEAR_SHAPES for name in LINEAR]
     tasks += [_host(name) for name in OURS]
-    tasks += [_model(name) for name in ("torch", "triton")]
+    tasks += [_model(name) for name in ("torch", "triton", "linear")]
     tasks += [Task("trace", "trace", {"name": "mixing"}, {"implementation": "auto"}, limit_s=300)]
     tasks += [_loss(TWO_MAIN[0], name, option) for option in OPTIONS for name in OURS]
     tasks += [_parallel(ranks) for ranks in (2, 4, 8) if ranks <= num_gpus]

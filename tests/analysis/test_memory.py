@@ -222,7 +222,7 @@ with cpu_stand_ins():
     model_parallel_cuda_manual_seed(1)
     for text in sys.argv[3:]:
         model = ModelConfig.model_validate_json(text)
-        chunk = build_chunks(engine, model, transformer_config(engine, model, length), length)[0]
+        chunk = build_chunks(engine, model, transformer_config(engine, model, length), length, linear=False)[0]
         layer = chunk.decoder.layers[0]
         own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
         kept = {}

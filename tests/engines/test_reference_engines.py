@@ -1,4 +1,4 @@
-"""Every engine and layout fills the same cache of reference losses.
+"""Every engine, layout and form of the loss fills the same cache of reference losses.
 
 As a script it is one rank: ``test_reference_engines.py CONFIG FOLDER``.
 """
@@ -30,6 +30,8 @@ ENGINES = {
     "megatron-tensor": {"name": "megatron", "tensor": 2},
     "megatron-pipeline": {"name": "megatron", "pipeline": 2},
     "megatron-chunks": {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2},
+    "deepspeed-linear": {"name": "deepspeed", "pipeline": 2},
+    "megatron-linear": {"name": "megatron", "tensor": 2},
 }
 
 
@@ -81,7 +83,9 @@ def _rank(config: Path, folder: Path) -> None:
     start_distributed(loaded.engine)
     train_rank(make_plan(loaded, 2, verify=False))
     for name, engine in ENGINES.items():
-        fill_cache(plan_job(folder / "run", [f"engine={json.dumps(engine)}"], config, 2), folder / name)
+        form = "linear" if name.endswith("linear") else "torch"
+        overrides = [f"engine={json.dumps(engine)}", f"loss.implementation={form}"]
+        fill_cache(plan_job(folder / "run", overrides, config, 2), folder / name)
     dist.barrier()
     dist.destroy_process_group()
 
