@@ -1,11 +1,6 @@
-"""Form of the loss: from the whole logits of a micro-batch, or linear, from hidden states and the output weight.
-
-Legend: B samples, S tokens, H hidden size, V vocabulary of a rank.
-"""
+"""Form of the loss: from the whole logits of a micro-batch, or linear, from hidden states and the output weight."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,21 +12,6 @@ from megamix.engines.models.config import ModelConfig
 
 LINEAR_SHARE = 0.1
 """Share of a GPU's memory above which ``auto`` does without whole logits."""
-
-
-class OutputFactors(NamedTuple):
-    """Factors of the logits, for a loss that never holds all of these.
-
-    Attributes:
-        hidden: [B, S, H], or [S, B, H] where tokens come first.
-        weight_VH: the output projection.
-        weight_gradient_VH: the engine's sum of the weight's gradients, to which the loss adds; None leaves the gradient
-            to autograd.
-    """
-
-    hidden: torch.Tensor
-    weight_VH: torch.Tensor
-    weight_gradient_VH: torch.Tensor | None = None
 
 
 def logits_shape(model: ModelConfig, engine: EngineConfig, *, seq_length: int, micro_batch: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megamix.core.errors import InputError
 from megamix.data.loader import IGNORED_LABEL
-from megamix.engines.loss_form import OutputFactors
+from megamix.engines.models.factors import OutputFactors
 from megamix_kernels import DomainSums, LossOptions, domain_cross_entropy, linear_domain_cross_entropy
 from megamix_kernels.loss import choose_backend
 from megamix_kernels.sums import MAX_TOKEN_NATS, NON_FINITE

@@ -81,6 +81,8 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
     # 160 samples x 3/4 over 93 windows.
     assert any(line.split() == ["web", "3,000", "0.7500", "0.7500", "1.29"] for line in text.splitlines())
     assert f"anew in {tmp_path / 'new' / 'run'}" in text
+    (header,) = [line for line in text.splitlines() if line.startswith("memory per rank, GiB, computed from shapes")]
+    assert header.split()[-8:] == ["activations", "logits", "total", "linear", "loss", "total", "with", "it"]
     assert torch.__version__ in text
     assert not (tmp_path / "new").exists()
 

@@ -26,9 +26,9 @@ with warnings.catch_warnings():
     from megatron.core.utils import make_viewless_tensor
 
 from megamix.engines.config import MegatronConfig
-from megamix.engines.loss_form import OutputFactors
 from megamix.engines.megatron.layout import stage_layers, uses_transformer_engine
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.factors import OutputFactors
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -18,8 +18,8 @@ from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from megamix.engines.loss_form import OutputFactors
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.factors import OutputFactors
 
 
 def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig | LlamaConfig:
