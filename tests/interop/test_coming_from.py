@@ -13,7 +13,7 @@ from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.propose.config import ProposeConfig
 
 README = Path(__file__).parents[2] / "megamix" / "interop" / "README.md"
-# DataFlex's documentation of its ODM and DoReMi mixers, its components.yaml and its code.
+# DataFlex's documentation of its ODM and DoReMi mixers with their logs, its components.yaml and its code.
 DATAFLEX = [
     "train_type",
     "components_cfg_file",
@@ -29,6 +29,19 @@ DATAFLEX = [
     "eval_batch_size",
     "initial_proportions",
     "train_step",
+    "num_train_epochs",
+    "mixers",
+    "name",
+    "params",
+    "step",
+    "timestamp",
+    "domain_names",
+    "is_warmup",
+    "exploration_rate",
+    "cumulative_estimated_rewards",
+    "perdomain_scores",
+    "static",
+    "null",
     "static_mix",
     "proportions",
     "reference_model_path",

@@ -52,8 +52,9 @@ class DoremiConfig(ScheduleConfig):
     """c: share of uniform weights in every update; the paper's is 1e-3, DataFlex's 1e-2."""
 
     apply: Literal["loss", "sampling"] = "loss"
-    """What the weights act on. loss: each token's loss, while domains are sampled with the initial weights (the paper);
-    sampling: the blend, while all tokens weigh the same."""
+    """What the weights act on. loss: each token's loss, in the step after the one that they follow from, while domains
+    are sampled with the initial weights (the paper, there in the same step); sampling: the blend, while all tokens
+    weigh the same."""
 
     normalisation: Literal["paper", "official"] = "paper"
     """Loss to minimise with apply: loss. paper: the sum of alpha times each domain's mean loss; official: the sum over
