@@ -39,6 +39,7 @@ RUN_ELSEWHERE = {
         "MegatronMix",
         "parse_and_validate_args",
         "MixCallback",
+        "MixDataLoader",
         "StatefulDataLoader",
     ],  # tests/interop/test_ddp_loop.py, test_stateful.py; below
     "README": ["forward(domain, sample)"],  # below
