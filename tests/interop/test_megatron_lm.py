@@ -342,6 +342,7 @@ def provide(config: Path, *overrides: str, **given: Any) -> MegatronMix:
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"logits_load_dir": "logits"}, "--logits-load-dir"),
+        ({"export_kd_teacher_load": "teacher"}, "--export-kd-teacher-load is 'teacher', expected None"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         ({"seq_length": 64}, r"--seq-length is 64, expected 32. Make it and data.seq_length"),
         ({"eod_mask_loss": False}, "--eod-mask-loss is False, expected True"),

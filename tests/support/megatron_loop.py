@@ -98,6 +98,7 @@ def make_args(**given: Any) -> SimpleNamespace:
         "hybrid_context_parallel": False,
         "perform_rl_step": False,
         "logits_load_dir": None,
+        "export_kd_teacher_load": None,
         "gtp_weight_remat_size": 1,
         "bad_iteration": None,  # of the stand-in: its gradient is not a number
         "data_from": 0,  # of the stand-in: for the adapter

@@ -29,6 +29,7 @@ def check_args(args: Any) -> None:
         "hybrid_context_parallel": (False, "Samples are all of one length. Leave it out."),
         "perform_rl_step": (False, "The data are token files. Leave it out."),
         "logits_load_dir": (None, "The adapter has a loss of its own. Leave it out."),
+        "export_kd_teacher_load": (None, "The adapter has a loss of its own. Leave it out."),
     }
     for option, (value, remedy) in wanted.items():
         refuse_unlike(HOST, f"--{option.replace('_', '-')}", getattr(args, option, value) or value, value, remedy)
