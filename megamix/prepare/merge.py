@@ -134,7 +134,7 @@ def _domain(name: str, parts: Sequence[Part]) -> DomainEntry:
                 " Run all of them again on the same files."
             )
     notes = with_both_splits(name, parts, notes)
-    train_counts_V, validation_counts_V = np.sum([np.load(part.counts_path) for part in parts], axis=0)
+    train_counts_V, validation_counts_V = np.sum([part.load_counts() for part in parts], axis=0)
     validation = _joined([note.validation for note in notes])
     return DomainEntry(
         name=name,
@@ -221,7 +221,7 @@ def _move(part: Part, note: PartNote, document: int, source: int) -> PartNote:
     prefixes = [part.out / part.prefix(split) for split in SPLITS]
     files = IndexedTokens(prefixes[source])
     starts = np.append(files.document_starts, files.num_tokens)
-    counts = np.load(part.counts_path)
+    counts = part.load_counts()
     without_tokens = IndexedTokens(prefixes[1 - source]).num_documents  # all that it has
     with (
         IndexedWriter(prefixes[source], files.dtype) as stay,

@@ -61,16 +61,29 @@ class Part:
     def read(self) -> PartNote | None:
         """The note of a finished part whose files still have the sizes noted; None otherwise."""
         note = read_note(PartNote, self.note_path)
-        if note is None or not self.counts_path.is_file():
+        if note is None:
             return None
         try:
+            self.load_counts()
             for split in (note.train, note.validation):
                 files = IndexedTokens(self.out / split.prefixes[0], verify=False)
                 if (files.num_tokens, files.num_documents) != (split.tokens, split.documents):
                     return None
-        except InputError:
+        except (InputError, OSError, EOFError, ValueError):
             return None
         return note
+
+    def load_counts(self) -> np.ndarray:
+        """The counts that `save_counts` has written, int64 [2, V].
+
+        Raises:
+            OSError, EOFError, ValueError: they cannot be read, or are something else.
+        """
+        with self.counts_path.open("rb") as file:
+            counts = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        if counts.dtype != np.int64 or counts.ndim != 2 or len(counts) != len(SPLITS):
+            raise ValueError(f"{self.counts_path} holds no counts")
+        return counts
 
     def discard(self, *, files: bool = True) -> None:
         """Removes the note, and with ``files`` the token files too; other jobs' parts stay."""

@@ -111,15 +111,20 @@ class Stamp:
     def holds(self) -> bool:
         """Whether the outputs are there, as they were made, from the settings and inputs as they are now."""
         there = all((self.folder / name).is_file() for name in self.outputs)
-        return there and self._present().items() <= self._noted().items()
+        return there and all(self._noted().get(name) == made for name, made in self._present().items())
 
     def set(self) -> None:
         """Notes that the outputs have been made."""
         replace_json(self.folder / STAMPS, self._noted() | self._present())
 
     def _noted(self) -> dict[str, list[str]]:
+        """The hashes on disk; none of a file that cannot be read, so that the steps are done again."""
         path = self.folder / STAMPS
-        return parse_json(path.read_bytes()) if path.is_file() else {}
+        try:
+            noted = parse_json(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError):
+            return {}
+        return noted if isinstance(noted, dict) else {}
 
     def _present(self) -> dict[str, list[str]]:
         made_from = hashlib.sha256(self.settings.model_dump_json().encode())

@@ -9,7 +9,7 @@ import yaml
 
 from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK
-from megamix.core.files import writing
+from megamix.core.files import replace_file, writing
 from megamix.core.log import get_logger
 from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
@@ -118,4 +118,4 @@ def _prepare_run_dir(config: RunConfig) -> None:
     with writing(f"to run_dir {config.run_dir}", "Choose another."):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (config.run_dir / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
+        replace_file(config.run_dir / "config.resolved.yaml", resolved.encode())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megamix.core.errors import InputError
+from megamix.core.files import MOST_TEXT, read_regular
 from megamix.core.paths import expand
 from megamix.data.tokens.word_encoder import WordEncoder
 
@@ -137,12 +138,14 @@ class LoadedTokenizer:
 
         self.path = Path(path)
         try:
-            data = self.path.read_bytes()
+            data = read_regular(self.path, MOST_TEXT)
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}. Check the path.") from error
         try:
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # tokenizers raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises a bare Exception, or panics, which is none
             raise InputError(
                 f"{path} is not a tokenizer.json: {error}. Give one that `tokenizers` can read."
             ) from error
@@ -155,6 +158,11 @@ class LoadedTokenizer:
         if not ids:
             raise InputError(f"{path} has an empty vocabulary. Give a trained tokenizer.")
         self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size > _MAX_VOCAB:  # a model has a row for each, and tokens are counted by id
+            raise InputError(
+                f"{path} has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}, expected ids below {_MAX_VOCAB:,}."
+                " Number its tokens from 0."
+            )
         self.eod_id = _find_eod(self.path, ids, eod)
 
     def expect(self, sha256: str) -> None:
@@ -170,8 +178,19 @@ class LoadedTokenizer:
             )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text; no end-of-document tokens."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Token ids of every text; no end-of-document tokens.
+
+        Raises:
+            InputError: the tokenizer has no tokens for a text.
+        """
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # a bare one
+            raise InputError(
+                f"{self.path} cannot cut the text into tokens: {error}. Use a tokenizer that has tokens for any text, such "
+                "as a byte-level one."
+            ) from error
+        return [encoding.ids for encoding in found]
 
     def word_encoder(self, dtype: Any) -> WordEncoder | None:
         """A faster encoder with the same ids; None for a tokenizer without one."""

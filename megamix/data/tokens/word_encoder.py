@@ -126,6 +126,8 @@ class WordEncoder:
 def _pattern_of(pre_tokenizer: dict[str, Any]) -> str | None:
     """The expression that splits words; None if it cannot be read."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not steps:
+        return None
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None

@@ -139,8 +139,8 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
     """Returns tensor name -> file."""
     if (folder / INDEX).is_file():
         files = read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise InputError(f"{folder / INDEX} has no weight_map. Copy it again.")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of tensors to files. Copy it again.")
         for file in sorted(set(files.values())):
             if not (folder / file).is_file():
                 raise InputError(f"{folder} has no {file}, which its index names. Copy it again.")
@@ -195,7 +195,9 @@ def compare_tokenizers(folder: Path, of_data: Path) -> None:
     for file in (path, of_data):
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises a bare Exception, or panics, which is none
             raise InputError(f"{file} is not a tokenizer.json: {error}. Copy it again.") from error
         ids.append(tokenizer.get_vocab(with_added_tokens=True))
         merges.append(_merges(file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.core.files import read_json
 from megamix.data.tokens.manifest import Manifest
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -22,7 +22,7 @@ def token_bytes(manifest: Manifest) -> NDArray[np.int64] | None:
     Known are byte-level tokens (a character for each byte), and those of SentencePiece with bytes for rare characters.
     """
     path = manifest.folder / manifest.tokenizer.file
-    contents = json.loads(path.read_text(encoding="utf-8"))
+    contents = read_json(path, "the tokenizer", damaged="Put back the file that the tokens were made with.")
     kinds = set(_kinds(contents.get("decoder")))
     byte_level = "ByteLevel" in kinds
     if not byte_level and "ByteFallback" not in kinds:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megamix.core.config import validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
-from megamix.core.files import replace_file
+from megamix.core.files import parse_json, replace_file
 from megamix.core.log import get_logger
 from megamix.core.paths import expand
 from megamix.data.loader import IGNORED_LABEL, Batch
@@ -257,7 +257,7 @@ def load_state(path: Path, plan: DataPlan, step: int, anew: str = "begin the dat
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [json.loads(path.read_text(encoding="utf-8"))]
+            found = [parse_json(path.read_bytes())]
         except (OSError, ValueError) as error:
             found = [f"{type(error).__name__}: {error}"]
     group: Any = dist.new_group(backend="gloo")

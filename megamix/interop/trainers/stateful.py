@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.core.files import parse_json
 from megamix.data.loader import IGNORED_LABEL
 from megamix.engines.base import local_device
 from megamix.interop.trainers.host import (
@@ -174,7 +175,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         if state_dict.get("mix"):
             where = Path(f"{self._host}'s checkpoint")
             try:
-                saved = json.loads(state_dict["mix"])
+                saved = parse_json(state_dict["mix"])
                 step = saved["step"]
             except (ValueError, TypeError, KeyError) as error:
                 raise ResumeRefused(

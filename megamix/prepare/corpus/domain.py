@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zstandard
 
-from megamix.core.files import replace_file, replace_json, sha256_of
+from megamix.core.files import parse_json, replace_file, replace_json, sha256_of
 from megamix.prepare.corpus.clean import CLEANERS, cut, tidy
 from megamix.prepare.corpus.sources import Source
 from megamix.prepare.corpus.unpack import DamagedArchive, members
@@ -60,7 +60,7 @@ def note_path(out: Path, domain: str) -> Path:
 def finished(out: Path, source: Source) -> BuiltDomain | None:
     """A domain whose file is whole and made by the present recipe; None otherwise."""
     try:
-        built = BuiltDomain(**json.loads(note_path(out, source.domain).read_text(encoding="utf-8")))
+        built = BuiltDomain(**parse_json(note_path(out, source.domain).read_bytes()))
         whole = built.recipe == RECIPE and sha256_of(out / built.file) == built.sha256
     except (OSError, ValueError, TypeError):
         return None

@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megamix.core.config import validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
@@ -25,7 +23,7 @@ from megamix.mixing.mixers import find_mixer
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import Arm, Condition, Entry, Run, nested
 from megamix.studies.arena.traps import Trap
-from megamix.studies.runs import Member, read_section, write_yaml
+from megamix.studies.runs import Member, read_section, write_yaml, written_yaml
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.objective import objective_weights
 from megamix.training.plan import Plan, make_plan
@@ -316,8 +314,7 @@ class ArenaStudy:
                     path.unlink()
             for name, run in wanted.items():
                 path = folder / f"{name}.yaml"
-                present = yaml.safe_load(path.read_bytes()) if path.is_file() else run
-                if present != run and (self.run_dir / RUNS / name).exists():
+                if path.is_file() and written_yaml(path) != run and (self.run_dir / RUNS / name).exists():
                     raise InputError(
                         f"the member {name} of {self.run_dir} has begun, and has another config now: its results would not be those of "
                         f"this arena. Undo the change, give the changed arm another name, or delete {self.run_dir / RUNS / name} to begin it anew."

@@ -5,7 +5,6 @@ All other domains, and the held-out text of every domain of the run, are the fil
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.files import replace_json, writing
+from megamix.core.files import read_json, replace_json, writing
 from megamix.data.tokens.manifest import (
     FILE_NAME,
     TOKENIZER_FILE,
@@ -130,8 +129,9 @@ class Trap:
             InputError: the folder holds a trap with other settings, or cannot be written to.
         """
         settings = self.settings(seq_length)
+        remedy = f"Delete {folder} and the runs of the trap '{self.name}'."
         if (folder / FILE_NAME).is_file():
-            if json.loads((folder / SETTINGS).read_bytes()) != settings:
+            if read_json(folder / SETTINGS, lost=remedy, damaged=remedy) != settings:
                 raise InputError(
                     f"{folder} was made with other settings of the trap '{self.name}', or from other data: its members would not be "
                     "comparable. Give the changed trap another name, or delete that folder and the runs of this trap."

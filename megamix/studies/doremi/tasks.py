@@ -223,7 +223,11 @@ def _finished(config: RunConfig) -> RunState:
 def _is_saved(study: DoremiStudy) -> bool:
     """Whether the weights that the last round found are saved."""
     path = study.run_dir / WEIGHTS
-    return path.is_file() and parse_json(path.read_bytes()) == _found(study.folder(study.config.rounds))
+    try:
+        saved = parse_json(path.read_bytes())
+    except (OSError, ValueError):  # not there, or cut off: to be saved again
+        return False
+    return saved == _found(study.folder(study.config.rounds))
 
 
 def _save_weights(study: DoremiStudy, weights: Weights) -> None:

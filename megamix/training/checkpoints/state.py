@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import pydantic
 
 from megamix.core.errors import ResumeRefused
 from megamix.mixing.shadow import ShadowState
@@ -82,13 +85,27 @@ class RunState:
             )
         try:
             found = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-            found["shadow"] = {name: ShadowState(**each) for name, each in data.get("shadow", {}).items()}
-            found["guard"] = GuardState(**data.get("guard", {}))
-            return cls(**found)
-        except (AttributeError, TypeError) as problem:
+            state = _adapter().validate_python({"shadow": {}, "guard": {}, **found})
+            for part, key in (("data", "domains"), ("tokenizer", "sha256")):
+                if key not in state.fingerprints.get(part, {}):
+                    raise ValueError(f"fingerprints.{part} has no '{key}'")
+            return state
+        except (TypeError, ValueError) as problem:
             raise ResumeRefused(
-                f"{where} holds no state of a run ({problem}). Continue from another checkpoint."
+                f"{where} holds no state of a run ({_in_short(problem)}). Continue from another checkpoint."
             ) from problem
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[RunState]:
+    return pydantic.TypeAdapter(RunState)
+
+
+def _in_short(problem: Exception) -> str:
+    if not isinstance(problem, pydantic.ValidationError):
+        return str(problem)
+    first = problem.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read_state(path: Path, patience: float = 0.0) -> RunState:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import ResumeRefused
+from megamix.core.files import parse_json
 from megamix.core.log import get_logger
 
 FORMAT = "megamix-checkpoint"
@@ -139,7 +140,7 @@ def read_listing(path: Path, patience: float = 0.0) -> Listing:
     """
     wait_for(path / LISTING, time.monotonic() + patience)
     try:
-        content = json.loads((path / LISTING).read_text(encoding="utf-8"))
+        content = parse_json((path / LISTING).read_bytes())
         seal = content.pop("sha256", None)
         if content["format"] != FORMAT or content["version"] not in (1, VERSION):
             raise ValueError(
@@ -148,8 +149,11 @@ def read_listing(path: Path, patience: float = 0.0) -> Listing:
         if seal != (None if content["version"] == 1 else _seal(content)):
             raise ValueError("its contents have changed since it was written")
         step, holds = int(content["step"]), str(content.get("holds", LAYERS))
-        return Listing(step, holds, dict(content["files"]), bool(content.get("after_skips", False)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        files = {
+            str(name): {"bytes": each["bytes"], "sha256": each["sha256"]} for name, each in content["files"].items()
+        }
+        return Listing(step, holds, files, bool(content.get("after_skips", False)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise ValueError(f"{LISTING} cannot be used ({problem})") from problem
 
 
@@ -255,7 +259,10 @@ def read_state_json(path: Path, patience: float = 0.0) -> dict[str, Any]:
     problem = damage(path, patience)
     if problem is not None:
         raise refusal(path, problem)
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    try:
+        return parse_json((path / STATE).read_bytes())
+    except (OSError, ValueError) as problem:
+        raise refusal(path, f"{STATE} cannot be used ({problem})") from problem
 
 
 def refusal(path: Path, problem: str) -> ResumeRefused:

@@ -18,7 +18,7 @@ import numpy as np
 from megamix.core.config import validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
-from megamix.core.files import replace_file
+from megamix.core.files import parse_json, replace_file
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.mixers import without_code
 from megamix.training.config import MixConfig, RunConfig
@@ -63,9 +63,9 @@ class RecordedMix:
         """
         path = Path(run_dir) / MIX
         try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
+            recorded = parse_json(path.read_bytes())
             config, steps = without_code(recorded["config"]), int(recorded["steps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{path} cannot be read ({type(error).__name__}: {error}). Give the folder of a run's {MIX}."
             ) from error

@@ -52,8 +52,8 @@ def _up_to(path: Path) -> str:
     """The step of the last line of a .jsonl file, in words; nothing where none can be told."""
     if path.suffix != ".jsonl":
         return ""
-    whole = path.read_bytes().split(b"\n")[:-1]
     try:
+        whole = path.read_bytes().split(b"\n")[:-1]
         return f", up to step {int(parse_json(whole[-1])['step'])}"
-    except (IndexError, ValueError, KeyError, TypeError):
+    except (OSError, IndexError, ValueError, KeyError, TypeError, OverflowError):
         return ""

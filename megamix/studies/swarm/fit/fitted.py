@@ -144,6 +144,8 @@ class Fitted:
             )
         except KeyError as error:
             raise InputError(f"the fit in {folder} has no {error}. Fit the swarm again.") from error
+        except (TypeError, AttributeError, ValueError, IndexError) as error:
+            raise InputError(f"the fit in {folder} is damaged: {error}. Fit the swarm again.") from error
 
 
 def _read_content(path: Path) -> dict[str, Any]:
