@@ -175,9 +175,17 @@ def _what_runs(shape: _Shape) -> str:
 
 
 def _data_line(plan: Plan | None) -> list[tuple[str, str]]:
-    if plan is None or plan.verified is None or plan.verified.warning is not None:
+    if plan is None:
         return []
-    return [("data", f"{plan.config.data.manifest}: {plan.verified.line()}")]
+    found = []
+    losses = getattr(plan.config.mixer, "reference", None)
+    for name, path, verified in (
+        ("data", plan.config.data.manifest, plan.verified),
+        ("reference", losses, plan.verified_losses),
+    ):
+        if verified is not None and verified.warning is None:
+            found.append((name, f"{path}: {verified.line()}"))
+    return found
 
 
 def _factors(engine: EngineConfig) -> str:

@@ -279,6 +279,18 @@ class AppendFile:
             self._file.close()
 
 
+def remove(path: Path) -> None:
+    """Removes a file of a record, where it is there.
+
+    Raises:
+        MegamixError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
 def write_failed(path: Path, error: OSError) -> MegamixError:
     """What a run ends with that cannot write its record."""
     return MegamixError(

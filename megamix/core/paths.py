@@ -22,8 +22,10 @@ def expand(text: str) -> str:
     """The path that ``text`` stands for.
 
     Raises:
-        InputError: a variable that is not set, or a user who has no home here.
+        InputError: a variable that is not set, a user who has no home here, or characters that no path may have.
     """
+    if "\0" in text or not _can_be_encoded(text):
+        raise InputError(f"the path {text!r} has characters that no file system takes. Write it without them.")
 
     def value(match: re.Match[str]) -> str:
         name = match[1] if match[2] is None else match[2]
@@ -44,6 +46,14 @@ def expand(text: str) -> str:
         )
     # First, so that a variable's value is taken as it is.
     return os.path.expanduser(home) + _VARIABLE.sub(value, text[len(home) :])
+
+
+def _can_be_encoded(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character, as "\ud800" in JSON and YAML
+        return False
+    return True
 
 
 def literal(path: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,8 @@ class CachedDomain(Config):
     """Rows that hold losses; fewer than ``windows`` in a cache for one run only."""
     selection: str | None = None
     """SHA-256 of the numbers of these rows (int64); None for all rows."""
+    blocks: str | None = None
+    """Hashes of the file's blocks (`megamix.data.tokens.hashes`); None in an unfinished cache and in older ones."""
 
 
 class CacheKey(Config):
@@ -293,9 +295,14 @@ def save_progress(folder: Path, info: CacheInfo, done: int) -> None:
     replace_json(folder / PROGRESS, {"done": done, "info": info.model_dump(mode="json")})
 
 
-def finish(folder: Path, info: CacheInfo) -> None:
-    """Finishes a cache whose rows are all safe on disk."""
-    data = info.model_dump(mode="json")
+def finish(folder: Path, info: CacheInfo, blocks: Mapping[str, str]) -> None:
+    """Finishes a cache whose rows are all safe on disk.
+
+    Args:
+        blocks: hashes of the blocks of every domain's file.
+    """
+    domains = {name: domain.model_copy(update={"blocks": blocks[name]}) for name, domain in info.domains.items()}
+    data = info.model_copy(update={"domains": domains}).model_dump(mode="json")
     head = {key: data[key] for key in ("format", "version")}
     replace_json(folder / FILE_NAME, {**head, **data})
     (folder / PROGRESS).unlink(missing_ok=True)

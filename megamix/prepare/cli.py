@@ -88,30 +88,37 @@ def merge(
 
 
 def verify(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="manifest.json or its folder.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="manifest.json or its folder; or a cache of reference losses.")
+    ],
     sample: Annotated[
         bool, typer.Option("--sample", help="Some blocks alone, as every run does at its start.")
     ] = False,
     write_hashes: Annotated[
         bool,
-        typer.Option("--write-hashes", help="Add the hashes that a manifest of megamix 0.1 lacks, once verified."),
+        typer.Option("--write-hashes", help="Add the hashes that what megamix 0.1 wrote lacks, once verified."),
     ] = False,
 ) -> None:
-    """Compare every byte of a data set with its manifest: token files, indexes and tokenizer. Exit code 3: something
-    differs; the message names files and offsets.
+    """Compare every byte of a data set with its manifest: token files, indexes and tokenizer; or of a cache of
+    reference losses with its reference.json. Exit code 3: something differs; the message names files and offsets.
 
     Example: megamix verify data/mini-pile
     """
-    from megamix.data.tokens.manifest import Manifest
+    from megamix.data.reference_losses import is_cache
+    from megamix.data.tokens.manifest import FILE_NAME, Manifest
     from megamix.data.tokens.upgrade import with_contents
     from megamix.data.tokens.verify import verify_all, verify_sample
+    from megamix.data.verify_losses import add_hashes, verify_losses
 
-    manifest = Manifest.load(data)
-    found = verify_sample(manifest) if sample else verify_all(manifest, progress=True)
+    manifest = None if is_cache(data) and not (data / FILE_NAME).exists() else Manifest.load(data)
+    if manifest is None:
+        found = verify_losses(data, sample=sample, progress=True)
+    else:
+        found = verify_sample(manifest) if sample else verify_all(manifest, progress=True)
     if write_hashes and found.warning is not None:
         if sample:
             raise typer.BadParameter("it needs the whole files; leave --sample out.", param_hint="--write-hashes")
-        path = with_contents(manifest).save()
+        path = add_hashes(data) if manifest is None else with_contents(manifest).save()
         typer.echo(f"{path}: hashes of all files added")
         return
     if found.num_bytes or found.warning is None:

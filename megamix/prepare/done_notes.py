@@ -91,8 +91,13 @@ def input_files(paths: Sequence[Path]) -> tuple[InputFile, ...]:
     """The present identity of files."""
     stats = [(path, path.stat()) for path in paths]
     return tuple(
-        InputFile(path=os.path.abspath(path), num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for path, stat in stats
+        InputFile(path=_as_text(path), num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for path, stat in stats
     )
+
+
+def _as_text(path: Path) -> str:
+    """The absolute path; bytes that are no UTF-8, which JSON cannot hold, as ``\\udcff``."""
+    return os.path.abspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_note(model: type[R], path: Path) -> R | None:

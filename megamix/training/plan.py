@@ -18,11 +18,14 @@ from megamix.core.config import Config
 from megamix.core.errors import InputError, did_you_mean, given_twice
 from megamix.data.blend.blend import Blend
 from megamix.data.blend.permute import hash_words
+from megamix.data.reference_losses import FILE_NAME as LOSSES
 from megamix.data.reference_losses import read_info
 from megamix.data.sampler import Slice
+from megamix.data.tokens.block_files import Verified
 from megamix.data.tokens.manifest import DomainEntry, Manifest
 from megamix.data.tokens.stream import DomainTokens
-from megamix.data.tokens.verify import Verified, verify_all, verify_sample
+from megamix.data.tokens.verify import verify_all, verify_sample
+from megamix.data.verify_losses import verify_losses
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
 from megamix.engines.models.config import ModelConfig
@@ -49,6 +52,7 @@ class DataPlan(MixPlan):
         entries: of the manifest, one a domain.
         domains, validation: their opened token streams.
         verified: what was compared with the manifest; None: nothing.
+        verified_losses: what was compared of the reference losses; None: nothing.
     """
 
     manifest: Manifest
@@ -57,11 +61,12 @@ class DataPlan(MixPlan):
     domains: list[DomainTokens]
     validation: list[DomainTokens]
     verified: Verified | None
+    verified_losses: Verified | None
 
     def warnings(self) -> list[str]:
         """Settings that work and are probably not meant, and data that could not be verified."""
-        found = super().warnings()
-        return found if self.verified is None or self.verified.warning is None else [*found, self.verified.warning]
+        verified = (each for each in (self.verified, self.verified_losses) if each is not None)
+        return [*super().warnings(), *(each.warning for each in verified if each.warning is not None)]
 
     @property
     def domain_keys(self) -> list[int]:
@@ -193,11 +198,7 @@ def make_data_plan(
     manifest = Manifest.load(config.data.manifest)
     entries = _entries(config, manifest)
     names = tuple(entry.name for entry in entries)
-    verified = None
-    if config.data.verify == "all" and (verify or share[1] > 1):
-        verified = verify_all(manifest, entries, share=share, progress=share[0] == 0)
-    elif verify:
-        verified = verify_sample(manifest, entries)
+    verified, verified_losses = _verify(config, manifest, entries, verify, share)
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
     validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
@@ -217,7 +218,23 @@ def make_data_plan(
         domains=domains,
         validation=validation,
         verified=verified,
+        verified_losses=verified_losses,
     )
+
+
+def _verify(
+    config: MixConfig, manifest: Manifest, entries: Sequence[DomainEntry], verify: bool, share: tuple[int, int]
+) -> tuple[Verified | None, Verified | None]:
+    """Verifies the data and, where they are there, the reference losses; see `make_plan`."""
+    folder, names = getattr(config.mixer, "reference", None), [entry.name for entry in entries]
+    has_losses = folder is not None and (folder / LOSSES).is_file()
+    if config.data.verify == "all" and (verify or share[1] > 1):
+        progress = share[0] == 0
+        data = verify_all(manifest, entries, share=share, progress=progress)
+        return data, verify_losses(folder, names, share=share, progress=progress) if has_losses else None
+    if not verify:
+        return None, None
+    return verify_sample(manifest, entries), verify_losses(folder, names, sample=True) if has_losses else None
 
 
 def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from megamix.training.records.events import Event
 from megamix.training.records.progress_line import show_progress
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
-from megamix.training.records.wholeness import missing_from_record, record_sizes
+from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
 from megamix.training.step_clock import StepClock
 
 
@@ -240,7 +240,8 @@ class Trainer:
         if self.record is not None:
             self._collect_reports()
             self.record.flush()
-            state = replace(state, record=record_sizes(self.config.run_dir))
+            sizes = record_sizes(self.config.run_dir)
+            state = replace(state, record=sizes, record_ends=record_ends(self.config.run_dir, sizes))
         state = replace(
             state,
             fingerprints=fingerprints(self.plan),
@@ -251,9 +252,11 @@ class Trainer:
 
     def _missing_record(self, resumed: Resumed) -> str | None:
         """What the record has lost of the steps before, in words; a run that continues another's has none of them."""
-        if resumed.state.record is None or resumed.path.resolve().parent.parent != self.config.run_dir.resolve():
+        run_dir, state = self.config.run_dir, resumed.state
+        # Not the folder above it: checkpoints may be a link to another disk.
+        if state.record is None or resumed.path.parent.resolve() != (run_dir / "checkpoints").resolve():
             return None
-        return missing_from_record(self.config.run_dir, resumed.state.record, resumed.step)
+        return missing_from_record(run_dir, state.record, resumed.step, state.record_ends)
 
     def _note(self, event: Event, text: str = "") -> None:
         if self.record is not None:

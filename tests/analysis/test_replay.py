@@ -160,6 +160,66 @@ def test_statistics_are_cut_back_on_resume(tmp_path: Path) -> None:
     assert excess.tolist() == [[0.1, 1.0], [0.1, 2.0]]
 
 
+MANY = tuple(f"d{index}" for index in range(1000))
+
+
+def sparse_sums(step: int) -> DomainStats:
+    """Of 5 of 1,000 domains; of none in step 3."""
+    tokens = np.zeros(1000, np.int64)
+    tokens[[0, 999, 7 * step, 400 + step, 500]] = [1, 2**40, 3, 4, 5] if step != 3 else 0
+    nats = tokens * 0.1
+    return DomainStats(nats, tokens, -nats if step % 2 else np.zeros(1000))
+
+
+def write_sparse(run: Path, resumed: int | None, steps: range) -> None:
+    writer = StatisticsWriter(run, MANY, resumed)
+    for step in steps:
+        writer.write(step, sparse_sums(step))
+    writer.close()
+
+
+def test_sums_of_many_domains_are_of_those_present(tmp_path: Path) -> None:
+    """As they were, to the last bit, in a hundredth of the bytes, cut back on resume."""
+    write_sparse(tmp_path, None, range(1, 11))
+    found = read_statistics(tmp_path)
+    assert found.num_steps == 10
+    for step in range(1, 11):
+        weights = np.full(1000, 0.001)
+        given = sparse_sums(step)
+        wanted = DomainStats(given.nats, given.tokens, given.excess_nats, weights)
+        assert found.step(step, weights).to_state() == wanted.to_state()
+    (path,) = (tmp_path / "statistics").iterdir()
+    whole = path.read_bytes()
+    head = len(whole.split(b"\n")[0]) + 1
+    assert len(whole) - head == 8 * (10 + 9 * 5 * 4)
+    for cut in (1, 8, 100, 168):
+        path.write_bytes(whole[:-cut])
+        assert read_statistics(tmp_path).num_steps == 9
+        write_sparse(tmp_path, 9, range(10, 11))
+        assert path.read_bytes() == whole
+    write_sparse(tmp_path, 4, range(5, 11))
+    assert path.read_bytes() == whole
+    for place, wrong in ((head, 1001), (head, -1), (head + 8, 1000)):
+        data = bytearray(whole)
+        data[place : place + 8] = wrong.to_bytes(8, "little", signed=True)
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"from_000000001\.bin is damaged"):
+            read_statistics(tmp_path)
+
+
+def test_sums_of_all_of_many_domains_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of before rows were of the domains present."""
+    from megamix.training.records import step_statistics
+
+    monkeypatch.setattr(step_statistics, "MOST_IN_TEXT", 1000)
+    write_sparse(tmp_path, None, range(1, 5))
+    monkeypatch.undo()
+    write_sparse(tmp_path, 4, range(5, 8))
+    assert len(list((tmp_path / "statistics").iterdir())) == 2
+    found = read_statistics(tmp_path)
+    assert found.tokens.tolist() == [sparse_sums(step).tokens.tolist() for step in range(1, 8)]
+
+
 def test_statistics_that_are_not_whole(tmp_path: Path) -> None:
     write(tmp_path, None, range(3, 5))
     with pytest.raises(InputError, match=r"begins with step 3, expected 1"):

@@ -52,6 +52,18 @@ def test_expand(given: str, wanted: str, tmp_path: Path) -> None:
     assert expand(given.format(**places)) == wanted.format(**places)
 
 
+@pytest.mark.parametrize("given", ["a\0b", "\0", "a\ud800b"])
+def test_what_no_path_may_have(given: str) -> None:
+    with pytest.raises(InputError, match=r"has characters that no file system takes"):
+        expand(given)
+    with pytest.raises(InputError, match=r"run_dir: the path .* has characters that no file system takes"):
+        validate(RunConfig, {"run_dir": given}, "c.yaml")
+
+
+def test_names_of_other_encodings_are_paths() -> None:
+    assert expand(os.fsdecode(b"a\xffb")) == "a\udcffb"
+
+
 @pytest.mark.parametrize("given", ["$NOT_SET/x", "${NOT_SET}/x", "a/$NOT_SET", "${}", "~/$NOT_SET"])
 def test_a_variable_that_is_not_set(given: str) -> None:
     with pytest.raises(InputError, match=r"which is not set"):

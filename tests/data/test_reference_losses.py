@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_megamix
 from numpy.typing import NDArray
 from small_config import small
 
 from megamix.analysis.inspect import inspect_path
-from megamix.core.errors import InputError, MegamixError
+from megamix.core.errors import DataChanged, InputError, MegamixError
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import WindowReader
 from megamix.data.reference_losses import (
@@ -27,9 +28,11 @@ from megamix.data.reference_losses import (
     open_progress,
     save_progress,
 )
+from megamix.data.tokens.block_files import Verified
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.stream import DomainTokens
 from megamix.data.tokens.writer import IndexedWriter
+from megamix.data.verify_losses import hash_losses, verify_losses
 from megamix.training.plan import DataPlan, make_plan
 from megamix.training.reference.cache import cache_key, open_reference, samples_read, whole_domains
 
@@ -70,11 +73,15 @@ def whole() -> Selection:
     return Selection(list(WINDOWS.values()))
 
 
+def end(folder: Path, info: CacheInfo) -> None:
+    finish(folder, info, {name: hash_losses(folder, name) for name in info.domains})
+
+
 def make_cache(folder: Path) -> CacheInfo:
     info = make_info()
     assert open_progress(folder, info) == 0
     write(folder, info, whole(), 0, whole().total)
-    finish(folder, info)
+    end(folder, info)
     return info
 
 
@@ -118,7 +125,7 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     writer = ReferenceWriter(tmp_path, info)
     given = np.array([0.0, 1e-9, 1 / 3, 11.123, 65503.0, 65504.0, 7e4, 1e30], np.float32)
     writer.write(np.array([0]), np.array([5]), given[None])
-    finish(tmp_path, info)
+    end(tmp_path, info)
     row = np.empty(SEQ, np.float32)
     ReferenceLosses(tmp_path, info).read_window(0, 5, row)
     np.testing.assert_allclose(row[2:5], given[2:5], rtol=2**-11)
@@ -211,7 +218,7 @@ def test_going_on(tmp_path: Path) -> None:
     done = open_progress(twice, info)
     assert done == 14
     write(twice, info, whole(), done, whole().total)
-    finish(twice, info)
+    end(twice, info)
     assert open_progress(twice, info) is None
     for path in once.iterdir():
         assert (twice / path.name).read_bytes() == path.read_bytes()
@@ -245,7 +252,7 @@ def test_inspect_says_what_a_cache_holds(tmp_path: Path) -> None:
         assert info.checkpoint_sha256 in head
         assert [" ".join(line.split()) for line in rows[0].splitlines()[1:]] == table
         write(folder, info, whole(), 33, 37)
-        finish(folder, info)
+        end(folder, info)
         table = ["web 30 30 30", "a/b 7 7 7"]
     losses_path(folder, "web").write_bytes(b"")
     with pytest.raises(InputError, match=r"web.f16 of domain 'web' have 0 bytes, expected 480"):
@@ -334,7 +341,7 @@ def test_a_plan_opens_its_cache(data_plan: Any, data_dir: Path, tmp_path: Path) 
     assert {name: domain.windows for name, domain in key.domains.items()} == windows
     info = CacheInfo(**key.model_dump(), checkpoint="", checkpoint_sha256="")
     open_progress(tmp_path, info)
-    finish(tmp_path, info)
+    end(tmp_path, info)
     assert open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}")) is not None
     with pytest.raises(InputError, match=r"made with data.seq_length 32, this run has 16"):
         open_reference(data_plan(f"mixer={{name: doremi, reference: {tmp_path}}}", "data.seq_length=16"))
@@ -348,7 +355,7 @@ def test_a_cache_may_move(data_plan: Any, tmp_path: Path) -> None:
         if not (tmp_path / folder).is_dir():
             info = CacheInfo(**cache_key(plan).model_dump(), checkpoint=folder, checkpoint_sha256=sha256)
             open_progress(tmp_path / folder, info)
-            finish(tmp_path / folder, info)
+            end(tmp_path / folder, info)
         return plan.mixer_identity(plan.config.mixer)
 
     first = identity("here", "a" * 64)
@@ -357,3 +364,62 @@ def test_a_cache_may_move(data_plan: Any, tmp_path: Path) -> None:
     assert identity("here", "a" * 64, eta=0.5) != first
     plan = data_plan("mixer={name: doremi}")
     assert plan.mixer_identity(plan.config.mixer) == plan.config.mixer.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize(("name", "at"), [("web", 0), ("web", 479), ("a/b", 50)])
+def test_a_changed_byte_is_found(tmp_path: Path, sample: bool, name: str, at: int) -> None:
+    make_cache(tmp_path)
+    total = 2 * SEQ * sum(WINDOWS.values())
+    assert verify_losses(tmp_path, sample=sample) == Verified(total, total)
+    path = losses_path(tmp_path, name)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataChanged, match=rf"domain '{name}': {path}: bytes 0 to 4194304 have changed"):
+        verify_losses(tmp_path, sample=sample)
+    other = next(other for other in WINDOWS if other != name)
+    verify_losses(tmp_path, [other], sample=sample)
+    for size in (len(data) - 1, len(data) + 1):
+        path.write_bytes(bytes(data[:size]).ljust(size, b"\0"))
+        with pytest.raises(DataChanged, match=rf"it has {size} bytes, reference.json says {len(data)}"):
+            verify_losses(tmp_path, sample=sample)
+    path.unlink()
+    with pytest.raises(DataChanged, match=r"it is missing"):
+        verify_losses(tmp_path, sample=sample)
+
+
+def test_a_run_verifies_its_losses(data_plan: Any, tmp_path: Path) -> None:
+    """At every start, and all of them where that is asked for, each rank its share."""
+    mixer = f"mixer={{name: doremi, reference: {tmp_path}}}"
+    key = cache_key(data_plan("mixer={name: static}"))
+    domains = {name: domain.model_copy(update={"computed": domain.windows}) for name, domain in key.domains.items()}
+    info = make_info(
+        seq_length=key.seq_length, tokenizer=key.tokenizer, reset_position_ids=key.reset_position_ids, domains=domains
+    )
+    open_progress(tmp_path, info)
+    end(tmp_path, info)
+    found = data_plan(mixer).verified_losses
+    assert found is not None
+    assert found.num_bytes == found.total_bytes > 0
+    name = list(domains)[-1]
+    path = losses_path(tmp_path, name)
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    for more in ("data.verify=sample", "data.verify=all"):
+        with pytest.raises(DataChanged, match=f"domain '{name}'"):
+            data_plan(mixer, more)
+
+
+def test_the_command_for_a_cache(tmp_path: Path) -> None:
+    """Hashes are added to a cache of before they were kept."""
+    make_cache(tmp_path)
+    path = tmp_path / "reference.json"
+    data = json.loads(path.read_text())
+    for domain in data["domains"].values():
+        del domain["blocks"]
+    path.write_text(json.dumps(data))
+    assert "has no hashes of blocks" in run_megamix("verify", tmp_path).stderr
+    run_megamix("verify", tmp_path, "--write-hashes")
+    assert run_megamix("verify", tmp_path).stdout.startswith(f"{tmp_path}: all 592 bytes of the files and all sizes")
+    losses_path(tmp_path, "web").write_bytes(b"\1" * 480)
+    assert "web.f16" in run_megamix("verify", tmp_path, code=3).stderr

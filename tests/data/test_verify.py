@@ -13,7 +13,7 @@ import pytest
 from commands import run_megamix
 
 from megamix.core.errors import DataChanged, InputError
-from megamix.data.tokens import hashes, verify
+from megamix.data.tokens import block_files, hashes, verify
 from megamix.data.tokens.hashes import FileHasher
 from megamix.data.tokens.manifest import (
     DomainEntry,
@@ -33,7 +33,7 @@ SIZES = {"web": 500, "code": 77}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hashes, verify):
+    for module in (hashes, block_files):
         monkeypatch.setattr(module, "BLOCK_BYTES", BLOCK)
 
 
@@ -170,24 +170,24 @@ def test_a_sample_is_bounded_and_comes_to_every_block(folder: Path, monkeypatch:
     files = verify._files(manifest, None)
     assert files is not None
     everything = {(number, block) for number, file in enumerate(files) for block in range(file.num_blocks)}
-    monkeypatch.setattr(verify, "SAMPLE_BLOCKS", 12)
+    monkeypatch.setattr(block_files, "SAMPLE_BLOCKS", 12)
     seen: set[tuple[int, int]] = set()
     for seed in range(200):
-        drawn = verify._draw(files, np.random.default_rng(seed))
+        drawn = block_files.draw(files, np.random.default_rng(seed))
         picked = [(number, block) for number, blocks in drawn for block in blocks]
         assert {number for number, _ in picked} == set(range(len(files)))  # each of the 8 files
         assert len(picked) == len(set(picked)) <= 12
         seen.update(picked)
     assert seen == everything
-    monkeypatch.setattr(verify, "SAMPLE_BYTES", 3 * BLOCK)
+    monkeypatch.setattr(block_files, "SAMPLE_BYTES", 3 * BLOCK)
     for seed in range(20):
-        drawn = verify._draw(files, np.random.default_rng(seed))
+        drawn = block_files.draw(files, np.random.default_rng(seed))
         assert sum(files[number].bytes_of(block) for number, blocks in drawn for block in blocks) < 4 * BLOCK
     assert verify_sample(manifest).num_bytes < 4 * BLOCK
 
 
 def test_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_TASK_BLOCKS", 1)
+    monkeypatch.setattr(block_files, "_TASK_BLOCKS", 1)
     manifest = Manifest.load(folder)
     shares = [verify_all(manifest, share=(number, 3)).num_bytes for number in range(3)]
     assert sum(shares) == verify_all(manifest).num_bytes
@@ -210,6 +210,25 @@ def test_damaged_hashes_are_the_manifests_fault(folder: Path) -> None:
     with pytest.raises(InputError, match="the manifest is damaged") as caught:
         verify_sample(Manifest.load(folder))
     assert not isinstance(caught.value, DataChanged)
+
+
+def test_hashes_that_are_no_hashes(folder: Path) -> None:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    held = data["domains"][0]["train"]["contents"][0]
+    held["bin_blocks"] = "=" * len(held["bin_blocks"])
+    path.write_text(json.dumps(data))
+    for check in (verify_all, verify_sample):
+        with pytest.raises(InputError, match="block hashes that are no base64: the manifest is damaged"):
+            check(Manifest.load(folder))
+
+
+@pytest.mark.parametrize("check", [verify_all, verify_sample])
+def test_a_tokenizer_that_never_ends(folder: Path, check) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(DataChanged, match="the tokenizer is a folder, a device or a pipe"):
+        check(Manifest.load(folder))
 
 
 def test_a_manifest_of_0_1(tmp_path: Path) -> None:

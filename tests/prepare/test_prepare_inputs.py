@@ -139,3 +139,19 @@ def test_sample_is_even_bounded_and_repeatable(tmp_path: Path) -> None:
     assert numbers == sorted(set(numbers))
     assert max(np.diff(numbers)) < 100
     assert list(sample_texts([plain], num_bytes=1 << 30)) == texts
+
+
+def test_files_whose_names_are_no_utf8(tmp_path: Path) -> None:
+    """They are read as others are, and kept when nothing has changed."""
+    folder = tmp_path / "in" / "web"
+    folder.mkdir(parents=True)
+    for name in (b"\xff.jsonl", b"a\nb.jsonl"):
+        (folder / os.fsdecode(name)).write_text('{"text": "one two three"}\n' * 20)
+    out = tmp_path / os.fsdecode(b"out\xff")
+    times = []
+    for _ in range(2):
+        manifest = prepare([str(tmp_path / "in")], out, tokenizer="train:300", workers=1, progress=False)
+        assert manifest is not None
+        assert manifest.domain("web").train.documents + manifest.domain("web").validation.documents == 40
+        times.append((out / "web" / "train.bin").stat().st_mtime_ns)
+    assert times[0] == times[1]

@@ -16,7 +16,8 @@ from megamix.core.files import AppendFile
 from megamix.training.checkpoints.saving import CheckpointWriter
 from megamix.training.checkpoints.store import complete_steps
 from megamix.training.config import CheckpointConfig
-from megamix.training.records.wholeness import missing_from_record, record_sizes
+from megamix.training.records.run_record import RunRecord
+from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
 
 
 @pytest.fixture
@@ -121,6 +122,36 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "events.jsonl" not in text
 
 
+def remove_a_line(lines: list[str]) -> list[str]:
+    return [*lines[:3], *lines[4:]]
+
+
+def change_the_last(lines: list[str]) -> list[str]:
+    return [*lines[:9], lines[9].replace("9", "8"), *lines[10:]]
+
+
+def of_another_run(lines: list[str]) -> list[str]:
+    return [line.replace("loss", "lass") for line in lines]
+
+
+@pytest.mark.parametrize("act", [remove_a_line, change_the_last, of_another_run])
+def test_lines_lost_before_others(tmp_path: Path, act: Callable[[list[str]], list[str]]) -> None:
+    """The file is as large as it was or larger, as lines followed the checkpoint's."""
+    path = tmp_path / "metrics.jsonl"
+    written = [f'{{"step": {step}, "loss": {step}.5}}\n' for step in range(20)]
+    path.write_text("".join(written[:10]))
+    sizes = record_sizes(tmp_path)
+    ends = record_ends(tmp_path, sizes)
+    path.write_text("".join(written))
+    assert missing_from_record(tmp_path, sizes, 9, ends) is None
+    path.write_text("".join(act(written)))
+    assert path.stat().st_size >= sizes["metrics.jsonl"]
+    assert missing_from_record(tmp_path, sizes, 9) is None  # a checkpoint of before ends were kept
+    text = missing_from_record(tmp_path, sizes, 9, ends)
+    assert text is not None
+    assert "metrics.jsonl has lost or changed bytes among its first 250" in text
+
+
 def test_a_resume_says_what_is_missing_and_no_other_does(
     megamix: Callable[..., Any], tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -128,6 +159,9 @@ def test_a_resume_says_what_is_missing_and_no_other_does(
     config = tiny_config(checkpoint={"every": 2}, log={"every": 1}, evaluate={"every": 0, "batches": 1})
     assert "is not whole" not in megamix("train", config, "train.stop_after=2").stderr
     assert "is not whole" not in megamix("train", config, "train.stop_after=4").stderr
+    # Checkpoints that were moved to another disk are this run's all the same.
+    shutil.move(run / "checkpoints", tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
     (run / "weights.jsonl").unlink()
     whole = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(whole[:3]))
@@ -137,3 +171,19 @@ def test_a_resume_says_what_is_missing_and_no_other_does(
     assert "up to step 2" in said
     assert [line["event"] for line in lines(run / "events.jsonl")].count("incomplete") == 1
     assert "is not whole" not in megamix("train", config, "train.stop_after=8").stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "weights.jsonl", "weights.bin", "odm_weights.jsonl", "shadow/a.jsonl"]
+)
+def test_a_folder_where_a_file_of_the_record_belongs(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "in it").mkdir(parents=True)
+    with pytest.raises(MegamixError, match=rf"cannot write .*{Path(name).name}: Is a directory"):
+        RunRecord(tmp_path, ("a", "b"), None)
+
+
+def test_a_record_that_begins_anew_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for resumed, said in ((None, 0), (3, 0), (None, 1)):
+        caplog.clear()
+        RunRecord(tmp_path, ("a", "b"), resumed).close()
+        assert caplog.text.count("begins anew, and so does its record") == said

@@ -92,6 +92,37 @@ def test_a_resume_goes_on_in_both_files(tmp_path: Path) -> None:
     check(ledger.lines[1:], expected)
 
 
+@pytest.mark.parametrize("left", [0.0, 0.3, 0.6, 0.8])
+def test_lost_arrays_are_never_others(tmp_path: Path, left: float) -> None:
+    """Resumed after its arrays were lost in part: each line is read as it was written, or refused."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run in (whole, cut):
+        record(run, 300, 12)
+    path = cut / "weights.bin"
+    if left:
+        path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    else:
+        path.unlink()
+    for run in (whole, cut):
+        record(run, 300, 20, resumed=10)
+    lines = [json.loads(line) for line in (cut / "weights.jsonl").read_text().splitlines()]
+    reader, wanted = WideReader(path), WideReader(whole / "weights.bin")
+    refused = 0
+    for line, other in zip(lines, (whole / "weights.jsonl").read_text().splitlines(), strict=True):
+        places = json.loads(other)["arrays"]
+        for key, at in line["arrays"].items():
+            is_names = key == "domain_names"
+            try:
+                found: Any = reader.names(at) if is_names else reader.array(at, 300)
+            except InputError:
+                refused += 1
+                assert line["step"] <= 10
+                continue
+            same = wanted.names(places[key]) if is_names else wanted.array(places[key], 300)
+            assert found == same if is_names else np.array_equal(found, same, equal_nan=True)
+    assert refused > 0
+
+
 def test_a_run_that_begins_anew_drops_the_arrays_before(tmp_path: Path) -> None:
     record(tmp_path, 300, 12)
     size = (tmp_path / "weights.bin").stat().st_size
@@ -140,7 +171,7 @@ def test_damage_is_one_error(tmp_path: Path, what: str) -> None:
 
 def test_what_is_no_number_for_each_domain_stays_in_the_line(tmp_path: Path) -> None:
     """As the names of all domains under ``stalled``, or lists of lists."""
-    writer = WideWriter(tmp_path / "a.jsonl", anew=True)
+    writer = WideWriter(tmp_path / "a.jsonl")
     names = [f"d{index}" for index in range(300)]
     line = {"domain_names": names, "stalled": names, "pairs": [[0, 1]] * 300, "flags": [True] * 300, "few": [1, 2]}
     packed = writer.packed({**line, "whole": [1] * 300, "known": [None, 2.5] * 150})
@@ -157,7 +188,7 @@ def test_what_is_no_number_for_each_domain_stays_in_the_line(tmp_path: Path) -> 
 
 def test_a_base_that_is_not_before_its_differences_is_refused(tmp_path: Path) -> None:
     """A loop of bases would never end."""
-    writer = WideWriter(tmp_path / "a.jsonl", anew=True)
+    writer = WideWriter(tmp_path / "a.jsonl")
     names, values = [f"d{index}" for index in range(300)], np.zeros(300)
     values[5:] = 1.0
     writer.packed({"domain_names": names, "x": values})

@@ -34,7 +34,7 @@ from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
 from megamix.training.records.recorded_run import write_mix
 from megamix.training.records.run_record import RunRecord
-from megamix.training.records.wholeness import missing_from_record, record_sizes
+from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
 
 SETTLE_EVERY = 100
 """Steps between two calls of `MixedData.settle`, at which the training thread waits for the mixer."""
@@ -210,7 +210,10 @@ class HostRun:
             self._record.flush()
             write_mix(self._record_dir, self.plan.config, self.step)
         state = self.data.state()
-        return state if self._record is None else replace(state, record=record_sizes(self._record_dir))
+        if self._record is None:
+            return state
+        sizes = record_sizes(self._record_dir)
+        return replace(state, record=sizes, record_ends=record_ends(self._record_dir, sizes))
 
     def close(self) -> None:
         """Stops the background threads and closes the record."""
@@ -222,8 +225,9 @@ class HostRun:
 
     def _open_record(self, folder: Path, resumed: Resumed | None) -> RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
-        if resumed is not None and resumed.state.record is not None:
-            missing = missing_from_record(folder, resumed.state.record, resumed.step)
+        state = None if resumed is None else resumed.state
+        if state is not None and state.record is not None:
+            missing = missing_from_record(folder, state.record, state.step, state.record_ends)
             if missing is not None:
                 get_logger().warning("%s", missing)
         record = RunRecord(folder, self.plan.domain_names, None if resumed is None else resumed.step)

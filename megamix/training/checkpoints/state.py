@@ -42,7 +42,8 @@ class RunState:
         shadow: by name.
         manifest: path of the data set.
         total_samples: of the whole run, as its weights were bounded by; None in checkpoints of before it was kept.
-        record: sizes of the files of the record (`megamix.training.records.wholeness`); None where there is none.
+        record, record_ends: sizes and ends of the files of the record (`megamix.training.records.wholeness`); None
+            where there is none, or in checkpoints of before they were kept.
         seed, interval: ``train.seed`` and the sums of the log's interval; None in another trainer than megamix's.
     """
 
@@ -55,6 +56,7 @@ class RunState:
     mixer: dict[str, Any] | None = None
     total_samples: int | None = None
     record: dict[str, int] | None = None
+    record_ends: dict[str, str] | None = None
     seed: int | None = None
     interval: dict[str, Any] | None = None
 

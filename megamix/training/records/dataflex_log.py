@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megamix.core.files import AppendFile
+from megamix.core.files import AppendFile, remove
 
 _COMMON = ("step", "timestamp", "domain_names", "domain_weights")
 _ODM = ("exploration_rate", "alpha", "warmup_steps", "is_warmup")
@@ -33,7 +33,7 @@ class DataflexLog:
         self._files: dict[str, AppendFile] = {}
         for name in (ODM_FILE, DOREMI_FILE):
             if is_new:
-                (run_dir / name).unlink(missing_ok=True)
+                remove(run_dir / name)
             elif (run_dir / name).is_file():
                 self._files[name] = open_file(run_dir / name)
 

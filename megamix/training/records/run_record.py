@@ -41,7 +41,8 @@ from typing import Any
 
 import numpy as np
 
-from megamix.core.files import AppendFile, replace_file, write_failed
+from megamix.core.files import AppendFile, remove, replace_file, write_failed
+from megamix.core.log import get_logger
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
 from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
@@ -65,6 +66,11 @@ class RunRecord:
         self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None, sinks: Sequence[Sink] = ()
     ) -> None:
         self._domains = domains
+        if resumed_step is None and any((run_dir / name).is_file() for name in (METRICS, WEIGHTS)):
+            get_logger().warning(
+                "%s holds the record of a run, but no checkpoint to go on from: the run begins anew, and so does its record",
+                run_dir,
+            )
         self._metrics = _open(run_dir / METRICS, resumed_step)
         self._weights = _LedgerFile(run_dir / WEIGHTS, resumed_step)
         self._dataflex = DataflexLog(run_dir, lambda path: _open(path, resumed_step), is_new=resumed_step is None)
@@ -73,8 +79,8 @@ class RunRecord:
         self._shadows: dict[str, _LedgerFile] = {}  # opened with its first line, or here where there are lines already
         for path in (run_dir / SHADOWS).glob("*.jsonl"):
             if resumed_step is None:
-                path.unlink()
-                side_path(path).unlink(missing_ok=True)
+                remove(path)
+                remove(side_path(path))
             else:
                 self._shadows[path.stem] = _LedgerFile(path, resumed_step)
         self._sinks = sinks
@@ -196,8 +202,9 @@ class _LedgerFile:
     """Lines of weights, with the file for the arrays of many domains."""
 
     def __init__(self, path: Path, resumed_step: int | None) -> None:
-        self._lines = _open(path, resumed_step)
-        self._arrays = WideWriter(path, anew=resumed_step is None)
+        kept = _cut_back(path, resumed_step)
+        self._lines = AppendFile(path)
+        self._arrays = WideWriter(path, kept)
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._lines.write_line(self._arrays.packed(line))  # arrays first: no line names what is not there
@@ -295,15 +302,19 @@ class IntervalLog:
 
 
 def _open(path: Path, resumed_step: int | None) -> AppendFile:
-    if resumed_step is None:
-        path.unlink(missing_ok=True)
-    elif path.is_file():
-        _drop_lines_after(path, resumed_step)
+    _cut_back(path, resumed_step)
     return AppendFile(path)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Drops lines past ``step`` and a cut-off last one.
+def _cut_back(path: Path, resumed_step: int | None) -> list[dict[str, Any]]:
+    """Drops lines past ``resumed_step``, all where it is None; returns the others."""
+    if resumed_step is None:
+        remove(path)
+    return _drop_lines_after(path, resumed_step) if resumed_step is not None and path.is_file() else []
+
+
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops lines past ``step`` and a cut-off last one; returns the others.
 
     Raises:
         MegamixError: the disk is full; the file is as it was then.
@@ -315,3 +326,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode("utf-8"))
     except OSError as error:
         raise write_failed(path, error) from error
+    return kept

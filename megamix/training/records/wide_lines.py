@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
-from megamix.core.files import AppendFile, parse_json
+from megamix.core.files import AppendFile, parse_json, remove, write_failed
 
 MOST_IN_TEXT = 256
 CHAIN = 64
@@ -48,16 +48,18 @@ class WideWriter:
 
     Args:
         path: the .jsonl record.
-        anew: whether the record begins anew.
+        kept: the lines that the record holds; without any it begins anew.
     """
 
-    def __init__(self, path: Path, *, anew: bool) -> None:
+    def __init__(self, path: Path, kept: Sequence[Mapping[str, Any]] = ()) -> None:
         self._path = side_path(path)
         self._file: AppendFile | None = None
         self._names: tuple[list[str], int] | None = None
         self._last: dict[str, tuple[Array, int, int]] = {}  # by key: the array, its byte, and the length of its chain
-        if anew:
-            self._path.unlink(missing_ok=True)
+        if kept:
+            _keep_places(self._path, kept)
+        else:
+            remove(self._path)
 
     def packed(self, line: Mapping[str, Any]) -> Mapping[str, Any]:
         """The line to write."""
@@ -114,6 +116,41 @@ class WideWriter:
         at = self._file.size
         self._file.write(_HEADER.pack(kind, dtype, len(body) if number is None else number, base) + body)
         return at
+
+
+def _keep_places(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Fills up a file that was cut, so that no array to come begins where a line looks for one that is lost.
+
+    Raises:
+        MegamixError: it cannot be written.
+    """
+    arrays = (line.get(ARRAYS) for line in lines)
+    named = {
+        at for each in arrays if isinstance(each, Mapping) for at in each.values() if isinstance(at, int) and at >= 0
+    }
+    try:
+        size = path.stat().st_size if path.exists() else 0
+        end = max(named, default=0) + _HEADER.size
+        if not named or _end_of(path, max(named, default=0), size) <= size:
+            return
+        with path.open("ab") as file:
+            # The array that the cut goes through is made unreadable as well: its end would be other bytes.
+            cut = max((at for at in named if at < size), default=0)
+            if _end_of(path, cut, size) > size:
+                file.truncate(cut)
+            file.truncate(max(end, size))
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
+def _end_of(path: Path, at: int, size: int) -> int:
+    """The byte after the array at byte ``at``, by its header; beyond ``size`` where that is not there."""
+    if at + _HEADER.size > size:
+        return at + _HEADER.size
+    with path.open("rb") as file:
+        file.seek(at)
+        kind, _, number, _ = _HEADER.unpack(file.read(_HEADER.size))
+    return at + _HEADER.size + number * {_WHOLE: 8, _NAMES: 1}.get(kind, 4 + 8)
 
 
 def _numbers(value: Any, number: int) -> Array | None:

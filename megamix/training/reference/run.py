@@ -27,6 +27,7 @@ from megamix.data.reference_losses import (
     open_progress,
     save_progress,
 )
+from megamix.data.verify_losses import hash_losses
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.state import read_state
 from megamix.training.checkpoints.store import LISTING, describe
@@ -266,9 +267,22 @@ class _Filler:
                 log.info("%d of %d samples, %s tokens/s", done, total, f"{tokens:,.0f}")
         if self._writer is not None:
             self._writer.close()
+        blocks = self._hashes(watchdog)
         if self._engine.place.rank == 0:
-            finish(self._out, self._job.info)
+            finish(self._out, self._job.info, blocks)
             log.info("the reference losses are in %s", self._out)
+
+    def _hashes(self, watchdog: Watchdog) -> dict[str, str]:
+        """Hashes of the blocks of every domain's file; each rank reads some of the files."""
+        import torch.distributed as dist
+
+        mine: dict[str, str] = {}
+        for name in list(self._job.info.domains)[dist.get_rank() :: dist.get_world_size()]:
+            watchdog.progress(0, "hashing losses")
+            mine[name] = hash_losses(self._out, name)
+        found: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(found, mine, group=self._control)
+        return {name: blocks for each in found for name, blocks in each.items()}
 
     def _round(self, start: int) -> None:
         place, total = self._engine.place, self._job.selection.total
