@@ -32,7 +32,7 @@ class DomainRow:
 
     domain: str
     natural_share: float | None
-    initial_weight: float
+    initial_weight: float | None
     final_weight: float
     realised_share: float | None
     first_loss: float | None
@@ -110,7 +110,7 @@ class RunTable:
             )
             for row in self.rows
         ]
-        moved = [abs(row.final_weight - row.initial_weight) for row in self.rows]
+        moved = [abs(row.final_weight - (row.initial_weight or 0.0)) for row in self.rows]
         rows = most_of(rows, moved)
         means = {
             f"objective ({self.objective_name})": self.by_objective,
@@ -156,7 +156,7 @@ def run_table(run: RecordedRun) -> RunTable:
         DomainRow(
             domain=name,
             natural_share=natural.get(name),
-            initial_weight=float(weights[0, k]),
+            initial_weight=float(weights[0, k]) if run.ledger.starts[0] == 0 else None,
             final_weight=float(weights[-1, k]),
             realised_share=counts[name] / total if total else None,
             first_loss=first.get(name),

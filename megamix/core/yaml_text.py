@@ -55,7 +55,7 @@ def _mappings_to_merge(node: yaml.Node, source: yaml.Node) -> Iterator[yaml.Mapp
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    ("int", r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]{1,64})$", "-+0123456789"),
     (
         "float",
         r"^[-+]?((\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+|[0-9]+\.[0-9]*|\.[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$",
@@ -83,6 +83,10 @@ def parse_yaml(text: str, source: str) -> Any:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {error}") from error
+    except (AttributeError, LookupError, TypeError) as error:  # of PyYAML, for a tag whose value is none of its kind
+        raise InputError(
+            f"{source} is not valid YAML: a tag such as !!bool stands before something else ({error}). Leave tags out."
+        ) from error
     except RecursionError as error:
         raise InputError(
             f"{source} cannot be read: its lists or mappings are nested too deep. Make it flatter."

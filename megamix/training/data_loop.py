@@ -171,8 +171,9 @@ class MixedData:
         self.sampler.forget_before(self.step)
 
     def announce(self, record: RunRecord) -> None:
-        """Logs the weights that the run starts with, or continues with after a change on resume; on rank 0."""
-        if self.mixer is not None and (self._is_new or self.change is not None):
+        """Logs the weights that the run starts with, or continues with after a change on resume or where none are on
+        record; on rank 0."""
+        if self.mixer is not None and (self._is_new or self.change is not None or not record.has_weights):
             batch = self.plan.config.train.global_batch
             segments = [(segment.start // batch, segment) for segment in self.sampler.segments_from(self.step)]
             record.announce(self.step, segments, self.mixer.record(), self.change)

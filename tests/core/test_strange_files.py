@@ -13,6 +13,7 @@ from prepared import tree
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError, ResumeRefused
+from megamix.core.yaml_text import parse_yaml
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.prepare.corpus.domain import finished, note_path
 from megamix.prepare.corpus.sources import SOURCES
@@ -117,6 +118,22 @@ def test_the_configs_of_a_study(tmp_path: Path) -> None:
     for content in (DEEP, b"\xff\xfe\x00", b"a: [", b"a: !!python/object:os.system {}"):
         path.write_bytes(content)
         assert written_yaml(path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: !!timestamp foo", "a: !!bool foo", 'a: !!int ""', 'a: !!float ""', "a: !!int foo", "a: !!timestamp 2001-99-99",
+     "a: !foo bar", "a: !!map [1]", "- \0", "<<: 3", "a: " + "9" * 5000],
+)  # fmt: skip
+def test_yaml_of_any_content(text: str) -> None:
+    with pytest.raises(InputError, match=r"^here.* is not valid YAML"):
+        parse_yaml(text, "here")
+
+
+def test_a_number_that_cannot_be_printed_is_text() -> None:
+    """A message about it would fail in its turn."""
+    assert parse_yaml("a: 0x" + "f" * 64, "here") == {"a": 16**64 - 1}
+    assert parse_yaml("a: 0x" + "f" * 5000, "here") == {"a": "0x" + "f" * 5000}
 
 
 def test_the_notes_of_a_corpus(tmp_path: Path, strange: bytes) -> None:

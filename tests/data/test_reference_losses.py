@@ -291,8 +291,8 @@ def test_the_order_of_a_selection() -> None:
 
 @pytest.fixture
 def data_plan(data_dir: Path) -> Any:
-    def make(*overrides: str) -> DataPlan:
-        return make_plan(small(f"data.manifest={data_dir}", "train.global_batch=8", *overrides), verify=False)
+    def make(*overrides: str, verify: bool = False) -> DataPlan:
+        return make_plan(small(f"data.manifest={data_dir}", "train.global_batch=8", *overrides), verify=verify)
 
     return make
 
@@ -399,7 +399,7 @@ def test_a_run_verifies_its_losses(data_plan: Any, tmp_path: Path) -> None:
     )
     open_progress(tmp_path, info)
     end(tmp_path, info)
-    found = data_plan(mixer).verified_losses
+    found = data_plan(mixer, verify=True).verified_losses
     assert found is not None
     assert found.num_bytes == found.total_bytes > 0
     name = list(domains)[-1]
@@ -407,7 +407,7 @@ def test_a_run_verifies_its_losses(data_plan: Any, tmp_path: Path) -> None:
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     for more in ("data.verify=sample", "data.verify=all"):
         with pytest.raises(DataChanged, match=f"domain '{name}'"):
-            data_plan(mixer, more)
+            data_plan(mixer, more, verify=True)
 
 
 def test_the_command_for_a_cache(tmp_path: Path) -> None:

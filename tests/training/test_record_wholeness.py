@@ -11,11 +11,15 @@ import pytest
 from checkpoint_files import engine_at, job
 from records import lines
 
-from megamix.core.errors import MegamixError
+from megamix.analysis.summary import run_table
+from megamix.core.errors import InputError, MegamixError
 from megamix.core.files import AppendFile
+from megamix.data.blend.blend import Blend
 from megamix.training.checkpoints.saving import CheckpointWriter
 from megamix.training.checkpoints.store import complete_steps
 from megamix.training.config import CheckpointConfig
+from megamix.training.records.mean_weights import run_weights
+from megamix.training.records.recorded_run import RecordedRun
 from megamix.training.records.run_record import RunRecord
 from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
 
@@ -156,7 +160,9 @@ def test_a_resume_says_what_is_missing_and_no_other_does(
     megamix: Callable[..., Any], tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    config = tiny_config(checkpoint={"every": 2}, log={"every": 1}, evaluate={"every": 0, "batches": 1})
+    config = tiny_config(
+        checkpoint={"every": 2}, log={"every": 1}, evaluate={"every": 0, "batches": 1}, mixer={"name": "static"}
+    )
     assert "is not whole" not in megamix("train", config, "train.stop_after=2").stderr
     assert "is not whole" not in megamix("train", config, "train.stop_after=4").stderr
     # Checkpoints that were moved to another disk are this run's all the same.
@@ -171,6 +177,16 @@ def test_a_resume_says_what_is_missing_and_no_other_does(
     assert "up to step 2" in said
     assert [line["event"] for line in lines(run / "events.jsonl")].count("incomplete") == 1
     assert "is not whole" not in megamix("train", config, "train.stop_after=8").stderr
+    # From the resume on the weights are on record again, and the samples of all steps are known.
+    record = RecordedRun.open(run)
+    (line,) = record.ledger.lines
+    assert line["position"] == 4 * record.config.train.global_batch
+    assert sum(run_weights(record, "realised").values()) == pytest.approx(1, abs=1e-12)
+    given = Blend([10**6] * len(record.domain_names), line["domain_weights"], 0).counts_at(record.position)
+    assert list(record.ledger.counts(record.position).values()) == given.tolist()
+    with pytest.raises(InputError, match="the weights that the run began with are not on record"):
+        run_weights(record, "initial")
+    assert all(row.initial_weight is None for row in run_table(record).rows)
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,16 @@ class Ledger:
         )
 
     def counts(self, position: int) -> dict[str, int]:
-        """Samples before ``position`` that each of the N domains gave, whatever data it had."""
+        """Samples before ``position`` that each of the N domains gave, whatever data it had; also where the first lines
+        are not on record, as of a run that continues another's checkpoint."""
         totals = dict.fromkeys(self.names, 0)
         lines = self.lines[: int(np.searchsorted(self.starts, position, "right"))]
         starts = [index for index, line in enumerate(lines) if index == 0 or line.get("change")]
         for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
             stop = lines[end]["position"] if end < len(lines) else position
-            given = self._counts_at(lines[end - 1], stop) - self._counts_at(lines[start], lines[start]["position"])
+            given = self._counts_at(lines[end - 1], stop)
+            if start > 0 or lines[start].get("change"):
+                given = given - self._counts_at(lines[start], lines[start]["position"])
             for name, count in zip(lines[start]["domain_names"], given.tolist(), strict=True):
                 totals[name] += count
         return totals

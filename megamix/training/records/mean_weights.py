@@ -31,6 +31,11 @@ def run_weights(run: RecordedMix, which: str) -> dict[str, float]:
     if which not in WHICH:
         raise InputError(f"--which {which}: no such weights." + did_you_mean(which, WHICH))
     last = run.ledger.lines[-1]
+    if which == "initial" and run.ledger.starts[0] != 0:
+        raise InputError(
+            f"{run.run_dir}: the weights that the run began with are not on record, only those from sample "
+            f"{run.ledger.starts[0]} on. It continued another run's checkpoint, or lost lines of weights.jsonl. Use --which final."
+        )
     if which == "initial":
         return by_name(run.ledger.lines[0]["domain_names"], run.ledger.lines[0]["domain_weights"])
     if which == "final":

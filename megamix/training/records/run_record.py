@@ -87,6 +87,11 @@ class RunRecord:
         self._events = EventLog(run_dir)
         self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether any weights were on record when it was opened."""
+        return self._weights.held_lines
+
     def note(self, event: Event, step: int, text: str = "") -> None:
         """Adds an event (`megamix.training.records.events`)."""
         self._events.note(event, step, text)
@@ -205,6 +210,7 @@ class _LedgerFile:
         kept = _cut_back(path, resumed_step)
         self._lines = AppendFile(path)
         self._arrays = WideWriter(path, kept)
+        self.held_lines = bool(kept)
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._lines.write_line(self._arrays.packed(line))  # arrays first: no line names what is not there
