@@ -56,9 +56,15 @@ def _can_be_encoded(text: str) -> bool:
     return True
 
 
-def literal(path: str) -> str:
-    """The text that `expand` makes ``path`` of."""
+def literal(path: str | Path) -> str:
+    """The text that `expand` makes ``path`` of, for a config."""
+    path = str(path)
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def argument(path: Path) -> str:
+    """The text that `expand` makes ``path`` of, whole, for another megamix command."""
+    return literal(path.absolute())
 
 
 def paths_expanded(command: Callable[..., Any]) -> Callable[..., Any]:

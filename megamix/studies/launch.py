@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from megamix.core.errors import InputError
-from megamix.core.paths import expand
+from megamix.core.paths import argument, expand
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, slurm_options
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _train_task(path: Path, overrides: list[str], resources: Resources) -> tuple
     from megamix.training.config import RunConfig
 
     config = load_config(RunConfig, path, overrides)
-    job = Job("train.sbatch", (str(path.absolute()), *absolute(overrides)), resources.of_run(config, str(path)))
+    job = Job("train.sbatch", (argument(path), *absolute(overrides)), resources.of_run(config, str(path)))
     return config.run_dir, Task("train", lambda: is_run_done(config), job=job)
 
 
@@ -117,5 +117,5 @@ def _prepare_tasks(
     return [
         Task("tokenizer", (out / TOKENIZER_FILE).is_file, job=tokenizer),
         Task("shards", job=array),
-        Task("merge", (out / FILE_NAME).is_file, job=command_job(("merge", str(out)), resources)),
+        Task("merge", (out / FILE_NAME).is_file, job=command_job(("merge", argument(out)), resources)),
     ]

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 
 from megamix.core.errors import EXIT_OK, EXIT_PREEMPTED, RankFailed
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.core.processes import die_with_parent, free_port, num_cores
 from megamix.core.text import plural
 from megamix.studies.runs import Member
@@ -109,7 +110,7 @@ class _Pool:
                     return
                 offset = log.tell()
                 self._running[member.name] = process = subprocess.Popen(
-                    [sys.executable, "-m", "megamix", "train", str(member.path), *self._overrides],
+                    [sys.executable, "-m", "megamix", "train", argument(member.path), *self._overrides],
                     env=os.environ | _environment(member, slot, self._at_once),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

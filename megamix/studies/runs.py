@@ -13,7 +13,7 @@ from megamix.core.config import C, load_config, validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file, writing
-from megamix.core.paths import expand
+from megamix.core.paths import argument, expand
 from megamix.studies.slurm.resources import Resources
 from megamix.studies.tasks import Job, Task, is_run_done
 from megamix.training.config import KINDS, RunConfig
@@ -99,7 +99,7 @@ def run_task(name: str, path: Path, inputs: Sequence[Path] = (), resources: Reso
     if resources is not None:
         # Its mixture may not be there yet; its data was checked when the config was written.
         options = resources.of_run(config, str(path.absolute()), check_data=False)
-        job = Job("train.sbatch", (str(path.absolute()),), options)
+        job = Job("train.sbatch", (argument(path),), options)
     return Task(name, lambda: is_run_done(config, (path, *inputs)), lambda: train(path, []), job)
 
 
@@ -110,7 +110,7 @@ def command_job(arguments: Sequence[str], resources: Resources | None, after: st
 
 def absolute(overrides: Sequence[str]) -> tuple[str, ...]:
     """Overrides with the whole paths of those that are files."""
-    return tuple(item if "=" in item else str(Path(expand(item)).absolute()) for item in overrides)
+    return tuple(item if "=" in item else argument(Path(expand(item))) for item in overrides)
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -227,14 +227,16 @@ def _verify(
 ) -> tuple[Verified | None, Verified | None]:
     """Verifies the data and, where they are there, the reference losses; see `make_plan`."""
     folder, names = getattr(config.mixer, "reference", None), [entry.name for entry in entries]
-    has_losses = folder is not None and (folder / LOSSES).is_file()
+    if folder is not None and not (folder / LOSSES).is_file():
+        folder = None  # whoever opens the losses says so
     if config.data.verify == "all" and (verify or share[1] > 1):
         progress = share[0] == 0
         data = verify_all(manifest, entries, share=share, progress=progress)
-        return data, verify_losses(folder, names, share=share, progress=progress) if has_losses else None
+        return data, None if folder is None else verify_losses(folder, names, share=share, progress=progress)
     if not verify:
         return None, None
-    return verify_sample(manifest, entries), verify_losses(folder, names, sample=True) if has_losses else None
+    data = verify_sample(manifest, entries)
+    return data, None if folder is None else verify_losses(folder, names, sample=True)
 
 
 def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int, int]:

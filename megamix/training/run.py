@@ -11,6 +11,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK
 from megamix.core.files import replace_file, writing
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
 from megamix.training.checkpoints import store
@@ -60,7 +61,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
             )
             return EXIT_OK
         _prepare_run_dir(config)
-        arguments = ["train", str(config_path), *overrides]
+        arguments = ["train", argument(config_path), *overrides]
         return run_local(arguments, plan.world_size, config.engine.threads, lock.files, **lock.environment)
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from megamix.core.config import IS_PATH, Config, load_config, validate
 from megamix.core.config_files import apply_overrides, read_yaml
 from megamix.core.errors import InputError
-from megamix.core.paths import expand, literal
+from megamix.core.paths import argument, expand, literal
 from megamix.training.config import RunConfig
 
 
@@ -157,3 +157,38 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match="NOT_SET"):
             runner.invoke(app, arguments, catch_exceptions=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "scratch"]
+
+
+@pytest.mark.parametrize("path", ["a$HOME/b", "~", "~/x", "$$", "plain"])
+def test_another_command_is_told_the_same_path(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(expand(argument(Path(path)))) == tmp_path / path
+
+
+def test_ranks_are_told_the_config_that_was_given(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder has a name that would be another one, were it expanded twice."""
+    from megamix.training import run
+
+    folder = tmp_path / "a$HOME"
+    folder.mkdir()
+    path = tiny_config(run_dir=literal(folder / "run")).rename(folder / "c.yaml")
+    told: list[str] = []
+    monkeypatch.setattr(run, "run_local", lambda arguments, *_, **__: told.extend(arguments) or 0)
+    run.train(path, [])
+    assert Path(expand(told[1])) == path
+    assert (folder / "run" / "config.resolved.yaml").is_file()
+
+
+def test_runs_of_a_study_lie_in_its_folder(tiny_config: Any, tmp_path: Path) -> None:
+    from megamix.studies.doremi.study import read_study as read_doremi
+
+    folder = tmp_path / "a$HOME"
+    path = tiny_config(run_dir=literal(folder), doremi={"target": {}})
+    study = read_doremi(path, [])
+    for name, data in (("reference", study.reference_run(1, None)), ("proxy", study.proxy_run(1))):
+        config = validate(RunConfig, data, "written")
+        assert config.run_dir == folder / name
+    assert validate(RunConfig, {**study.target_run(), "mixture": "natural"}, "written").run_dir == folder / "target"
+    assert expand(study.proxy_run(1)["mixer"]["reference"]) == str(folder / "cache")

@@ -19,6 +19,7 @@ from typing import Any
 from megamix.core.config import validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
+from megamix.core.paths import literal
 from megamix.mixing.mixers import find_mixer
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import Arm, Condition, Entry, Run, nested
@@ -190,13 +191,13 @@ class ArenaStudy:
         run = self._with(arm.changes)
         if condition.model is not None:
             run = merge(run, {"model": (self.config.models or {})[condition.model]}, KINDS)
-        settled = {"train": {"seed": entry.seed, "steps": condition.steps}, "run_dir": str(self.run_dir_of(entry))}
+        settled = {"train": {"seed": entry.seed, "steps": condition.steps}, "run_dir": literal(self.run_dir_of(entry))}
         run = merge(run, settled, KINDS)
         run["objective"] = self._objective(entry)
         if arm.mean_of is not None:
             parent = replace(entry, arm=self.arms[arm.mean_of])
             name = self._name(parent.arm, entry.objective, condition, entry.seed)
-            run["mixture"] = {"from_run": str(self.run_dir / RUNS / name), "which": "mean"}
+            run["mixture"] = {"from_run": literal(self.run_dir / RUNS / name), "which": "mean"}
         if condition.trap == NO_TRAP:
             return run
         return self._trapped(run, entry, self.traps[condition.trap])
@@ -207,7 +208,7 @@ class ArenaStudy:
             added = {trap.changed_domain: self._weights(entry.arm)[trap.changed_domain]}
             return merge(run, {"checkpoint": {"domains": {"add": added}}}, KINDS)
         data = {key: value for key, value in run["data"].items() if key not in ("domains", "token_counts")}
-        found = {**run, "data": {**data, "manifest": str(self.run_dir / TRAPS / trap.name)}}
+        found = {**run, "data": {**data, "manifest": literal(self.run_dir / TRAPS / trap.name)}}
         if trap.new_domain is not None and entry.arm.mean_of is None and names_domains(run.get("mixture")):
             others = sum(self.plan.manifest.domain(name).train.tokens for name in self.domains)
             share = trap.num_tokens / (others + trap.num_tokens)

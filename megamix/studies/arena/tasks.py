@@ -15,6 +15,7 @@ from typing import Literal
 
 from megamix.core.errors import EXIT_OK, InputError, RankFailed
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.core.text import plural
 from megamix.studies.arena.collect import JSON as RESULTS
 from megamix.studies.arena.collect import collect
@@ -79,7 +80,7 @@ def submit_arena(
 ) -> str:
     """Writes the data sets and configs here, submits all that follows, and returns what to print."""
     study = read_study(config_path, overrides)
-    command = ("arena", str(config_path.absolute()), *absolute(overrides), "--only", "collect")
+    command = ("arena", argument(config_path), *absolute(overrides), "--only", "collect")
     with RunLock(study.run_dir):
         _tell_cost(study)
         tasks = _tasks(study, None, Submission(command, resources, limit))

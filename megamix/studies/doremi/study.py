@@ -9,6 +9,7 @@ from typing import Any
 from megamix.core.config import load_config, validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
+from megamix.core.paths import literal
 from megamix.studies.doremi.config import DoremiStudyConfig
 from megamix.studies.runs import read_section, write_yaml
 from megamix.training.config import KINDS, RunConfig
@@ -46,7 +47,7 @@ class DoremiStudy:
 
     def reference_run(self, number: int, weights: Weights | None) -> dict[str, Any]:
         """The reference run of a round; ``weights`` are the result of the round before."""
-        changes = {"mixer": {"name": "static"}, "run_dir": str(self.folder(number) / "reference")}
+        changes = {"mixer": {"name": "static"}, "run_dir": literal(self.folder(number) / "reference")}
         if weights is not None:
             changes["mixture"] = weights
         return _with(_with(self.base, self.config.reference), changes)
@@ -54,13 +55,13 @@ class DoremiStudy:
     def proxy_run(self, number: int) -> dict[str, Any]:
         """The proxy run of a round."""
         folder = self.folder(number)
-        mixer = {"name": "doremi", "reference": str(folder / "cache"), **self._mixer_keys()}
-        changes = {"mixer": mixer, "run_dir": str(folder / "proxy")}
+        mixer = {"name": "doremi", "reference": literal(folder / "cache"), **self._mixer_keys()}
+        changes = {"mixer": mixer, "run_dir": literal(folder / "proxy")}
         return _with(_with(self.base, {"mixture": "uniform", **self.config.proxy}), changes)
 
     def target_run(self) -> dict[str, Any]:
         """The target run."""
-        changes = {"mixture": {"file": str(self.run_dir / WEIGHTS)}, "run_dir": str(self.run_dir / "target")}
+        changes = {"mixture": {"file": literal(self.run_dir / WEIGHTS)}, "run_dir": literal(self.run_dir / "target")}
         own = {"mixer": {"name": "static"}, **(self.config.target or {})}
         return _with(_with(self.base, own), changes)
 

@@ -27,6 +27,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK, InputError
 from megamix.core.files import parse_json, replace_file
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.core.text import Table
 from megamix.core.text import number as number_text
 from megamix.data.reference_losses import FILE_NAME as LOSSES
@@ -79,7 +80,7 @@ def doremi(config_path: Path, overrides: list[str], only: TaskName | None) -> in
 def submit_doremi(config_path: Path, overrides: list[str], resources: Resources, *, dry_run: bool = False) -> str:
     """Submits the tasks of the first round that is not done, and all that follows; returns what to print."""
     study = read_study(config_path, overrides)
-    command = ("doremi", str(config_path.absolute()), *absolute(overrides))
+    command = ("doremi", argument(config_path), *absolute(overrides))
     tasks: list[Task] = []
     target_follows = True
     for number, round_tasks in _rounds(study, resources):
@@ -119,7 +120,7 @@ def _tasks(study: DoremiStudy, number: int, resources: Resources | None) -> list
     trained = run_task(_name("reference", number), folder / "reference.yaml", resources=resources)
     job = trained.job
     if job is not None:  # as many ranks as the reference run
-        run, out, reader = (str(path.absolute()) for path in (folder / "reference", cache, proxy))
+        run, out, reader = map(argument, (folder / "reference", cache, proxy))
         job = replace(job, script="reference.sbatch", arguments=(run, "--out", out, "--for", reader))
 
     def compute() -> int:

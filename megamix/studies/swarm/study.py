@@ -17,6 +17,7 @@ from megamix.core.config import validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file, writing
+from megamix.core.paths import literal
 from megamix.mixing.mixers import normalise_weights
 from megamix.studies.runs import read_section, write_yaml
 from megamix.studies.swarm.collect import CONFIG, FOLDER
@@ -65,7 +66,7 @@ class SwarmStudy:
         if self.config.target is None:
             return None
         run = merge({**self.base, "mixer": {"name": "static"}}, self.config.target, KINDS)
-        settled = {"mixture": {"from_swarm": str(self.run_dir)}, "run_dir": str(self.run_dir / "target")}
+        settled = {"mixture": {"from_swarm": literal(self.run_dir)}, "run_dir": literal(self.run_dir / "target")}
         settled["mixer"] = self.config.target.get("mixer", {"name": "static"})
         return validate(RunConfig, {**run, **settled}, f"{self.source}, target run")
 
@@ -200,7 +201,7 @@ def write_members(swarm: Path, base: dict[str, Any], domains: Sequence[str], wei
     wanted: dict[Path, bytes] = {}
     for number, row in enumerate(weights_NK.tolist()):
         name = f"{number:04}"
-        changes = {"run_dir": str(swarm / RUNS / name), "mixer": {"name": "static"}}
+        changes = {"run_dir": literal(swarm / RUNS / name), "mixer": {"name": "static"}}
         mixture = dict(zip(domains, row, strict=True))
         config = validate(
             RunConfig, {**merge(base, changes, KINDS), "mixer": changes["mixer"], "mixture": mixture}, source

@@ -26,6 +26,7 @@ import numpy as np
 from megamix.core.errors import EXIT_OK, InputError
 from megamix.core.files import read_csv, replace_json
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job, members_of, run_task, write_yaml
@@ -117,7 +118,7 @@ def submit_swarm(
         limit: members that run at a time; 0: all.
     """
     study = read_study(config_path, overrides)
-    command = ("swarm", "all", str(config_path.absolute()), *absolute(overrides))
+    command = ("swarm", "all", argument(config_path), *absolute(overrides))
     submission = Submission(command, resources, target, limit)
     # Not while the same swarm runs here: its members' configs are written. The jobs take this lock themselves.
     with RunLock(study.run_dir):

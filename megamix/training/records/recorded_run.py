@@ -19,6 +19,7 @@ from megamix.core.config import validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.core.files import parse_json, replace_file
+from megamix.core.paths import literal
 from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.mixers import without_code
 from megamix.training.config import MixConfig, RunConfig
@@ -153,7 +154,7 @@ class RecordedRun(RecordedMix):
 def write_mix(run_dir: Path, config: MixConfig, steps: int) -> None:
     """Writes the record of a run in another trainer, beside its weights.jsonl."""
     recorded = config.model_dump(mode="json")
-    recorded["data"]["manifest"] = str(config.data.manifest.absolute())
+    recorded["data"]["manifest"] = literal(config.data.manifest.absolute())
     replace_file(run_dir / MIX, (json.dumps({"steps": steps, "config": recorded}, indent=1) + "\n").encode())
 
 

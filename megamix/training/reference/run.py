@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK, InputError, Preempted
 from megamix.core.log import get_logger
+from megamix.core.paths import argument
 from megamix.data.reference_losses import (
     CacheInfo,
     ReferenceWriter,
@@ -90,11 +91,11 @@ def reference(
     if open_progress(out, job.info) is None:
         get_logger().info("%s is done: it holds the losses of %d samples.", out, job.selection.total)
         return EXIT_OK
-    arguments = ["reference", str(source), "--out", str(out)]
+    arguments = ["reference", argument(source), "--out", argument(out)]
     if save_every is not None:
         arguments += ["--save-every", str(save_every)]
     if proxy is not None:
-        arguments += ["--for", str(proxy)]
+        arguments += ["--for", argument(proxy)]
     return run_local([*arguments, *overrides], job.plan.world_size, job.plan.config.engine.threads)
 
 
