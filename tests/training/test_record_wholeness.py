@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from checkpoint_files import engine_at, job
+from recorded_runs import write_data, write_run
 from records import lines
 
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError, MegamixError
 from megamix.core.files import AppendFile
-from megamix.data.blend.blend import Blend
 from megamix.training.checkpoints.saving import CheckpointWriter
 from megamix.training.checkpoints.store import complete_steps
 from megamix.training.config import CheckpointConfig
@@ -177,13 +177,24 @@ def test_a_resume_says_what_is_missing_and_no_other_does(
     assert "up to step 2" in said
     assert [line["event"] for line in lines(run / "events.jsonl")].count("incomplete") == 1
     assert "is not whole" not in megamix("train", config, "train.stop_after=8").stderr
-    # From the resume on the weights are on record again, and the samples of all steps are known.
+    # The weights are on record again, from where they began to hold.
     record = RecordedRun.open(run)
     (line,) = record.ledger.lines
-    assert line["position"] == 4 * record.config.train.global_batch
-    assert sum(run_weights(record, "realised").values()) == pytest.approx(1, abs=1e-12)
-    given = Blend([10**6] * len(record.domain_names), line["domain_weights"], 0).counts_at(record.position)
-    assert list(record.ledger.counts(record.position).values()) == given.tolist()
+    assert (line["step"], line["position"], sum(line["segment"]["counts"])) == (4, 0, 0)
+    assert run_weights(record, "initial") == record.natural_shares()
+
+
+def test_a_record_whose_first_weights_are_lost(tmp_path: Path) -> None:
+    """Samples are counted all the same, as every line says them; what the run began with is not known."""
+    manifest = write_data(tmp_path / "data")
+    taken = write_run(tmp_path / "run", manifest.folder / "manifest.json")
+    path = tmp_path / "run" / "weights.jsonl"
+    whole = run_weights(RecordedRun.open(tmp_path / "run"), "realised")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
+    record = RecordedRun.open(tmp_path / "run")
+    assert record.ledger.starts[0] > 0
+    assert run_weights(record, "realised") == whole
+    assert list(record.ledger.counts(record.position).values()) == taken[-1]
     with pytest.raises(InputError, match="the weights that the run began with are not on record"):
         run_weights(record, "initial")
     assert all(row.initial_weight is None for row in run_table(record).rows)
