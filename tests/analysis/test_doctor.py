@@ -159,17 +159,26 @@ def test_a_run_dir_that_cannot_be(data: Path, tmp_path: Path) -> None:
         doctor(config_of(tmp_path / "file" / "run", data))
 
 
-def test_another_runs_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prints", "message"),
+    [
+        (
+            {"data": {"domains": {"web": "other", "code": "other"}}},
+            "made with other data: the data of domain 'web' was other",
+        ),
+        ({}, r"step_5 holds no state of a run \(fingerprints.data has no domains"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(data: Path, tmp_path: Path, prints: dict[str, Any], message: str) -> None:
     path = tmp_path / "checkpoints" / "step_5"
     path.mkdir(parents=True)
-    prints = {"data": {"domains": {"web": "other", "code": "other"}}}
     content = {"fingerprints": prints, "step": 5, "sampler": {}, "mixer": {}, "manifest": "data"}
     state = json.dumps(content).encode()
     (path / "state.json").write_bytes(state)
     files = {"state.json": {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
     listing = {"format": "megamix-checkpoint", "version": 1, "step": 5, "files": files}
     (path / "checkpoint.json").write_text(json.dumps(listing))
-    with pytest.raises(ResumeRefused, match="made with other data: the data of domain 'web' was other"):
+    with pytest.raises(ResumeRefused, match=message):
         doctor(config_of(tmp_path, data))
 
 

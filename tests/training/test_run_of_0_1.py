@@ -95,7 +95,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(kept: Path, resumed: Path) -> None:
 
 
 def test_its_state_is_read_and_written_again(resumed: Path) -> None:
-    """The state of 0.1 has no version; today's differs from it by that, the length of the run and the sizes of its
+    """The state of 0.1 has no version; today's differs from it by that, the length of the run, and what it says of the
     record."""
     old = resumed / "checkpoints" / f"step_{SAVED}"
     raw = json.loads((old / "state.json").read_text())
@@ -108,7 +108,7 @@ def test_its_state_is_read_and_written_again(resumed: Path) -> None:
     assert newest.step == STEPS
     written = json.loads((resumed / "checkpoints" / f"step_{STEPS}" / "state.json").read_text())
     assert written["version"] == VERSION
-    assert written.keys() == {"version", "total_samples", "record", *raw}
+    assert written.keys() == {"version", "total_samples", "record", "record_ends", *raw}
 
 
 def test_states_that_cannot_be_read(resumed: Path) -> None:
@@ -119,7 +119,7 @@ def test_states_that_cannot_be_read(resumed: Path) -> None:
         RunState.from_json({**raw, "version": VERSION + 1}, Path("run"))
     assert told.value.exit_code == 3
     del raw["sampler"]
-    with pytest.raises(ResumeRefused, match=r"run holds no state of a run \(.*'sampler'"):
+    with pytest.raises(ResumeRefused, match=r"run holds no state of a run \(sampler: Field required"):
         RunState.from_json(raw, Path("run"))
     for broken in ([], None, {**raw, "sampler": {}, "shadow": None}, {**raw, "sampler": {}, "guard": 3}):
         with pytest.raises(ResumeRefused, match="run holds no state of a run"):

@@ -216,6 +216,10 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     """
     accepted = plan.config.checkpoint.accept_changed
     saved = state.fingerprints
+    if not isinstance(saved.get("data", {}).get("domains"), Mapping):
+        raise ResumeRefused(
+            f"{path} holds no state of a run (fingerprints.data has no domains). Continue from another checkpoint."
+        )
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
     saved = _comparable(saved, present["mixer"], domains is not None)
     changed = _changed_parts(saved, present)
