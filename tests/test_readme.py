@@ -335,7 +335,11 @@ def test_every_yaml_block_is_accepted(text: str, at_home: None) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*PAGES.values(), *(ROOT / f"{name}.md" for name in ("DECISIONS", "CHANGELOG", "CONTRIBUTING", "SECURITY"))],
+    [
+        *PAGES.values(),
+        *(ROOT / f"{name}.md" for name in ("DECISIONS", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+        ROOT / "configs" / "evidence" / "README.md",
+    ],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_every_link_leads_somewhere(path: Path) -> None:
