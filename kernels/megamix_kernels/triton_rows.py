@@ -23,39 +23,26 @@ ROUND_FLOAT64 = tl.constexpr(6755399441055744.0)
 
 
 @triton.jit
-def _tanh(logit, inverse):
-    """Returns tanh(logit * inverse), accurate near zero too.
+def _capped(logit, softcap):
+    """Returns softcap * tanh(logit / softcap), accurate near zero too.
 
-    It uses exp2 because the interpreter has no tanh; near zero, where 1 - 2 / (1 + exp(2 x)) loses digits, it is a
+    tanh uses exp2 because the interpreter has no tanh; near zero, where 1 - 2 / (1 + exp(2 x)) loses digits, it is a
     Taylor polynomial, with a relative error of 3e-7 at 0.25.
     """
-    ratio = logit * inverse
+    ratio = logit / softcap
     square = ratio * ratio
     near_zero = ratio * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
     elsewhere = 1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * LOG2_E)))
-    return tl.where(tl.abs(ratio) < 0.25, near_zero, elsewhere)
-
-
-@triton.jit
-def _capped(logit, softcap):
-    """Returns softcap * tanh(logit / softcap); the division is one of scalars."""
-    return softcap * _tanh(logit, 1.0 / softcap)
-
-
-@triton.jit
-def _loaded(logits_tile, offsets_EG, num_left, MASKED: tl.constexpr):
-    """Loads the logits of one tile in fp32; with MASKED, only the remaining ``num_left`` columns of the row."""
-    if MASKED:
-        logit_EG = tl.load(logits_tile + offsets_EG, mask=offsets_EG < num_left, other=0.0).to(tl.float32)
-    else:
-        logit_EG = tl.load(logits_tile + offsets_EG).to(tl.float32)
-    return logit_EG
+    return softcap * tl.where(tl.abs(ratio) < 0.25, near_zero, elsewhere)
 
 
 @triton.jit
 def _tile(logits_tile, offsets_EG, num_left, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Loads the scores of one tile."""
-    score_EG = _loaded(logits_tile, offsets_EG, num_left, MASKED)
+    """Loads the scores of one tile in fp32; with MASKED, only the remaining ``num_left`` columns of the row."""
+    if MASKED:
+        score_EG = tl.load(logits_tile + offsets_EG, mask=offsets_EG < num_left, other=0.0).to(tl.float32)
+    else:
+        score_EG = tl.load(logits_tile + offsets_EG).to(tl.float32)
     if SOFTCAP:
         score_EG = _capped(score_EG, softcap)
     return score_EG
@@ -131,14 +118,11 @@ def read_row(
 
 
 @triton.jit
-def _gradient_of(logit, row_max, peak, share, softcap, SOFTCAP: tl.constexpr):
-    """Returns the gradient in fp32: (exp(s - max) * peak - share of the scaled target distribution) * ds/dlogit."""
+def _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP: tl.constexpr):
+    """Returns a tile's gradient in fp32: (exp(s - max) * peak - scaled target distribution) * ds/dlogit."""
+    gradient = tl.exp2((score - row_max) * LOG2_E) * peak - tl.where(is_label, at_label, spread)
     if SOFTCAP:
-        tanh = _tanh(logit, 1.0 / softcap)
-        gradient = tl.exp2((softcap * tanh - row_max) * LOG2_E) * peak - share
-        gradient = gradient * (1.0 - tanh * tanh)
-    else:
-        gradient = tl.exp2((logit - row_max) * LOG2_E) * peak - share
+        gradient = gradient * (1.0 - (score / softcap) * (score / softcap))
     return gradient
 
 
@@ -161,11 +145,7 @@ def write_gradient(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes scale times a row's gradient, rounded once; zero in invalid columns. May overwrite the row.
-
-    The loops know nothing of the label, which would cost every logit a comparison and a choice. Its column is written
-    again after them, from the logit that was read before them.
-    """
+    """Writes scale times a row's gradient, rounded once; zero in invalid columns. May overwrite the row."""
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     peak = scale / norm
@@ -173,24 +153,20 @@ def write_gradient(
         peak = peak * (1.0 + 2.0 * z_loss * (row_max + tl.log(norm)))
     spread = scale * smoothing / vocab_size
     at_label = scale * (1.0 - smoothing) + spread
-    label_here = (label_column >= 0) & (label_column < valid_columns)
-    label_logit = tl.load(logits_row + label_column, mask=label_here, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # no thread writes before all have read
     whole = valid_columns // BLOCK * BLOCK
     dtype: tl.constexpr = gradient_row.dtype.element_ty
     for start in range(whole, num_columns, BLOCK):
-        logit_EG = _loaded(logits_row + start, offsets_EG, num_columns - start, True)
-        gradient = _gradient_of(logit_EG, row_max, peak, spread, softcap, SOFTCAP)
+        score = _tile(logits_row + start, offsets_EG, num_columns - start, softcap, SOFTCAP, True)
+        is_label = offsets_EG == label_column - start
+        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
         gradient = tl.where(offsets_EG < valid_columns - start, gradient, 0.0)
         tl.store(gradient_row + start + offsets_EG, gradient.to(dtype), mask=offsets_EG < num_columns - start)
     for step in range(whole // BLOCK):
         start = whole - (step + 1) * BLOCK
-        logit_EG = _loaded(logits_row + start, offsets_EG, BLOCK, False)
-        gradient = _gradient_of(logit_EG, row_max, peak, spread, softcap, SOFTCAP)
+        score = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
+        is_label = offsets_EG == label_column - start
+        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
         tl.store(gradient_row + start + offsets_EG, gradient.to(dtype))
-    tl.debug_barrier()  # the label's column has been written
-    gradient = _gradient_of(label_logit, row_max, peak, at_label, softcap, SOFTCAP)
-    tl.store(gradient_row + label_column, gradient.to(dtype), mask=label_here)
 
 
 @triton.jit

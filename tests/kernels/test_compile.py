@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from machine_code import loops
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -121,17 +120,12 @@ def disassembler():
     return found
 
 
-def dumps(architecture, variant, folder):
-    """What a variant uses, and its machine code, as cuobjdump prints them."""
-    tool, file = disassembler(), folder / "kernel.cubin"
-    file.write_bytes(compile_for(architecture, variant))
-    made = (subprocess.run([tool, kind, file], capture_output=True, text=True) for kind in ("-res-usage", "-sass"))
-    return [dump.stdout for dump in made]
-
-
 def check(architecture, variant, folder):
     """Asserts that the variant keeps all in registers and moves logits 16 bytes at a time."""
-    usage, code = dumps(architecture, variant, folder)
+    tool, file = disassembler(), folder / "kernel.cubin"
+    file.write_bytes(compile_for(architecture, variant))
+    dumps = (subprocess.run([tool, kind, file], capture_output=True, text=True) for kind in ("-res-usage", "-sass"))
+    usage, code = (dump.stdout for dump in dumps)
     ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert int(registers) > 0, usage
     assert (int(stack), int(local)) == (0, 0), f"{variant} on sm_{architecture}: {usage}"
@@ -146,21 +140,6 @@ def check(architecture, variant, folder):
 @pytest.mark.parametrize("variant", EXTREMES, ids=lambda variant: "-".join(map(str, variant)).replace(" ", ""))
 def test_nothing_is_spilled(variant, architecture, tmp_path):
     check(architecture, variant, tmp_path)
-
-
-@pytest.mark.parametrize(("flags", "most"), [(OFF, 8.5), ((False, True, False), 26.0)], ids=["plain", "softcap"])
-def test_instructions_a_logit_of_the_second_reading(flags, most, tmp_path):
-    """Of its loop over whole tiles; 10.2 with a comparison of each logit with the label, 33.4 with a softcap divided by
-    twice."""
-    from megamix_kernels.triton_loss import launch_for
-
-    variant = Variant("loss_rows", "bf16", flags, False, True)
-    _, code = dumps(90, variant, tmp_path)
-    launch = launch_for(variant.width, 2, softcap=flags[1])
-    logits_a_thread = launch.chunks * launch.chunk / (32 * launch.num_warps)
-    second = [loop for loop in loops(code) if all(any(kind in step for step in loop) for kind in ("LDG", "STG"))]
-    assert len(second) == 2  # of the masked tiles and of the whole ones
-    assert min(map(len, second)) / logits_a_thread < most
 
 
 @pytest.mark.parametrize("name", ["loss_rows", "gradient_rows", "partial_rows", "finish_rows"])
@@ -178,8 +157,8 @@ def test_nothing_is_spilled_in_any_combination(architecture, tmp_path):
 def test_the_check_sees_a_spill(tmp_path, monkeypatch):
     from megamix_kernels import triton_loss
 
-    # 128 numbers a thread cannot be kept in 64 registers.
-    launch = triton_loss.Launch(chunks=16384, chunk=8, num_warps=32)
+    # 64 numbers a thread cannot be kept in 64 registers beside all else.
+    launch = triton_loss.Launch(chunks=8192, chunk=8, num_warps=32)
     monkeypatch.setattr(triton_loss, "launch_for", lambda *args, **kwargs: launch)
     with pytest.raises(AssertionError, match="STACK"):
         check(90, Variant("gradient_rows", "bf16", OFF, False), tmp_path)
