@@ -236,6 +236,14 @@ def validate(model: type[C], data: Any, source: str, origins: Mapping[tuple[str,
         raise InputError(f"{source}:" + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines)) from error
 
 
+def first_problem(error: Exception) -> str:
+    """The first problem that pydantic has found, in a line; of another error what it says."""
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+
+
 def _describe(model: type[Config], problem: Any, data: Any) -> str:
     keys, _, here = _trace(model, problem["loc"], data)
     path = ".".join(keys)

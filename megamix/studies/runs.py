@@ -70,11 +70,13 @@ def members_job(
     limit: int,
     *,
     check_data: bool = True,
+    after: str = "afterok",
 ) -> Job:
     """Array with an index for each member of a folder; raises InputError for members of different numbers of ranks.
 
     Args:
         check_data: whether data and mixtures of the members are there already.
+        after: as of `Job`.
     """
     options = [resources.of_run(member.config, str(member.path), check_data=check_data) for member in members]
     odd = next((i for i, other in enumerate(options) if other != options[0]), None)
@@ -84,7 +86,7 @@ def members_job(
             "the jobs of an array are of one size. Put them into two folders."
         )
     left = tuple(index for index, member in enumerate(members) if not member.is_done)
-    return Job("swarm.sbatch", (str(folder.absolute()), *absolute(overrides)), options[0], left, limit)
+    return Job("swarm.sbatch", (str(folder.absolute()), *absolute(overrides)), options[0], left, limit, after)
 
 
 def run_task(name: str, path: Path, inputs: Sequence[Path] = (), resources: Resources | None = None) -> Task:

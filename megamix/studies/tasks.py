@@ -111,7 +111,10 @@ class Stamp:
     def holds(self) -> bool:
         """Whether the outputs are there, as they were made, from the settings and inputs as they are now."""
         there = all((self.folder / name).is_file() for name in self.outputs)
-        return there and all(self._noted().get(name) == made for name, made in self._present().items())
+        if not there:
+            return False
+        noted = self._noted()
+        return all(noted.get(name) == made for name, made in self._present().items())
 
     def set(self) -> None:
         """Notes that the outputs have been made."""

@@ -34,7 +34,7 @@ from megamix.training.records.events import Event
 from megamix.training.records.progress_line import show_progress
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
-from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
+from megamix.training.records.wholeness import measure_record, missing_from_record
 from megamix.training.step_clock import StepClock
 
 
@@ -240,8 +240,7 @@ class Trainer:
         if self.record is not None:
             self._collect_reports()
             self.record.flush()
-            sizes = record_sizes(self.config.run_dir)
-            state = replace(state, record=sizes, record_ends=record_ends(self.config.run_dir, sizes))
+            state = replace(state, **measure_record(self.config.run_dir))
         state = replace(
             state,
             fingerprints=fingerprints(self.plan),

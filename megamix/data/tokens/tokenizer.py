@@ -5,9 +5,10 @@ Every tokenizer is stored as ``tokenizer.json`` beside the tokens, and opened fr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,17 @@ def fetch_tokenizer(name: str) -> tuple[bytes, str | None]:
     return backend.to_str(pretty=True).encode("utf-8"), tokenizer.eos_token
 
 
+@contextlib.contextmanager
+def refusing_bad_tokenizers(path: Path, remedy: str) -> Iterator[None]:
+    """Makes what the library `tokenizers` says of a file that it cannot read an InputError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it raises a bare Exception, or panics, which is none
+        raise InputError(f"{path} is not a tokenizer.json: {error}. {remedy}") from error
+
+
 class LoadedTokenizer:
     """A tokenizer.json, ready to encode documents.
 
@@ -141,14 +153,8 @@ class LoadedTokenizer:
             data = read_regular(self.path, MOST_TEXT)
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}. Check the path.") from error
-        try:
+        with refusing_bad_tokenizers(self.path, "Give one that `tokenizers` can read."):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # tokenizers raises a bare Exception, or panics, which is none
-            raise InputError(
-                f"{path} is not a tokenizer.json: {error}. Give one that `tokenizers` can read."
-            ) from error
         self.random = _switch_off_sampling(self._tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

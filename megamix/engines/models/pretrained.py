@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
+from megamix.data.tokens.tokenizer import refusing_bad_tokenizers
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import layer_shapes
 from megamix.engines.models.pretrained_config import OUTPUT_NAMES, read_json_object, read_pretrained_config
@@ -193,12 +194,8 @@ def compare_tokenizers(folder: Path, of_data: Path) -> None:
         return
     ids, merges, probes = [], [], []
     for file in (path, of_data):
-        try:
+        with refusing_bad_tokenizers(file, "Copy it again."):
             tokenizer = Tokenizer.from_file(str(file))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # tokenizers raises a bare Exception, or panics, which is none
-            raise InputError(f"{file} is not a tokenizer.json: {error}. Copy it again.") from error
         ids.append(tokenizer.get_vocab(with_added_tokens=True))
         merges.append(_merges(file))
         probes.append(tokenizer.encode(_PROBE, add_special_tokens=False).ids)

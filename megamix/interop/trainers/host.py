@@ -34,7 +34,7 @@ from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
 from megamix.training.records.recorded_run import write_mix
 from megamix.training.records.run_record import RunRecord
-from megamix.training.records.wholeness import missing_from_record, record_ends, record_sizes
+from megamix.training.records.wholeness import measure_record, missing_from_record
 
 SETTLE_EVERY = 100
 """Steps between two calls of `MixedData.settle`, at which the training thread waits for the mixer."""
@@ -210,10 +210,7 @@ class HostRun:
             self._record.flush()
             write_mix(self._record_dir, self.plan.config, self.step)
         state = self.data.state()
-        if self._record is None:
-            return state
-        sizes = record_sizes(self._record_dir)
-        return replace(state, record=sizes, record_ends=record_ends(self._record_dir, sizes))
+        return state if self._record is None else replace(state, **measure_record(self._record_dir))
 
     def close(self) -> None:
         """Stops the background threads and closes the record."""

@@ -9,7 +9,7 @@ RUN_DIR/results.csv, .json, .md   the results (`megamix.studies.arena.collect`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -131,8 +131,9 @@ def _arrays(study: ArenaStudy, slurm: Submission) -> Iterator[Task]:
             # The weights of a mean are there when the members before it are done.
             checked = part != FROZEN_ARMS
             folder = study.folder(part)
-            job = members_job(folder, [], members, slurm.resources, slurm.limit, check_data=checked)
-            yield Task(name, job=replace(job, after="afterany"))
+            limits = slurm.resources, slurm.limit
+            job = members_job(folder, [], members, *limits, check_data=checked, after="afterany")
+            yield Task(name, job=job)
 
 
 def _traps(study: ArenaStudy) -> int:

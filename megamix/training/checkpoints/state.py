@@ -9,6 +9,7 @@ from typing import Any
 
 import pydantic
 
+from megamix.core.config import first_problem
 from megamix.core.errors import ResumeRefused
 from megamix.mixing.shadow import ShadowState
 from megamix.training.checkpoints import store
@@ -90,20 +91,13 @@ class RunState:
             return _adapter().validate_python({"shadow": {}, "guard": {}, **found})
         except (TypeError, ValueError) as problem:
             raise ResumeRefused(
-                f"{where} holds no state of a run ({_in_short(problem)}). Continue from another checkpoint."
+                f"{where} holds no state of a run ({first_problem(problem)}). Continue from another checkpoint."
             ) from problem
 
 
 @functools.cache
 def _adapter() -> pydantic.TypeAdapter[RunState]:
     return pydantic.TypeAdapter(RunState)
-
-
-def _in_short(problem: Exception) -> str:
-    if not isinstance(problem, pydantic.ValidationError):
-        return str(problem)
-    first = problem.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read_state(path: Path, patience: float = 0.0) -> RunState:

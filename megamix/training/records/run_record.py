@@ -316,7 +316,8 @@ def _cut_back(path: Path, resumed_step: int | None) -> list[dict[str, Any]]:
     """Drops lines past ``resumed_step``, all where it is None; returns the others."""
     if resumed_step is None:
         remove(path)
-    return _drop_lines_after(path, resumed_step) if resumed_step is not None and path.is_file() else []
+        return []
+    return _drop_lines_after(path, resumed_step) if path.is_file() else []
 
 
 def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from megamix.core.config import first_problem
 from megamix.core.errors import InputError
 from megamix.core.files import AppendFile, parse_json, remove, replace_file, write_failed
 from megamix.mixing.mixers import DomainStats
@@ -148,7 +149,7 @@ class StatisticsFile:
             raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
         except ValueError as error:
             raise InputError(
-                f"{path} is damaged: it is not what a run writes ({_in_short(error)}). Remove it; the steps in it cannot be "
+                f"{path} is damaged: it is not what a run writes ({first_problem(error)}). Remove it; the steps in it cannot be "
                 "replayed then."
             ) from error
 
@@ -296,13 +297,6 @@ def read_statistics(run_dir: Path) -> RecordedStatistics:
         np.concatenate([part["tokens"] for part in parts]),
         excess,
     )
-
-
-def _in_short(error: ValueError) -> str:
-    if not isinstance(error, pydantic.ValidationError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
 
 
 def _paths(run_dir: Path) -> list[Path]:

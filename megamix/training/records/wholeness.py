@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megamix.core.files import parse_json
 from megamix.core.text import listed
@@ -27,6 +28,12 @@ def record_sizes(run_dir: Path) -> dict[str, int]:
 def record_ends(run_dir: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """A hash of the last bytes of every file of `record_sizes`, by its path."""
     return {name: _end(run_dir / name, size) for name, size in sizes.items()}
+
+
+def measure_record(run_dir: Path) -> dict[str, Any]:
+    """Sizes and ends as a checkpoint keeps them: ``record`` and ``record_ends`` of its state."""
+    sizes = record_sizes(run_dir)
+    return {"record": sizes, "record_ends": record_ends(run_dir, sizes)}
 
 
 def missing_from_record(

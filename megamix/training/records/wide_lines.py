@@ -128,17 +128,19 @@ def _keep_places(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     named = {
         at for each in arrays if isinstance(each, Mapping) for at in each.values() if isinstance(at, int) and at >= 0
     }
+    if not named:
+        return
+    last = max(named)
     try:
         size = path.stat().st_size if path.exists() else 0
-        end = max(named, default=0) + _HEADER.size
-        if not named or _end_of(path, max(named, default=0), size) <= size:
+        if _end_of(path, last, size) <= size:
             return
         with path.open("ab") as file:
             # The array that the cut goes through is made unreadable as well: its end would be other bytes.
             cut = max((at for at in named if at < size), default=0)
             if _end_of(path, cut, size) > size:
                 file.truncate(cut)
-            file.truncate(max(end, size))
+            file.truncate(max(last + _HEADER.size, size))
     except OSError as error:
         raise write_failed(path, error) from error
 
