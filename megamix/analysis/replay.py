@@ -25,22 +25,18 @@ from numpy.typing import NDArray
 from megamix.analysis.movers import top_movers
 from megamix.analysis.plots.drawing import STYLE, save_figure
 from megamix.analysis.plots.figures import weights_figure
+from megamix.analysis.replayable import ReplayableRun, weights_by_step
 from megamix.core.config import Config, validate
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
 from megamix.core.text import Report, Table, most_of, number
-from megamix.data.blend.blend import Blend
-from megamix.mixing.mixers import evaluated, find_mixer, make_mixer
+from megamix.mixing.mixers import find_mixer
 from megamix.mixing.shadow import Shadow, shadow_names
-from megamix.mixing.weight_policy import Stages, WeightPolicy
-from megamix.training.mix_plan import read_constraints, read_stages
-from megamix.training.mixture import mixture_of
-from megamix.training.plan import domain_key
-from megamix.training.records.ledger import Ledger, segment_of
+from megamix.training.records.ledger import Ledger
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
 from megamix.training.records.run_record import shadow_line
-from megamix.training.records.step_statistics import RecordedStatistics, read_statistics
+from megamix.training.records.step_statistics import RecordedStatistics
 
 FOLDER = "replay"
 Floats = NDArray[np.float64]
@@ -108,105 +104,24 @@ def replay(run_dir: Path, mixers: Sequence[Mapping[str, Any]], out: Path | None 
         InputError: no such run, statistics or weights that are not on record, a run that was changed under way, a mixer
             that cannot be made or cannot use the statistics, or a folder that cannot be written.
     """
-    run = RecordedRun.open(run_dir)
-    _refuse_changed(run)
-    if run.position == 0:
-        raise InputError(f"the run {run_dir} has logged no step yet. Wait for the first line of metrics.jsonl.")
-    statistics = read_statistics(run.run_dir)
-    if statistics.domain_names != tuple(run.ledger.lines[0]["domain_names"]):
-        raise InputError(
-            f"{run_dir}: the sums of its steps are of the domains {', '.join(statistics.domain_names)}, weights.jsonl is "
-            f"of {', '.join(run.ledger.lines[0]['domain_names'])}. The files are of different runs."
-        )
+    replayable = ReplayableRun.open(run_dir)
+    run, drawn_with = replayable.run, replayable.drawn_with
     configs = [_config(mixer) for mixer in mixers] or [run.config.mixer]
-    for config in filter(None, map(evaluated, configs)):
-        raise InputError(
-            f"{config.why_evaluated}, but the losses of evaluations are not on record, only those of training. "
-            f"{config.without_evaluations}"
-        )
-    if statistics.excess_nats is None and any(getattr(config, "reference", None) is not None for config in configs):
-        raise InputError(
-            f"the run {run.run_dir} was trained without reference losses, so none of its steps has an excess loss on record. "
-            "Replay the mixer with reference: null, or a run whose mixer had a reference."
-        )
-    policy = _policy(run, statistics.domain_names)
-    drawn_with = _weights_by_step(run.ledger, statistics.num_steps, run.config.train.global_batch)
+    for config in configs:
+        replayable.check(config)
     folder = run.run_dir / FOLDER if out is None else out
     results = []
     for name, config in zip(shadow_names(configs), configs, strict=True):
-        blend = _blend(run, statistics.domain_names)
-        objective = run.objective()
-        if not objective and find_mixer(getattr(config, "name", None))[1].follows_objective:
-            raise InputError(
-                f"{run.run_dir}: the mixer {name} follows the run's objective, natural shares, which are not on record and "
-                f"can only be worked out with the data set. {run.missing_data}"
-            )
-        left_out = run.ledger.lines[0].get("left_out", ())
-        mixer = make_mixer(config, statistics.domain_names, blend.weights, objective or None, left_out=left_out)
-        lines = _lines(Shadow(name, mixer, blend, policy), statistics, drawn_with)
+        lines = _lines(replayable.shadow(name, config), replayable.statistics, drawn_with)
         results.append(_result(run, Ledger(lines, run.ledger.seed, run.ledger.sampling), name, drawn_with, folder))
     used = _compared("used", run.ledger, drawn_with, run)
-    return Replay(run.run_dir, statistics.num_steps, used, results)
+    return Replay(run.run_dir, replayable.statistics.num_steps, used, results)
 
 
 def _config(mixer: Any) -> Config:
     if not isinstance(mixer, Mapping):
         raise InputError(f"--mixer {mixer!r}: expected a mixer as in a config, such as {{name: odm, preset: paper}}.")
     return validate(find_mixer(mixer.get("name"))[0], dict(mixer), "--mixer")
-
-
-def _refuse_changed(run: RecordedRun) -> None:
-    for line in run.ledger.lines:
-        if change := line.get("change"):
-            parts = ", ".join(change.get("parts", [])) or "domains"
-            raise InputError(
-                f"the run {run.run_dir} was changed on resume after step {line['step']} ({parts}), so its steps are not those "
-                "of one run. Only a run with one data set, mixture and set of constraints can be replayed."
-            )
-
-
-def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
-    """The weight policy of the run.
-
-    Raises:
-        InputError: they follow from the data set, which cannot be opened.
-    """
-    config = run.config
-    staged = mixture_of(config.mixture).has_stages
-    if run.manifest is None:
-        if staged or config.data.max_epochs is not None:
-            raise InputError(
-                f"{run.run_dir}: {'its stages' if staged else 'data.max_epochs'} can only be worked out with the data set. "
-                f"{run.missing_data}"
-            )
-        num_samples, natural = np.ones(len(names), np.int64), np.full(len(names), 1 / len(names))
-    else:
-        tokens = [run.manifest.domain(name).train.tokens for name in names]
-        num_samples = (np.array(tokens, np.int64) - 1) // config.data.seq_length
-        natural = run.manifest.natural_weights(names)
-    # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
-    first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
-    stages = read_stages(config, names, num_samples, natural) if staged else first
-    train = config.train
-    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
-    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
-
-
-def _blend(run: RecordedRun, names: tuple[str, ...]) -> Blend:
-    """The blend as the run began with it: the weights on record that follow from no step's statistics."""
-    announced = [line for line in run.ledger.lines if "statistics" not in line]
-    # How many samples an epoch has changes which of them are taken, not how many.
-    ones, keys = np.ones(len(names), np.int64), [domain_key(name) for name in names]
-    first = segment_of(announced[0])
-    blend = Blend.from_segment(ones, first, run.ledger.seed, domain_keys=keys, sampling=run.ledger.sampling)
-    for line in announced[1:]:
-        blend.set_weights(line["domain_weights"], at=line["position"])
-    return blend
-
-
-def _weights_by_step(ledger: Ledger, num_steps: int, batch: int) -> Floats:
-    """float64 [T, K]: the weights that the tokens of each step were drawn with."""
-    return ledger.weights[np.searchsorted(ledger.starts, np.arange(num_steps) * batch, "right") - 1]
 
 
 def _lines(shadow: Shadow, statistics: RecordedStatistics, drawn_with: Floats) -> list[dict[str, Any]]:
@@ -233,7 +148,7 @@ def _result(run: RecordedRun, ledger: Ledger, name: str, drawn_with: Floats, fol
 
 
 def _compared(name: str, ledger: Ledger, drawn_with: Floats, run: RecordedRun) -> Replayed:
-    weights = _weights_by_step(ledger, len(drawn_with), run.config.train.global_batch)
+    weights = weights_by_step(ledger, len(drawn_with), run.config.train.global_batch)
     distance = float(np.abs(weights - drawn_with).sum(axis=1).mean() / 2)
     followed = replace(run, ledger=ledger)
     return Replayed(name, run_weights(followed, "final"), run_weights(followed, "mean"), distance, [])

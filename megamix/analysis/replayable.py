@@ -1,0 +1,151 @@
+"""A recorded run that mixers can be run on again: its statistics, its weight policy, and its blend at the start.
+
+`megamix replay` and `megamix why` both begin here.
+
+Legend: K domains, T steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megamix.core.config import Config
+from megamix.core.errors import InputError
+from megamix.data.blend.blend import Blend
+from megamix.mixing.mixers import evaluated, find_mixer, make_mixer
+from megamix.mixing.shadow import Shadow
+from megamix.mixing.weight_policy import Stages, WeightPolicy
+from megamix.training.mix_plan import read_constraints, read_stages
+from megamix.training.mixture import mixture_of
+from megamix.training.plan import domain_key
+from megamix.training.records.ledger import Ledger, segment_of
+from megamix.training.records.recorded_run import RecordedRun
+from megamix.training.records.step_statistics import RecordedStatistics, read_statistics
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ReplayableRun:
+    """A run on record from its first step, of one set of domains.
+
+    Attributes:
+        drawn_with: float64 [T, K], the weights that the tokens of each step were drawn with.
+    """
+
+    run: RecordedRun
+    statistics: RecordedStatistics
+    policy: WeightPolicy
+    drawn_with: Floats
+
+    @classmethod
+    def open(cls, run_dir: Path) -> ReplayableRun:
+        """Reads the record of a run.
+
+        Raises:
+            InputError: no such run, statistics or weights that are not on record, or a run that was changed under way.
+        """
+        run = RecordedRun.open(run_dir)
+        _refuse_changed(run)
+        if run.position == 0:
+            raise InputError(f"the run {run_dir} has logged no step yet. Wait for the first line of metrics.jsonl.")
+        statistics = read_statistics(run.run_dir)
+        if statistics.domain_names != tuple(run.ledger.lines[0]["domain_names"]):
+            raise InputError(
+                f"{run_dir}: the sums of its steps are of the domains {', '.join(statistics.domain_names)}, weights.jsonl is "
+                f"of {', '.join(run.ledger.lines[0]['domain_names'])}. The files are of different runs."
+            )
+        drawn_with = weights_by_step(run.ledger, statistics.num_steps, run.config.train.global_batch)
+        return cls(run, statistics, _policy(run, statistics.domain_names), drawn_with)
+
+    def check(self, config: Config) -> None:
+        """Raises:
+        InputError: the mixer of this config needs what is not on record.
+        """
+        run = self.run
+        if (found := evaluated(config)) is not None:
+            raise InputError(
+                f"{found.why_evaluated}, but the losses of evaluations are not on record, only those of training. "
+                f"{found.without_evaluations}"
+            )
+        if self.statistics.excess_nats is None and getattr(config, "reference", None) is not None:
+            raise InputError(
+                f"the run {run.run_dir} was trained without reference losses, so none of its steps has an excess loss on "
+                "record. Replay the mixer with reference: null, or a run whose mixer had a reference."
+            )
+
+    def shadow(self, name: str, config: Config) -> Shadow:
+        """A new mixer with the run's first weights, and a blend that begins as the run's did.
+
+        Raises:
+            InputError: it follows an objective that is not on record, or cannot be made.
+        """
+        run = self.run
+        blend = self._blend()
+        objective = run.objective()
+        if not objective and find_mixer(getattr(config, "name", None))[1].follows_objective:
+            raise InputError(
+                f"{run.run_dir}: the mixer {name} follows the run's objective, natural shares, which are not on record and "
+                f"can only be worked out with the data set. {run.missing_data}"
+            )
+        left_out = run.ledger.lines[0].get("left_out", ())
+        mixer = make_mixer(config, self.statistics.domain_names, blend.weights, objective or None, left_out=left_out)
+        return Shadow(name, mixer, blend, self.policy)
+
+    def _blend(self) -> Blend:
+        """The blend as the run began with it: the weights on record that follow from no step's statistics."""
+        run, names = self.run, self.statistics.domain_names
+        announced = [line for line in run.ledger.lines if "statistics" not in line]
+        # How many samples an epoch has changes which of them are taken, not how many.
+        ones, keys = np.ones(len(names), np.int64), [domain_key(name) for name in names]
+        first = segment_of(announced[0])
+        blend = Blend.from_segment(ones, first, run.ledger.seed, domain_keys=keys, sampling=run.ledger.sampling)
+        for line in announced[1:]:
+            blend.set_weights(line["domain_weights"], at=line["position"])
+        return blend
+
+
+def weights_by_step(ledger: Ledger, num_steps: int, batch: int) -> Floats:
+    """float64 [T, K]: the weights that the tokens of each step were drawn with."""
+    return ledger.weights[np.searchsorted(ledger.starts, np.arange(num_steps) * batch, "right") - 1]
+
+
+def _refuse_changed(run: RecordedRun) -> None:
+    for line in run.ledger.lines:
+        if change := line.get("change"):
+            parts = ", ".join(change.get("parts", [])) or "domains"
+            raise InputError(
+                f"the run {run.run_dir} was changed on resume after step {line['step']} ({parts}), so its steps are not those "
+                "of one run. Only a run with one data set, mixture and set of constraints can be replayed."
+            )
+
+
+def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
+    """The weight policy of the run.
+
+    Raises:
+        InputError: they follow from the data set, which cannot be opened.
+    """
+    config = run.config
+    staged = mixture_of(config.mixture).has_stages
+    if run.manifest is None:
+        if staged or config.data.max_epochs is not None:
+            raise InputError(
+                f"{run.run_dir}: {'its stages' if staged else 'data.max_epochs'} can only be worked out with the data set. "
+                f"{run.missing_data}"
+            )
+        num_samples, natural = np.ones(len(names), np.int64), np.full(len(names), 1 / len(names))
+    else:
+        tokens = [run.manifest.domain(name).train.tokens for name in names]
+        num_samples = (np.array(tokens, np.int64) - 1) // config.data.seq_length
+        natural = run.manifest.natural_weights(names)
+    # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
+    first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
+    stages = read_stages(config, names, num_samples, natural) if staged else first
+    train = config.train
+    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
+    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
