@@ -28,7 +28,7 @@ class _Commands(WholeSentences):
     groups: ClassVar = {
         "Data": ("corpus", "prepare", "merge", "verify", "blend"),
         "A run": ("doctor", "train", "launch", "evaluate", "export"),
-        "What happened in it": ("inspect", "plot", "report", "compare", "replay"),
+        "What happened in it": ("inspect", "plot", "report", "compare", "why", "replay"),
         "Several runs": ("arena", "swarm", "doremi", "reference"),
     }
 
@@ -271,6 +271,26 @@ def report(
     from megamix.analysis.report import write_report
 
     typer.echo(write_report(runs, out))
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Whose weight; default: the one that moved most in the change.")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="The change that follows from this step, or the last before; default: the largest."),
+    ] = None,
+) -> None:
+    """Say what moved a weight: the losses that the rule saw, what it made of them, the bounds, and the samples.
+
+    Example: megamix why runs/demo --domain emails --step 237
+    """
+    from megamix.analysis.why import why as explain
+
+    explain(run, domain, step).show()
 
 
 @app.command()

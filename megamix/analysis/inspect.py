@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megamix.analysis.samples import SampleReader
 from megamix.analysis.series import objective_losses
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
@@ -22,12 +23,10 @@ from megamix.data.blend.blend import Blend
 from megamix.data.reference_losses import is_cache
 from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.tokens.manifest import FILE_NAME, Manifest
-from megamix.data.tokens.stream import DomainTokens
 from megamix.mixing.weight_files import SWARM_MIXTURE
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.state import read_state
 from megamix.training.objective import objective_name
-from megamix.training.plan import domain_key
 from megamix.training.records.recorded_run import CONFIG, WEIGHTS, RecordedRun
 from megamix.training.reference.cache import describe_cache
 
@@ -91,65 +90,22 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
             f"sample {position} of {run_dir} asked for; the run has samples 0 to {total - 1} "
             f"({config.train.steps} steps of {config.train.global_batch})."
         )
-    line = run.ledger.line_at(position)
-    names = line["domain_names"]
-    manifest = _data_at(run, line)
-    streams = [manifest.open_domain(name, verify=False) for name in names]
-    sizes = [stream.num_windows(seq_length) for stream in streams]
-    blend = run.ledger.blend_at(position, sizes, [domain_key(name) for name in names])
-    (domain,), (sample,) = blend.window(position, 1)
-    stream, start = streams[domain], int(sample) * seq_length
-    ids = stream.window(int(sample), seq_length)
-    epoch = int(blend.counts_at(position)[domain]) // sizes[domain]
+    sample = SampleReader(run, position // config.train.global_batch).sample(position)
     step = position // config.train.global_batch
     lines = [
         f"position    {position}: sample {position % config.train.global_batch} of step {step}, counted from 0",
-        f"domain      {stream.name} (weight {line['domain_weights'][domain]:.4f} there)",
-        f"sample      {sample} of {sizes[domain]}, in epoch {epoch} counted from 0",
-        f"tokens      {start} to {start + seq_length} of the domain's training tokens",
-        *(f"bytes       {place}" for place in _bytes(stream, start, start + seq_length)),
-        f"documents   {_documents(stream, start, start + seq_length)}",
+        f"domain      {sample.domain} (weight {sample.weight:.4f} there)",
+        f"sample      {sample.index} of {sample.num_samples}, in epoch {sample.epoch} counted from 0",
+        f"tokens      {sample.start} to {sample.start + seq_length} of the domain's training tokens",
+        *(f"bytes       {place}" for place in sample.bytes),
+        f"documents   {sample.documents}",
     ]
     if position >= run.position:
         lines.append(
             f"Not on record as trained yet ({run.steps} steps are): "
             "domain and sample hold if the weights do not change before it."
         )
-    return Report(["\n".join(lines), manifest.load_tokenizer().decode(ids[:-1].tolist())])
-
-
-def _data_at(run: RecordedRun, line: dict[str, Any]) -> Manifest:
-    """The data set of a line of the ledger: the run's, or the one before a resume changed it.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
-    index = run.ledger.lines.index(line)
-    later = (after["change"] for after in run.ledger.lines[index + 1 :] if after.get("change"))
-    path = next((change["manifest"] for change in later if change["domains"]), None)
-    if path is not None:
-        return Manifest.load(path)
-    if run.manifest is None:
-        raise InputError(f"the data of {run.run_dir} cannot be opened: {run.missing_data}")
-    return run.manifest
-
-
-def _bytes(stream: DomainTokens, start: int, stop: int) -> list[str]:
-    """The places of tokens [start, stop) in the .bin files."""
-    return [
-        f"{first * file.dtype.itemsize} to {last * file.dtype.itemsize} of {bin_path(file.prefix)}"
-        for _, file, first, last in stream.spans(start, stop - start)
-    ]
-
-
-def _documents(stream: DomainTokens, start: int, stop: int) -> str:
-    """The documents of tokens [start, stop)."""
-    first_file, first, offset = stream.document_at(start)
-    last_file, last, _ = stream.document_at(stop - 1)
-    begin = f"{first} of {stream.files[first_file].prefix} (from its token {offset} on)"
-    if (first_file, first) == (last_file, last):
-        return begin
-    return f"{begin} to {last}" + (f" of {stream.files[last_file].prefix}" if last_file != first_file else "")
+    return Report(["\n".join(lines), sample.text])
 
 
 def _data(path: Path, text: bool, seq_length: int | None) -> Report:
