@@ -144,8 +144,8 @@ def _progress(run: LiveRun) -> str:
     assert run.config is not None
     share = f"{100 * run.step // run.steps} %" if run.steps else "-"
     state = run.event["event"] if run.event is not None else "running"
-    words = {"started": "running", "resumed": "running", "skipped": "running", "ended": "done"}
-    return f"step {run.step:,} of {run.steps:,} ({share}), {words.get(state, state)} ({run.run_dir})"
+    words = {"preempted": "preempted", "failed": "failed", "ended": "done"}
+    return f"step {run.step:,} of {run.steps:,} ({share}), {words.get(state, 'running')} ({run.run_dir})"
 
 
 def _losses(run: LiveRun) -> str:

@@ -23,7 +23,7 @@ from megamix.training.records.wide_lines import WideReader, side_path
 
 QUIET_SECONDS = 180.0
 _TAIL = 2**20  # bytes read of the end of a file that is there already
-_NOTABLE = ("resumed", "skipped", "preempted", "failed")
+_NOTABLE = ("resumed", "incomplete", "skipped", "alert", "preempted", "failed")
 
 
 class _Tail:

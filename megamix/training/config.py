@@ -135,6 +135,34 @@ class WatchdogConfig(Config):
     """A job in which no step, evaluation or checkpoint has come to its end for this long is ended. 0: never."""
 
 
+class AlertsConfig(Config):
+    """What is told while it happens: an event of the run, a line on the console, and what `run` says. Once, until it
+    has ceased. null: never."""
+
+    forgetting: int | None = pydantic.Field(default=3, ge=1)
+    """A domain's validation loss that rose in this many evaluations in a row."""
+    stalled: int | None = pydantic.Field(default=None, ge=1)
+    """A domain's validation loss that none of this many evaluations in a row brought below its best."""
+    jump: float | None = pydantic.Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """A weight that moves by more than this in one change."""
+    at_bound: int | None = pydantic.Field(default=None, ge=1)
+    """A weight that stands at its data.min_weight or data.max_weight for this many steps."""
+    epochs: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    """A domain that, at its present weight, is read more often than this by the end of the run; without it, more often
+    than data.max_epochs where data.on_exhausted is repeat or stop."""
+    data_wait: float | None = pydantic.Field(default=0.5, gt=0, le=1, allow_inf_nan=False)
+    """Share of a step spent waiting for data, mean over log.every steps."""
+    slowdown: float | None = pydantic.Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    """Throughput that is lower than the median of the last 20 lines of the log by this share."""
+    non_finite: bool = True
+    """A step that guard.non_finite: skip left out."""
+    again_after: int = pydantic.Field(default=100, ge=1)
+    """Steps before an alert that has ceased may come again."""
+    run: tuple[str, ...] = ()
+    """A program and its arguments, run without a shell on rank 0's machine for each alert, which it reads from its
+    standard input as one line of JSON; the run does not wait for it."""
+
+
 class LossConfig(Config):
     """The domain loss."""
 
@@ -233,6 +261,7 @@ class RunConfig(MixConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    alerts: AlertsConfig = AlertsConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
 

@@ -14,6 +14,7 @@ from megamix.core.log import get_logger
 from megamix.core.paths import argument
 from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
+from megamix.training.alerts import check_alerts
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
 from megamix.training.config import RunConfig
@@ -40,6 +41,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
         heed_signals()
     config = load_config(RunConfig, config_path, overrides)
     check_sinks(config)
+    check_alerts(config.alerts)
     if world_size is not None:
         plan = make_plan(config, world_size, **data_checks(world_size))
         run_rank(config.engine, lambda: train_rank(plan))

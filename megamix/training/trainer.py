@@ -21,6 +21,7 @@ from megamix.data.sampler import DataExhausted
 from megamix.engines.choose import make_engine
 from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import Requests
+from megamix.training.alerts import Alert, Alerts
 from megamix.training.checkpoints import saving, store
 from megamix.training.checkpoints.resume import Resumed, fingerprints
 from megamix.training.config import RunConfig
@@ -31,7 +32,9 @@ from megamix.training.job.watchdog import Watchdog
 from megamix.training.objective import objective_name
 from megamix.training.plan import Plan
 from megamix.training.records.events import Event
+from megamix.training.records.lines import MetricsLine, read_lines
 from megamix.training.records.progress_line import show_progress
+from megamix.training.records.recorded_run import METRICS
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
 from megamix.training.records.wholeness import measure_record, missing_from_record
@@ -98,6 +101,7 @@ class Trainer:
                 get_logger().warning("%s", missing)
                 self._note("incomplete", missing)
             self.data.announce(self.record)
+        self._alerts = self._make_alerts()
         self._sample_log = self._open_sample_log()
         if resumed is not None:
             get_logger().info("resuming from %s", resumed.path)
@@ -219,6 +223,8 @@ class Trainer:
         if self.record is not None:
             get_logger().warning("%s", text)
             self._note("skipped", text)
+            if self._alerts is not None:
+                self._alerts.skipped(step, text)
 
     def evaluate(self) -> None:
         """Validation loss of every domain, into the record and the log."""
@@ -231,6 +237,8 @@ class Trainer:
                 self.step, number(line["objective_loss"]), objective_name(self.config.objective),
                 number(line["macro_loss"]), line["worst_domain"],
             )  # fmt: skip
+            if self._alerts is not None:
+                self._alerts.evaluation(self.step, line)
 
     def save(self) -> None:
         """Takes a checkpoint before step ``self.step``; with checkpoint.asynchronous it is on disk later."""
@@ -256,6 +264,26 @@ class Trainer:
         if state.record is None or resumed.path.parent.resolve() != (run_dir / "checkpoints").resolve():
             return None
         return missing_from_record(run_dir, state.record, resumed.step, state.record_ends)
+
+    def _make_alerts(self) -> Alerts | None:
+        """On rank 0; of a resumed run they know the evaluations before."""
+        if self.record is None:
+            return None
+        config = self.config
+        before = read_lines(config.run_dir / METRICS, MetricsLine) if self.step else []
+        return Alerts(
+            config.alerts,
+            self.plan.policy.constraints,
+            tell=self._tell,
+            evaluations=[line for line in before if line["event"] == "evaluate"],
+        )
+
+    def _tell(self, alert: Alert, step: int) -> None:
+        assert self.record is not None
+        assert self._alerts is not None
+        get_logger().warning("alert, step %d: %s", step, alert.text)
+        self.record.alert(alert, step)
+        self._alerts.run_command(alert, step)
 
     def _note(self, event: Event, text: str = "") -> None:
         if self.record is not None:
@@ -298,12 +326,16 @@ class Trainer:
         if line is not None:
             self.record.train(line)
             show_progress(self.step, self.config.train.steps, line)
+            if self._alerts is not None:
+                self._alerts.interval(self.step, line)
 
     def _collect_reports(self) -> None:
         assert self.record is not None
         for report in self.data.take_reports():
             self._log.add_stats(report.stats)
             self.record.step(report)
+            if self._alerts is not None:
+                self._alerts.weights(report)
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch if self.place.device.type == "cpu" else batch.to(self.place.device)

@@ -2,7 +2,8 @@
 
 A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
 ``resumed``, ``incomplete`` (a resume found that the record had lost lines), ``skipped`` (a step, by the guard),
-``preempted``, ``failed`` and ``ended`` (as its config says).
+``alert`` (`megamix.training.alerts`; with ``alert``, its kind, ``domain`` and its numbers), ``preempted``, ``failed``
+and ``ended`` (as its config says).
 Unlike the record it is never cut back on resume, so it shows steps that were done twice.
 """
 
@@ -17,7 +18,7 @@ from megamix.core.files import AppendFile
 from megamix.core.log import get_logger
 
 EVENTS = "events.jsonl"
-Event = Literal["started", "resumed", "incomplete", "skipped", "preempted", "failed", "ended"]
+Event = Literal["started", "resumed", "incomplete", "skipped", "alert", "preempted", "failed", "ended"]
 
 
 class EventLog:
@@ -26,9 +27,9 @@ class EventLog:
     def __init__(self, run_dir: Path) -> None:
         self._file = AppendFile(run_dir / EVENTS)
 
-    def note(self, event: Event, step: int, text: str = "") -> None:
+    def note(self, event: Event, step: int, text: str = "", **more: Any) -> None:
         """Adds an event; a failure to write is only a warning, as the event itself matters more."""
-        line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text}
+        line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, "step": step, "text": text, **more}
         try:
             self._file.write_line(line)
         except MegamixError as error:

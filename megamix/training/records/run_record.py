@@ -47,6 +47,7 @@ from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
 from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats
+from megamix.training.alerts import Alert
 from megamix.training.records.dataflex_log import DataflexLog
 from megamix.training.records.events import Event, EventLog
 from megamix.training.records.lines import StepLine, read_lines
@@ -92,9 +93,16 @@ class RunRecord:
         """Whether any weights were on record when it was opened."""
         return self._weights.held_lines
 
-    def note(self, event: Event, step: int, text: str = "") -> None:
+    def note(self, event: Event, step: int, text: str = "", **more: Any) -> None:
         """Adds an event (`megamix.training.records.events`)."""
-        self._events.note(event, step, text)
+        self._events.note(event, step, text, **more)
+
+    def alert(self, alert: Alert, step: int) -> None:
+        """Adds an alert as an event, and to the sinks that have such."""
+        more = {"alert": alert.kind, "domain": alert.domain, **alert.numbers}
+        self.note("alert", step, alert.text, **more)
+        for sink in self._sinks:
+            sink.alert(f"{self._run_dir.name}: {alert.kind}", alert.text)
 
     def announce(
         self,

@@ -16,6 +16,8 @@ class Sink(Protocol):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
+    def alert(self, title: str, text: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -30,6 +32,9 @@ class TensorBoardSink:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def alert(self, title: str, text: str) -> None:
+        self._writer.add_text("alerts", f"{title}: {text}")
 
     def close(self) -> None:
         self._writer.close()
@@ -50,6 +55,9 @@ class WandbSink:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text)
 
     def close(self) -> None:
         self._run.finish()
