@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megamix.core.errors import MegamixError, Preempted
 from megamix.core.log import get_logger
-from megamix.core.text import number
 from megamix.data.blend.permute import hash_words
 from megamix.data.loader import Batch
 from megamix.data.sampler import DataExhausted
@@ -25,15 +24,14 @@ from megamix.training.alerts import Alert, Alerts
 from megamix.training.checkpoints import saving, store
 from megamix.training.checkpoints.resume import Resumed, fingerprints
 from megamix.training.config import RunConfig
+from megamix.training.console import Console
 from megamix.training.data_loop import MixedData
 from megamix.training.evaluate import RewardEvaluation, Validation
 from megamix.training.job.signals import asked_to_stop
 from megamix.training.job.watchdog import Watchdog
-from megamix.training.objective import objective_name
 from megamix.training.plan import Plan
 from megamix.training.records.events import Event
 from megamix.training.records.lines import MetricsLine, read_lines
-from megamix.training.records.progress_line import show_progress
 from megamix.training.records.recorded_run import METRICS
 from megamix.training.records.run_record import IntervalLog, RunRecord, SampleLog
 from megamix.training.records.sinks import make_sinks
@@ -102,6 +100,7 @@ class Trainer:
                 self._note("incomplete", missing)
             self.data.announce(self.record)
         self._alerts = self._make_alerts()
+        self._console = Console(plan, self.place.device, self.data.sampler.weights_at(self.step))
         self._sample_log = self._open_sample_log()
         if resumed is not None:
             get_logger().info("resuming from %s", resumed.path)
@@ -122,6 +121,8 @@ class Trainer:
             with self._writer:
                 self._run()
             self._note("ended")
+            if self.is_main:
+                self._console.end(self.step)
         except MegamixError as error:
             self._note("preempted" if isinstance(error, Preempted) else "failed", str(error))
             raise
@@ -134,6 +135,8 @@ class Trainer:
 
     def _run(self) -> None:
         config = self.config
+        if self.is_main:
+            self._console.begin(self.step)
         if self.step == 0:
             self.evaluate()
         stop = min(config.train.steps, config.train.stop_after or config.train.steps)
@@ -232,11 +235,7 @@ class Trainer:
         line = self.validation.run(self.engine)
         if self.record is not None:
             self.record.evaluate({"step": self.step, "tokens": self._tokens(), **line})
-            get_logger().info(
-                "step %d: validation loss %s (objective %s), mean over domains %s, worst %s",
-                self.step, number(line["objective_loss"]), objective_name(self.config.objective),
-                number(line["macro_loss"]), line["worst_domain"],
-            )  # fmt: skip
+            self._console.evaluation(self.step, line)
             if self._alerts is not None:
                 self._alerts.evaluation(self.step, line)
 
@@ -324,8 +323,9 @@ class Trainer:
         tokens_per_step = self.config.train.global_batch * self.config.data.seq_length
         line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, tokens_per_step)
         if line is not None:
+            line |= self._console.machine(line["tokens_per_second"])
             self.record.train(line)
-            show_progress(self.step, self.config.train.steps, line)
+            self._console.progress(line)
             if self._alerts is not None:
                 self._alerts.interval(self.step, line)
 
@@ -334,6 +334,7 @@ class Trainer:
         for report in self.data.take_reports():
             self._log.add_stats(report.stats)
             self.record.step(report)
+            self._console.weights(report)
             if self._alerts is not None:
                 self._alerts.weights(report)
 

@@ -13,6 +13,8 @@ TIMES = {
     "mixing_seconds",
     "compute_seconds",
     "tokens_per_second",
+    "memory_bytes",
+    "flop_utilisation",
     "timestamp",
 }
 

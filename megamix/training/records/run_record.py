@@ -7,7 +7,7 @@
   domains only those that were seen), ``lr``,
   ``grad_norm``, ``tokens_per_second``, and where the time of rank 0 went (`megamix.training.step_clock`, means per
   step): ``step_seconds`` and its parts, ``compute_seconds``, ``data_wait_seconds``, ``communication_seconds`` and
-  ``mixing_seconds``;
+  ``mixing_seconds``; ``memory_bytes`` and ``flop_utilisation`` (`megamix.training.console`);
 - ``evaluate``: ``step``, ``tokens``, ``objective_loss`` (weighted by ``objective``, which names every domain's weight),
   ``domain_loss``, their standard errors by documents ``objective_error`` and ``domain_error``
   (`megamix.training.domain_losses`), ``macro_loss`` (mean over domains), ``micro_loss`` (weighted by natural share),
