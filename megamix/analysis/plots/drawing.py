@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator
 
 from megamix.analysis import palette
 from megamix.analysis.labels import spread
+from megamix.analysis.marks import WORDS, Mark
 from megamix.core.files import writing
 
 _INK = "#222222"
@@ -41,6 +42,7 @@ STYLE: Any = {
     "savefig.dpi": 160,
 }
 _POINTS_PER_LINE = 11.0
+_MOST_NAMED_MARKS = 12
 """Vertical distance of two labels, in points."""
 
 
@@ -120,6 +122,17 @@ def points(
     first = 1 if tokens and tokens[0] == 0 else 0
     axes.plot(tokens[first:], loss[first:], color=colour, linestyle=style, linewidth=width, zorder=zorder)
     axes.plot(tokens, loss, "o", color=colour, markersize=2.4 + width, zorder=zorder + 1, clip_on=False)
+
+
+def mark_axes(axes: Axes, marks: Sequence[Mark]) -> None:
+    """A dotted line at each mark, with its kind at the top where there are few."""
+    for mark in marks:
+        axes.axvline(mark.tokens, color="#999999", linestyle=":", linewidth=0.9, zorder=1)
+        if len(marks) <= _MOST_NAMED_MARKS:
+            axes.annotate(
+                WORDS[mark.kind], (mark.tokens, 1), (2, -3), xycoords=("data", "axes fraction"), fontsize=6.5,
+                textcoords="offset points", rotation=90, va="top", ha="left", color="#777777",
+            )  # fmt: skip
 
 
 def weight_axis(axes: Axes, highest: float, median: float) -> None:

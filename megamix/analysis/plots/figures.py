@@ -9,11 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megamix.analysis.marks import marks
 from megamix.analysis.movers import movers_note
 from megamix.analysis.plots.drawing import (
     Label,
     domain_look,
     look,
+    mark_axes,
     name_lines,
     new_figure,
     note,
@@ -55,6 +57,7 @@ def weights_figure(run: RecordedRun) -> Figure:
                 color=domain_look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,
             )  # fmt: skip
         note(axes, "thick dashes at the left: natural shares")
+    mark_axes(axes, marks(run))
     if said := movers_note([run]):
         axes.set_xlabel(said)
     weight_axis(axes, highest, float(np.median(series.values[-1])))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megamix.analysis.marks import Mark, marks
 from megamix.analysis.report.looks import domain_class, run_class, swatch
 from megamix.analysis.report.svg import (
     HEIGHT,
@@ -22,6 +23,7 @@ from megamix.analysis.report.svg import (
     line_path,
     nice_axis,
     step_path,
+    tokens_text,
 )
 from megamix.analysis.series import (
     Floats,
@@ -120,10 +122,26 @@ def weight_charts(shown: Shown, index: int, series: Series, y: Axis, key: str, w
     label = f"{what} of {name} over tokens, at the end: {_spoken(series.names, last)}"
     height = max(300, 13 * len(looks))  # room for the names
     note = "square-root scale" if y.scale == "sqrt" else ""
-    stacked = Chart(f"{what}, stacked", label, shown.x, nice_axis(0.0, 1.0), areas, key, ends=shares, height=height)
-    each = Chart(f"{what}, each", label, shown.x, y, lines, key, note=note, ends=ends, height=height)
+    found = marks(shown.runs[index])
+    marked = mark_lines(shown.x, found)
+    stacked = Chart(
+        f"{what}, stacked", label, shown.x, nice_axis(0.0, 1.0), areas + marked, key, ends=shares, height=height
+    )
+    each = Chart(f"{what}, each", label, shown.x, y, marked + lines, key, note=note, ends=ends, height=height)
     head = "" if len(shown.runs) == 1 else f"<h3>{swatch(run_class(index))}{escape(name)}</h3>"
-    return f'{head}<div class="pair">{stacked.html()}{each.html()}</div>'
+    return f'{head}<div class="pair">{stacked.html()}{each.html()}</div>{mark_list(found)}'
+
+
+def mark_lines(x: Axis, found: Sequence[Mark]) -> str:
+    """A dotted line from top to bottom at each mark."""
+    places = x.at(np.array([mark.tokens for mark in found], np.float64))
+    return "".join(f'<path class="mark" d="M{round(at * WIDTH)} 0V{HEIGHT}"/>' for at in places.tolist())
+
+
+def mark_list(found: Sequence[Mark]) -> str:
+    """The marks in words."""
+    rows = "".join(f"<li>{tokens_text(mark.tokens)} tokens: {escape(mark.text)}</li>" for mark in found)
+    return f'<ul class="note marks">{rows}</ul>' if rows else ""
 
 
 def _add_domains(shown: Shown, series: Series, data: Data, key: str, mode: Literal["step", "near"]) -> None:
