@@ -105,7 +105,7 @@ class Reference:
 
 def recommended(initial: list[float], objective: Any = None, **options: Any) -> Mixer:
     names = [f"d{i}" for i in range(len(initial))]
-    return make_mixer({"name": "recommended", **options}, names, initial, objective)
+    return make_mixer({"name": "recommended", "reach": 2.0, **options}, names, initial, objective)
 
 
 def mean_losses(stats: DomainStats) -> list[float | None]:
@@ -173,6 +173,13 @@ def test_exact_lines_are_found() -> None:
     expected = np.array([0.5, 0.3, 0.25 * (4 * 0.1 * 0.9 / 0.35 - 1)])
     np.testing.assert_allclose(mixer.weights, expected / expected.sum(), rtol=1e-7)
     assert mixer.record()["stalled"] == []
+
+
+def test_by_default_domains_that_learn_keep_the_weights_of_the_objective() -> None:
+    """Slopes of 0.5, 0.3 and 0, the last one noise."""
+    mixer = make_mixer({"name": "recommended", "exploration": 0.0}, ["a", "b", "c"], [1.0] * 3, [1, 1, 2])
+    on_lines(mixer, (9, 0.5), (7, 0.3), (3, 0.0))
+    np.testing.assert_allclose(mixer.weights, [0.5, 0.5, 0.0], rtol=1e-12)
 
 
 def test_before_slopes_are_known_the_objective_decides() -> None:

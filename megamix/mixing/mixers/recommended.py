@@ -1,4 +1,4 @@
-"""The recommended online mixer: the objective's mixture, bent towards the domains whose tokens still lower its loss.
+"""The recommended online mixer: the objective's mixture, without the domains whose tokens no longer lower its loss.
 
 The objective is a mean of domain losses, sum over i of v_i L_i (`Mixer.objective`). Let g_i be the slope of domain i's
 loss, -dL_i / d ln n_i: what it loses, in nats, while its tokens n_i grow by a factor of e. For a given number of tokens
@@ -28,7 +28,8 @@ and the weights are, with d_i = v_i r_i / sum v r, R = reach and e = exploration
     pi_i  = (1 - e) w_i / sum w + e / K
 
 Before slopes are known all are equal, and the weights are the objective's. A domain that the objective leaves out gets
-the exploration only.
+the exploration only. With R = 1, the default, they stay the objective's for all domains that learn; above it they are
+bent towards those that gain more.
 
 What it rests on: the slope along a run taken for what a domain's own tokens give. Measured on the mini-pile (12
 domains, 0.5 M parameters, 400 steps of 4,096 tokens), the slope along a run of equal weights and the loss that a domain
@@ -79,8 +80,9 @@ _SUMS = ("w", "ww", "wx", "wy", "wxx", "wxy", "wyy")
 
 
 class RecommendedConfig(ScheduleConfig):
-    """Minimises the run's objective: samples a domain in proportion to its weight there times what its tokens still
-    gain. Runs after neither noise nor what is learnt. The weights are the objective's until slopes are known."""
+    """Minimises the run's objective: samples a domain by its weight there while its tokens still lower its loss, and
+    leaves noise and what is learnt; with `reach` above 1 more where the tokens gain more. Until slopes are known the
+    weights are the objective's."""
 
     name: Literal["recommended"] = "recommended"
     """Which mixer this configures."""
@@ -89,8 +91,9 @@ class RecommendedConfig(ScheduleConfig):
     """How fast old losses fade: those from when a domain had given half of its tokens so far count 2^-memory as much;
     0: all count alike."""
 
-    reach: float = Field(default=2.0, ge=1, le=1000, allow_inf_nan=False)
-    """The largest factor between a weight and the objective's, either way, for a domain that still learns."""
+    reach: float = Field(default=1.0, ge=1, le=1000, allow_inf_nan=False)
+    """The largest factor between a weight and the objective's, either way, for a domain that still learns. 1: such a
+    domain keeps its weight, and only what no longer learns is left."""
 
     exploration: float = Field(default=0.05, ge=0, le=1, allow_inf_nan=False)
     """Share of the samples that is spread evenly over all domains, whatever they learn."""
