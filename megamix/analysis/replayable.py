@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
-from megamix.mixing.mixers import evaluated, find_mixer, make_mixer
+from megamix.mixing.mixers import evaluated, find_mixer
 from megamix.mixing.shadow import Shadow
+from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal
+from megamix.mixing.steering.rule import RuleMaker
+from megamix.mixing.steering.steering import Steering
 from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.mix_plan import read_constraints, read_stages
 from megamix.training.mixture import mixture_of
@@ -79,7 +82,8 @@ class ReplayableRun:
             )
 
     def shadow(self, name: str, config: Config) -> Shadow:
-        """A new mixer with the run's first weights, and a blend that begins as the run's did.
+        """A new mixer with the run's first weights, and a blend that begins as the run's did; the run's own mixer is
+        steered as the run was.
 
         Raises:
             InputError: it follows an objective that is not on record, or cannot be made.
@@ -93,8 +97,27 @@ class ReplayableRun:
                 f"can only be worked out with the data set. {run.missing_data}"
             )
         left_out = run.ledger.lines[0].get("left_out", ())
-        mixer = make_mixer(config, self.statistics.domain_names, blend.weights, objective or None, left_out=left_out)
-        return Shadow(name, mixer, blend, self.policy)
+        make = RuleMaker(config, self.statistics.domain_names, objective or None)
+        steering = self._steering(make) if config == run.config.mixer else None
+        return Shadow(name, make.first(None, blend.weights, left_out), blend, self.policy, steering=steering)
+
+    def _steering(self, make: RuleMaker) -> Steering:
+        """The commands that the run has heeded, for a replay of the run itself.
+
+        Raises:
+            InputError: its journal is not there.
+        """
+        run = self.run
+        journal = Journal(run.run_dir, is_live=False)
+        known = {command.id for command in journal.read()}
+        heeded = (each["id"] for line in run.ledger.lines for each in line.get("steering", {}).get("commands", ()))
+        for name in heeded:
+            if name not in known:
+                raise InputError(
+                    f"the run {run.run_dir} was steered by command {name}, which {JOURNAL} does not hold. Put that file and "
+                    f"{ANSWERS} back, or replay another mixer."
+                )
+        return Steering(self.policy, journal, make, run.config.data.seq_length)
 
     def _blend(self) -> Blend:
         """The blend as the run began with it: the weights on record that follow from no step's statistics."""

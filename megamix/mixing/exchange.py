@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from megamix.core.errors import InputError
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import Sampler
 from megamix.mixing.mixers import DomainStats, Mixer
+from megamix.mixing.steering.steering import Steered, Steering, follow
 from megamix.mixing.weight_policy import WeightPolicy
 from megamix_kernels import DomainSums
 
@@ -80,8 +82,9 @@ class MixReport:
         effective_step: the first step with the weights that follow from it.
         position: its first sample.
         segment: the stretch of constant weights that ``effective_step`` starts in.
-        record: `Mixer.record`; empty where no new weights were computed.
-        updated: whether new weights were computed, by the mixer or by a staged mixture.
+        record: `Mixer.record`, and ``steering`` where some is in force; empty where no new weights were computed.
+        updated: whether new weights were computed, by the mixer, a staged mixture or steering.
+        notes: what steering has to say.
         shadows: new weights of mixers that only log.
     """
 
@@ -92,6 +95,7 @@ class MixReport:
     segment: Segment
     record: dict[str, object]
     updated: bool
+    notes: tuple[str, ...] = ()
     shadows: tuple[ShadowChange, ...] = ()
 
 
@@ -109,6 +113,10 @@ class MixExchange:
         judge: called on every rank with (step, int64 [K, C] sums of the step, int64 [K, C] sums of its evaluation or
             [0, C], a group of all ranks on the CPU); may raise to end the run, on every rank alike.
         on_report: called on rank 0 for every step, from the background thread.
+        steering: of the run, on rank 0; None where nobody can steer it.
+
+    Attributes:
+        mixer: on rank 0 the mixer; steering may put another in its place.
     """
 
     def __init__(
@@ -123,8 +131,10 @@ class MixExchange:
         rewards_evaluation: bool,
         judge: Callable[[int, torch.Tensor, torch.Tensor, Any], None],
         on_report: Callable[[MixReport], None],
+        steering: Steering | None = None,
     ) -> None:
-        self._mixer = mixer
+        self.mixer = mixer
+        self._steering = steering
         self._sampler = sampler
         self._policy = policy
         self._has_reference = has_reference
@@ -207,15 +217,18 @@ class MixExchange:
         self._judge(step, reduced[:k], reduced[k:-1], self._weights_group)
         kinds = 1 if self._loss_weights is None else 2
         weights = torch.empty(kinds, k, dtype=torch.float64)
-        stats, updated = None, False
-        if self._mixer is not None:
+        stats, steered = None, None
+        if self.mixer is not None:
             stats = self._statistics(step, reduced[:k])
-            wanted, updated = self._update(self._mixer, self._rewards(step, stats, reduced[k:-1]), step)
-            weights[0] = torch.from_numpy(wanted)
-            given = checked_loss_weights(self._mixer)
+            steered = self._update(self.mixer, self._rewards(step, stats, reduced[k:-1]), step)
+            effective_step = self._policy.effective_step(step)
+            weights[0] = torch.from_numpy(
+                self._sampler.weights_at(effective_step) if steered is None else steered.weights
+            )
+            given = checked_loss_weights(self.mixer)
             if (given is None) != (self._loss_weights is None):
                 raise InputError(
-                    f"mixer '{self._mixer.name}': loss_weights is None in some steps and not in others. Give 1 for every "
+                    f"mixer '{self.mixer.name}': loss_weights is None in some steps and not in others. Give 1 for every "
                     "domain where all count alike."
                 )
             if given is not None:
@@ -225,10 +238,12 @@ class MixExchange:
         self._sampler.set_weights(weights[0].numpy(), effective_step)
         if kinds == 2:
             self._loss_weights = weights[1].numpy()
-        if self._mixer is not None and stats is not None:
+        if self.mixer is not None and stats is not None:
             position, segment = effective_step * self._policy.global_batch, self._sampler.segment_at(effective_step)
-            record = self._mixer.record() if updated else {}
-            self._on_report(MixReport(step, stats, effective_step, position, segment, record, updated))
+            record = {} if steered is None else {**self.mixer.record(), **steered.recorded}
+            notes = () if self._steering is None else self._steering.take_notes()
+            updated = steered is not None
+            self._on_report(MixReport(step, stats, effective_step, position, segment, record, updated, notes))
 
     def _on_host(self, reduced: torch.Tensor, work: Any) -> torch.Tensor:
         """The sums once they are reduced, on the CPU."""
@@ -261,15 +276,19 @@ class MixExchange:
         nothing = np.zeros(stats.num_domains)
         return DomainStats(nothing, nothing, weights=stats.weights)
 
-    def _update(self, mixer: Mixer, rewards: DomainStats, step: int) -> tuple[Floats, bool]:
-        """The weights that follow from ``step``, and whether they were computed anew."""
+    def _update(self, mixer: Mixer, rewards: DomainStats, step: int) -> Steered | None:
+        """The weights that follow from ``step``, where they were computed anew. Constraints move with what is left of
+        each domain; between updates the weights stay as they are all the same."""
         policy, effective_step = self._policy, self._policy.effective_step(step)
         wanted = policy.wanted(mixer, rewards, step)
-        # Constraints move with what is left of each domain; between updates the weights stay as they are all the same.
-        if wanted is None:
-            return self._sampler.weights_at(effective_step), False
-        counts = self._sampler.counts_at(effective_step)
-        return policy.allowed(wanted, counts, effective_step * policy.global_batch), True
+        in_force, counts = (
+            partial(self._sampler.weights_at, effective_step),
+            partial(self._sampler.counts_at, effective_step),
+        )
+        steered = follow(self._steering, policy, mixer, wanted, step, in_force, counts)
+        if steered is not None:
+            self.mixer = steered.mixer
+        return steered
 
 
 def statistics_record(stats: DomainStats) -> dict[str, object]:

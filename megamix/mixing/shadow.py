@@ -13,13 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
 from megamix.mixing.exchange import ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats, Mixer, evaluated
+from megamix.mixing.steering.steering import Steering, follow
 from megamix.mixing.weight_policy import WeightPolicy
 
 REBASE_EVERY = 100
@@ -52,6 +57,7 @@ class Shadow:
         change: the ``change`` of its first lines where the run did not begin with this mixer; None where it did.
         announce: whether its first weights are not logged yet.
         identity: the config, as far as it must stay the same on resume (`DataPlan.mixer_fingerprint`).
+        steering: of a recorded run that is replayed; a shadow of a run is not steered.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Shadow:
         change: dict[str, Any] | None = None,
         announce: bool = True,
         identity: dict[str, Any] | None = None,
+        steering: Steering | None = None,
     ) -> None:
         if (config := evaluated(mixer.config)) is not None:
             raise InputError(
@@ -77,6 +84,7 @@ class Shadow:
         self._policy = policy
         self._batch = policy.global_batch
         self._identity = identity
+        self._steering = steering
         self._untold = self._announcements(first_step, change) if announce else []
 
     def update(self, stats: DomainStats, step: int) -> list[ShadowChange]:
@@ -89,15 +97,20 @@ class Shadow:
         position = effective_step * self._batch
         wanted = self._policy.wanted(self.mixer, stats, step)
         changes, self._untold = self._untold, []
-        if wanted is not None:
-            weights = self._policy.allowed(wanted, self._blend.counts_at(position), position)
-            self._blend.set_weights(weights, at=position)
+        in_force, counts = partial(self._weights_at, position), partial(self._blend.counts_at, position)
+        steered = follow(self._steering, self._policy, self.mixer, wanted, step, in_force, counts)
+        if steered is not None:
+            self.mixer = steered.mixer
+            self._blend.set_weights(steered.weights, at=position)
             segment = self._blend.segment_at(position)
-            record = {**self.mixer.record(), **statistics_record(stats)}
+            record = {**self.mixer.record(), **steered.recorded, **statistics_record(stats)}
             changes.append(ShadowChange(self.name, step + 1, effective_step, position, segment, record))
         if step % REBASE_EVERY == 0:
             self._blend = Blend.from_state_dict(self._blend.state_dict(at=(step + 1) * self._batch))
         return changes
+
+    def _weights_at(self, position: int) -> NDArray[np.float64]:
+        return self._blend.segment_at(position).weights.copy()
 
     def state(self, step: int) -> ShadowState:
         """The state before ``step``."""

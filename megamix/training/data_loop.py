@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from megamix.core.errors import InputError, MegamixError
 from megamix.core.log import get_logger
-from megamix.core.text import listed
+from megamix.core.text import listed, plural
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import Batch, Loader
 from megamix.data.sampler import Sampler
@@ -25,6 +26,9 @@ from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import NO_REQUESTS, MixExchange, MixReport, Requests, checked_loss_weights
 from megamix.mixing.mixers import Mixer, ScheduleConfig, evaluated, make_mixer, with_later_keys
 from megamix.mixing.shadow import Shadow, shadow_names
+from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal
+from megamix.mixing.steering.rule import RuleMaker
+from megamix.mixing.steering.steering import Steering
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints
 from megamix.training.checkpoints.state import RunState
 from megamix.training.guard import BadStep, Guard
@@ -45,10 +49,10 @@ class MixedData:
         resumed: the checkpoint to continue from, as rank 0 sees it; None starts anew.
         evaluates: whether the trainer submits sums of evaluations where the mixer wants them.
         keeps_previous: whether `previous_state` may be asked for.
+        journal_dir: folder of the journal that steers the run; None where nobody can.
 
     Attributes:
         step: steps submitted.
-        mixer: on rank 0; None elsewhere.
         guard: judges the sums of every step.
         shadows: mixers that only log, on rank 0.
         change: the ``change`` of weights.jsonl after a resume that changed the blend; None where nothing changed.
@@ -64,6 +68,7 @@ class MixedData:
         resumed: Resumed | None = None,
         evaluates: bool = False,
         keeps_previous: bool = False,
+        journal_dir: Path | None = None,
     ) -> None:
         config = evaluated(plan.config.mixer)
         if config is not None and not evaluates:
@@ -81,20 +86,22 @@ class MixedData:
         blend, self.change = (plan.blend(), None) if resumed is None else resumed.blend(plan)
         if resumed is not None and self.change is not None and dist.get_rank() == 0:
             _log_change(plan, self.change, resumed, blend)
-        self.mixer: Mixer | None = None
+        mixer: Mixer | None = None
+        self._steering: Steering | None = None
         self.shadows: tuple[Shadow, ...] = ()
         shared: list[Any] = [None]
         share = plan.share(data_rank)
         if dist.get_rank() == 0:
             weights = blend.segment_at(self.step * plan.config.train.global_batch).weights
             left_out = plan.policy.left_out if resumed is None else resumed.left_out(plan)
-            self.mixer = make_mixer(
-                plan.config.mixer, plan.domain_names, weights, plan.objective_weights, left_out=left_out
-            )
+            make = RuleMaker(plan.config.mixer, plan.domain_names, plan.objective_weights)
+            if journal_dir is not None:
+                self._steering = open_steering(plan, journal_dir, make, resumed)
+            mixer = make.first(None if self._steering is None else self._steering.course, weights, left_out)
             if resumed is not None:
-                resumed.set_mixer(self.mixer)
+                resumed.set_mixer(mixer)
             self.shadows = open_shadows(plan, blend, self.step, resumed, left_out)
-            shared = [({"blend": blend.state_dict()}, checked_loss_weights(self.mixer))]
+            shared = [({"blend": blend.state_dict()}, checked_loss_weights(mixer))]
         # Rank 0's, on every rank: machines may differ in the last bit of a quotient, and ranks must agree on the data.
         # Through a separate group: small objects must not need the accelerator.
         group: Any = dist.new_group(backend="gloo")
@@ -103,7 +110,7 @@ class MixedData:
         self.sampler = Sampler.from_state_dict(state, share, plan.policy.constraints.limits)
         self._reports: list[MixReport] = []
         self.exchange = MixExchange(
-            self.mixer,
+            mixer,
             self.sampler,
             plan.policy,
             first_step=self.step,
@@ -112,11 +119,17 @@ class MixedData:
             rewards_evaluation=config is not None,
             judge=self._judge,
             on_report=self._report,
+            steering=self._steering,
         )
         reader = plan.reader(plan.domains, open_reference(plan)) if reads_data else None
         self.loader = Loader(self.sampler, reader, device.type == "cuda")
         for _ in range(plan.config.data.weight_lag + 1):
             self.loader.request()
+
+    @property
+    def mixer(self) -> Mixer | None:
+        """On rank 0; None elsewhere."""
+        return self.exchange.mixer
 
     def next_batch(self) -> tuple[Batch | None, float]:
         """This rank's part of the next step (None on a rank that reads no data), and the seconds of waiting.
@@ -218,6 +231,7 @@ class MixedData:
             fingerprints=self._fingerprints,
             sampler=self.sampler.state_dict(step),
             mixer=self.mixer.state_dict() if self.mixer is not None else None,
+            steering=None if self._steering is None else self._steering.state_dict(),
             shadow={shadow.name: shadow.state(step) for shadow in self.shadows},
             guard=self.guard.state(),
             total_samples=self.plan.total_samples,
@@ -248,6 +262,23 @@ def _log_change(plan: DataPlan, change: Mapping[str, Any], resumed: Resumed, ble
     ]
     weights = f"weights from here on: {listed(moved)}" if moved else "the weights stay"
     get_logger().warning("changed since step %d: %s; %s", resumed.step, ", ".join(parts), weights)
+
+
+def open_steering(plan: DataPlan, folder: Path, make: RuleMaker, resumed: Resumed | None) -> Steering:
+    """The steering of a run, before its first step or as its checkpoint had it."""
+    journal, length = Journal(folder), plan.config.data.seq_length
+    if resumed is None:
+        if commands := journal.read():
+            get_logger().warning(
+                "%s holds %s: %s. They have their effect again, where they had it; to begin without them, stop and move that "
+                "file and %s away",
+                folder / JOURNAL, plural(len(commands), "command"),
+                listed(f"{each.id} ({each.describe()})" for each in commands), ANSWERS,
+            )  # fmt: skip
+        return Steering(plan.policy, journal, make, length)
+    steering = Steering(plan.policy, journal, make, length, resumed.state.steering)
+    steering.adopt(resumed.changed, other_domains=resumed.domains is not None)
+    return steering
 
 
 def open_shadows(

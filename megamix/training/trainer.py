@@ -79,6 +79,7 @@ class Trainer:
             device=self.place.device,
             resumed=resumed,
             evaluates=self._rewards is not None,
+            journal_dir=self.config.run_dir,
         )
         self.guard = self.data.guard
         self._first_step = self.step

@@ -137,6 +137,7 @@ class HostRun:
             device=device,
             resumed=resumed,
             keeps_previous=keeps_previous,
+            journal_dir=record_dir,
         )
         self._record, self._record_dir = None, record_dir or Path()
         if record_dir is not None and dist.get_rank() == 0:

@@ -41,6 +41,7 @@ class RunState:
         sampler: of `Sampler.state_dict`.
         mixer: of `Mixer.state_dict`; None on other ranks.
         shadow: by name.
+        steering: of `Steering.state_dict`; None where nobody can steer the run.
         manifest: path of the data set.
         total_samples: of the whole run, as its weights were bounded by; None in checkpoints of before it was kept.
         record, record_ends: sizes and ends of the files of the record (`megamix.training.records.wholeness`); None
@@ -55,6 +56,7 @@ class RunState:
     guard: GuardState
     manifest: str
     mixer: dict[str, Any] | None = None
+    steering: dict[str, Any] | None = None
     total_samples: int | None = None
     record: dict[str, int] | None = None
     record_ends: dict[str, str] | None = None

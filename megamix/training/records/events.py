@@ -2,8 +2,9 @@
 
 A line is ``time`` (seconds since 1970), ``event``, ``step`` (steps taken) and ``text``. Events: ``started``,
 ``resumed``, ``incomplete`` (a resume found that the record had lost lines), ``skipped`` (a step, by the guard),
-``alert`` (`megamix.training.alerts`; with ``alert``, its kind, ``domain`` and its numbers), ``preempted``, ``failed``
-and ``ended`` (as its config says).
+``steered`` (a command of `megamix steer`, or a line of its journal that is none), ``alert``
+(`megamix.training.alerts`; with ``alert``, its kind, ``domain`` and its numbers), ``preempted``, ``failed`` and
+``ended`` (as its config says).
 Unlike the record it is never cut back on resume, so it shows steps that were done twice.
 """
 
@@ -18,7 +19,7 @@ from megamix.core.files import AppendFile
 from megamix.core.log import get_logger
 
 EVENTS = "events.jsonl"
-Event = Literal["started", "resumed", "incomplete", "skipped", "alert", "preempted", "failed", "ended"]
+Event = Literal["started", "resumed", "incomplete", "skipped", "steered", "alert", "preempted", "failed", "ended"]
 
 
 class EventLog:

@@ -15,7 +15,8 @@
 
 ``weights.jsonl`` is the ledger: one object per change of weights (and the initial ones, step 0): ``step`` whose
 statistics were used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``,
-``domain_weights``, ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
+``domain_weights``, ``steering`` where some is in force (its ``commands`` of this step, ``pins``, ``bounds``, ``held``,
+``ramp``), ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
 from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
 mixer shows of itself. Of more than 256 domains the arrays are in ``weights.bin``
 (`megamix.training.records.wide_lines`). After a resume that changed domains, mixture or constraints there are lines
@@ -129,6 +130,8 @@ class RunRecord:
             if change.name not in self._shadows:
                 self._shadows[change.name] = _LedgerFile(self._run_dir / SHADOWS / f"{change.name}.jsonl", None)
             self._shadows[change.name].write(shadow_line(self._domains, change))
+        for note in report.notes:
+            self.note("steered", report.step + 1, note)
         if report.updated:
             self.weights(report)
 
