@@ -22,12 +22,13 @@ from megamix.prepare.cli import corpus, merge, prepare, verify
 from megamix.studies.launch import Overrides, launch
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
+from megamix.training.steer.cli import steer
 
 
 class _Commands(WholeSentences):
     groups: ClassVar = {
         "Data": ("corpus", "prepare", "merge", "verify", "blend"),
-        "A run": ("doctor", "train", "launch", "evaluate", "export"),
+        "A run": ("doctor", "train", "steer", "launch", "evaluate", "export"),
         "What happened in it": ("inspect", "plot", "report", "compare", "why", "replay"),
         "Several runs": ("arena", "swarm", "doremi", "reference"),
     }
@@ -99,7 +100,8 @@ def train(
     raise typer.Exit(run(config, overrides))
 
 
-app.command()(launch)
+for _command in (steer, launch):
+    app.command()(_command)
 
 
 @app.command()

@@ -69,8 +69,10 @@ def _changes(run: RecordedRun) -> Iterator[Mark]:
         if line.get("change"):
             parts = ", ".join(line["change"].get("parts", [])) or "domains"
             yield Mark(tokens, step, "changed", f"{parts} changed on resume at step {step:,}")
-        elif line.get("steering") != earlier.get("steering"):
-            yield Mark(tokens, step, "steered", f"steered at step {step:,}")
+        elif (steering := line.get("steering")) is not None:
+            for command in steering.get("commands", ()):
+                why = f" ({command['note']})" if "note" in command else ""
+                yield Mark(tokens, step, "steered", f"steered at step {step:,}: {command['what']}{why}")
         elif "statistics" not in line or line.get("is_warmup") or run.config.mixer.name == "static":
             yield Mark(tokens, step, "stage", f"a stage of the mixture began at step {step:,}")
         elif line["domain_names"] == earlier["domain_names"]:

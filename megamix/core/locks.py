@@ -26,6 +26,8 @@ from megamix.core.processes import process_began
 
 DYING_SECONDS = 30.0
 POLL_SECONDS = 0.1
+GLANCE_SECONDS = 0.5
+"""Longer than `is_free` holds a lock."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -83,12 +85,28 @@ def acquire(
         limit = max(DYING_SECONDS if is_dead(holder) else 0.0, patience(holder))
         if time.monotonic() - began >= limit:
             return holder
-        if not is_said:
+        if not is_said and limit > GLANCE_SECONDS:
             get_logger().warning("waiting for the lock %s%s, which has ended", path, describe(holder))
             is_said = True
         time.sleep(POLL_SECONDS)
     _sign(path, file, facts)
     return None
+
+
+def is_free(path: Path) -> bool | None:
+    """Whether nobody holds the lock of ``path``; None where that cannot be told. It is held shared for a moment."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return None
+    try:
+        return take(file, shared=True)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ def run_job(
     run_ranks(Path(script), ranks, wanted, cwd=Path(__file__).parent, environment=environment)
 
 
-def run_rank(runs: list[Any]) -> None:
+def run_rank(runs: list[Any], before: Callable[[int], None] = lambda number: None) -> None:
+    """
+    Args:
+        before: called with the number of each run, counted from 0, before it begins.
+    """
     import torch.distributed as dist
 
     from megamix.core.config import load_config
@@ -43,7 +47,8 @@ def run_rank(runs: list[Any]) -> None:
     configs = [load_config(RunConfig, Path(path), overrides) for path, overrides in runs]
     # DeepSpeed wants to be there from the start; Megatron takes what it finds.
     start_distributed(min((config.engine for config in configs), key=lambda engine: engine.name))
-    for config in configs:
+    for number, config in enumerate(configs):
+        before(number)
         train_rank(make_plan(config, ranks, verify=False))
     dist.barrier()
     dist.destroy_process_group()

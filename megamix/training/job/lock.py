@@ -77,7 +77,7 @@ class RunLock:
 
         def patience(holder: locks.Holder) -> float:
             is_earlier = job is not None and holder.get("slurm_job") == job and holder.get("slurm_restart") != restart
-            return LEASE_SECONDS if is_earlier else 0.0
+            return LEASE_SECONDS if is_earlier else locks.GLANCE_SECONDS
 
         try:
             holder = locks.acquire(self._path, file, patience=patience, slurm_job=job, slurm_restart=restart)

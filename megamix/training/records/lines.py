@@ -13,13 +13,17 @@ import pydantic
 from pydantic import Field
 
 from megamix.core.errors import InputError
-from megamix.core.files import read_json_lines
+from megamix.core.files import parse_json, read_json_lines
 from megamix.core.text import shortened
 from megamix.training.records.wide_lines import ARRAYS, WideLine, WideReader, side_path
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Weight = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0)]
+
+
+_TAIL = 2**22
+"""Bytes in which the last line of a record is looked for."""
 
 
 class _Part(pydantic.BaseModel):
@@ -182,6 +186,32 @@ def read_lines(path: Path, kind: type[StepLine]) -> list[dict[str, Any]]:
                 "before it."
             ) from problem
     return lines
+
+
+def last_line(path: Path, kind: type[StepLine]) -> dict[str, Any] | None:
+    """The last whole line of a .jsonl record that may be growing, without reading the others; None where there is none.
+
+    Raises:
+        InputError: the file cannot be read, or that line is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            texts = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+    if not texts:
+        return None
+    try:
+        line = parse_json(texts[-1])
+        if not isinstance(line, dict):
+            raise ValueError("it is no object")
+        return checked(line, kind, WideReader(side_path(path)))
+    except ValueError as problem:
+        raise InputError(f"{path}: its last line is damaged: {problem}. Resume the run, which mends it.") from problem
 
 
 def checked(line: dict[str, Any], kind: type[StepLine], reader: WideReader) -> dict[str, Any]:

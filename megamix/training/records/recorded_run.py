@@ -62,15 +62,7 @@ class RecordedMix:
         Raises:
             InputError: no such record, or nothing recorded yet.
         """
-        path = Path(run_dir) / MIX
-        try:
-            recorded = parse_json(path.read_bytes())
-            config, steps = without_code(recorded["config"]), int(recorded["steps"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise InputError(
-                f"{path} cannot be read ({type(error).__name__}: {error}). Give the folder of a run's {MIX}."
-            ) from error
-        checked = validate(MixConfig, config, str(path))
+        checked, steps = read_mix(Path(run_dir))
         ledger = _ledger(Path(run_dir), checked)
         return RecordedMix(Path(run_dir), checked, ledger, *_data_set(checked, ledger), steps)
 
@@ -127,11 +119,7 @@ class RecordedRun(RecordedMix):
             InputError: no such run, a run that has recorded nothing yet, or a damaged line.
         """
         run_dir = Path(run_dir)
-        if not (run_dir / CONFIG).is_file():
-            reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
-            raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
-        recorded = without_code(read_yaml(run_dir / CONFIG))
-        config = _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
+        config = read_config(run_dir)
         ledger = _ledger(run_dir, config)
         metrics = read_lines(run_dir / METRICS, MetricsLine)
         train, evaluations = ([line for line in metrics if line["event"] == event] for event in ("train", "evaluate"))
@@ -149,6 +137,36 @@ class RecordedRun(RecordedMix):
             return natural
         weights = objective_weights(self.config.objective, names, np.zeros(len(names)))
         return dict(zip(names, weights.tolist(), strict=True))
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The config of a run, its paths as seen from here.
+
+    Raises:
+        InputError: no such run, or a damaged config.
+    """
+    if not (run_dir / CONFIG).is_file():
+        reason = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such directory"
+        raise InputError(f"{run_dir} is not a run: {reason}. Give the run_dir of a `megamix train`.")
+    recorded = without_code(read_yaml(run_dir / CONFIG))
+    return _relocate(validate(RunConfig, recorded, str(run_dir / CONFIG)), run_dir)
+
+
+def read_mix(run_dir: Path) -> tuple[MixConfig, int]:
+    """What `write_mix` wrote: the config, and the steps taken.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = run_dir / MIX
+    try:
+        recorded = parse_json(path.read_bytes())
+        config, steps = without_code(recorded["config"]), int(recorded["steps"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Give the folder of a run's {MIX}."
+        ) from error
+    return validate(MixConfig, config, str(path)), steps
 
 
 def write_mix(run_dir: Path, config: MixConfig, steps: int) -> None:
