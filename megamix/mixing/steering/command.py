@@ -50,10 +50,9 @@ class SteerCommand(Config):
             raise ValueError("undo stands alone: give what is to follow as the next command.")
         if self.undo is None and not acts:
             raise ValueError("there is nothing to do. Say what changes, for example --set code=0.3.")
-        shares = {"set": self.set.values(), "pin": self.pin.values()}
-        shares["bounds"] = [bound for pair in self.bounds.values() for bound in pair]
-        shares["mixture"] = (self.mixture or {}).values()
-        for key, values in shares.items():
+        bounds = [bound for pair in self.bounds.values() for bound in pair]
+        shares = [("set", [*self.set.values()]), ("pin", [*self.pin.values()]), ("bounds", bounds)]
+        for key, values in [*shares, ("mixture", [*(self.mixture or {}).values()])]:
             for value in values:
                 if not (math.isfinite(value) and 0 <= value <= 1):
                     raise ValueError(f"{key}: {value:g} is no weight, expected a number from 0 to 1.")

@@ -173,7 +173,7 @@ class Steering:
         if command.id in self._handled:  # cancelled by one before it
             return None
         assert self._course is not None
-        course, past, cancels = self._course, self._past, False
+        course, past, cancels, weights = self._course, self._past, False, current
         try:
             if command.undo is None:
                 course, past = steered(course, command, current, place), (*past, (command.id, course))[-MOST_UNDONE:]
@@ -181,7 +181,8 @@ class Steering:
                 cancels = True
             else:
                 course, past = self._undone(command, current, place), past[:-1]
-            weights = current if cancels else course.weights(place)
+            if not cancels:
+                weights = course.weights(place)
             if course.mixer != self._course.mixer or course.left_out != self._course.left_out:
                 mixer = self._make(course, mixer)
         except Exception as problem:  # of a custom mixer anything; a command must not end a run
