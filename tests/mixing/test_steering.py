@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,15 @@ def test_a_run_that_nobody_steers_is_what_it_was(tmp_path: Path) -> None:
     assert run.go([0.9, 0.05, 0.05]) == own.apply(np.array([0.9, 0.05, 0.05]), np.zeros(3), 20).tolist()
     assert run.steering.state_dict() == {"handled": [], "course": None, "past": [], "stirred": False}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_is_there_whole_or_not_at_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that becomes full in the middle of a line: refused, and nothing of it stays."""
+    first = run.steer(hold=True)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:20]))
+    with pytest.raises(InputError, match="No space left"):
+        run.steer(hold=False)
+    monkeypatch.undo()
+    assert list(read_commands(run.folder)[0]) == [first]
+    assert (run.folder / JOURNAL).read_bytes().endswith(b"}\n")

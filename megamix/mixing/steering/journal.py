@@ -12,6 +12,7 @@ Outcomes: ``noticed`` (waits for its ``at_step``), ``applied``, ``ignored`` (it 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import getpass
 import json
@@ -57,7 +58,9 @@ def append_command(folder: Path, parts: Mapping[str, Any]) -> SteerCommand:
                 id=f"{lines + 1}-{secrets.token_hex(2)}", time=round(time.time(), 3), who=who, **parts
             )
             line = json.dumps(command.model_dump(mode="json", exclude_defaults=True), allow_nan=False) + "\n"
-            os.write(file, line.encode())
+            if os.write(file, line.encode()) < len(line.encode()):  # a disk that has just become full
+                _cut_back(file)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
         finally:
             os.close(file)
