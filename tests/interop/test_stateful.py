@@ -35,8 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.data.tokens.manifest import Manifest
 from megamix.interop.trainers.host import coded_labels, decoded_labels
 from megamix.interop.trainers.stateful import MixBatches
+from megamix.mixing.steering.journal import append_command, read_answers
 
 
 class Loader(DataLoader[Any]):
@@ -126,6 +128,28 @@ def test_is_the_training_that_it_says(
     again.state_dict()
     again.close()
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_is_steered_from_the_folder_of_its_record(config: Path, data_dir: Path, tmp_path: Path) -> None:
+    """A pin that was asked for before the first step holds in every weight the mixer gives; after a stop, too."""
+    names = list(Manifest.load(data_dir).domain_names)
+    for folder, parts in ((tmp_path / "whole", [STEPS]), (tmp_path / "parts", [3, STEPS - 3])):
+        folder.mkdir()
+        append_command(folder, {"pin": {names[1]: 0.7}})
+        model, state = make_model(), None
+        for steps in parts:
+            mix = batches(config, folder)
+            loader = Loader(mix, batch_size=None)
+            if state is not None:
+                loader.load_state_dict(state)
+            train(mix, loader, model, steps)
+            state = loader.state_dict()
+            mix.close()
+    held = weights(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == held
+    assert [row[1] for step, row in held.items() if step > 1] == pytest.approx([0.7] * (len(held) - 1), abs=1e-12)
+    assert len(held) > 3
+    assert {answer["outcome"] for answer in read_answers(tmp_path / "parts")} == {"applied"}
 
 
 def test_the_loop_of_the_page(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
