@@ -95,8 +95,8 @@ def test_it_goes_on_as_if_it_had_not_stopped(kept: Path, resumed: Path) -> None:
 
 
 def test_its_state_is_read_and_written_again(resumed: Path) -> None:
-    """The state of 0.1 has no version; today's differs from it by that, the length of the run, and what it says of the
-    record."""
+    """The state of 0.1 has no version; today's differs from it by that, the length of the run, steering, and what it
+    says of the record."""
     old = resumed / "checkpoints" / f"step_{SAVED}"
     raw = json.loads((old / "state.json").read_text())
     assert "version" not in raw
@@ -108,7 +108,7 @@ def test_its_state_is_read_and_written_again(resumed: Path) -> None:
     assert newest.step == STEPS
     written = json.loads((resumed / "checkpoints" / f"step_{STEPS}" / "state.json").read_text())
     assert written["version"] == VERSION
-    assert written.keys() == {"version", "total_samples", "record", "record_ends", *raw}
+    assert written.keys() == {"version", "total_samples", "steering", "record", "record_ends", *raw}
 
 
 def test_states_that_cannot_be_read(resumed: Path) -> None:
