@@ -14,13 +14,14 @@ import json
 import shutil
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
@@ -28,6 +29,9 @@ from megamix.mixing.constraints import Constraints
 from megamix.mixing.exchange import MixReport
 from megamix.training.config import AlertsConfig
 
+Floats = NDArray[np.float64]
+_Found = tuple[dict[str, float], str]
+"""Numbers, and the same in words."""
 _FEWEST_INTERVALS, _MOST_INTERVALS = 5, 20
 _NEAR = 1e-9
 
@@ -69,11 +73,11 @@ class Alerts:
         self._config = config
         self._constraints = constraints
         self._tell = tell
-        self._silent: dict[tuple[str, str | None], int] = {}  # step of the last alert of a condition that still holds
-        self._past: dict[tuple[str, str | None], int] = {}
+        self._told: set[tuple[str, str | None]] = set()  # what was told and still holds
+        self._past: dict[tuple[str, str | None], int] = {}  # step of the last alert
         self._losses = {name: list[float]() for name in constraints.names}
         self._speeds: deque[float] = deque(maxlen=_MOST_INTERVALS)
-        self._weights: np.ndarray | None = None
+        self._weights: Floats | None = None
         self._bound_since: dict[str, int] = {}
         self._commands: list[subprocess.Popen[bytes]] = []
         for line in evaluations:
@@ -83,14 +87,13 @@ class Alerts:
         """Looks at the weights that follow from a step."""
         if not report.updated:
             return
-        config, step = self._config, report.step + 1
-        weights, names = report.segment.weights, self._constraints.names
+        config, step, weights = self._config, report.step + 1, report.segment.weights
         if config.jump is not None and self._weights is not None:
-            self._look(step, "jump", names, self._jumps(weights, config.jump))
+            self._look(step, "jump", self._jumps(self._weights, weights, config.jump))
         self._weights = weights
         if config.at_bound is not None:
-            self._look(step, "at_bound", names, self._at_bound(weights, report.effective_step, config.at_bound))
-        self._look(step, "runs_out", names, self._run_out(report))
+            self._look(step, "at_bound", self._at_bound(weights, report.effective_step, config.at_bound))
+        self._look(step, "runs_out", self._run_out(report))
 
     def interval(self, step: int, line: Mapping[str, Any]) -> None:
         """Looks at a ``train`` line of metrics.jsonl."""
@@ -118,12 +121,13 @@ class Alerts:
             ("stalled", self._config.stalled, _no_better),
         ):
             if most is not None:
-                self._look(step, kind, self._losses, (found(losses, most) for losses in self._losses.values()))
+                every = ((name, found(losses, most)) for name, losses in self._losses.items())
+                self._look(step, kind, {name: what for name, what in every if what is not None})
 
     def skipped(self, step: int, text: str) -> None:
         """A step was left out, as its loss was not finite."""
         if self._config.non_finite:
-            self._tell(Alert("non_finite", None, {}, text), step)
+            self._raise(Alert("non_finite", None, {}, text), step)
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         for name, losses in self._losses.items():
@@ -131,70 +135,70 @@ class Alerts:
             if loss is not None:
                 losses.append(float(loss))
 
-    def _look(self, step: int, kind: str, names: Any, found: Any) -> None:
-        """Judges one condition of every domain; ``found`` has (numbers, words) for each, or None."""
-        for name, what in zip(names, found, strict=True):
-            numbers, words = what or ({}, "")
-            self._judge(step, Alert(kind, name, numbers, f"{name}: {words}"), what is not None)
+    def _look(self, step: int, kind: str, found: Mapping[str, _Found]) -> None:
+        """Judges one condition of the domains, given those that it holds for."""
+        self._told = {(told, name) for told, name in self._told if told != kind or name in found}
+        for name, (numbers, words) in found.items():
+            self._judge(step, Alert(kind, name, numbers, f"{name}: {words}"), True)
 
     def _judge(self, step: int, alert: Alert, holds: bool) -> None:
         key = alert.kind, alert.domain
         if not holds:
-            self._silent.pop(key, None)
+            self._told.discard(key)
             return
         last = self._past.get(key)
         due = last is None or step - last >= self._config.again_after
-        if key not in self._silent and due:
-            self._silent[key] = self._past[key] = step
-            self._tell(alert, step)
+        if key not in self._told and due:
+            self._told.add(key)
+            self._past[key] = step
+            self._raise(alert, step)
 
-    def _jumps(self, weights: np.ndarray, limit: float) -> Iterator[tuple[dict[str, float], str] | None]:
-        assert self._weights is not None
-        for before, after in zip(self._weights.tolist(), weights.tolist(), strict=True):
-            far = abs(after - before) > limit
-            numbers = {"before": before, "after": after, "limit": limit}
-            yield (numbers, f"its weight went from {before:.4f} to {after:.4f} in one change") if far else None
+    def _raise(self, alert: Alert, step: int) -> None:
+        self._tell(alert, step)
+        self._run_command(alert, step)
 
-    def _at_bound(self, weights: np.ndarray, step: int, most: int) -> Iterator[tuple[dict[str, float], str] | None]:
+    def _jumps(self, before: Floats, after: Floats, limit: float) -> dict[str, _Found]:
+        found = {}
+        for k in np.flatnonzero(np.abs(after - before) > limit).tolist():
+            was, now = float(before[k]), float(after[k])
+            numbers = {"before": was, "after": now, "limit": limit}
+            found[self._constraints.names[k]] = numbers, f"its weight went from {was:.4f} to {now:.4f} in one change"
+        return found
+
+    def _at_bound(self, weights: Floats, step: int, most: int) -> dict[str, _Found]:
         """Domains whose weight has stood at min_weight or max_weight for ``most`` steps."""
-        constraints = self._constraints
-        for name, weight, low, high in zip(
-            constraints.names, weights.tolist(), constraints.floor.tolist(), constraints.cap.tolist(), strict=True
-        ):
-            at_low, at_high = low > 0 and weight <= low + _NEAR, high < 1 and weight >= high - _NEAR
-            if not (at_low or at_high):
-                self._bound_since.pop(name, None)
-                yield None
-                continue
-            steps = step - self._bound_since.setdefault(name, step)
-            which, bound = ("min_weight", low) if at_low else ("max_weight", high)
-            numbers = {"weight": weight, "bound": bound, "steps": steps}
-            yield (
-                (numbers, f"its weight has stood at its {which}, {bound:g}, for {steps} steps")
-                if steps >= most
-                else None
-            )
+        names, low, high = self._constraints.names, self._constraints.floor, self._constraints.cap
+        at_low, at_high = (low > 0) & (weights <= low + _NEAR), (high < 1) & (weights >= high - _NEAR)
+        since, self._bound_since, found = self._bound_since, {}, {}
+        for k in np.flatnonzero(at_low | at_high).tolist():
+            name = names[k]
+            self._bound_since[name] = since.get(name, step)
+            steps = step - self._bound_since[name]
+            if steps >= most:
+                which, bound = ("min_weight", float(low[k])) if at_low[k] else ("max_weight", float(high[k]))
+                numbers = {"weight": float(weights[k]), "bound": bound, "steps": steps}
+                found[name] = numbers, f"its weight has stood at its {which}, {bound:g}, for {steps} steps"
+        return found
 
-    def _run_out(self, report: MixReport) -> Iterator[tuple[dict[str, float], str] | None]:
+    def _run_out(self, report: MixReport) -> dict[str, _Found]:
         """Domains that at these weights are read more often than wanted by the end of the run."""
         constraints = self._constraints
-        left = max(constraints.total_samples - report.position, 0)
-        counts = np.asarray(report.segment.counts, np.float64)
-        epochs = (counts + report.segment.weights * left) / constraints.num_samples
         asked = np.inf if self._config.epochs is None else self._config.epochs
         # A domain that the bounds keep within max_epochs does not run out.
-        allowed = np.inf if constraints.on_exhausted == "cap" else constraints.max_epochs
-        limits = np.broadcast_to(np.minimum(asked, allowed), epochs.shape)
-        for number, limit, size in zip(epochs.tolist(), limits.tolist(), constraints.num_samples.tolist(), strict=True):
-            over = number > limit + 1 / size
-            numbers = {"epochs": number, "limit": limit}
-            yield (
-                (numbers, f"at its present weight it is read {number:.2f} times by the end, above {limit:g}")
-                if over
-                else None
-            )
+        limits = np.minimum(asked, np.inf if constraints.on_exhausted == "cap" else constraints.max_epochs)
+        if np.isinf(limits).all():
+            return {}
+        limits = np.broadcast_to(limits, constraints.num_samples.shape)
+        left = max(constraints.total_samples - report.position, 0)
+        epochs = (report.segment.counts + report.segment.weights * left) / constraints.num_samples
+        found = {}
+        for k in np.flatnonzero(epochs > limits + 1 / constraints.num_samples).tolist():
+            number, limit = float(epochs[k]), float(limits[k])
+            words = f"at its present weight it is read {number:.2f} times by the end, above {limit:g}"
+            found[constraints.names[k]] = {"epochs": number, "limit": limit}, words
+        return found
 
-    def run_command(self, alert: Alert, step: int) -> None:
+    def _run_command(self, alert: Alert, step: int) -> None:
         """Starts the command of ``alerts.run``, with the alert as one line of JSON on its standard input."""
         self._commands = [command for command in self._commands if command.poll() is None]
         if not self._config.run:
@@ -211,7 +215,7 @@ class Alerts:
         self._commands.append(command)
 
 
-def _rises(losses: Sequence[float], number: int) -> tuple[dict[str, float], str] | None:
+def _rises(losses: Sequence[float], number: int) -> _Found | None:
     """Whether each of the last ``number`` losses is above the one before."""
     last = losses[-number - 1 :]
     if len(last) <= number or any(after <= before for before, after in itertools.pairwise(last)):
@@ -220,7 +224,7 @@ def _rises(losses: Sequence[float], number: int) -> tuple[dict[str, float], str]
     return {"before": last[0], "after": last[-1], "evaluations": number}, words
 
 
-def _no_better(losses: Sequence[float], number: int) -> tuple[dict[str, float], str] | None:
+def _no_better(losses: Sequence[float], number: int) -> _Found | None:
     """Whether none of the last ``number`` losses is below the lowest before."""
     if len(losses) <= number or min(losses[-number:]) < min(losses[:-number]):
         return None

@@ -280,10 +280,8 @@ class Trainer:
 
     def _tell(self, alert: Alert, step: int) -> None:
         assert self.record is not None
-        assert self._alerts is not None
         get_logger().warning("alert, step %d: %s", step, alert.text)
         self.record.alert(alert, step)
-        self._alerts.run_command(alert, step)
 
     def _note(self, event: Event, text: str = "") -> None:
         if self.record is not None:
