@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -64,9 +65,9 @@ class SteerCommand(Config):
             f"undo {self.undo}" if self.undo is not None else "",
             f"mixer {_inline(self.mixer)}" if self.mixer is not None else "",
             f"unpin {listed(self.unpin)}" if self.unpin else "",
-            f"mixture {_shares(self.mixture)}" if self.mixture is not None else "",
-            f"set {_shares(self.set)}" if self.set else "",
-            f"pin {_shares(self.pin)}" if self.pin else "",
+            f"mixture {shares_text(self.mixture)}" if self.mixture is not None else "",
+            f"set {shares_text(self.set)}" if self.set else "",
+            f"pin {shares_text(self.pin)}" if self.pin else "",
             f"bounds {listed(f'{name}={low:g}..{high:g}' for name, (low, high) in self.bounds.items())}"
             if self.bounds
             else "",
@@ -76,7 +77,8 @@ class SteerCommand(Config):
         return "; ".join(part for part in parts if part)
 
 
-def _shares(weights: dict[str, float]) -> str:
+def shares_text(weights: Mapping[str, float]) -> str:
+    """``web=0.4, code=0.6``."""
     return listed(f"{name}={weight:.6g}" for name, weight in weights.items())
 
 

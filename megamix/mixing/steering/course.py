@@ -18,7 +18,7 @@ from megamix.core.errors import InputError, check_known
 from megamix.core.text import listed
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import normalise_weights
-from megamix.mixing.steering.command import SteerCommand
+from megamix.mixing.steering.command import SteerCommand, shares_text
 
 Floats = NDArray[np.float64]
 _SLACK = 1e-9
@@ -220,7 +220,7 @@ def _set(
     rest = 1 - sum(fixed.values())
     if rest > _SLACK and sum(others) == 0:
         raise InputError(
-            f"{_shares(fixed)} leaves {rest:.6g} of the weights, and {'there is no other domain' if not others else 'all others are 0'}"
+            f"{shares_text(fixed)} leaves {rest:.6g} of the weights, and {'there is no other domain' if not others else 'all others are 0'}"
             ". Set weights that sum to 1, or give a domain more."
         )
     return bounded(own, fixed, bounds).apply(base, place.counts, place.position)
@@ -247,7 +247,7 @@ def _check(
     least = {name: float(low) for name, low in zip(own.names, whole.floor, strict=True) if low > 0}
     if sum(least.values()) > 1 + _SLACK:
         raise InputError(
-            f"pins and lower bounds sum to {sum(least.values()):.6g}, more than 1: {_shares(least)}. Lower some of them."
+            f"pins and lower bounds sum to {sum(least.values()):.6g}, more than 1: {shares_text(least)}. Lower some of them."
         )
     most = {
         name: float(high)
@@ -257,12 +257,8 @@ def _check(
     if sum(most.values()) < 1 - _SLACK:
         out = f" (weight 0: {listed(sorted(left_out))})" if left_out else ""
         raise InputError(
-            f"pins and upper bounds sum to {sum(most.values()):.6g}, less than 1: {_shares(most)}{out}. Raise some of them."
+            f"pins and upper bounds sum to {sum(most.values()):.6g}, less than 1: {shares_text(most)}{out}. Raise some of them."
         )
-
-
-def _shares(weights: Mapping[str, float]) -> str:
-    return listed(f"{name}={weight:.6g}" for name, weight in weights.items())
 
 
 def _interval(pair: tuple[float, float]) -> str:

@@ -48,9 +48,8 @@ def append_command(folder: Path, parts: Mapping[str, Any]) -> SteerCommand:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks: one writer at a time is likely all the same
+            # A file system without locks: one writer at a time is likely all the same.
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             lines = _cut_back(file).count(b"\n")
             who = f"{getpass.getuser()}@{socket.gethostname()}"
