@@ -18,7 +18,7 @@ from tolerance import rounding
 
 from megamix.training.checkpoints.store import LAYERS, damage, kind
 
-STEPS, SEQ, BATCH, VOCABULARY = 50, 32, 8, 512
+STEPS, SEQ, BATCH, VOCABULARY = 24, 32, 8, 512
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "deepspeed": {"name": "deepspeed"},
@@ -92,7 +92,7 @@ class Runs:
                 "steps": steps, "global_batch": BATCH, "micro_batch": micro_batch,
                 "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5, "seed": 7,
             },
-            "evaluate": {"every": 25, "batches": BATCH // micro_batch},  # the same windows
+            "evaluate": {"every": 12, "batches": BATCH // micro_batch},  # the same windows
             "checkpoint": {"every": 0, "keep": 4},
             "log": {"every": 1, "samples": True},
         }  # fmt: skip
@@ -113,7 +113,7 @@ CASES = [(name, mixer) for name in ENGINES for mixer in MIXERS if mixer == "odm"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Runs:
-    """Every layout, trained for 50 steps with every mixer."""
+    """Every layout, trained for 24 steps with every mixer."""
     made = Runs(tmp_path_factory.mktemp("engines"), data_dir)
     for ranks, layouts in LAYOUTS.items():
         job = []
@@ -141,7 +141,7 @@ def test_every_layout_trains_the_same_run(runs: Runs, name: str, mixer: str) -> 
 def test_the_reference_run_learns_and_mixes(runs: Runs, mixer: str) -> None:
     """Else the test above would compare runs in which nothing happens."""
     metrics, weights = record(runs.path(REFERENCE, mixer))
-    assert metrics[-1]["macro_loss"] < 0.9 * metrics[0]["macro_loss"]
+    assert metrics[-1]["macro_loss"] < 0.95 * metrics[0]["macro_loss"]
     assert any(line["grad_norm"] > 0.5 for line in metrics if line["event"] == "train"), "clipping was at work"
     moving = "domain_weights" if mixer == "odm" else "loss_weights"
     first, last = weights[0][moving], weights[-1][moving]
