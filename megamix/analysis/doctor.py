@@ -163,6 +163,7 @@ def _what_runs(shape: _Shape) -> str:
                   f"{model.vocabulary:,}: {model.num_parameters():,} parameters"),
         ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
         ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
+        ("schedule", train.learning_rate.describe()),
         ("ranks", f"{shape.world_size} = {_factors(config.engine)} x data {shape.data_size}; {_engine(config.engine)}"),
         ("other sizes", _other_sizes(config)),
         ("per rank", f"{micro_batches} of {train.micro_batch} samples per step; pipeline bubble {shape.bubble:.1%}"),
@@ -300,6 +301,8 @@ def _start(config: RunConfig, plan: Plan | None) -> str:
         return f"start        anew in {config.run_dir}"
     blend, change = resumed.blend(plan)
     lines = [f"start        from {resumed.path} (step {resumed.step} of {config.train.steps})"]
+    if (said := resumed.train_change(config.train)) is not None:
+        lines.append(f"train        {said}")
     if change is not None:
         weights = ", ".join(f"{name} {w:.4f}" for name, w in zip(plan.domain_names, blend.weights, strict=True))
         lines.append(

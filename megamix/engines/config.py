@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from megamix.core.config import Config
+from megamix.engines.schedule import Schedule, ScheduleName, Shape
 
 
 class _LayoutConfig(Config):
@@ -138,7 +139,7 @@ class BatchConfig(Config):
 
 
 class TrainConfig(BatchConfig):
-    """Training settings: AdamW with linear warm-up and cosine decay."""
+    """Training settings: AdamW, and a learning rate by the step."""
 
     stop_after: int | None = pydantic.Field(default=None, gt=0)
     """Stop, with a checkpoint, once this many steps are done; the schedule still spans ``steps``, so a resume without
@@ -146,9 +147,19 @@ class TrainConfig(BatchConfig):
     lr: float = pydantic.Field(gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     min_lr: float | None = pydantic.Field(default=None, ge=0)
-    """Learning rate at the last step; default: a tenth of lr."""
+    """Learning rate at the last step, but for schedule: constant; default: a tenth of lr."""
+    schedule: ScheduleName = "cosine"
+    """What follows the warm-up. cosine, linear: a fall to min_lr at the last step; constant: lr to the end; wsd: lr,
+    and a fall over the last decay_steps steps, which can be begun late, from any checkpoint of a run that is level."""
     warmup: float = pydantic.Field(default=0.01, ge=0, le=1)
     """Share of the steps over which the learning rate rises to lr."""
+    warmup_steps: int | None = pydantic.Field(default=None, ge=0)
+    """Steps of the warm-up, in the place of warmup: they stay what they are in a run of other length."""
+    decay_steps: int | None = pydantic.Field(default=None, ge=0)
+    """wsd: steps of the fall, the last of the run; 0: none. Default: a tenth of steps."""
+    decay_shape: Shape = "linear"
+    """wsd: what is left of the way to min_lr after a share x of decay_steps. linear: 1 - x; sqrt: 1 - sqrt(x); cosine:
+    half a wave."""
     clip: float = pydantic.Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 leaves gradients as they are."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
@@ -164,13 +175,41 @@ class TrainConfig(BatchConfig):
     def _check(self) -> TrainConfig:
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}.")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_steps is {self.decay_steps}, but schedule {self.schedule} has no decay of its own. Use schedule: wsd, or "
+                "leave decay_steps out (null)."
+            )
+        rise, fall = self._warmup_steps, self._decay_steps if self.schedule == "wsd" else 0
+        if rise + fall > self.steps:
+            parts = f"warm-up of {rise:,} steps" + (f" and decay of {fall:,}" if self.schedule == "wsd" else "")
+            raise ValueError(f"{parts} do not fit into steps {self.steps:,}. Make them shorter, or the run longer.")
         return self
+
+    @property
+    def _warmup_steps(self) -> int:
+        return round(self.warmup * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def _decay_steps(self) -> int:
+        return round(self.steps / 10) if self.decay_steps is None else self.decay_steps
+
+    @property
+    def learning_rate(self) -> Schedule:
+        """The learning rate over the run."""
+        shape: Shape = "linear" if self.schedule == "linear" else "cosine"
+        fall_from: int | None = self._warmup_steps
+        if self.schedule == "wsd":
+            shape, fall_from = self.decay_shape, self.steps - 1 - self._decay_steps if self._decay_steps else None
+        elif self.schedule == "constant":
+            fall_from = None
+        low = self.lr / 10 if self.min_lr is None else self.min_lr
+        return Schedule(self.schedule, self.lr, low, self._warmup_steps, self.steps, fall_from, shape)
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of ``step``, counted from 0."""
-        low = self.lr / 10 if self.min_lr is None else self.min_lr
-        warmup_steps = round(self.warmup * self.steps)
-        if step < warmup_steps:
-            return self.lr * (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, self.steps - 1 - warmup_steps)
-        return low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate.at(step)
+
+
+BEFORE_THESE_KEYS = {"schedule": "cosine", "warmup_steps": None, "decay_steps": None, "decay_shape": "linear"}
+"""What runs have that began before ``train`` had these keys."""

@@ -73,6 +73,7 @@ class Console:
             "mixture": f"{mixture_of(config.mixture).label()}: {self._largest(self._weights)}",
             "rule": _rule(config.mixer),
             "objective": objective_name(config.objective),
+            "schedule": train.learning_rate.describe(),
             "layout": f"{config.engine.name}, {_layout(config.engine)}, {plural(plan.world_size, 'rank')}, {config.engine.precision}",
         }
         for name, text in parts.items():

@@ -204,7 +204,7 @@ class Guard:
         return (
             f"step {step + 1}: the mean loss is {loss:.3f} with a learning rate of {self._run.train.lr_at(step):.3g}, above "
             f"{self._limit:.3f} (guard.explosion: {self._config.explosion:g} times the loss of a guess); the highest is that of "
-            f"'{self._domains[worst]}', {float(mean_K[worst]):.3f}. Lower train.lr or lengthen train.warmup (with "
+            f"'{self._domains[worst]}', {float(mean_K[worst]):.3f}. Lower train.lr or lengthen its warm-up (train.warmup_steps; with "
             f"checkpoint.accept_changed=[train]) and go on from {start}."
         )
 
@@ -221,7 +221,7 @@ class Guard:
         if before is None:
             return self._remedy()
         return (
-            "Lower train.lr, lengthen train.warmup or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
+            "Lower train.lr, lengthen its warm-up (train.warmup_steps) or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
             f"from before them: checkpoint.resume={before}, or an earlier one if the weights were wrong there already."
         )
 
@@ -246,7 +246,7 @@ class Guard:
             return "Lower the learning rate, lengthen its warmup or clip gradients, and go on from the last checkpoint."
         skip = "" if self._config.non_finite == "skip" else "; guard.non_finite=skip leaves such steps out"
         return (
-            "Lower train.lr, lengthen train.warmup or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
+            "Lower train.lr, lengthen its warm-up (train.warmup_steps) or tighten train.clip (with checkpoint.accept_changed=[train]), and go on "
             f"from the last checkpoint{skip}."
         )
 

@@ -95,7 +95,12 @@ class Trainer:
         if self.is_main:
             missing = None if resumed is None else self._missing_record(resumed)
             sinks = make_sinks(self.config, self.step + 1)
-            self.record = RunRecord(self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks)
+            change = None if resumed is None else resumed.train_change(self.config.train)
+            self.record = RunRecord(
+                self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks, change or ""
+            )
+            if change is not None:
+                get_logger().warning("%s", change)
             if missing is not None:
                 get_logger().warning("%s", missing)
                 self._note("incomplete", missing)

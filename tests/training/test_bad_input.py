@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import lines
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
@@ -131,7 +132,16 @@ def test_resumes_that_would_not_continue_the_run_are_refused(
     assert "never" in message(megamix("train", config, "--resume", "never", code=3))
     assert "step_99" in message(megamix("train", config, "--resume", stopped_run / "checkpoints/step_99", code=2))
     assert times() == before
-    megamix("train", config, "train.steps=10", "checkpoint.accept_changed=[train]")
+    decay = ("train.steps=10", "train.schedule=wsd", "train.decay_steps=2", "checkpoint.accept_changed=[train]")
+    said = "changed since step 8: steps 12 -> 10, schedule cosine -> wsd, decay_steps default -> 2. Learning rate of step 9: 0.00165"
+    assert said in megamix("doctor", config, *decay).stdout
+    assert said in megamix("train", config, *decay).stderr
+    resumed = [line["text"] for line in lines(stopped_run / "events.jsonl") if line["event"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0].startswith(said)
+    trained = [line for line in lines(stopped_run / "metrics.jsonl") if line["event"] == "train"]
+    assert [line["lr"] for line in trained[-2:]] == pytest.approx([1.65e-3, 3e-4], rel=1e-12)
+    assert "changed since" not in megamix("doctor", config, *decay).stdout, "they are the run's own settings now"
 
 
 def test_prepare_names_what_is_wrong(megamix: Run, tmp_path: Path) -> None:

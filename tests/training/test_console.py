@@ -90,6 +90,7 @@ def test_begin_and_end(console: Console, said: pytest.LogCaptureFixture) -> None
         "mixture   natural: ",
         "rule      odm, preset official, warmup_steps 3, update_every 1",
         "objective natural",
+        "schedule  cosine, up to 0.003 in 10 steps, down to 0.0003 at step 100",
         "layout    deepspeed, one rank a copy, 1 rank, fp32",
     ):
         assert part in text

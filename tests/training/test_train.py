@@ -24,13 +24,15 @@ def layout(pipeline: int, data: int) -> dict[str, int]:
 
 def test_stop_and_resume_is_the_uninterrupted_run(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
     """Stopped after half the steps, between two log lines and two evaluations, then resumed: the same record to the
-    last digit, with steps dealt further ahead and weight changes under way. The layouts are in test_engines.py."""
+    last digit, with steps dealt further ahead, weight changes under way and a decay begun. The layouts are in
+    test_engines.py."""
     weight_lag = 3
     sections = {
         "engine": {"pipeline": 2, "zero": 1},
         "data": {"weight_lag": weight_lag, "sampling": "iid"},
         "mixer": {"name": "odm", "preset": "paper", "warmup_steps": 2},
         "log": {"every": 4, "samples": True},
+        "train": {"schedule": "wsd", "decay_steps": 8},
     }
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     megamix("train", tiny_config(run_dir=str(whole), **sections))

@@ -15,11 +15,13 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
 from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
+from megamix.engines.config import BEFORE_THESE_KEYS, TrainConfig
 from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
+from megamix.training.checkpoints.train_change import train_change
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
 from megamix.training.mixture import bound_of, mixture_of
@@ -50,6 +52,10 @@ class Resumed:
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
         """See `continued_blend`."""
         return continued_blend(self.state, plan, self.domains, self.changed)
+
+    def train_change(self, train: TrainConfig) -> str | None:
+        """See `train_change`."""
+        return train_change(self.state.fingerprints["train"], train, self.step) if "train" in self.changed else None
 
     def left_out(self, plan: DataPlan) -> tuple[str, ...]:
         """The domains whose weight stays 0: those of the checkpoint, unless mixture or domains changed."""
@@ -276,7 +282,8 @@ def _constraints(plan: DataPlan) -> dict[str, Any]:
 def _comparable(
     saved: Mapping[str, Mapping[str, Any]], mixer: Mapping[str, Any], other_domains: bool
 ) -> dict[str, Mapping[str, Any]]:
-    """Saved `fingerprints` whose mixer can be compared with ``mixer``, the same part now.
+    """Saved `fingerprints` that can be compared with those of now: with the keys that came later, and a mixer as
+    ``mixer``, the same part now.
 
     An objective that was not saved counts as unchanged: the mixer did not follow it, or there was none yet. So does one
     that names domains, where these differ: it cannot stay what it was.
@@ -288,7 +295,10 @@ def _comparable(
     if now is not None:
         by_name = isinstance(was, Mapping) and isinstance(now, Mapping)
         before["objective"] = now if was is None or (other_domains and by_name) else was
-    return {**saved, "mixer": before}
+    train = saved.get("train", {})
+    if "lr" in train:  # not of another trainer than megamix's
+        train = {**BEFORE_THESE_KEYS, **train}
+    return {**saved, "mixer": before, "train": train}
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -62,10 +62,19 @@ SHADOWS = "shadow"
 
 
 class RunRecord:
-    """Appends to the record of a run; on resume, lines past the checkpoint are dropped first."""
+    """Appends to the record of a run; on resume, lines past the checkpoint are dropped first.
+
+    Args:
+        text: of the event that it begins with.
+    """
 
     def __init__(
-        self, run_dir: Path, domains: tuple[str, ...], resumed_step: int | None, sinks: Sequence[Sink] = ()
+        self,
+        run_dir: Path,
+        domains: tuple[str, ...],
+        resumed_step: int | None,
+        sinks: Sequence[Sink] = (),
+        text: str = "",
     ) -> None:
         self._domains = domains
         if resumed_step is None and any((run_dir / name).is_file() for name in (METRICS, WEIGHTS)):
@@ -87,7 +96,7 @@ class RunRecord:
                 self._shadows[path.stem] = _LedgerFile(path, resumed_step)
         self._sinks = sinks
         self._events = EventLog(run_dir)
-        self.note("started" if resumed_step is None else "resumed", resumed_step or 0)
+        self.note("started" if resumed_step is None else "resumed", resumed_step or 0, text)
 
     @property
     def has_weights(self) -> bool:
