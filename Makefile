@@ -60,7 +60,7 @@ env: $(READY)
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
 	touch $@
 
 # The newest versions that setup.py allows, written down: what every environment above consists of. PyTorch is not
@@ -70,7 +70,7 @@ lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet $(TORCH) "$(TRITON)"
 	echo "$(TRITON)" >$(VENV)-lock/constraints.txt
-	$(VENV)-lock/bin/python -m pip install --quiet --constraint $(VENV)-lock/constraints.txt --editable ".[dev]"
+	$(VENV)-lock/bin/python -m pip install --quiet --constraint $(VENV)-lock/constraints.txt --editable ".[all,dev]"
 	$(VENV)-lock/bin/python -m pip freeze --quiet --all --exclude-editable | grep -vE '^(pip|torch|nvidia-.*|cuda-.*)==' >constraints.txt
 	rm -rf $(VENV)-lock
 

@@ -9,54 +9,52 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'__version__ = "(.+?)"', (ROOT / "megamix" / "__init__.py").read_text())
 
-# deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
 REQUIRES = [
-    "deepspeed>=0.19.8",
-    "matplotlib",
     "numpy>=1.26",
     "pydantic>=2.9",
     "pyyaml",
-    "regex",
     "rich",
-    "safetensors>=0.5",
     "scipy>=1.14",
-    "tokenizers>=0.21",
-    "torch>=2.11",
-    "transformers>=5.17",
     "typer>=0.16",
-    "zstandard",
 ]
+TORCH = ["torch>=2.11"]
+# deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
+DEEPSPEED = ["deepspeed>=0.19.8", "safetensors>=0.5", "transformers>=5.17", *TORCH]
+MEGATRON = ["megatron-core>=0.16.1", "safetensors>=0.5", *TORCH]
+HUGGING_FACE = ["accelerate", "safetensors>=0.5", "tokenizers>=0.21", "transformers>=5.17", *TORCH]
+PREPARE = ["pyarrow", "regex", "tokenizers>=0.21", "zstandard"]
+SWARM = ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7"]
+PLOT = ["matplotlib"]
+CUDA = ["triton>=3.6"]
+TENSORBOARD = ["tensorboard"]
 EXTRAS = {
-    "megatron": ["megatron-core>=0.16.1"],
-    "hf": ["accelerate"],
-    "parquet": ["pyarrow"],
-    "swarm": ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7"],
-    "cuda": ["triton>=3.6"],
-    "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
-    "tensorboard": ["tensorboard"],
+    "torch": TORCH,
+    "deepspeed": DEEPSPEED,
+    "megatron": MEGATRON,
+    "hf": HUGGING_FACE,
+    "prepare": PREPARE,
+    "swarm": SWARM,
+    "plot": PLOT,
+    "cuda": CUDA,
+    "tensorboard": TENSORBOARD,
     "wandb": ["wandb"],
+    # Each of these wants one version, and some a GPU: they are in none of the others.
+    "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
+    "all": sorted({*DEEPSPEED, *MEGATRON, *HUGGING_FACE, *PREPARE, *SWARM, *PLOT, *CUDA, *TENSORBOARD}),
     "dev": [
-        "accelerate",
         "codespell",
-        "cvxpy>=1.9",
         "grimp",
         "hypothesis",
         "import-linter",
-        "lightgbm>=4.6",
         "markdown-it-py",
-        "megatron-core>=0.16.1",
         "packaging",
-        "pyarrow",
         "pyright",
         "pytest",
         "pytest-benchmark",
         "pytest-timeout",
         "pytest-xdist>=3.8",
         "ruff",
-        "scikit-learn>=1.7",
         "setuptools>=77",
-        "tensorboard",
-        "triton>=3.6",
     ],
 }
 

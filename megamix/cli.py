@@ -15,6 +15,7 @@ import typer
 from megamix import __version__
 from megamix.core.command_help import WholeSentences
 from megamix.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, MegamixError
+from megamix.core.packages import missing_package
 from megamix.core.paths import paths_expanded
 from megamix.core.text import shortened
 from megamix.interop.blend_files.cli import app as blend
@@ -403,6 +404,10 @@ def main() -> None:
     except MegamixError as error:
         report_failure(str(error))
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        told = missing_package(error)
+        report_failure(traceback.format_exc() if told is None else str(told))
+        code = EXIT_FAILED if told is None else told.exit_code
     except (KeyboardInterrupt, BrokenPipeError):
         code = EXIT_FAILED
     except OSError as error:

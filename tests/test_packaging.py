@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import megamix
 from megamix.cli import app
+from megamix.core.packages import MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "deepspeed", "transformers", "matplotlib"}
@@ -182,14 +183,29 @@ def imported(folder: Path) -> set[str]:
 
 
 def test_everything_imported_is_required(wheel: Path, clone: Path) -> None:
-    """What the packages import is a requirement or in an extra of its own; what the tests import is one, or in dev."""
+    """What the packages import is required, or in an extra; what the tests import is required, or in all or dev."""
     required = requirements(wheel)
     used = imported(clone / "megamix") | imported(clone / "kernels" / "megamix_kernels")
     assert {"torch", "numpy", "pyyaml", "pydantic"} <= used
     assert used - required.keys() == set()
     assert {name for name in used if required[name] == {"dev"}} == set()
-    assert {name for name in imported(clone / "tests") if not required.get(name, set()) & {"", "dev"}} == set()
-    assert {extra for extras in required.values() for extra in extras} >= {"", "dev", "cuda", "megatron"}
+    assert {name for name in imported(clone / "tests") if not required.get(name, set()) & {"", "all", "dev"}} == set()
+    assert {name for name in used if required[name] == {"bench"}} == set()
+    assert {extra for extras in required.values() for extra in extras} >= {"", "all", "dev", "cuda", "megatron"}
+
+
+def test_a_light_core(wheel: Path) -> None:
+    """No tensors, engines, tokenizers or plots without being asked for, and each module of an extra where the messages
+    say it is."""
+    required = requirements(wheel)
+    assert {name for name, extras in required.items() if "" in extras} == {
+        *("numpy", "pydantic", "pyyaml", "rich", "scipy", "typer"),
+    }
+    for extra, modules in MODULES.items():
+        for module in modules:
+            assert extra in required[DISTRIBUTIONS.get(module, module)], f"{module} of {extra}"
+    in_all = {extra for extra in MODULES if all("all" in required[DISTRIBUTIONS.get(m, m)] for m in MODULES[extra])}
+    assert in_all == MODULES.keys() - {"wandb"}
 
 
 def test_the_lock_has_every_requirement_in_a_version_that_setup_py_allows(wheel: Path, clone: Path) -> None:
@@ -199,7 +215,7 @@ def test_the_lock_has_every_requirement_in_a_version_that_setup_py_allows(wheel:
     locked = [Requirement(line) for line in (clone / "constraints.txt").read_text().splitlines()]
     versions = {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in locked}
     assert len(versions) == len(locked)
-    environments = ({"extra": ""}, {"extra": "dev"})
+    environments = ({"extra": ""}, {"extra": "all"}, {"extra": "dev"})
     needed = [each for each in wanted if each.marker is None or any(map(each.marker.evaluate, environments))]
     assert len(needed) > 20
     for each in needed:

@@ -17,12 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from megamix.analysis.labels import run_names
 from megamix.analysis.paired import Interval, t_interval
-from megamix.analysis.plots.drawing import STYLE, Label, look, name_lines, new_figure, points, save_figure
 from megamix.analysis.series import first_step_at, objective_losses, worst
 from megamix.analysis.variants import check_comparable, variant_names
 from megamix.core.errors import InputError, did_you_mean
@@ -240,6 +236,9 @@ def _summary(results: Sequence[RunResult], variant: str, metric: str, base: str)
 def _write(
     out: Path, runs: Sequence[RunResult], summaries: Sequence[Summary], order: Sequence[str], objective: str
 ) -> list[Path]:
+    # Not at once: without --out there is nothing to draw.
+    from megamix.analysis.comparison_figure import draw_comparison
+
     columns = (
         "run_dir", "variant", "seed", "objective", "macro", "worst", "worst_domain", "micro", "target", "steps", "tokens",
     )  # fmt: skip
@@ -263,8 +262,8 @@ def _write(
         replace_file(paths[1], _csv(heads, long))
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}. Choose another --out.") from error
-    with matplotlib.rc_context(STYLE):
-        save_figure(_figure(runs, order, objective), paths[2])
+    curves = {variant: [dict(run.curve) for run in runs if run.variant == variant] for variant in order}
+    draw_comparison(paths[2], curves, objective)
     return paths
 
 
@@ -275,27 +274,6 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _figure(runs: Sequence[RunResult], order: Sequence[str], objective: str) -> Figure:
-    """The mean of each variant's runs (bold) and, of several, every run (thin)."""
-    figure, axes = new_figure(f"Validation loss: objective ({objective})", len(order))
-    labels = []
-    for index, variant in enumerate(order):
-        colour, style = look(index)
-        curves = [dict(run.curve) for run in runs if run.variant == variant]
-        for curve in curves if len(curves) > 1 else ():
-            axes.plot([*curve][1:], [*curve.values()][1:], color=colour, linewidth=0.7, alpha=0.4)
-        shared = sorted(set.intersection(*map(set, curves)))
-        if not shared:  # records without natural shares have no objective loss
-            continue
-        means = [sum(curve[tokens] for curve in curves) / len(curves) for tokens in shared]
-        points(axes, shared, means, colour, style, 1.8)
-        labels.append(Label(means[-1], f"{variant}  {means[-1]:.3f}", colour, style))
-    axes.set_xlim(0, max((tokens for run in runs for tokens, _ in run.curve), default=1))
-    axes.set_ylabel("loss, nats per token")
-    name_lines(figure, axes, labels)
-    return figure
 
 
 def _count(value: float | None) -> str:

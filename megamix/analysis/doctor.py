@@ -6,6 +6,7 @@ config -> plan (data, layout, weights: what is wrong is an error) -> memory and 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from megamix.analysis.memory import StageMemory, checkpoint_bytes, estimate_memory
 from megamix.analysis.mixer_warnings import mixer_warnings
 from megamix.core.errors import InputError
+from megamix.core.packages import check_extra
 from megamix.core.processes import num_cores
 from megamix.core.text import ABSENT, Report, Table, gib, most_of, number, plural
 from megamix.data.sampler import Slice
@@ -33,8 +35,17 @@ from megamix.training.mix_plan import MixPlan, planned_mix
 from megamix.training.mixture import bound_of, mixture_of
 from megamix.training.plan import Plan, check_layout, make_plan
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
-OPTIONAL = ("deepspeed", "megatron-core", "transformer-engine", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "deepspeed",
+    "megatron-core",
+    "transformer-engine",
+    "triton",
+)
+"""Whose versions are shown, where they are installed."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
                 "--plan-only checks the plan of a config, and none is given. Name a config, or leave it out."
             )
         return Report([_machine(None)])
+    if not plan_only:
+        check_extra(config.engine.name, f"engine {config.engine.name}")
     ranks = world_size or job_world_size()
     shape = _shape_without_data(config, ranks) if plan_only else _shape(make_plan(config, ranks))
     memory = estimate_memory(
@@ -268,11 +281,8 @@ def _memory(stages: Sequence[StageMemory]) -> Table:
 
 def _machine(config: RunConfig | None) -> str:
     lines = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    needed = (*PACKAGES, *([_engine_package(config.engine)] if config is not None else []))
-    for package in (*PACKAGES, *OPTIONAL):
+    for package in PACKAGES:
         version = _version(package)
-        if version is None and package in needed:
-            raise InputError(f"the package {package} is not installed. Install it: pip install {package}")
         if version is not None:
             lines.append(f"{package:<12} {version}")
     devices = _devices()
@@ -281,10 +291,6 @@ def _machine(config: RunConfig | None) -> str:
     if config is not None:
         lines.append(f"disk         {gib(shutil.disk_usage(_existing(config.run_dir)).free)} free at {config.run_dir}")
     return "\n".join(lines)
-
-
-def _engine_package(engine: EngineConfig) -> str:
-    return "deepspeed" if isinstance(engine, DeepSpeedConfig) else "megatron-core"
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:
@@ -383,6 +389,8 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
     import torch
 
     if not torch.cuda.is_available():

@@ -29,6 +29,7 @@ from megamix.core.errors import InputError
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import Sampler
 from megamix.mixing.mixers import DomainStats, Mixer
+from megamix.mixing.shadow_change import ShadowChange
 from megamix.mixing.steering.steering import Steered, Steering, follow
 from megamix.mixing.weight_policy import WeightPolicy
 from megamix_kernels import DomainSums
@@ -50,27 +51,6 @@ class Requests:
 
 
 NO_REQUESTS = Requests()
-
-
-@dataclass(frozen=True)
-class ShadowChange:
-    """New weights of a mixer that only logs (`megamix.mixing.shadow`).
-
-    Attributes:
-        name: of the shadow.
-        step: steps taken before they were computed.
-        effective_step: the first step with these weights.
-        position: its first sample.
-        segment: the stretch of constant weights there.
-        record: `Mixer.record` and the sums of the step.
-    """
-
-    name: str
-    step: int
-    effective_step: int
-    position: int
-    segment: Segment
-    record: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -289,11 +269,6 @@ class MixExchange:
         if steered is not None:
             self.mixer = steered.mixer
         return steered
-
-
-def statistics_record(stats: DomainStats) -> dict[str, object]:
-    """The sums of a step in a line of weights.jsonl."""
-    return {"statistics": {"nats": stats.nats.tolist(), "tokens": stats.tokens.tolist()}}
 
 
 def checked_loss_weights(mixer: Mixer) -> Floats | None:

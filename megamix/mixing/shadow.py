@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from megamix.core.config import Config
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend
-from megamix.mixing.exchange import ShadowChange, statistics_record
 from megamix.mixing.mixers import DomainStats, Mixer, evaluated
+from megamix.mixing.shadow_change import ShadowChange, statistics_record
 from megamix.mixing.steering.steering import Steering, follow
 from megamix.mixing.weight_policy import WeightPolicy
 

@@ -6,7 +6,6 @@ pyarrow is imported only here, and nothing of it leaves: callers get bytes.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
+from megamix.core.packages import need
 
 _MAX_ROWS = 4096
 """Rows read at once, at most: where texts repeat, the sizes stated in the file are far too small."""
@@ -105,12 +105,8 @@ def _opened(path: str, where: Any = lambda: "") -> Iterator[Any]:
 
 
 def _library() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise InputError(
-            f'reading parquet files needs pyarrow, which is not there ({error}): pip install "megamix[parquet]".'
-        ) from error
+    purpose = "reading parquet files"
+    return need("pyarrow", purpose), need("pyarrow.parquet", purpose)
 
 
 def _find_column(path: str, file: Any, text_key: str) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
 from megamix.mixing.constraints import Constraints
-from megamix.mixing.exchange import MixReport
 from megamix.training.config import AlertsConfig
+
+if TYPE_CHECKING:
+    from megamix.mixing.exchange import MixReport
 
 Floats = NDArray[np.float64]
 _Found = tuple[dict[str, float], str]

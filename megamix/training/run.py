@@ -11,6 +11,7 @@ from megamix.core.config import load_config
 from megamix.core.errors import EXIT_OK
 from megamix.core.files import replace_file, writing
 from megamix.core.log import get_logger
+from megamix.core.packages import check_extra
 from megamix.core.paths import argument
 from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
@@ -40,6 +41,7 @@ def train(config_path: Path, overrides: list[str]) -> int:
     if world_size is not None:
         heed_signals()
     config = load_config(RunConfig, config_path, overrides)
+    check_extra(config.engine.name, f"engine {config.engine.name}")
     check_sinks(config)
     check_alerts(config.alerts)
     if world_size is not None:

@@ -77,7 +77,7 @@ def test_an_answer_without_a_certificate_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_without_cvxpy_a_proposal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cvxpy", None)
-    with pytest.raises(InputError, match=r"a proposal needs the package cvxpy: .*pip install \"megamix\[swarm\]"):
+    with pytest.raises(InputError, match=r"a proposal needs the package cvxpy, .*pip install 'megamix\[swarm\]'"):
         solve(problem(3, 2, 0.05, None))
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import regex
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
@@ -39,6 +38,8 @@ class WordEncoder:
     """Encoder with a tokenizer's ids; made with `of`."""
 
     def __init__(self, tokenizer: Any, pattern: str, dtype: Any, avoid: Sequence[str]) -> None:
+        import regex
+
         self._tokenizer = tokenizer
         self._dtype = np.dtype(dtype)
         self._words = regex.compile(pattern)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 
-import torch
-
 from megamix.core.errors import InputError
 from megamix.engines.config import MegatronConfig
 from megamix.engines.models.config import ModelConfig
@@ -15,6 +13,8 @@ from megamix.engines.models.config import ModelConfig
 def uses_transformer_engine(config: MegatronConfig) -> bool:
     """Whether the layers are Transformer Engine's."""
     if config.transformer_engine == "auto":
+        import torch
+
         return torch.cuda.is_available() and _installed("transformer_engine")
     return config.transformer_engine == "on"
 
@@ -123,6 +123,8 @@ def check_megatron_machine(config: MegatronConfig) -> None:
     Raises:
         InputError: naming the missing part.
     """
+    import torch
+
     cuda, engine, apex = torch.cuda.is_available(), uses_transformer_engine(config), _installed("apex")
     if engine and not (cuda and _installed("transformer_engine")):
         what = "no GPU" if not cuda else "no package transformer_engine"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
@@ -168,6 +167,8 @@ class _Search:
         if self._plan.config.checkpoint.resume != "auto":
             raise store.refusal(path, problem)
         self._passed_over.append((path, problem))
+        import torch.distributed as dist
+
         if dist.get_rank() == 0:
             get_logger().warning("passing over %s: %s", path, problem)
 
@@ -189,6 +190,8 @@ def _mend(folder: Path) -> None:
 
 def _from_main(look: Callable[[], T], group: Any) -> T:
     """The result of ``look`` on rank 0, or its error, on every rank."""
+    import torch.distributed as dist
+
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -203,6 +206,8 @@ def _from_main(look: Callable[[], T], group: Any) -> T:
 
 def _shared_reading(path: Path, listing: store.Listing, group: Any) -> str | None:
     """Checks every file of a checkpoint on one of the ranks; returns the problem of the first damaged one on all."""
+    import torch.distributed as dist
+
     by_size = sorted(listing.files, key=lambda name: (listing.files[name]["bytes"], name))
     mine = by_size[dist.get_rank() :: dist.get_world_size()]
     deadline = time.monotonic() + store.PATIENCE_SECONDS

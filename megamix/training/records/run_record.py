@@ -46,8 +46,9 @@ from megamix.core.files import AppendFile, remove, replace_file, write_failed
 from megamix.core.log import get_logger
 from megamix.data.blend.blend import Segment
 from megamix.data.sampler import StepSamples
-from megamix.mixing.exchange import MixReport, ShadowChange, statistics_record
+from megamix.mixing.exchange import MixReport
 from megamix.mixing.mixers import DomainStats
+from megamix.mixing.shadow_change import ShadowChange, statistics_record
 from megamix.training.alerts import Alert
 from megamix.training.records.dataflex_log import DataflexLog
 from megamix.training.records.events import Event, EventLog

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megamix.core.errors import InputError
+from megamix.core.packages import check_extra
 from megamix.training.config import RunConfig
 
 
@@ -69,12 +68,9 @@ def check_sinks(config: RunConfig) -> None:
     Raises:
         InputError: which, and how to install it.
     """
-    for wanted, package in ((config.log.tensorboard, "tensorboard"), (config.log.wandb, "wandb")):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"log.{package} is set, but the package {package} is not installed. Install megamix[{package}], or leave "
-                f"log.{package} out."
-            )
+    for name, wanted in (("tensorboard", config.log.tensorboard), ("wandb", config.log.wandb)):
+        if wanted:
+            check_extra(name, f"log.{name}")
 
 
 def make_sinks(config: RunConfig, first_step: int) -> list[Sink]:

@@ -6,7 +6,6 @@ same for the same input: one thread, and a seed.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.errors import InputError
+from megamix.core.packages import need
 from megamix.studies.swarm.fit.config import Regression
 from megamix.studies.swarm.fit.law import LogLinearLaw
 from megamix.studies.swarm.fit.tables import SwarmTable
@@ -149,21 +148,3 @@ def load_model(regression: Regression, table: SwarmTable, arrays: Mapping[str, N
 def _cut(content: bytes, lengths: Sequence[int]) -> tuple[str, ...]:
     ends = np.cumsum(lengths).tolist()
     return tuple(content[end - length : end].decode("utf-8") for end, length in zip(ends, lengths, strict=True))
-
-
-def need(module: str, purpose: str) -> Any:
-    """Imports a package of the extra ``swarm``.
-
-    Args:
-        purpose: what needs it, to begin the message with.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(
-            f'{purpose} needs the package {package}: {error}. Install it: pip install "megamix[swarm]"'
-        ) from error

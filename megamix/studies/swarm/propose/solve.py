@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import MegamixError
+from megamix.core.packages import need
 from megamix.mixing.mixers import project_to_capped_simplex
-from megamix.studies.swarm.fit.regressors import need
 
 Floats = NDArray[np.float64]
 _EXACT = 4e-13
