@@ -133,7 +133,7 @@ def test_need_and_check_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(ModuleNotFoundError):
         need("megamix.nothing", "a defect")
     monkeypatch.setitem(sys.modules, "triton", None)
-    for check in (lambda: need("triton.language", "the kernel"), lambda: check_extra("cuda", "the kernel")):
+    for check in (lambda: need("triton", "the kernel"), lambda: check_extra("cuda", "the kernel")):
         with pytest.raises(InputError, match=r"^the kernel needs the package triton, .*megamix\[cuda\]"):
             check()
     (tmp_path / "wandb.py").write_text("raise ImportError('libgone.so: no such file')")
