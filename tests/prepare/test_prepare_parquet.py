@@ -137,5 +137,5 @@ def test_damaged_file(tmp_path: Path, damage: str) -> None:
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", ["a", "b"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r'needs pyarrow.*pip install "megamix\[parquet\]"'):
+    with pytest.raises(InputError, match=r"needs the package pyarrow, .*pip install 'megamix\[prepare\]'"):
         prepare([f"a={path}"], tmp_path / "out", tokenizer="train:300", workers=1, progress=False)
