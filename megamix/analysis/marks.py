@@ -11,6 +11,7 @@ import numpy as np
 
 from megamix.analysis.series import recorded_tokens
 from megamix.core.text import number
+from megamix.training.mixture import StagedMixture
 from megamix.training.records.events import EVENTS
 from megamix.training.records.lines import EventLine, read_lines
 from megamix.training.records.recorded_run import RecordedRun
@@ -61,6 +62,9 @@ def _resumes(run: RecordedRun) -> Iterator[Mark]:
 
 def _changes(run: RecordedRun) -> Iterator[Mark]:
     end, jumps = recorded_tokens(run), list[tuple[float, Mark]]()
+    mixture = run.config.mixture
+    per_step = run.config.train.global_batch * run.config.data.seq_length
+    stages = mixture.starts(per_step) if isinstance(mixture, StagedMixture) else []
     for earlier, line in itertools.pairwise(run.ledger.lines):
         tokens = line["position"] * run.config.data.seq_length
         if tokens > end:
@@ -74,7 +78,8 @@ def _changes(run: RecordedRun) -> Iterator[Mark]:
                 why = f" ({command['note']})" if "note" in command else ""
                 yield Mark(tokens, step, "steered", f"steered at step {step:,}: {command['what']}{why}")
         elif "statistics" not in line or line.get("is_warmup") or run.config.mixer.name == "static":
-            yield Mark(tokens, step, "stage", f"a stage of the mixture began at step {step:,}")
+            if step in stages:  # and not on a ramp between two
+                yield Mark(tokens, step, "stage", f"a stage of the mixture began at step {step:,}")
         elif line["domain_names"] == earlier["domain_names"]:
             by = np.asarray(line["domain_weights"], np.float64) - np.asarray(earlier["domain_weights"], np.float64)
             k = int(np.abs(by).argmax())

@@ -7,7 +7,8 @@ Legend: K domains, M stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,36 +18,73 @@ from numpy.typing import ArrayLike, NDArray
 from megamix.data.blend.blend import Blend, Sampling
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer
+from megamix.mixing.ramps import Ramp, RampShape
 
 Floats = NDArray[np.float64]
+_MOST_STRETCHES = 1000
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Weights that are constant over stretches of steps, before the constraints.
+    """Weights over the steps of a run, before the constraints: constant over stretches, or on a ramp from the start of
+    one stage to that of the next.
 
     Attributes:
         steps: the step, counted from 0, that each of the M stages starts with; the first is 0, and they rise.
-        weights: float64 [M, K], each row sums to 1.
+        weights: float64 [M, K], of the first step of each stage; each row sums to 1.
+        ramps: of the M stages, how the weights get there from the stage before; None: at once. Empty: all at once.
     """
 
     steps: tuple[int, ...]
     weights: Floats
+    ramps: tuple[RampShape | None, ...] = ()
 
     def at(self, step: int) -> Floats:
-        """float64 [K]: the weights of ``step``."""
-        return self.weights[np.searchsorted(self.steps, step, "right") - 1]
+        """float64 [K]: the weights of ``step``, from its number alone."""
+        stage = self._stage_of(step)
+        ramp = self._ramp_from(stage)
+        return self.weights[stage] if ramp is None else ramp.towards(self.weights[stage + 1], step)
 
     def changes_at(self, step: int) -> bool:
-        """Whether a later stage than the first starts with ``step``."""
-        return step in self.steps[1:]
+        """Whether a later stage than the first starts with ``step``, or ``step`` is on a ramp."""
+        return step in self.steps[1:] or (step > 0 and self._ramp_from(self._stage_of(step)) is not None)
+
+    def changes(self, last: int) -> Iterator[int]:
+        """The steps up to ``last`` at which the weights change, in order."""
+        for stage, start in enumerate(self.steps):
+            ends = self.steps[stage + 1] if self._ramp_from(stage) is not None else start + 1
+            yield from range(max(start, 1), min(ends, last + 1))
+
+    def stretches(self, end: int) -> Iterator[tuple[int, int, Floats]]:
+        """(first step, end, float64 [K] mean weights) of consecutive stretches up to ``end``; a ramp is at most
+        `_MOST_STRETCHES` of them."""
+        for stage, (start, stop) in enumerate(zip(self.steps, [*self.steps[1:], end], strict=True)):
+            ramp = self._ramp_from(stage)
+            if ramp is None:
+                yield start, stop, self.weights[stage]
+                continue
+            for steps in np.array_split(np.arange(start, stop), min(_MOST_STRETCHES, stop - start)):
+                share = math.fsum(map(ramp.share, steps.tolist())) / steps.size
+                mean = (1 - share) * ramp.origin + share * self.weights[stage + 1]
+                yield int(steps[0]), int(steps[-1]) + 1, mean
+
+    def _stage_of(self, step: int) -> int:
+        return int(np.searchsorted(self.steps, step, "right")) - 1
+
+    def _ramp_from(self, stage: int) -> Ramp | None:
+        """The ramp that starts with a stage, in steps."""
+        if stage + 1 >= len(self.ramps) or (shape := self.ramps[stage + 1]) is None:
+            return None
+        start = self.steps[stage]
+        return Ramp(start, self.steps[stage + 1] - start, self.weights[stage], shape)
 
 
 @dataclass(frozen=True)
 class WeightPolicy:
     """The weights of a run: what is wanted, what is allowed, and from where on it holds.
 
-    Stages hold until the mixer first changes the weights. Steps count from 0.
+    Stages hold until the mixer first changes the weights; a rule with a prior (`Mixer.set_prior`) has them as that.
+    Steps count from 0.
 
     Attributes:
         global_batch: samples per step.
@@ -66,10 +104,13 @@ class WeightPolicy:
     def wanted(self, mixer: Mixer, stats: DomainStats, step: int) -> Floats | None:
         """Updates ``mixer`` with the sums of ``step``; returns the weights wanted from `effective_step` on, float64 [K]
         before the constraints, or None where nothing is to change."""
-        weights = mixer.update(stats, step + 1)
         effective_step = self.effective_step(step)
-        if not mixer.has_updated and self.stages.changes_at(effective_step):
-            return self.stages.at(effective_step)
+        staged = self.stages.at(effective_step) if self.stages.changes_at(effective_step) else None
+        if staged is not None:
+            mixer.set_prior(staged)
+        weights = mixer.update(stats, step + 1)
+        if not mixer.has_updated and staged is not None:
+            return staged
         return weights if mixer.changed_at(step + 1) else None
 
     def allowed(self, wanted: Floats, counts: ArrayLike, position: int) -> Floats:
@@ -106,7 +147,7 @@ class WeightPolicy:
         blend = Blend(
             self.constraints.num_samples, self.initial_weights, seed, domain_keys=domain_keys, sampling=sampling
         )
-        for step in (step for step in self.stages.steps[1:] if step <= last):
+        for step in self.stages.changes(last):
             position = step * self.global_batch
             blend.set_weights(self.allowed(self.stages.at(step), blend.counts_at(position), position), at=position)
         return blend
@@ -115,9 +156,7 @@ class WeightPolicy:
     def planned_samples(self) -> Floats:
         """float64 [K]: the samples that the run takes from each domain if no mixer changes the weights."""
         counts = np.zeros(self.constraints.num_samples.size)
-        starts = [step * self.global_batch for step in self.stages.steps]
-        for start, end, weights in zip(
-            starts, [*starts[1:], self.constraints.total_samples], self.stages.weights, strict=True
-        ):
-            counts = counts + self.allowed(weights, counts, start) * (end - start)
+        for first, end, weights in self.stages.stretches(self.constraints.total_samples // self.global_batch):
+            start, number = first * self.global_batch, (end - first) * self.global_batch
+            counts = counts + self.allowed(weights, counts, start) * number
         return counts

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megamix.core.config import ByKey, Config
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.ramps import RampShape
 from megamix.mixing.weight_files import read_swarm_weights, read_weights
 from megamix.mixing.weight_policy import Stages
 
@@ -93,7 +94,8 @@ class Mixture:
     def fingerprint(self, names: Names, stages: Stages) -> object:
         """What must not change on resume, JSON-serialisable. A source may move, so its weights count, not its path."""
         rows = [dict(zip(names, row, strict=True)) for row in stages.weights.tolist()]
-        return {"steps": list(stages.steps), "weights": rows}
+        ramps = {"ramps": list(stages.ramps)} if any(stages.ramps) else {}
+        return {"steps": list(stages.steps), "weights": rows, **ramps}
 
 
 @dataclass(frozen=True)
@@ -249,10 +251,13 @@ class StageConfig(Config):
         ByKey(_ANYWHERE, mapping=dict[str, float], plain=Word),
     ]
     """uniform, natural, {domain: weight}, {temperature: POWER}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
+    ramp: RampShape | None = None
+    """How the weights get here, from the start of the stage before on: linear, or cosine (half a wave). Default: at
+    once."""
 
 
 class StagedMixture(Config, Mixture):
-    """Weights that change at stated numbers of tokens."""
+    """Weights that change at stated numbers of tokens, at once or on a ramp between them."""
 
     has_stages: ClassVar[bool] = True
 
@@ -260,18 +265,28 @@ class StagedMixture(Config, Mixture):
     """In rising order; the first has from_tokens 0."""
 
     def describe(self) -> str:
-        return f"stages from {', '.join(f'{stage.from_tokens:,.0f}' for stage in self.stages)} tokens on"
+        ways = (f" ({stage.ramp} ramp)" if stage.ramp else "" for stage in self.stages)
+        parts = (f"{stage.from_tokens:,.0f}{way}" for stage, way in zip(self.stages, ways, strict=True))
+        return f"stages from {', '.join(parts)} tokens on"
 
     def label(self) -> str:
         return "stages"
 
+    def starts(self, tokens_per_step: int) -> list[int]:
+        """The step that each stage starts with: the first that begins at or after its ``from_tokens``."""
+        return [-int(-stage.from_tokens // tokens_per_step) for stage in self.stages]
+
     def resolve(self, frame: MixFrame) -> Stages:
-        """A stage starts with the first step that begins at or after its ``from_tokens``."""
         starts, per_step = [stage.from_tokens for stage in self.stages], frame.tokens_per_step
         if not starts or starts[0] != 0:
             first = f"starts at {starts[0]:g} tokens" if starts else "is missing"
             raise InputError(f"mixture.stages: the first stage {first}, expected from_tokens: 0.")
-        steps = [-int(-start // per_step) for start in starts]
+        if self.stages[0].ramp is not None:
+            raise InputError(
+                f"mixture.stages: the first stage has ramp {self.stages[0].ramp}, and nothing before it to come from. Give the "
+                "ramp to the stage that it leads to."
+            )
+        steps = self.starts(per_step)
         for number in range(1, len(steps)):
             if steps[number] <= steps[number - 1]:
                 raise InputError(
@@ -287,7 +302,7 @@ class StagedMixture(Config, Mixture):
             mixture_of(stage.weights).weights(frame, f"mixture.stages, stage {number}")
             for number, stage in enumerate(self.stages, start=1)
         ]
-        return Stages(tuple(steps), np.stack(rows))
+        return Stages(tuple(steps), np.stack(rows), tuple(stage.ramp for stage in self.stages))
 
 
 MixtureConfig = Annotated[

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from interop_files import (
     BATCH,
@@ -129,6 +131,29 @@ def test_text_for_megatron(run: tuple[Path, list[Line], Blend], data: Path, tmp_
         "eval_domain_weights": dict(zip(NAMES, (6 / 9, 2 / 9, 1 / 9), strict=True)),
     }
     assert read_weights(tmp_path / "doremi.json", NAMES) == pytest.approx(mean, rel=1e-14)
+
+
+@pytest.mark.parametrize("cuts", [[], [7], [3, 31]])
+def test_phases_say_how_far_they_are_from_the_run(
+    run: tuple[Path, list[Line], Blend], tmp_path: Path, cuts: list[int]
+) -> None:
+    """Against weights written out for every position."""
+    run_dir, lines, _ = run
+    at = ",".join(str(cut * BATCH * SEQ) for cut in cuts)
+    options = ["--stages-at", at] if cuts else ["--stages", "1"]
+    result = CliRunner().invoke(app, ["blend", "export", str(run_dir), *options, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "phases.json").read_text())["deviation"]
+    far, where = [], []
+    for first, end in itertools.pairwise([0, *cuts, STEPS]):
+        rows = np.array(at_every_position(lines, first * BATCH, end * BATCH))
+        far.append(np.abs(rows - rows.mean(axis=0)))
+        where += range(first * BATCH, end * BATCH)
+    differences = np.concatenate(far)
+    assert found["most"] == pytest.approx(differences.max(), rel=1e-12)
+    assert found["mean"] == pytest.approx(differences.sum(axis=1).mean() / 2, rel=1e-12)
+    largest = differences[found["iteration"] * BATCH : (found["iteration"] + 1) * BATCH, NAMES.index(found["domain"])]
+    assert largest.max() == pytest.approx(found["most"], rel=1e-12)
+    assert f"The phases are the run but for {found['mean']:.2%} of its samples" in result.stderr
 
 
 def test_a_data_set_and_weights_from_a_file(data: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from simulated_world import World
 
 from megamix.analysis.replay import replay
 from megamix.core.errors import InputError
-from megamix.mixing.mixers import DomainStats, Mixer, make_mixer
+from megamix.mixing.constraints import Constraints
+from megamix.mixing.mixers import DomainStats, Mixer, PartMixer, make_mixer
 from megamix.mixing.mixers import ado as ado_module
 from megamix.mixing.mixers.scaling_curves import Penalties, fit_curve
+from megamix.mixing.weight_policy import Stages, WeightPolicy
 
 GRID = np.array([[a, e, al] for a in range(-2, 6) for e in np.arange(-2, 2, 0.5) for al in np.arange(0, 0.8, 0.1)])
 SHORT: dict[str, Any] = {"fit_from": 100, "start": 150, "refit_every": 50, "fit_every": 2, "sample_tokens": 64}
@@ -265,3 +267,18 @@ def test_it_follows_what_learns() -> None:
     mixer = make_mixer({"name": "ado", **SHORT, "sample_tokens": 256}, [f"d{i}" for i in range(5)], [1.0] * 5)
     world.train(mixer, 280)
     assert mixer.weights[4] < 0.15
+
+
+def test_the_prior_follows_a_mixture_that_moves() -> None:
+    """On a ramp mu is the mixture of the step that the weights are for, also where a domain is left out."""
+    stages = Stages((0, 4), np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.3, 0.6, 0.0]]), (None, "linear"))
+    names = ("a", "b", "c", "out")
+    mixer = make_mixer({"name": "ado", **SHORT}, names, stages.at(0))
+    assert isinstance(mixer, PartMixer)
+    bounds = Constraints(names, np.full(4, 100), 1000, np.zeros(4), np.ones(4), np.full(4, np.inf), "cap")
+    policy = WeightPolicy(stages, bounds, 10, 1)
+    for step in range(5):
+        wanted = policy.wanted(mixer, DomainStats([1.0, 1.0, 1.0, 0.0], [10, 10, 10, 0]), step)
+        expected = stages.at(min(step + 2, 4))
+        assert (None if wanted is None else wanted.tolist()) == (expected.tolist() if step < 3 else None)
+        assert mixer.rule.state_dict()["prior"] == pytest.approx(expected[:3], rel=1e-14)

@@ -13,8 +13,9 @@ import pytest
 from megamix.core.errors import InputError
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer, OdmConfig, PartMixer, StaticConfig
+from megamix.mixing.ramps import Ramp
 from megamix.mixing.steering.command import SteerCommand
-from megamix.mixing.steering.course import Course, Place, Ramp, steered
+from megamix.mixing.steering.course import Course, Place, steered
 from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal, append_command, read_answers, read_commands
 from megamix.mixing.steering.rule import RuleMaker
 from megamix.mixing.steering.steering import Steering

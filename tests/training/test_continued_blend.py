@@ -282,3 +282,39 @@ def test_a_domain_of_weight_0_is_sampled_once_another_mixture_lets_it_in(
         assert {line["domain_weights"][1] for line in lines(tmp_path / "run" / name)} == {0.0}
     parts.go(plan_of(manifest, 30, mixer=mixer, shadow=shadow), 10)
     assert parts.counts[1] >= 10
+
+
+def test_a_ramp_in_parts_is_the_ramp_in_one(manifest: Path, tmp_path: Path) -> None:
+    """Stopped inside it, resumed twice: the same ledger, within the bounds, and any position from one line of it."""
+    tokens = BATCH * SEQ
+    stages = [
+        {"from_tokens": 0, "weights": {"web": 0.8, "c_$1$": 0.1, "_books": 0.1}},
+        {"from_tokens": 4 * tokens, "weights": {"web": 0.8, "c_$1$": 0.1, "_books": 0.1}},
+        {"from_tokens": 16 * tokens, "weights": {"web": 0.0, "c_$1$": 0.9, "_books": 0.1}, "ramp": "linear"},
+    ]
+    data = {"max_weight": {"c_$1$": 0.7}, "weight_lag": 2}
+    plan = plan_of(manifest, 24, data=data, mixture={"stages": stages}, mixer={"name": "static"})
+    for run, parts in (("one", (24,)), ("parts", (1, 8, 7, 8))):
+        (tmp_path / run).mkdir()
+        with job(tmp_path / run):
+            taken = Parts(tmp_path / run)
+            for steps in parts:
+                taken.go(plan, steps)
+            assert taken.counts.sum() == 24 * BATCH
+    ledgers = [Ledger.read(tmp_path / run / "weights.jsonl", 7, "low_discrepancy") for run in ("one", "parts")]
+    assert ledgers[0] is not None
+    assert ledgers[1] is not None
+    assert ledgers[0].starts.tolist() == ledgers[1].starts.tolist() == [0, *(BATCH * step for step in range(5, 17))]
+    assert [line["segment"] for line in ledgers[0].lines] == [line["segment"] for line in ledgers[1].lines]
+    weights = ledgers[0].weights_of(NAMES)
+    assert weights.tolist() == ledgers[1].weights_of(NAMES).tolist()
+    assert weights[:, 1].max() <= 0.7 + 1e-12
+    asked = np.array([[0.8 * (1 - x), 0.1 + 0.8 * x, 0.1] for x in (np.arange(4, 17) - 4) / 12])
+    free = asked[:, 1] <= 0.7
+    np.testing.assert_allclose(weights[free], asked[free], atol=1e-12)
+    np.testing.assert_allclose(weights[~free, 1], 0.7, atol=1e-12)
+    blend = plan.blend(through_step=24)
+    for position in (0, 4 * BATCH, 7 * BATCH + 3, 16 * BATCH - 1, 20 * BATCH):
+        opened = ledgers[0].blend_at(position, plan.num_samples, plan.domain_keys)
+        for one, other in zip(opened.window(position, 5), blend.window(position, 5), strict=True):
+            assert one.tolist() == other.tolist()

@@ -19,7 +19,7 @@ from megamix.mixing.weight_policy import Stages
 from megamix.training.checkpoints.resume import data_fingerprints
 from megamix.training.config import RunConfig
 from megamix.training.mix_plan import read_stages
-from megamix.training.mixture import MixFrame, UnimaxConfig, UnimaxMixture
+from megamix.training.mixture import MixFrame, StagedMixture, UnimaxConfig, UnimaxMixture, mixture_of
 from megamix.training.plan import DataPlan, make_data_plan
 
 NAMES = ("web", "code")
@@ -144,6 +144,60 @@ def test_stages_change_at_the_first_step_from_their_tokens_on() -> None:
         [0.8, 0.2],
     ]
     assert [step for step in range(100) if found.changes_at(step)] == [2, 6]
+
+
+RAMPS = [
+    {"from_tokens": 0, "weights": {"web": 1, "code": 0}},
+    {"from_tokens": 10_000, "weights": {"web": 0.25, "code": 0.75}, "ramp": "linear"},
+    {"from_tokens": 20_000, "weights": {"web": 0.25, "code": 0.75}},
+    {"from_tokens": 36_000, "weights": "uniform", "ramp": "cosine"},
+    {"from_tokens": 50_000, "weights": "natural"},
+]
+
+
+def web_on_the_ramps(step: int) -> float:
+    """The weight of web at a step of 1000 tokens, from the formula."""
+    if step < 10:
+        return 1 - 0.75 * step / 10
+    if step < 20:
+        return 0.25
+    if step < 36:
+        return 0.25 + 0.25 * math.sin(math.pi * (step - 20) / 16 / 2) ** 2
+    return 0.5 if step < 50 else 0.8
+
+
+def test_ramps_are_a_function_of_the_step() -> None:
+    found = stages_of({"stages": RAMPS})
+    wanted = np.array([web_on_the_ramps(step) for step in range(100)])
+    np.testing.assert_allclose([found.at(step) for step in range(100)], np.stack([wanted, 1 - wanted], 1), atol=1e-15)
+    assert [found.at(step)[0] for step in (0, 10, 19, 20, 36, 49, 50)] == [1, 0.25, 0.25, 0.25, 0.5, 0.5, 0.8]
+    changes = [*range(1, 11), *range(20, 37), 50]
+    assert [step for step in range(100) if found.changes_at(step)] == changes
+    assert [*found.changes(99)] == changes
+    assert [*found.changes(23)] == [*range(1, 11), 20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_stretches_of_ramps_have_the_sum_of_their_steps(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """So the epochs that doctor shows are those of the run, however few stretches are looked at."""
+    monkeypatch.setattr("megamix.mixing.weight_policy._MOST_STRETCHES", most)
+    stretches = [*stages_of({"stages": RAMPS}).stretches(100)]
+    assert [first for first, _, _ in stretches] == [0, *(end for _, end, _ in stretches[:-1])]
+    assert stretches[-1][1] == 100
+    for first, end, weights in stretches:
+        assert weights[0] == pytest.approx(np.mean([web_on_the_ramps(step) for step in range(first, end)]), rel=1e-13)
+
+
+def test_a_ramp_is_part_of_what_a_resume_compares_and_needs_a_stage_before_it() -> None:
+    at_once = [{key: value for key, value in stage.items() if key != "ramp"} for stage in RAMPS]
+    prints = [
+        mixture_of(StagedMixture.model_validate({"stages": stages})).fingerprint(NAMES, stages_of({"stages": stages}))
+        for stages in (RAMPS, at_once)
+    ]
+    assert prints[0] != prints[1]
+    assert prints[1] == {key: value for key, value in dict(prints[0]).items() if key != "ramps"}  # type: ignore[call-overload]
+    with pytest.raises(InputError, match=r"the first stage has ramp linear, and nothing before it"):
+        stages_of({"stages": [{"from_tokens": 0, "weights": "natural", "ramp": "linear"}]})
 
 
 def test_a_file_of_weights(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megamix.core.errors import InputError
 from megamix.interop.blend_files.export import WHOLE_SPLIT, DataSet, render, write_text
-from megamix.training.records.mean_weights import mean_weights
+from megamix.training.records.mean_weights import lengths_between, mean_weights
 from megamix.training.records.recorded_run import RecordedMix
 
 
@@ -38,6 +40,45 @@ def make_phases(run: RecordedMix, cuts: Sequence[int]) -> list[Phase]:
         Phase(first, end, mean_weights(run.ledger, first * batch, end * batch))
         for first, end in itertools.pairwise(bounds)
     ]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the weights of a run are from those of its phases.
+
+    Attributes:
+        most: the largest difference of a domain's weight from that of its phase.
+        domain, iteration: where that is.
+        mean: the mean over samples of half the sum of the differences over domains: the share of samples that are of
+            other domains.
+    """
+
+    most: float
+    domain: str
+    iteration: int
+    mean: float
+
+    def describe(self) -> str:
+        return (
+            f"The phases are the run but for {self.mean:.2%} of its samples, which are of other domains; a weight differs by "
+            f"at most {self.most:.4f} ({self.domain}, iteration {self.iteration})."
+        )
+
+
+def deviation_of(run: RecordedMix, phases: Sequence[Phase]) -> Deviation:
+    """The deviation of ``phases`` from the run that they are of."""
+    batch, names, found, total = run.config.train.global_batch, run.ledger.names, Deviation(0.0, "", 0, 0.0), 0.0
+    for phase in phases:
+        start, end = phase.first * batch, phase.end * batch
+        lengths = lengths_between(run.ledger, start, end)
+        rows = np.flatnonzero(lengths)
+        far = np.abs(run.ledger.weights[rows] - np.array([phase.weights[name] for name in names]))
+        total += float(lengths[rows] @ far.sum(axis=1)) / 2
+        row, k = np.unravel_index(int(far.argmax()), far.shape)
+        if far[row, k] >= found.most:
+            at = max(int(run.ledger.starts[rows[row]]), start) // batch
+            found = Deviation(float(far[row, k]), names[k], at, 0.0)
+    return dataclasses.replace(found, mean=total / (phases[-1].end * batch))
 
 
 def equal_cuts(run: RecordedMix, stages: int) -> list[int]:
@@ -91,7 +132,9 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
     batch, seq_length = run.config.train.global_batch, run.config.data.seq_length
     data, written, entries = DataSet.of_run(run), [], []
     notes: dict[str, list[int]] = {}  # phases by note
-    for number, phase in enumerate(make_phases(run, cuts), start=1):
+    phases = make_phases(run, cuts)
+    deviation = deviation_of(run, phases)
+    for number, phase in enumerate(phases, start=1):
         source = f"{run.run_dir}, phase {number} (iterations {phase.first} to {phase.end})"
         blend = render(phase.weights, format, dataclasses.replace(data, source=source))
         written.append((out / f"phase_{number}.{suffix}", blend.text))
@@ -112,6 +155,7 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
         "seq_length": seq_length,
         "train_samples": run.position,
         "phase_transition_iterations": list(cuts),
+        "deviation": dataclasses.asdict(deviation),
         "phases": entries,
     }
     written.append((out / "phases.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
@@ -125,7 +169,7 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
         note if len(numbers) == len(entries) else f"Phase {', '.join(map(str, numbers))}: {note}"
         for note, numbers in notes.items()
     ]
-    return [path for path, _ in written], said
+    return [path for path, _ in written], [*said, deviation.describe()]
 
 
 def _shell(run: RecordedMix, cuts: Sequence[int], names: Sequence[str], format: str, split: str) -> str:

@@ -176,6 +176,9 @@ class AdoMixer(Mixer):
         self._average = self.weights
         self._start_anew()
 
+    def set_prior(self, weights: FloatArray) -> None:
+        self._prior = np.array(weights, np.float64)
+
     def _start_anew(self) -> None:
         """Without losses or curves."""
         self._count = 0

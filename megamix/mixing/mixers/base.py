@@ -225,6 +225,10 @@ class Mixer(ABC):
         """
         self._objective = normalise_weights(weights, self._domains, "objective")
 
+    def set_prior(self, weights: FloatArray) -> None:  # noqa: B027 - most rules have none
+        """Sets the weights that the mixture asks for from where the next update takes effect; called where they change.
+        A rule whose weights start from the mixture's in every update, as ADO's do, follows them; others need not."""
+
     def update(self, stats: DomainStats, step: int) -> FloatArray:
         """Updates the mixer with the statistics of one optimizer step; returns the weights to sample with from here on.
 

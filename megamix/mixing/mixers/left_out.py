@@ -98,6 +98,9 @@ class PartMixer(Mixer):
             )
         self.rule.set_objective(self._part(self._objective))
 
+    def set_prior(self, weights: FloatArray) -> None:
+        self.rule.set_prior(self._part(weights))
+
     def update(self, stats: DomainStats, step: int) -> FloatArray:
         if stats.num_domains != self.num_domains:
             raise InputError(

@@ -18,6 +18,7 @@ from megamix.core.errors import InputError, check_known
 from megamix.core.text import listed
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.ramps import Ramp
 from megamix.mixing.steering.command import SteerCommand, shares_text
 
 Floats = NDArray[np.float64]
@@ -38,23 +39,6 @@ class Place:
     counts: ArrayLike
     position: int
     seq_length: int
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """Straight way from the weights of one position to what the course asks for, over ``samples`` samples.
-
-    Attributes:
-        origin: float64 [K], the weights at ``start``.
-    """
-
-    start: int
-    samples: float
-    origin: Floats
-
-    def share(self, position: int) -> float:
-        """The part of the way that is done at ``position``, 0 to 1."""
-        return min(max((position - self.start) / self.samples, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +70,7 @@ class Course:
         target = bounded(place.own, self.pins, self.bounds).apply(self.free, place.counts, place.position)
         if self.ramp is None:
             return target
-        share = self.ramp.share(place.position)
-        return place.own.apply((1 - share) * self.ramp.origin + share * target, place.counts, place.position)
+        return place.own.apply(self.ramp.towards(target, place.position), place.counts, place.position)
 
     def record(self) -> dict[str, Any]:
         """What is in force, for a line of weights.jsonl."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.text import by_name
@@ -64,7 +65,20 @@ def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:
     """
     if not 0 <= start < end:
         raise InputError(f"no weights between the positions {start} and {end}: the run has to be trained first.")
-    starts = np.array([line["position"] for line in ledger.lines], np.int64)
+    lengths = lengths_between(ledger, start, end)
+    rows = lengths > 0
+    terms = ledger.weights[rows] * lengths[rows, None]
+    sums = [math.fsum(column) for column in terms.T.tolist()]
+    return {name: total / (end - start) for name, total in zip(ledger.names, sums, strict=True)}
+
+
+def lengths_between(ledger: Ledger, start: int, end: int) -> NDArray[np.int64]:
+    """int64 [lines]: for how many of the positions [start, end) the weights of each line hold.
+
+    Raises:
+        InputError: positions that do not rise from 0.
+    """
+    starts = ledger.starts
     wrong = np.flatnonzero(np.diff(starts, prepend=0) < 0)
     if starts[0] != 0 or wrong.size:
         at = int(wrong[0]) if wrong.size else 0
@@ -73,8 +87,4 @@ def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:
             " from 0. Lines are missing or out of order: use the file as the run wrote it."
         )
     ends = np.append(starts[1:], max(end, int(starts[-1])))
-    lengths = np.clip(np.minimum(ends, end) - np.maximum(starts, start), 0, None)
-    rows = lengths > 0
-    terms = ledger.weights[rows] * lengths[rows, None]
-    sums = [math.fsum(column) for column in terms.T.tolist()]
-    return {name: total / (end - start) for name, total in zip(ledger.names, sums, strict=True)}
+    return np.clip(np.minimum(ends, end) - np.maximum(starts, start), 0, None)
