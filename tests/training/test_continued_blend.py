@@ -314,7 +314,7 @@ def test_a_ramp_in_parts_is_the_ramp_in_one(manifest: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(weights[free], asked[free], atol=1e-12)
     np.testing.assert_allclose(weights[~free, 1], 0.7, atol=1e-12)
     blend = plan.blend(through_step=24)
-    for position in (0, 4 * BATCH, 7 * BATCH + 3, 16 * BATCH - 1, 20 * BATCH):
+    for position in (0, 4 * BATCH, 7 * BATCH + 3, 16 * BATCH - 5, 20 * BATCH):
         opened = ledgers[0].blend_at(position, plan.num_samples, plan.domain_keys)
         for one, other in zip(opened.window(position, 5), blend.window(position, 5), strict=True):
             assert one.tolist() == other.tolist()
