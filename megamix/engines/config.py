@@ -10,6 +10,16 @@ import pydantic
 from megamix.core.config import Config
 from megamix.engines.schedule import Schedule, ScheduleName, Shape
 
+_NOT_THERE = {
+    "compile": "neither engine compiles the model: what DeepSpeed's and Megatron's schedules hand on between stages has not been "
+    "tried with it. Leave it out; the domain loss is a fused kernel without it.",
+    "fsdp": "no engine shards by FSDP. Leave it out: zero: 1 (deepspeed) or distributed_optimizer (megatron) spreads the "
+    "optimizer's state, more pipeline stages or tensor-parallel ranks the weights.",
+    "zero": "ZeRO is of engine deepspeed. Leave it out: distributed_optimizer: true spreads the optimizer's state here.",
+    "distributed_optimizer": "it is of engine megatron. Leave it out: zero: 1 spreads the optimizer's state here.",
+}
+"""Keys that people look for, and why there is no such thing."""
+
 
 class _LayoutConfig(Config):
     """Settings of both engines."""
@@ -25,6 +35,24 @@ class _LayoutConfig(Config):
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     threads: int | None = pydantic.Field(default=None, gt=0)
     """CPU threads per rank; default: the cores of the node divided by its ranks."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _not_there(cls, data: object) -> object:
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if key in _NOT_THERE and key not in cls.model_fields:
+                raise ValueError(f"{key} is {value!r}, but {_NOT_THERE[key]}")
+        return data
+
+    @pydantic.field_validator("precision", mode="before")
+    @classmethod
+    def _without_loss_scaling(cls, value: object) -> object:
+        if str(value).lower() in ("fp16", "float16", "half", "16", "fp8", "float8"):
+            raise ValueError(
+                f"precision is {value}, whose range is so small that gradients vanish or overflow unless the loss is scaled, and "
+                "neither engine scales it. Use bf16, which has the range of fp32, or fp32 where a device has no bf16."
+            )
+        return value
 
     @property
     def layout(self) -> dict[str, int]:
@@ -64,7 +92,7 @@ class DeepSpeedConfig(_LayoutConfig):
     tensor: Literal[1] = 1
     """Tensor-parallel ranks: this engine has none. Use name: megatron for more than 1."""
     zero: Literal[0, 1] = 1
-    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks (2 and 3 do not go with a pipeline)."""
+    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
@@ -80,6 +108,19 @@ class DeepSpeedConfig(_LayoutConfig):
         if value != 1:
             raise ValueError(
                 f"tensor is {value}, but engine deepspeed has no tensor parallelism. Set it to 1, or use name: megatron."
+            )
+        return value
+
+    @pydantic.field_validator("zero", mode="before")
+    @classmethod
+    def _pipeline_keeps_gradients(cls, value: object) -> object:
+        if str(value) in ("2", "3"):
+            parts = "gradients" if str(value) == "2" else "gradients and weights"
+            raise ValueError(
+                f"zero is {value}, which spreads {parts} over the data-parallel ranks, but a pipeline sums gradients over its "
+                "micro-batches, and DeepSpeed refuses the two together; this engine runs its pipeline with one stage, too. Use "
+                "zero: 1, and for less memory a rank more pipeline stages, activation_checkpointing, or name: megatron with "
+                "tensor-parallel ranks."
             )
         return value
 
