@@ -1,5 +1,6 @@
 # make demo: from raw text to a mixed, trained model.  make test: all tests.  make check: lint, types, layers, spelling.
 # make evidence: mixing rules against static mixtures, over seeds, sizes and corpora.  make evidence-short: a part of it.
+# make docs: pages of the public API, in build/docs.
 # make gpu: the loss kernels' acceptance on this machine's GPU, half an hour.  make clean: removes the environments, data
 # and runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo evidence evidence-short gpu mini-pile workshop test check env lock newest clean
+.PHONY: demo evidence evidence-short gpu mini-pile workshop test check docs env lock newest clean
 
 demo: mini-pile
 	$(BIN)/megamix train configs/demo.yaml
@@ -53,6 +54,12 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/codespell megamix kernels configs slurm tests *.md
+
+# The public API, from its docstrings, in one folder without other files than its own.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	rm -rf build/docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/docs build/docs
 
 env: $(READY)
 
