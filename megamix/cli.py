@@ -8,12 +8,13 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
 from megamix import __version__
-from megamix.core.command_help import WholeSentences
+from megamix.analysis.cli import init
+from megamix.core.command_help import WholeSentences, keys_option
 from megamix.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, MegamixError
 from megamix.core.packages import missing_package
 from megamix.core.paths import paths_expanded
@@ -25,11 +26,14 @@ from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slu
 from megamix.studies.swarm.cli import app as swarm
 from megamix.training.steer.cli import steer
 
+if TYPE_CHECKING:
+    from megamix.core.config import Config
+
 
 class _Commands(WholeSentences):
     groups: ClassVar = {
         "Data": ("corpus", "prepare", "merge", "verify", "blend"),
-        "A run": ("doctor", "train", "steer", "launch", "evaluate", "export"),
+        "A run": ("init", "doctor", "train", "steer", "launch", "evaluate", "export"),
         "What happened in it": ("inspect", "plot", "report", "compare", "why", "replay"),
         "Several runs": ("arena", "swarm", "doremi", "reference"),
     }
@@ -54,16 +58,31 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _key(key: str | None) -> None:
+    if key is not None:
+        from megamix.core.config_help import key_help
+        from megamix.studies.config import AnyConfig
+
+        typer.echo(key_help(AnyConfig, key))
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
+    help_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", is_eager=True, callback=_key, help="Print what a key of a config means: data.max_epochs, lr."
+        ),
+    ] = None,
 ) -> None:
     """Online data mixing for language-model pretraining."""
 
 
-for _command in (corpus, prepare, merge, verify):
+for _command in (corpus, prepare, merge, verify, init):
     app.command()(_command)
 
 
@@ -87,11 +106,10 @@ def train(
     if help_config:
         from megamix.core.config_files import apply_overrides, read_yaml
         from megamix.core.config_help import config_help
-        from megamix.studies.doremi.config import DoremiRunConfig
-        from megamix.training.config import KINDS
+        from megamix.training.config import KINDS, RunConfig
 
         data = apply_overrides(read_yaml(config, KINDS), overrides or [], KINDS) if config else None
-        typer.echo(config_help(DoremiRunConfig, data=data))
+        typer.echo(config_help(RunConfig, data=data))
         return
     if config is None:
         raise typer.BadParameter("it is missing; name a YAML file, for example configs/demo.yaml.", param_hint="CONFIG")
@@ -172,6 +190,12 @@ def reference(
     raise typer.Exit(run(source, out, overrides or [], proxy, save_every))
 
 
+def _doremi_keys() -> type[Config]:
+    from megamix.studies.doremi.config import DoremiStudyConfig
+
+    return DoremiStudyConfig
+
+
 @app.command()
 @slurm_options
 def doremi(
@@ -183,6 +207,7 @@ def doremi(
     ] = None,
     slurm: Slurm = False,
     dry_run: DryRun = False,
+    help_config: Annotated[bool, keys_option("doremi", _doremi_keys)] = False,
     *,
     resources: Resources,
 ) -> None:
@@ -201,13 +226,10 @@ def doremi(
     typer.echo(submit_doremi(config, overrides or [], resources, dry_run=dry_run), nl=False)
 
 
-def _arena_keys(asked: bool) -> None:
-    if asked:
-        from megamix.core.config_help import config_help
-        from megamix.studies.arena.config import ArenaConfig
+def _arena_keys() -> type[Config]:
+    from megamix.studies.arena.config import ArenaConfig
 
-        typer.echo(config_help(ArenaConfig))
-        raise typer.Exit
+    return ArenaConfig
 
 
 @app.command()
@@ -223,12 +245,7 @@ def arena(
     slurm: Slurm = False,
     limit: Limit = 0,
     dry_run: DryRun = False,
-    help_config: Annotated[
-        bool,
-        typer.Option(
-            "--help-config", is_eager=True, callback=_arena_keys, help="Print every key of arena, and its meaning."
-        ),
-    ] = False,
+    help_config: Annotated[bool, keys_option("arena", _arena_keys)] = False,
     *,
     resources: Resources,
 ) -> None:

@@ -25,13 +25,9 @@ from megamix.core.config import Config, configs_in, validate
 from megamix.core.config_files import apply_overrides, merge, read_yaml
 from megamix.core.yaml_text import parse_yaml
 from megamix.interop.trainers.megatron_versions import SEEN
-from megamix.studies.arena.config import ArenaConfig
-from megamix.studies.doremi.config import DoremiStudyConfig
-from megamix.studies.swarm.config import SwarmStudyConfig
+from megamix.studies.config import STUDIES
 from megamix.training.config import KINDS, RunConfig
 
-STUDIES: dict[str, type[Config]] = {"arena": ArenaConfig, "doremi": DoremiStudyConfig, "swarm": SwarmStudyConfig}
-"""The keys that stand beside a run's, for the commands of their name."""
 RUN_ELSEWHERE = {
     "mixing": ["class Progress(Mixer)"],  # tests/mixing/test_own_mixer.py
     "interop": [

@@ -1,12 +1,16 @@
-"""The list of commands in ``--help``: in groups, each with its whole first sentence."""
+"""The commands in ``--help``, in groups, each with its whole first sentence; and the option ``--help-config``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from megamix.core.config import Config
 
 
 class WholeSentences(TyperGroup):
@@ -34,3 +38,21 @@ def first_sentence(text: str) -> str:
     whole = " ".join(text.split("\n\n")[0].split())
     found = re.match(r".*?\.(?=\s+[A-Z]|$)", whole)
     return found.group() if found else whole
+
+
+def keys_option(section: str, find: Callable[[], type[Config]]) -> Any:
+    """A flag that prints every key of a section of a config and ends the command.
+
+    Args:
+        find: imports the config class.
+    """
+
+    def show(asked: bool) -> None:
+        if asked:
+            from megamix.core.config_help import config_help
+
+            typer.echo(config_help(find()))
+            raise typer.Exit
+
+    told = f"Print every key of {section}, and its meaning."
+    return typer.Option("--help-config", is_eager=True, callback=show, help=told)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 import yaml
-from commands import ROOT, RUN_SECONDS
 from small_config import SMALL, small
+from typer.testing import CliRunner
 
+from megamix.cli import app
 from megamix.core.config import Config, load_config, validate
 from megamix.core.config_files import read_yaml
-from megamix.core.config_help import config_help
+from megamix.core.config_help import config_help, key_help
 from megamix.core.errors import EXIT_BAD_INPUT, InputError
 from megamix.core.files import shipped_folder
 from megamix.core.yaml_text import parse_yaml
 from megamix.engines.models import ModelConfig
 from megamix.mixing.mixers import OdmConfig, StaticConfig
-from megamix.studies.doremi.config import DoremiRunConfig, DoremiStudyConfig
+from megamix.studies.arena.config import ArenaConfig
+from megamix.studies.config import STUDIES, AnyConfig
 from megamix.training.config import RunConfig
 
 # The training config that the design document shows.
@@ -107,10 +107,10 @@ def test_configs_are_frozen() -> None:
 def test_every_field_has_a_docstring_and_is_printed() -> None:
     """Each field, at any depth, has a docstring of its own or, where it holds another config, that class's; the printed
     help has its name and docstring."""
-    printed = [line.strip() for line in config_help(DoremiRunConfig).splitlines()]
-    classes = set(config_classes(DoremiRunConfig))
-    assert {DoremiRunConfig, DoremiStudyConfig, ModelConfig, OdmConfig, StaticConfig} < classes
-    assert set(RunConfig.model_fields) | {"doremi"} == set(DoremiRunConfig.model_fields)
+    printed = [line.strip() for line in config_help(AnyConfig).splitlines()]
+    classes = set(config_classes(AnyConfig))
+    assert {AnyConfig, *STUDIES.values(), ModelConfig, OdmConfig, StaticConfig} < classes
+    assert RunConfig.model_fields.keys() | STUDIES.keys() == AnyConfig.model_fields.keys()
     undocumented = []
     for config_class in classes:
         assert config_class.__doc__
@@ -171,11 +171,39 @@ def test_help_of_a_small_config() -> None:
     ]
 
 
-def test_help_config_needs_no_config_file() -> None:
-    command = [sys.executable, "-m", "megamix", "train", "--help-config"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == config_help(DoremiRunConfig).strip()
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--help-config"], lambda: config_help(RunConfig)),
+        (["doremi", "--help-config"], lambda: config_help(STUDIES["doremi"])),
+        (["arena", "--help-config"], lambda: config_help(ArenaConfig)),
+        (["--help-config", "doremi.rounds"], lambda: key_help(AnyConfig, "doremi.rounds")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_of_keys_needs_no_config_file(arguments: list[str], expected: Callable[[], str]) -> None:
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).output.strip() == expected().strip()
+
+
+def test_help_of_one_key() -> None:
+    """By its whole name, or by the end of it; once where several keys mean the same."""
+    assert key_help(AnyConfig, "doremi.rounds").splitlines() == [
+        "doremi.rounds",
+        "  rounds: int = 1",
+        "      Rounds at most; each takes the result of the one before as reference weights.",
+    ]
+    every = key_help(AnyConfig, "every").splitlines()
+    assert [line for line in every if line and not line.startswith(" ")] == [
+        "checkpoint.every",
+        "evaluate.every",
+        "log.every",
+    ]
+    names = key_help(AnyConfig, "min_exploration_rate").splitlines()[:2]
+    assert names == ["mixer.min_exploration_rate of odm", "shadow.min_exploration_rate of odm"]
+    assert "    steps: int  (required)" in key_help(AnyConfig, "train").splitlines()[2:5]
+    for key, hint in (("data.max_epoch", "Did you mean 'data.max_epochs'"), ("qqq", "`megamix train --help-config`")):
+        with pytest.raises(InputError, match=f"there is no key '{key}' in a config.*{hint}"):
+            key_help(AnyConfig, key)
 
 
 # Keys and values that are wrong

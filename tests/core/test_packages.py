@@ -74,6 +74,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("data", ""),
     "blend adopt": ("web=data/web/train --out adopted", ""),
     "blend export": ("data", ""),
+    "init": ("data --out first.yaml", ""),
     "doctor": ("config.yaml", "deepspeed"),
     "train": ("config.yaml", "deepspeed"),
     "steer": ("run --hold", ""),
@@ -116,7 +117,13 @@ def test_every_command_says_which_extra_it_lacks(home: Path, tmp_path: Path) -> 
     }
     assert asked == {name: [extra] if extra else [] for name, (_, extra) in COMMANDS.items()}
     assert {code for name, (code, _) in found.items() if asked[name]} == {2}
-    assert {name for name, (code, _) in found.items() if code == 0} >= {"inspect", "verify", "launch", "blend export"}
+    assert {name for name, (code, _) in found.items() if code == 0} >= {
+        "inspect",
+        "init",
+        "verify",
+        "launch",
+        "blend export",
+    }
 
 
 def test_a_missing_module_is_known_by_its_extra() -> None:

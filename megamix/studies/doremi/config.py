@@ -7,7 +7,6 @@ from typing import Any
 import pydantic
 
 from megamix.core.config import Config
-from megamix.training.config import RunConfig
 
 
 class DoremiStudyConfig(Config):
@@ -25,9 +24,3 @@ class DoremiStudyConfig(Config):
     """Rounds at most; each takes the result of the one before as reference weights."""
     tolerance: float = pydantic.Field(default=1e-3, gt=0)
     """A round that changes no weight by more than this is the last."""
-
-
-class DoremiRunConfig(RunConfig):
-    """Every key that a config may have, for `megamix train --help-config`."""
-
-    doremi: DoremiStudyConfig = DoremiStudyConfig()

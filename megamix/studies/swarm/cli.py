@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megamix.core.command_help import WholeSentences
+from megamix.core.command_help import WholeSentences, keys_option
 from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
+
+if TYPE_CHECKING:
+    from megamix.core.config import Config
 
 app = typer.Typer(
     cls=WholeSentences,
@@ -30,6 +33,12 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE | FILE.yaml]...", help="Keys of the config to change, or files of them."),
 ]
 AtOnce = Annotated[int | None, typer.Option(min=1, help="Members at a time; default: swarm.run.at_once.")]
+
+
+def _swarm_keys() -> type[Config]:
+    from megamix.studies.swarm.config import SwarmStudyConfig
+
+    return SwarmStudyConfig
 
 
 @app.command()
@@ -111,15 +120,6 @@ def collect(
     typer.echo(take(study.run_dir / FOLDER, [], study.config.metrics, partial=partial))
 
 
-def _swarm_keys(asked: bool) -> None:
-    if asked:
-        from megamix.core.config_help import config_help
-        from megamix.studies.swarm.config import SwarmStudyConfig
-
-        typer.echo(config_help(SwarmStudyConfig))
-        raise typer.Exit
-
-
 @app.command("all")
 @slurm_options
 def all_tasks(
@@ -137,12 +137,7 @@ def all_tasks(
     ] = None,
     limit: Limit = 0,
     dry_run: DryRun = False,
-    help_config: Annotated[
-        bool,
-        typer.Option(
-            "--help-config", is_eager=True, callback=_swarm_keys, help="Print every key of swarm, and its meaning."
-        ),
-    ] = False,
+    help_config: Annotated[bool, keys_option("swarm", _swarm_keys)] = False,
     *,
     resources: Resources,
 ) -> None:
