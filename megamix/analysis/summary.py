@@ -28,6 +28,7 @@ class DomainRow:
         unigram_loss: of the domain's word frequencies alone, on the same text.
         epochs: read so far.
         present: whether it is still one of the run's domains.
+        evaluated: whether it has validation text.
     """
 
     domain: str
@@ -40,6 +41,7 @@ class DomainRow:
     unigram_loss: float | None
     epochs: float | None
     present: bool = True
+    evaluated: bool = True
 
     @property
     def beats_unigram(self) -> bool | None:
@@ -50,7 +52,7 @@ class DomainRow:
 
 @dataclass(frozen=True)
 class RunTable:
-    """A run in one table; a mean over the present domains is None unless every one has the number.
+    """A run in one table; a mean over the present domains with validation text is None unless every one has the number.
 
     Attributes:
         objective: weights of the domains; empty where they are not known.
@@ -67,7 +69,12 @@ class RunTable:
 
     @property
     def _present(self) -> list[DomainRow]:
-        return [row for row in self.rows if row.present]
+        return [row for row in self.rows if row.present and row.evaluated]
+
+    @property
+    def unevaluated(self) -> list[str]:
+        """The present domains that have no validation text."""
+        return [row.domain for row in self.rows if row.present and not row.evaluated]
 
     def by_objective(self, loss: str) -> float | None:
         """Mean of ``first_loss``, ``last_loss`` or ``unigram_loss``, weighted by the objective."""
@@ -83,7 +90,12 @@ class RunTable:
 
     def by_natural_share(self, loss: str) -> float | None:
         """Mean of such a loss, weighted by natural share."""
-        return _sum([(getattr(row, loss), row.natural_share) for row in self._present])
+        mean = _sum([(getattr(row, loss), row.natural_share) for row in self._present])
+        return (
+            mean
+            if mean is None or not self.unevaluated
+            else mean / sum(row.natural_share or 0 for row in self._present)
+        )
 
     @property
     def fall(self) -> float | None:
@@ -141,6 +153,8 @@ class RunTable:
             notes.append(f"It does not beat a unigram model on: {listed(behind, 40)}.")
         elif known and len(known) == len(self._present):
             notes.append("It beats a unigram model on every domain.")
+        if self.unevaluated:
+            notes.append(f"Without validation text, and so in no evaluation: {listed(self.unevaluated)}.")
         if self.missing_data:
             notes.append(f"Shares, epochs and unigram losses are unknown here: {self.missing_data}")
         return Report([self.table(), legend, " ".join(notes)])
@@ -166,6 +180,7 @@ def run_table(run: RecordedRun) -> RunTable:
             else None,
             epochs=epochs.get(name),
             present=name in run.ledger.lines[-1]["domain_names"],
+            evaluated=not last or name in last,
         )
         for k, name in enumerate(run.ledger.names)
     ]

@@ -72,7 +72,8 @@ class Console:
             f"steps of {train.global_batch} x {config.data.seq_length} = {tokens:,} tokens, {_short(tokens * train.steps)} in all",
             "mixture": f"{mixture_of(config.mixture).label()}: {self._largest(self._weights)}",
             "rule": _rule(config.mixer),
-            "objective": objective_name(config.objective),
+            "objective": objective_name(config.objective)
+            + (f", without {listed(plan.unevaluated)} (no validation text)" if plan.unevaluated else ""),
             "schedule": train.learning_rate.describe(),
             "layout": f"{config.engine.name}, {_layout(config.engine)}, {plural(plan.world_size, 'rank')}, {config.engine.precision}",
         }

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megamix.core.text import by_name
 from megamix.data.documents import label_documents
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.tokens.stream import DomainTokens
@@ -77,15 +76,15 @@ class EvaluationSamples:
 
 
 class Validation:
-    """The validation loss of a run: ``evaluate.samples`` of every domain's held-out samples."""
+    """The validation loss of a run: ``evaluate.samples`` of every domain's held-out samples; without the domains that
+    have none."""
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
-        self._samples = EvaluationSamples(plan, engine, plan.validation, plan.config.evaluate.samples)
-        self._names, length = plan.domain_names, plan.config.data.seq_length
-        self._documents = label_documents(plan.validation, self._samples.domain, self._samples.sample, length)
-        self._natural, self._objective = (
-            by_name(self._names, weights) for weights in (plan.natural_weights, plan.objective_weights)
-        )
+        streams, length = [plan.validation[k] for k in plan.evaluated], plan.config.data.seq_length
+        self._samples = EvaluationSamples(plan, engine, streams, plan.config.evaluate.samples)
+        self._names = tuple(plan.domain_names[k] for k in plan.evaluated)
+        self._documents = label_documents(streams, self._samples.domain, self._samples.sample, length)
+        self._natural, self._objective = map(plan.over_evaluated, (plan.natural_weights, plan.objective_weights))
         self._sums = DocumentSums(self._documents.number, engine.place.device)
         self._adds = engine.place.has_loss and engine.place.is_first_copy
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError, did_you_mean, given_twice
+from megamix.core.text import by_name, listed
 from megamix.data.blend.blend import Blend
 from megamix.data.blend.permute import hash_words
 from megamix.data.reference_losses import FILE_NAME as LOSSES
@@ -66,7 +67,31 @@ class DataPlan(MixPlan):
     def warnings(self) -> list[str]:
         """Settings that work and are probably not meant, and data that could not be verified."""
         verified = (each for each in (self.verified, self.verified_losses) if each is not None)
-        return [*super().warnings(), *(each.warning for each in verified if each.warning is not None)]
+        found = [*super().warnings(), *(each.warning for each in verified if each.warning is not None)]
+        if self.unevaluated:
+            found.append(
+                f"no sample of validation text (seq_length {self.config.data.seq_length} needs {self.config.data.seq_length + 1} "
+                f"tokens): {listed(self.unevaluated)}. Trained on, not evaluated; the objective loss is of the other domains."
+            )
+        return found
+
+    @cached_property
+    def evaluated(self) -> tuple[int, ...]:
+        """The numbers of the domains with at least one sample of validation text."""
+        length = self.config.data.seq_length
+        return tuple(k for k, stream in enumerate(self.validation) if stream.num_windows(length) > 0)
+
+    @property
+    def unevaluated(self) -> tuple[str, ...]:
+        """The domains without one: they are in no evaluation."""
+        return tuple(name for k, name in enumerate(self.domain_names) if k not in set(self.evaluated))
+
+    def over_evaluated(self, weights: Floats) -> dict[str, float]:
+        """{domain: weight} of the `evaluated` domains, in the ratios and with the sum of ``weights`` (float64 [K])."""
+        if not self.unevaluated:
+            return by_name(self.domain_names, weights)
+        part = weights[list(self.evaluated)]
+        return by_name([self.domain_names[k] for k in self.evaluated], part * (weights.sum() / part.sum()))
 
     @property
     def domain_keys(self) -> list[int]:
@@ -202,10 +227,8 @@ def make_data_plan(
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
     validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
-    for domain in validation:
-        _windows(domain, "validation", config.data.seq_length)
     natural = manifest.natural_weights(names)
-    return DataPlan(
+    plan = DataPlan(
         config=config,
         domain_names=names,
         num_samples=num_samples,
@@ -220,6 +243,14 @@ def make_data_plan(
         verified=verified,
         verified_losses=verified_losses,
     )
+    if not plan.evaluated:
+        _windows(validation[0], "validation", config.data.seq_length)
+    if not plan.objective_weights[list(plan.evaluated)].any():
+        raise InputError(
+            f"objective gives weight to {listed(plan.unevaluated)} alone, of which there is no sample of validation text to "
+            "evaluate. Give it to other domains, lower data.seq_length, or prepare with a larger validation fraction."
+        )
+    return plan
 
 
 def _verify(

@@ -17,6 +17,7 @@ from recorded_runs import BATCH, NAMES, SEQ, STEPS, TRAIN_TOKENS, write_data, wr
 from megamix.analysis import palette, report, series
 from megamix.analysis.report import write_report
 from megamix.analysis.report.svg import HEIGHT, WIDTH, nice_axis
+from megamix.analysis.summary import DomainRow, RunTable
 from megamix.core.errors import InputError
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -436,3 +437,14 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_report([tmp_path / "run"], tmp_path / "file" / "page.html")
+
+
+def test_domains_in_no_evaluation_are_named_and_in_no_mean(tmp_path: Path) -> None:
+    def row(name: str, share: float, loss: float | None) -> DomainRow:
+        return DomainRow(name, share, 0.5, 0.5, 0.5, loss, loss, None, 1.0, evaluated=loss is not None)
+
+    rows = [row("web", 0.6, 2.0), row("code", 0.2, 4.0), row("law", 0.2, None)]
+    table = RunTable(tmp_path, 5, 5, 100, rows, {"web": 0.25, "code": 0.75}, "as given")
+    means = (table.by_objective("last_loss"), table.macro("last_loss"), table.by_natural_share("last_loss"))
+    assert means == pytest.approx((3.5, 3.0, 2.5), rel=1e-14)
+    assert "Without validation text, and so in no evaluation: law." in table.report().text()

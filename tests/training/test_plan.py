@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_files import job
 
 from megamix.core.errors import InputError
+from megamix.data.loader import Batch
 from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.tokens.writer import IndexedWriter
+from megamix.engines.base import Place
 from megamix.training.config import RunConfig
+from megamix.training.evaluate import Validation
 from megamix.training.plan import domain_key, make_plan
 
 SEQ = 16
@@ -22,12 +27,19 @@ WINDOWS = {"web": 300, "code": 60, "mail": 20, "wiki": 120}
 NAMES = list(WINDOWS)
 
 
-def build(folder: Path, windows: dict[str, int], validation_tokens: int = 5 * SEQ + 1) -> Path:
-    """A data set with ``windows`` training samples of `SEQ` tokens a domain (0: a token too few for one)."""
+def build(
+    folder: Path, windows: dict[str, int], validation_tokens: int = 5 * SEQ + 1, without: tuple[str, ...] = ()
+) -> Path:
+    """A data set with ``windows`` training samples of `SEQ` tokens a domain (0: a token too few for one).
+
+    Args:
+        without: domains whose validation text is a token too short for a sample.
+    """
     rng, entries = np.random.default_rng(0), []
     for name, number in windows.items():
         splits = []
-        for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", validation_tokens)):
+        held_out = SEQ if name in without else validation_tokens
+        for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", held_out)):
             with IndexedWriter(folder / f"{name}-{split}", "uint16") as writer:
                 writer.add_document(rng.integers(0, VOCAB, tokens))
             splits.append(SplitEntry.of(f"{name}-{split}", writer.close()))
@@ -158,3 +170,34 @@ def test_domain_order_does_not_depend_on_the_other_domains(tmp_path: Path, manif
         orders.append({name: sample[domain == k][:200].tolist() for k, name in enumerate(plan.domain_names)})
     assert {name: orders[1][name] for name in NAMES} == orders[0]
     assert len({domain_key(name) for name in [*NAMES, "web ", "Web", "ewb"]}) == len(NAMES) + 3
+
+
+class Losses:
+    """An engine whose loss is 1 nat a token for the first domain that is evaluated, 2 for the next, and so on."""
+
+    place = Place(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    micro_batch_multiple = 1
+
+    def token_losses(self, batch: Batch, num_micro_batches: int) -> torch.Tensor:
+        return (batch.domains + 1).float()
+
+
+def test_domains_without_validation_text_are_trained_on_and_not_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    manifest = build(tmp_path / "data", WINDOWS, without=("code", "wiki"))
+    plan = make_plan(config(manifest, objective={"web": 1, "code": 4, "mail": 3, "wiki": 2}))
+    told = [line for line in plan.warnings() if "validation text" in line]
+    assert told == [
+        "no sample of validation text (seq_length 16 needs 17 tokens): code, wiki. Trained on, not evaluated; the objective loss "
+        "is of the other domains."
+    ]
+    assert plan.objective_weights.tolist() == [0.1, 0.4, 0.3, 0.2], "a mixer follows the objective as it was given"
+    with job(tmp_path):
+        line = Validation(plan, Losses()).run(Losses())  # type: ignore[arg-type]
+    assert line["domain_loss"] == {"web": 1.0, "mail": 2.0}
+    assert line["objective"] == pytest.approx({"web": 0.25, "mail": 0.75}, rel=1e-15)
+    assert line["objective_loss"] == pytest.approx(1.75, rel=1e-12)
+    assert line["macro_loss"] == 1.5
+    assert line["micro_loss"] == pytest.approx((1 * 4801 + 2 * 321) / (4801 + 321), rel=1e-12)
+    with pytest.raises(InputError, match=r"objective gives weight to code, wiki alone, of which there is no sample"):
+        make_plan(config(manifest, objective={"web": 0, "code": 1, "mail": 0, "wiki": 1}))

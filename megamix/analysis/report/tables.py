@@ -12,6 +12,7 @@ from megamix.analysis.report.svg import tokens_text
 from megamix.analysis.series import objective_losses, worst
 from megamix.analysis.summary import DomainRow, RunTable
 from megamix.analysis.variants import flatten
+from megamix.core.text import listed
 from megamix.training.objective import objective_name
 from megamix.training.records.recorded_run import RecordedRun
 
@@ -33,7 +34,7 @@ def _card(index: int, run: RecordedRun, table: RunTable, name: str) -> str:
     fall = "" if table.fall is None else f"{'down' if table.fall >= 0 else 'up'} {abs(table.fall):.0%} since the start"
     objective = objective_losses(run)[-1] if run.evaluations else None
     numbers = [
-        _number("objective", "objective loss", objective, objective_name(run.config.objective)),
+        _number("objective", "objective loss", objective, _objective_text(run, table)),
         _number("macro", "mean loss", last.get("macro_loss"), fall),
         _number("micro", "natural mean", last.get("micro_loss"), "by natural share"),
         _number("worst", "worst domain", worst_loss, worst_domain or ""),
@@ -46,6 +47,11 @@ def _card(index: int, run: RecordedRun, table: RunTable, name: str) -> str:
         f"{steps} · {len(run.ledger.lines) - 1:,} updates of the weights</p>"
         f"<dl>{''.join(numbers)}</dl></section>"
     )
+
+
+def _objective_text(run: RecordedRun, table: RunTable) -> str:
+    name = objective_name(run.config.objective)
+    return f"{name}, without {listed(table.unevaluated)} (no validation text)" if table.unevaluated else name
 
 
 def mixer_name(run: RecordedRun) -> str:

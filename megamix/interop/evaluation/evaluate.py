@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file
-from megamix.core.text import Report, Table, by_name, number
+from megamix.core.text import Report, Table, by_name, listed, number
 from megamix.data.documents import label_documents
 from megamix.data.loader import IGNORED_LABEL, WindowReader
-from megamix.data.tokens.manifest import Manifest
+from megamix.data.tokens.manifest import Manifest, Split
 from megamix.data.tokens.stream import DomainTokens
 from megamix.data.tokens.verify import verify_sample
 from megamix.interop.evaluation.model import EvaluatedModel, open_model
@@ -84,6 +84,8 @@ class Evaluation:
             rows.append((name, number(loss), number(error), "", "", "", "", "", "", ""))
         head = f"{self.settings['model']} on {self.settings['data']}, {self.settings['split']}, samples of {self.settings['seq_length']} tokens"
         words = "losses in nats per token; se: standard error over documents."
+        if self.settings["without"]:
+            words += f" Without a sample, and so left out: {listed(self.settings['without'])}."
         return Report([head, Table(columns, rows, footer=2), words])
 
 
@@ -125,27 +127,29 @@ def evaluate(
     given = objective or ("natural" if config is None else config.objective)
     if not isinstance(given, Mapping) and given not in ("natural", "uniform"):
         raise InputError(f"the objective is {given!r}, expected natural, uniform or {{domain: weight}}.")
-    natural = manifest.natural_weights(names)
-    weights = objective_weights(given, names, natural)
+    weights = by_name(names, objective_weights(given, names, manifest.natural_weights(names)))
     verify_sample(manifest, [manifest.domain(name) for name in names])
-    streams = [manifest.open_domain(name, split) for name in names]
-    for stream in streams:
-        if stream.num_windows(model.seq_length) < 1:
+    streams, without = _streams(manifest, names, split, model.seq_length)
+    names = tuple(stream.name for stream in streams)
+    if without:
+        total = sum(weights[name] for name in names)
+        if total == 0:
             raise InputError(
-                f"domain '{stream.name}' has {stream.num_tokens} {split} tokens, fewer than one sample of {model.seq_length} "
-                "tokens needs. Evaluate on other data."
+                f"no domain with a weight in the objective has a {split} sample of {model.seq_length} tokens: {listed(without)} "
+                "have none. Evaluate on other data, or by another objective."
             )
+        weights = {name: weights[name] / total for name in names}
     sums, bytes_D, domain_D, domain_n = _document_sums(model, manifest, streams, wanted, device)
     losses = sums.losses(domain_D, names)
     found = Evaluation(
-        line=losses.line(by_name(names, weights), by_name(names, natural)),
+        line=losses.line(weights, by_name(names, manifest.natural_weights(names))),
         domains={
             name: _row(sums.buffer.cpu().numpy()[domain_D == k], bytes_D, domain_D == k, int((domain_n == k).sum()))
             for k, name in enumerate(names)
         },
         settings={
             "model": str(model.source), "data": str(folder), "split": split, "seq_length": model.seq_length,
-            "objective_name": objective_name(given),
+            "objective_name": objective_name(given), "without": without,
         },
     )  # fmt: skip
     if out is not None:
@@ -154,6 +158,15 @@ def evaluate(
         except OSError as error:
             raise InputError(f"cannot write {out}: {error.strerror or error}. Choose another --json.") from error
     return found
+
+
+def _streams(
+    manifest: Manifest, names: Sequence[str], split: Split, seq_length: int
+) -> tuple[list[DomainTokens], list[str]]:
+    """The tokens of the domains with at least one sample, and the names of those without."""
+    streams = [manifest.open_domain(name, split) for name in names]
+    without = [stream.name for stream in streams if stream.num_windows(seq_length) < 1]
+    return [stream for stream in streams if stream.name not in without], without
 
 
 def _document_sums(

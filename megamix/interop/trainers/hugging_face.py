@@ -91,10 +91,10 @@ class MixCallback(TrainerCallback, ExportableState):
         self.dataset = MixDataset(self._plan, args.process_index)
 
     def validation(self, samples: int | None = None) -> dict[str, Dataset[dict[str, torch.Tensor]]]:
-        """For ``eval_dataset``: validation samples by domain name, at most ``samples`` of each."""
-        return {
-            name: _ValidationDataset(self._plan, index, samples) for index, name in enumerate(self._plan.domain_names)
-        }
+        """For ``eval_dataset``: validation samples by domain name, at most ``samples`` of each; without
+        domains that have none."""
+        names = self._plan.domain_names
+        return {names[index]: _ValidationDataset(self._plan, index, samples) for index in self._plan.evaluated}
 
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None

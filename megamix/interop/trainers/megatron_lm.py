@@ -347,7 +347,7 @@ class _TrainIterator(Iterator[Place]):
 
 
 def _validation(run: HostRun, args: Any) -> Iterator[_Item]:
-    """Endless micro-batches of validation samples, from all domains in equal shares."""
+    """Endless micro-batches of validation samples, from all domains that have some in equal shares."""
     plan = run.plan
     share = Slice(
         getattr(args, "eval_global_batch_size", None) or args.global_batch_size,
@@ -355,8 +355,9 @@ def _validation(run: HostRun, args: Any) -> Iterator[_Item]:
         run.data_rank,
         plan.data_size,
     )
-    windows = [domain.num_windows(plan.config.data.seq_length) for domain in plan.validation]
-    blend = Blend(windows, [1.0] * len(windows), plan.config.train.seed, domain_keys=plan.domain_keys)
+    windows = np.array([domain.num_windows(plan.config.data.seq_length) for domain in plan.validation])
+    shares = (windows > 0).astype(float)
+    blend = Blend(np.maximum(windows, 1), shares, plan.config.train.seed, domain_keys=plan.domain_keys)
     blend.take(getattr(args, "consumed_valid_samples", 0))
     reader = plan.reader(plan.validation)
     rows = np.arange(share.global_batch)[share.samples]

@@ -20,6 +20,7 @@ from megamix.core.config import validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.core.paths import literal
+from megamix.core.text import listed
 from megamix.mixing.mixers import find_mixer
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import Arm, Condition, Entry, Run, nested
@@ -58,7 +59,13 @@ class ArenaStudy:
     @cached_property
     def plan(self) -> Plan:
         """Plan of the run itself, with natural weights."""
-        return make_plan(validate(RunConfig, {**self.base, "mixture": "natural", "mixer": STATIC}, self.source))
+        plan = make_plan(validate(RunConfig, {**self.base, "mixture": "natural", "mixer": STATIC}, self.source))
+        if plan.unevaluated:
+            raise InputError(
+                f"{self.source}: arms are judged on every domain, and {listed(plan.unevaluated)} has no sample of validation text. "
+                "Leave such domains out of data.domains, lower data.seq_length, or prepare with a larger validation fraction."
+            )
+        return plan
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
