@@ -237,18 +237,27 @@ def test_tiny_and_duplicates_are_documents_of_their_domain(tiny_config: Write) -
 
 
 def test_members_with_a_trap(tiny_config: Write) -> None:
-    """The objective stays over the run's own domains; weights by name leave the new domain its share."""
+    """No mixer is told which domain is the trap: `natural` and `uniform` count it like any other, and weights by name,
+    of a mixture or an objective, leave it its share."""
     given = {"code": 0.5, "tables": 0.25, "topics": 0.25}
-    found = study(tiny_config, arms={"given": {"mixture": given}}, traps={"noise": {"kind": "noise", "share": 0.2}})
+    found = study(
+        tiny_config,
+        arms={"given": {"mixture": given}, "told": {"mixer": {"name": "recommended"}}},
+        traps={"noise": {"kind": "noise", "share": 0.2}},
+        objectives={"natural": "natural", "uniform": "uniform", "mine": given},
+    )
     written(found, "noise")
-    runs = {entry.arm.name: found.run(entry) for entry in found.entries if entry.condition.trap == "noise"}
+    trapped = [entry for entry in found.entries if entry.condition.trap == "noise"]
+    runs = {entry.arm.name: found.run(entry) for entry in trapped}
     assert runs["given"]["mixture"] == pytest.approx(
         {"code": 0.4, "tables": 0.2, "topics": 0.2, "noise": 0.2}, abs=1e-5
     )
     assert runs["natural"]["mixture"] == "natural"
     plan = make_plan(RunConfig.model_validate(runs["sqrt"]))
     assert plan.domain_names == (*DOMAINS, "noise")
-    assert runs["natural"]["objective"] == pytest.approx({**found.natural, "noise": 0.0})
+    objectives = {entry.objective: found.run(entry)["objective"] for entry in trapped if entry.arm.name == "told"}
+    assert (objectives["natural"], objectives["uniform"]) == ("natural", "uniform")
+    assert objectives["mine"] == runs["given"]["mixture"]
 
 
 def test_members_of_a_late_domain_begin_without_it(tiny_config: Write) -> None:

@@ -217,11 +217,16 @@ class ArenaStudy:
         data = {key: value for key, value in run["data"].items() if key not in ("domains", "token_counts")}
         found = {**run, "data": {**data, "manifest": literal(self.run_dir / TRAPS / trap.name)}}
         if trap.new_domain is not None and entry.arm.mean_of is None and names_domains(run.get("mixture")):
-            others = sum(self.plan.manifest.domain(name).train.tokens for name in self.domains)
-            share = trap.num_tokens / (others + trap.num_tokens)
-            weights = {name: weight * (1 - share) for name, weight in self._weights(entry.arm).items()}
-            found["mixture"] = {**weights, trap.new_domain: share}
+            found["mixture"] = self._with_new(self._weights(entry.arm), trap)
         return found
+
+    def _with_new(self, weights: Weights, trap: Trap) -> Weights:
+        """The weights with the trap's new domain, by its share of the tokens, as somebody who sees nothing odd in it has
+        them."""
+        assert trap.new_domain is not None
+        others = sum(self.plan.manifest.domain(name).train.tokens for name in self.domains)
+        share = trap.num_tokens / (others + trap.num_tokens)
+        return {**{name: weight * (1 - share) for name, weight in weights.items()}, trap.new_domain: share}
 
     def _begin_run(self, entry: Entry) -> Run:
         """The config of a member up to the step at which a domain comes."""
@@ -243,14 +248,16 @@ class ArenaStudy:
         return step
 
     def _objective(self, entry: Entry) -> str | Weights:
-        """The value of ``objective``: where a trap changes the domains or their sizes, the weights that it has without
-        the trap."""
+        """The value of ``objective``, which a mixer may use, of a run that does not know of its trap: a domain that came
+        by it counts like any other, or it would be no trap to a mixer that follows the objective. Where the trap makes
+        a domain smaller the weights are those without it."""
         name = entry.objective or next(iter(self.objectives))
         trap = self.traps.get(entry.condition.trap)
-        if name in ("natural", "uniform") and (trap is None or not trap.writes_data):
+        keeps_sizes = trap is None or not trap.writes_data or trap.new_domain is not None
+        if name in ("natural", "uniform") and keeps_sizes:
             return name
-        new = {trap.new_domain: 0.0} if trap is not None and trap.new_domain is not None else {}
-        return {**self.objectives[name], **new}
+        weights = self.objectives[name]
+        return weights if trap is None or trap.new_domain is None else self._with_new(weights, trap)
 
     def _weights(self, arm: Arm) -> Weights:
         """The weights that an arm begins with, without a trap."""
