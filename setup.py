@@ -49,6 +49,7 @@ EXTRAS = {
         "import-linter",
         "markdown-it-py",
         "packaging",
+        "pandas",
         "pyright",
         "pytest",
         "pytest-benchmark",

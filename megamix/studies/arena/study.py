@@ -248,9 +248,9 @@ class ArenaStudy:
         return step
 
     def _objective(self, entry: Entry) -> str | Weights:
-        """The value of ``objective``, which a mixer may use, of a run that does not know of its trap: a domain that came
-        by it counts like any other, or it would be no trap to a mixer that follows the objective. Where the trap makes
-        a domain smaller the weights are those without it."""
+        """The value of ``objective`` in a run that is not told of its trap: a domain that came by it counts like any
+        other, or it would be no trap to a mixer that follows the objective. Where the trap makes a domain smaller the
+        weights are those without it."""
         name = entry.objective or next(iter(self.objectives))
         trap = self.traps.get(entry.condition.trap)
         keeps_sizes = trap is None or not trap.writes_data or trap.new_domain is not None
