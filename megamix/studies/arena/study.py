@@ -221,8 +221,7 @@ class ArenaStudy:
         return found
 
     def _with_new(self, weights: Weights, trap: Trap) -> Weights:
-        """The weights with the trap's new domain, by its share of the tokens, as somebody who sees nothing odd in it has
-        them."""
+        """The weights with the trap's new domain, by its share of the tokens: as one has them who sees nothing odd."""
         assert trap.new_domain is not None
         others = sum(self.plan.manifest.domain(name).train.tokens for name in self.domains)
         share = trap.num_tokens / (others + trap.num_tokens)
