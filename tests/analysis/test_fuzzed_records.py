@@ -26,14 +26,17 @@ from megamix.analysis.live_run import LiveRun
 from megamix.analysis.plots import plot_run
 from megamix.analysis.replay import replay
 from megamix.analysis.report.page import report_page
+from megamix.analysis.why import why
 from megamix.core.config import load_config
 from megamix.core.errors import MegamixError
 from megamix.mixing.mixers import DomainStats
+from megamix.mixing.steering.journal import ANSWERS, JOURNAL
 from megamix.training.config import RunConfig
 from megamix.training.records.mean_weights import WHICH, run_weights
 from megamix.training.records.recorded_run import RecordedRun
 from megamix.training.records.run_record import RunRecord
 from megamix.training.records.step_statistics import StatisticsWriter
+from megamix.training.steer.steer import Wishes, steer
 
 DEEP: Any = []
 for _ in range(200):
@@ -96,7 +99,12 @@ CHANGES: dict[str, Callable[[Path, random.Random], None]] = {
     "events.jsonl": changed_lines,
     "statistics/from_000000001.bin": changed_header,
     "config.resolved.yaml": changed_yaml,
+    JOURNAL: changed_lines,
+    ANSWERS: changed_lines,
 }
+
+
+COMMAND = {"id": "1-a", "who": "me@here", "note": "too little"}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +122,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, line in enumerate(lines):
         line |= {"perdomain_scores": [0.5, None, 0.25], "loss_slope": [0.1, 0.2, 0.3], "exploration_rate": 0.5}
         line |= {"average_weights": line["domain_weights"], "loss_weights": line["domain_weights"]}
-        lines[index] = line
+        line["steering"] = {"commands": [{**COMMAND, "what": "pin web=0.3"}], "pins": {"web": 0.3}, "ramp": [8, 100.0]}
+        lines[index] = {**line, "left_out": []}
     (run / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / JOURNAL).write_text(json.dumps({**COMMAND, "time": 1.5, "pin": {"web": 0.3}, "ramp_tokens": 1600.0}) + "\n")
+    answer = {
+        "id": "1-a",
+        "outcome": "applied",
+        "step": 2,
+        "effective_step": 3,
+        "position": 24,
+        "time": 2.0,
+        "text": "",
+    }
+    (run / ANSWERS).write_text(json.dumps(answer) + "\n")
     writer = StatisticsWriter(run, NAMES, None)
     for step in range(1, STEPS + 1):
         writer.write(step, DomainStats(nats=np.full(3, 20.0), tokens=np.full(3, 4), excess_nats=np.ones(3)))
@@ -144,6 +164,11 @@ def resume(path: Path) -> None:
     RunRecord(path, NAMES, 20).close()
 
 
+def steered(path: Path) -> None:
+    for wishes in (Wishes(set=["c_$1$=0.3"]), Wishes(undo=True)):
+        list(steer(path, wishes, timeout=0.01))
+
+
 QUICK: tuple[Callable[[Path], Any], ...] = (
     lambda path: str(inspect_path(path)),
     lambda path: inspect_sample(path, 3 * BATCH),
@@ -151,6 +176,8 @@ QUICK: tuple[Callable[[Path], Any], ...] = (
     weights,
     lambda path: compare([path, path]),
     lambda path: report_page([RecordedRun.open(path)]),
+    why,
+    steered,
 )
 SLOW: tuple[Callable[[Path], Any], ...] = (
     lambda path: plot_run([path], path / "out"),
@@ -162,7 +189,7 @@ SLOW: tuple[Callable[[Path], Any], ...] = (
 def test_the_unchanged_record_passes(run: Path, tmp_path: Path) -> None:
     """A refusal of every case would be no test: this one is shown."""
     shutil.copytree(run, tmp_path / "run")
-    for read in (*QUICK[:4], QUICK[5], *SLOW):
+    for read in (*QUICK[:4], *QUICK[5:], *SLOW):
         read(tmp_path / "run")
 
 
@@ -182,15 +209,15 @@ def check(run: Path, tmp_path: Path, name: str, seeds: range, readers: tuple[Cal
                     f"seed {seed}, reader {number}: {(target / name).read_bytes()[:3000]!r}"
                 ) from error
         shutil.rmtree(target)
-    assert refused > 0 or name in ("events.jsonl", "statistics/from_000000001.bin")
+    assert refused > 0 or name in ("events.jsonl", "statistics/from_000000001.bin", JOURNAL, ANSWERS)
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_one_changed_value(run: Path, tmp_path: Path, name: str) -> None:
-    check(run, tmp_path, name, range(20), QUICK)
+    check(run, tmp_path, name, range(20), (why, steered) if name in (JOURNAL, ANSWERS) else QUICK)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in (JOURNAL, ANSWERS)])
 def test_one_changed_value_before_a_drawing_a_replay_and_a_resume(run: Path, tmp_path: Path, name: str) -> None:
     check(run, tmp_path, name, range(100, 103), SLOW)
 

@@ -284,6 +284,27 @@ def test_bad_lines_and_unfinished_ones_end_nothing(run: Run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": None},
+        {"id": [3]},
+        {"outcome": 3},
+        {"step": "2"},
+        {"effective_step": None},
+        {"position": None},
+        {"text": 3},
+    ],
+)
+def test_an_answer_of_other_types_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    answer = {"id": "1-a", "outcome": "applied", "step": 2, "effective_step": 3, "position": 24, "text": ""}
+    missing = {key: value for key, value in answer.items() if key not in changes}
+    lines = [{**answer, **changes}, missing, answer, {**answer, "outcome": "noticed", "position": None}]
+    (tmp_path / ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_answers(tmp_path) == lines[2:]
+    assert Journal(tmp_path).read() == []
+
+
 def test_no_effect_without_its_answer_on_disk(run: Run) -> None:
     """The folder of the answers cannot be written to: the command waits, and comes once it can."""
     (run.folder / ANSWERS).mkdir()

@@ -68,7 +68,8 @@ def choose(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., di
         plan = make_plan(load_config(RunConfig, config, ["engine={pipeline: 1, data: 2}"]), 2, verify=False)
         whole = tmp_path / "whole" / "checkpoints"
         with job(tmp_path) as group:
-            state = {"fingerprints": {**fingerprints(plan), **changed}, "sampler": {}, "mixer": {}, "manifest": "here"}
+            sampler = {"blend": plan.blend().state_dict()}
+            state = {"fingerprints": {**fingerprints(plan), **changed}, "sampler": sampler, "manifest": "here"}
             write(whole, [2, 4, 6], group, state=state)
         scenarios = tmp_path / "scenarios"
         for name, act in cases.items():

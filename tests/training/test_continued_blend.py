@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from recorded_runs import BATCH, SEQ, write_data
 from records import lines
 
 from megamix.core.config import validate
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, ResumeRefused
 from megamix.data.blend.blend import Blend
 from megamix.mixing.mixers import DomainStats, make_mixer
 from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
@@ -71,6 +72,71 @@ def saved(plan: Plan, step: int, asked: dict[int, list[float]] | None = None, **
 
 def resumed(state: RunState, plan: Plan) -> Resumed:
     return resume_from(state, plan, Path("run/checkpoints/step_N"), fingerprints(plan))
+
+
+COURSE = {
+    "free": None,
+    "left_out": [],
+    "pins": {},
+    "bounds": {"web": [0.1, 0.4]},
+    "held": False,
+    "mixer": None,
+    "ramp": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("fingerprints.data", {}, r"fingerprints.data.domains"),
+        ("fingerprints.data.domains", {"web": 3}, r"fingerprints.data.domains.web"),
+        ("fingerprints.data.domains", [], r"fingerprints.data.domains"),
+        ("fingerprints.mixer.mixer", ["odm"], r"fingerprints.mixer.mixer"),
+        ("fingerprints.train.steps", "many", r"fingerprints.train.steps"),
+        ("sampler", {}, r"sampler.blend"),
+        ("sampler.blend.counts", [1, 2], r"counts has 2 numbers for 3 domains"),
+        ("sampler.blend.position", -1, r"sampler.blend.position"),
+        ("sampler.blend.seed", None, r"sampler.blend.seed"),
+        ("sampler.blend.segments", [], r"sampler.blend.segments"),
+        ("sampler.blend.segments.0.start", 10**6, r"its segments start at \[1000000\]"),
+        ("sampler.blend.segments.0.weights", [1e308, 1e308, 0.0], r"its weights sum to inf"),
+        ("mixer", {"mixer": "odm"}, r"mixer.domains"),
+        ("mixer.domains", ["web"], r"mixer.domains are not those of the data"),
+        ("mixer.num_updates", None, r"mixer.num_updates"),
+        ("mixer.rule_of_mixed", 3, r"mixer, the rule"),
+        ("shadow", {"odm": {"config": None, "mixer": {}, "sampler": {}}}, r"shadow.odm.sampler.blend"),
+        ("steering", {"handled": 3}, r"steering.handled"),
+        ("steering.course", {**COURSE, "rule_changes": 0, "pins": {"law": 0.5}}, r"steering names 'law'"),
+        ("steering.course", {**COURSE, "rule_changes": 0, "free": [1.0]}, r"the weights has 1 numbers for 3"),
+        ("steering.course", COURSE, r"steering.course.rule_changes"),
+        ("interval", {"domains": {"web": [0.0]}}, r"interval.domains.web"),
+    ],
+)  # fmt: skip
+def test_a_state_whose_parts_are_of_other_types(manifest: Path, path: str, value: Any, problem: str) -> None:
+    plan = plan_of(manifest, 12)
+    steering = {"handled": [], "course": {**COURSE, "rule_changes": 0}, "past": [], "stirred": False}
+    state = saved(plan, 4, steering=steering, interval={"domains": {"web": [0.0, 0]}})
+    data = json.loads(json.dumps(state.to_json()))
+    assert resumed(RunState.from_json(data, Path("there")), plan).step == 4
+    *parents, last = path.split(".")
+    owner: Any = data
+    for key in parents:
+        owner = owner[int(key) if isinstance(owner, list) else key]
+    owner[last] = value
+    with pytest.raises(ResumeRefused, match=rf"step_N holds no state of a run \(.*{problem}"):
+        resumed(RunState.from_json(data, Path("there")), plan)
+
+
+@pytest.mark.parametrize("name", ["odm", "recommended", "ado"])
+@pytest.mark.parametrize("value", [None, 3, [0.5], {"web": 1}, "x"])
+def test_a_mixer_whose_own_state_is_of_other_types(name: str, value: Any) -> None:
+    """With the same domains and with others."""
+    mixer = make_mixer({"name": name}, NAMES, [0.5, 0.3, 0.2])
+    state = mixer.state_dict()
+    for key in state.keys() - {"mixer", "domains", "pending"}:
+        for load in (mixer.load_state_dict, lambda state: mixer.adopt_state(state, [2, None, 0], np.full(3, 1 / 3))):
+            with suppress(InputError):
+                load({**state, key: value})
 
 
 def test_weights_past_the_last_sample_are_bounded_and_a_longer_run_reads_no_more_than_it_may(manifest: Path) -> None:

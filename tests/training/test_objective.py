@@ -134,7 +134,7 @@ def plan_of(tiny_config: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 def saved(plan: Plan) -> RunState:
-    state = RunState(4, fingerprints(plan), {}, {}, GuardState(), "data")
+    state = RunState(4, fingerprints(plan), {"blend": plan.blend().state_dict()}, {}, GuardState(), "data")
     return RunState.from_json(json.loads(json.dumps(state.to_json())), Path("run"))
 
 

@@ -21,7 +21,7 @@ from megamix.mixing.mixers.ado import AdoConfig, AdoMixer
 from megamix.mixing.mixers.aioli import AioliConfig, AioliMixer
 from megamix.mixing.mixers.base import EvaluatedConfig, Mixer, ScheduleConfig, evaluated
 from megamix.mixing.mixers.doremi import DoremiConfig, DoremiMixer
-from megamix.mixing.mixers.left_out import PartMixer, adopt_state, mixed_domains, zero_domains
+from megamix.mixing.mixers.left_out import PartMixer, adopt_state, mixed_domains, rule_state, zero_domains
 from megamix.mixing.mixers.odm import BEFORE_THESE_KEYS, OdmConfig, OdmMixer
 from megamix.mixing.mixers.own import check_installed, installed, own_mixer
 from megamix.mixing.mixers.recommended import RecommendedConfig, RecommendedMixer
@@ -163,6 +163,7 @@ __all__ = [
     "mixed_domains",
     "normalise_weights",
     "project_to_capped_simplex",
+    "rule_state",
     "with_later_keys",
     "without_code",
 ]

@@ -8,9 +8,10 @@ Shapes: K is the number of domains; every array is [K], in the order of the doma
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -318,17 +319,13 @@ class Mixer(ABC):
         saved = tuple(state.get("domains", ()))
         if saved != self._domains:
             raise InputError(f"mixer '{self.name}': the state is of other domains: {_difference(saved, self._domains)}")
-        try:
+        with self._reading_state():
             weights = np.array(state["weights"], dtype=np.float64)
             pending = None if state["pending"] is None else DomainStats(**state["pending"])
             step, num_updates, last_update = (int(state[key]) for key in ("step", "num_updates", "last_update"))
             if weights.shape != (self.num_domains,):
                 raise ValueError(f"weights of shape {weights.shape}")
             self._load_extra_state(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"mixer '{self.name}': the state is not whole ({type(error).__name__}: {error})."
-            ) from error
         self._weights, self._pending = weights, pending
         self._step, self._num_updates, self._last_update = step, num_updates, last_update
 
@@ -346,15 +343,26 @@ class Mixer(ABC):
         Raises:
             InputError: See `load_state_dict`.
         """
+        with self._reading_state():
+            carried = self._carry_extra_state(state, parents)
         self.load_state_dict(
             {
                 **state,
-                **self._carry_extra_state(state, parents),
+                **carried,
                 "domains": list(self._domains),
                 "weights": np.asarray(weights, np.float64).tolist(),
                 "pending": None,
             }
         )
+
+    @contextlib.contextmanager
+    def _reading_state(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise InputError(
+                f"mixer '{self.name}': the state is not whole ({type(error).__name__}: {error})."
+            ) from error
 
 
 def _difference(saved: Sequence[str], present: Sequence[str]) -> str:

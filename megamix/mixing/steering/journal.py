@@ -23,7 +23,9 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pydantic
 
 from megamix.core.config import first_problem
 from megamix.core.errors import InputError, MegamixError
@@ -33,6 +35,25 @@ from megamix.mixing.steering.command import SteerCommand
 
 JOURNAL, ANSWERS = "steering.jsonl", "steered.jsonl"
 NOTICED, APPLIED, IGNORED, CANCELLED = "noticed", "applied", "ignored", "cancelled"
+
+
+class _Answer(pydantic.BaseModel):
+    """A line of the answers, as far as it is read back."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+    id: str
+    outcome: Literal["noticed", "applied", "ignored", "cancelled"]
+    step: int
+    effective_step: int
+    position: int | None
+    text: str
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_position(self) -> _Answer:
+        if self.position is None and self.outcome != NOTICED:
+            raise ValueError(f"{self.outcome}, but nowhere")
+        return self
 
 
 def append_command(folder: Path, parts: Mapping[str, Any]) -> SteerCommand:
@@ -90,14 +111,14 @@ def read_commands(folder: Path) -> tuple[dict[str, SteerCommand], list[str]]:
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers to commands, in their order; none where they cannot be read."""
+    """The answers to commands, in their order; none where they cannot be read, and without lines that are none."""
     found = []
     with contextlib.suppress(OSError):
         for text in _whole_lines(folder / ANSWERS):
             with contextlib.suppress(ValueError):
                 line = parse_json(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    found.append(line)
+                _Answer.model_validate(line)
+                found.append(line)
     return found
 
 

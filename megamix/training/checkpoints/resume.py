@@ -20,6 +20,7 @@ from megamix.training.checkpoints import store
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
+from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.checkpoints.train_change import train_change
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
@@ -227,10 +228,7 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     """
     accepted = plan.config.checkpoint.accept_changed
     saved = state.fingerprints
-    if not isinstance(saved.get("data", {}).get("domains"), Mapping):
-        raise ResumeRefused(
-            f"{path} holds no state of a run (fingerprints.data has no domains). Continue from another checkpoint."
-        )
+    check_parts(state, path)
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
     saved = _comparable(saved, present["mixer"], domains is not None)
     changed = _changed_parts(saved, present)

@@ -94,20 +94,38 @@ class _ChangePart(_Part):
     manifest: str | None = None
 
 
-class WeightsLine(StepLine):
-    """A line of weights.jsonl, or of a shadow."""
+class _CommandPart(_Part):
+    id: str
+    what: str
+    note: str = ""
+
+
+class _SteeringPart(_Part):
+    commands: list[_CommandPart] = []
+
+
+class _AnyWeightsLine(StepLine):
+    """What a line of weights has for any number of domains."""
 
     position: Count
+    effective_step: Count = 0
+    change: _ChangePart | None = None
+    steering: _SteeringPart = _SteeringPart()
+    left_out: list[str] = []
+    exploration_rate: float | None = None
+
+
+class WeightsLine(_AnyWeightsLine):
+    """A line of weights.jsonl, or of a shadow."""
+
     domain_names: Annotated[list[str], Field(min_length=1)]
     domain_weights: list[Weight]
     segment: _SegmentPart
     statistics: _StatisticsPart | None = None
-    change: _ChangePart | None = None
     loss_weights: list[Share] | None = None
     average_weights: list[Weight] | None = None
     perdomain_scores: list[float | None] | None = None
     loss_slope: list[float | None] | None = None
-    exploration_rate: float | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_for_each_domain(self) -> WeightsLine:
@@ -134,14 +152,11 @@ class _WideSegmentPart(_Part):
     start: Count
 
 
-class WideWeightsLine(StepLine):
+class WideWeightsLine(_AnyWeightsLine):
     """A line of weights.jsonl whose arrays are in the file beside it (`megamix.training.records.wide_lines`)."""
 
-    position: Count
     segment: _WideSegmentPart
     arrays: dict[str, Count]
-    change: _ChangePart | None = None
-    exploration_rate: float | None = None
 
     @pydantic.model_validator(mode="after")
     def _has_what_is_read(self) -> WideWeightsLine:

@@ -27,7 +27,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from megamix.core.config import first_problem
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, given_twice
 from megamix.core.files import AppendFile, parse_json, remove, replace_file, write_failed
 from megamix.mixing.mixers import DomainStats
 from megamix.training.records.wide_lines import MOST_IN_TEXT
@@ -44,8 +44,16 @@ class _Header(pydantic.BaseModel):
 
     first_step: Annotated[int, pydantic.Field(ge=1, le=2**53)]
     domain_names: Annotated[list[str], pydantic.Field(min_length=1)]
-    columns: Annotated[list[Literal["nats", "tokens", "excess_nats"]], pydantic.Field(min_length=2)]
+    columns: list[str]
     rows: Literal["all", "present"] = "all"
+
+    @pydantic.model_validator(mode="after")
+    def _can_be_told_apart(self) -> _Header:
+        if self.columns not in ([*_KINDS][:2], [*_KINDS]):
+            raise ValueError(f"its columns are {self.columns}, expected {', '.join(_KINDS)}")
+        if doubled := given_twice(self.domain_names):
+            raise ValueError(f"it names the domain '{doubled[0]}' twice")
+        return self
 
 
 @dataclass(frozen=True)
