@@ -10,29 +10,28 @@ Damage is an `InputError` with file and line (or row). File and block size alone
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import zstandard
 
 from megamix.core.errors import InputError
 from megamix.prepare import parquet
+from megamix.prepare.kinds import (
+    DAMAGED,
+    MAX_DOCUMENT_BYTES,
+    decompressed,
+    is_compressed,
+    is_one_document,
+    is_parquet,
+)
 
 TEXT_KEY = "text"
 BLOCK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 1 << 30
-"""A longer line or .txt file is refused: a document has to fit in memory several times over."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_READ_BYTES = 1 << 18
-_ZSTD_BYTES = 1 << 9  # at most 22 MB of text
-_COMPRESSED = (".gz", ".zst")
-_DAMAGED_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Block:
         try:
             if self.row_bytes is not None:
                 return self._rows(self.row_bytes)
-            if self.path.endswith(".txt"):
+            if is_one_document(self.path):
                 return self._whole()
             start, data = self._lines()
         except OSError as error:
@@ -141,7 +140,7 @@ class Block:
             raise InputError(
                 f"{self._where(place)}: not valid JSON ({error}). Expected one JSON object a line."
             ) from error
-        text = record.get(text_key) if isinstance(record, dict) else None
+        text = _looked_up(record, text_key)
         if not isinstance(text, str):
             raise InputError(_no_text(self._where(place), record, text_key))
         if b"\\u" in line:
@@ -155,13 +154,27 @@ class Block:
         return text
 
 
+_ABSENT = object()
+
+
+def _looked_up(record: object, text_key: str) -> object:
+    """What a record has under a key; under ``a.b``, if there is no such key, what its object ``a`` has under ``b``."""
+    if not isinstance(record, dict):
+        return _ABSENT
+    if text_key in record:
+        return record[text_key]
+    first, dot, rest = text_key.partition(".")
+    return _looked_up(record.get(first), rest) if dot else _ABSENT
+
+
 def _no_text(where: str, record: object, text_key: str) -> str:
     if not isinstance(record, dict):
         return f"{where}: holds {type(record).__name__}, expected an object with the key '{text_key}'."
-    if text_key not in record:
+    found = _looked_up(record, text_key)
+    if found is _ABSENT:
         seen = ", ".join(sorted(record)[:8]) or "none"
         return f"{where}: no key '{text_key}' (keys: {seen}). Fix the line, or choose another key."
-    return f"{where}: '{text_key}' is {type(record[text_key]).__name__}, expected a string. Fix the line."
+    return f"{where}: '{text_key}' is {type(found).__name__}, expected a string. Fix the line."
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
@@ -176,7 +189,7 @@ def _too_long(where: str) -> str:
 def _lines_before(path: str, place: int) -> int:
     found = read = 0
     with open(path, "rb") as file:
-        for data in _decompressed(file, path):
+        for data in decompressed(file, path):
             found += data.count(b"\n", 0, place - read)
             read += len(data)
             if read >= place:
@@ -198,7 +211,7 @@ class Piece:
     @property
     def seekable(self) -> bool:
         """Whether a block can be read without the blocks before it."""
-        return self.group is None and not self.path.endswith((*_COMPRESSED, ".txt"))
+        return self.group is None and not is_compressed(self.path) and not is_one_document(self.path)
 
 
 def pieces_of(path: str | Path, file: int = 0, text_key: str = TEXT_KEY) -> list[Piece]:
@@ -208,7 +221,7 @@ def pieces_of(path: str | Path, file: int = 0, text_key: str = TEXT_KEY) -> list
         InputError: A parquet file that is damaged or has no column ``text_key`` of strings.
     """
     path = str(path)
-    if path.endswith(".parquet"):
+    if is_parquet(path):
         return [Piece(path, file, group.num_bytes, group) for group in parquet.row_groups(path, text_key)]
     return [Piece(path, file, Path(path).stat().st_size)]
 
@@ -235,7 +248,7 @@ def read_piece(
     """
     if piece.group is not None:
         blocks = _read_rows(piece, piece.group, index, text_key, block_bytes)
-    elif piece.path.endswith(".txt"):
+    elif is_one_document(piece.path):
         blocks = iter([Block(piece.path, piece.file, (index, 0), 0, 0, piece.num_bytes)])
     elif piece.seekable:
         for number in range(first, -(-piece.num_bytes // block_bytes)):
@@ -265,7 +278,7 @@ def _read_compressed(piece: Piece, index: int, block_bytes: int) -> Iterator[Blo
     number = start = size = done = position = 0
     try:
         with open(path, "rb") as file:
-            for data in _decompressed(file, path):
+            for data in decompressed(file, path):
                 position = file.tell()
                 pieces.append(data)
                 size += len(data)
@@ -279,11 +292,11 @@ def _read_compressed(piece: Piece, index: int, block_bytes: int) -> Iterator[Blo
                 number, start, done = number + 1, start + len(block), position
                 pieces = [data[cut:]]
                 size = len(pieces[0])
-    except _DAMAGED_STREAM as error:
-        if "too much memory" in str(error):
+    except DAMAGED as error:
+        if "too much memory" in str(error) or "emory usage limit" in str(error):
             raise InputError(
                 f"{path}: its frames need a window of more than {MAX_DOCUMENT_BYTES >> 20} MiB to decompress. Compress it"
-                " anew without --long=31."
+                " anew with a smaller one (of zstd: without --long=31)."
             ) from error
         line = _lines_before_damage(path)
         raise InputError(
@@ -299,40 +312,11 @@ def _lines_before_damage(path: str) -> int:
     found = 0
     try:
         with open(path, "rb") as file:
-            for data in _decompressed(file, path):
+            for data in decompressed(file, path):
                 found += data.count(b"\n")
-    except _DAMAGED_STREAM:
+    except DAMAGED:
         pass
     return found
-
-
-def _decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
-    if path.endswith(".gz"):
-        stream = gzip.GzipFile(fileobj=file)
-        while data := stream.read1(_READ_BYTES):
-            yield data
-    elif path.endswith(".zst"):
-        yield from _zstd(file)
-    else:
-        while data := file.read(_READ_BYTES):
-            yield data
-
-
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    """Decompresses all frames. zstandard's own reader takes a cut frame for the end of the file.
-
-    The input goes in by small pieces: one block of 3 bytes may stand for 128 KiB of text.
-    """
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_DOCUMENT_BYTES)
-    frame = None
-    while data := file.read(_ZSTD_BYTES):
-        while data:
-            frame = decompressor.decompressobj(write_size=_READ_BYTES << 2) if frame is None or frame.eof else frame
-            if text := frame.decompress(data):
-                yield text
-            data = frame.unused_data if frame.eof else b""
-    if frame is not None and not frame.eof:
-        raise EOFError("the last frame has no end")
 
 
 def iter_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[str]:

@@ -42,7 +42,7 @@ def prepare(
     ] = False,
     seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
     text_key: Annotated[
-        str, typer.Option(help="The key of the text in .jsonl files, the column in .parquet.")
+        str, typer.Option(help="The key of the text in .jsonl files (data.text: in an object), the column in .parquet.")
     ] = "text",
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts of the work; `merge` joins them.")
@@ -51,7 +51,7 @@ def prepare(
         bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
     ] = False,
 ) -> None:
-    """Tokenise text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet) into Megatron's .bin/.idx files, one pair per
+    """Tokenise text (.txt, .parquet; .jsonl or .ndjson, also .gz, .zst, .bz2, .xz) into Megatron's .bin/.idx files, one pair per
     domain and split. Killed and started again, it goes on.
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096

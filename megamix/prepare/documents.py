@@ -16,19 +16,18 @@ from megamix.core.paths import expand
 from megamix.core.text import listed, plural
 from megamix.data.domain_names import check_domain_name
 from megamix.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
+from megamix.prepare.kinds import (
+    COMPRESSED,
+    IN_FOLDERS,
+    IN_FOLDERS_SAID,
+    MAGIC,
+    READABLE,
+    ending,
+    is_compressed,
+    is_one_document,
+    is_parquet,
+)
 
-# A folder may hold other files, such as a report in .json.
-_IN_FOLDERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-_READABLE = (*_IN_FOLDERS, ".json", ".json.gz", ".json.zst")
-_READ_KINDS = (".gz", ".zst", ".parquet")
-_MAGIC = {
-    ".gz": b"\x1f\x8b",
-    ".zst": b"\x28\xb5\x2f\xfd",
-    ".parquet": b"PAR1",
-    ".xz": b"\xfd7zXZ\x00",
-    ".bz2": b"BZh91AY&SY",
-    ".zip": b"PK\x03\x04",
-}
 _MAX_SKIPPED_BYTES = 1 << 26  # of a compressed file that a sample may read
 
 
@@ -37,7 +36,7 @@ def find_inputs(specs: Sequence[str], out: Path | None = None) -> dict[str, list
 
     Args:
         specs: Each is ``name=path[,path...]``, where a path may be a file, a glob or a folder (searched recursively),
-            or a folder whose entries are the domains: ``<domain>.jsonl[.gz|.zst]``, ``<domain>.parquet``,
+            or a folder whose entries are the domains: ``<domain>.jsonl``, ``<domain>.parquet``,
             ``<domain>.txt``, or a sub-folder ``<domain>/`` of such files. In a folder, hidden files and files of
             other kinds are left out.
         out: Output folder, which is no input where it lies in one.
@@ -90,7 +89,7 @@ class _Search:
             for entry in sorted(self._entries(folder)):
                 if entry.is_dir():
                     yield entry.name, self._files_below(entry)
-                elif suffix := _suffix(entry, _IN_FOLDERS):
+                elif suffix := ending(entry, IN_FOLDERS):
                     yield entry.name.removesuffix(suffix), [entry]
                 else:
                     self._pass_over(folder, entry)
@@ -111,7 +110,7 @@ class _Search:
                 "%s: %s passed over, not of a kind that is read in a folder (%s): %s. Name what is text: name=FILES",
                 folder,
                 plural(len(names), "file"),
-                ", ".join(_IN_FOLDERS),
+                IN_FOLDERS_SAID,
                 listed(sorted(names), 5),
             )
 
@@ -125,8 +124,10 @@ class _Search:
         if not paths:
             raise InputError(f"domain '{name}': no file matches '{pattern}'. Check the path.")
         for path in paths:
-            if not _suffix(path, _READABLE):
-                raise InputError(f"domain '{name}': {path} is of an unknown kind. Known: {', '.join(_READABLE)}.")
+            if not ending(path, READABLE):
+                raise InputError(
+                    f"domain '{name}': {path} is of an unknown kind. Known: {IN_FOLDERS_SAID}; also .json, of lines."
+                )
         return paths
 
     def _files_below(self, folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
@@ -137,7 +138,7 @@ class _Search:
         for entry in self._entries(folder):
             if entry.is_dir():
                 paths += [path for path in self._files_below(entry, (*above, here)) if path != entry]
-            elif _suffix(entry, _IN_FOLDERS):
+            elif ending(entry, IN_FOLDERS):
                 paths.append(entry)
             else:
                 self._pass_over(folder, entry)
@@ -165,14 +166,10 @@ class _Search:
             )
 
 
-def _suffix(path: Path, known: Sequence[str]) -> str | None:
-    return next((suffix for suffix in known if path.name.endswith(suffix)), None)
-
-
 def _check_readable(name: str, paths: list[Path]) -> None:
     if paths[0].is_dir():
         raise InputError(
-            f"domain '{name}': the folder {paths[0]} holds no {', '.join(_IN_FOLDERS)} file. Remove it, or name its"
+            f"domain '{name}': the folder {paths[0]} holds no file to read: {IN_FOLDERS_SAID}. Remove it, or name its"
             f" files ({name}=FILES)."
         )
     for path in paths:
@@ -181,14 +178,18 @@ def _check_readable(name: str, paths: list[Path]) -> None:
                 what = "a pipe" if path.is_fifo() else "no regular file"
                 raise InputError(f"domain '{name}': {path} is {what}, expected a file. Write its text to one.")
             with open(path, "rb") as file:
-                head = file.read(max(map(len, _MAGIC.values())))
+                head = file.read(max(map(len, MAGIC.values())))
         except OSError as error:
             raise InputError(f"domain '{name}': cannot read {path}: {error.strerror or error}.") from error
-        for kind, magic in _MAGIC.items():
-            if head.startswith(magic) and not path.name.endswith(kind):
+        for kind, magic in MAGIC.items():
+            if head.startswith(magic) and not ending(path, (kind,)):
                 raise InputError(
                     f"domain '{name}': {path} begins as a {kind} file does. "
-                    + (f"Give its name that ending: {path.name}{kind}." if kind in _READ_KINDS else "Unpack it.")
+                    + (
+                        f"Give its name that ending: {path.name}{kind}."
+                        if kind in (*COMPRESSED, ".parquet")
+                        else "Unpack it."
+                    )
                 )
     if not any(path.stat().st_size for path in paths):
         raise InputError(f"domain '{name}' is empty: {paths[0]} has 0 bytes. Remove the domain or give it text.")
@@ -215,9 +216,9 @@ def sample_texts(paths: Sequence[Path], *, num_bytes: int, text_key: str = TEXT_
         pieces[file].append(position - (ends[file] - sizes[file]))
     empty = True
     for path, size, offsets in zip(paths, sizes, pieces, strict=True):
-        if str(path).endswith((".gz", ".zst")):
+        if is_compressed(path):
             texts = _sample_compressed(path, size, len(offsets) * piece_bytes, text_key) if offsets else iter(())
-        elif str(path).endswith(".parquet"):
+        elif is_parquet(path):
             texts = _sample_parquet(path, len(offsets), piece_bytes, text_key)
         elif ends[-1] <= num_bytes:
             texts = iter_documents(path, text_key)
@@ -237,7 +238,7 @@ def _sample_at(path: Path, offset: int, num_bytes: int, text_key: str) -> Iterat
         if offset:
             file.readline()  # the rest of a line that began earlier
         data = file.read(num_bytes)
-        if path.name.endswith(".txt"):
+        if is_one_document(path):
             yield data.decode("utf-8", errors="ignore")
             return
         data += file.readline()

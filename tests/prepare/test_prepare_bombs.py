@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,27 +14,33 @@ import zstandard
 
 from megamix.core.errors import InputError
 from megamix.data.tokens.tokenizer import TokenizerSpec
-from megamix.prepare import blocks
+from megamix.prepare import blocks, kinds
 from megamix.prepare.blocks import iter_documents
 
 MIB = 1 << 20
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gz": partial(gzip.compress, compresslevel=1),
+    "zst": zstandard.compress,
+    "bz2": bz2.compress,
+    "xz": partial(lzma.compress, preset=0),
+}
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("suffix", PACK)
 def test_one_line_of_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     """What is held at once stays near the limit, though the file would be 2^6 times as much."""
     monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 2 * MIB)
     path = tmp_path / f"x.jsonl.{suffix}"
     data = b'{"text": "' + b"a" * (128 * MIB) + b'"}\n'
-    path.write_bytes(gzip.compress(data, 1) if suffix == "gz" else zstandard.compress(data))
-    decompressed, sizes = blocks._decompressed, []
+    path.write_bytes(PACK[suffix](data))
+    decompressed, sizes = blocks.decompressed, []
 
     def watched(file, path):
         for piece in decompressed(file, path):
             sizes.append(len(piece))
             yield piece
 
-    monkeypatch.setattr(blocks, "_decompressed", watched)
+    monkeypatch.setattr(blocks, "decompressed", watched)
     with pytest.raises(InputError, match=r"x.jsonl.\w+, line 1: longer than 2 MiB, the most a document may have"):
         list(iter_documents(path))
     assert max(sizes) < 24 * MIB
@@ -49,6 +59,15 @@ def test_windows(tmp_path: Path) -> None:
         assert list(iter_documents(path)) == ["one"]
     path.write_bytes(frame(31, line))
     with pytest.raises(InputError, match=r"its frames need a window of more than 1024 MiB to decompress"):
+        list(iter_documents(path))
+
+
+def test_a_window_of_xz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl.xz"
+    path.write_bytes(lzma.compress(b'{"text": "one"}\n'))  # a dictionary of 8 MiB
+    assert list(iter_documents(path)) == ["one"]
+    monkeypatch.setattr(kinds, "MAX_DOCUMENT_BYTES", MIB)
+    with pytest.raises(InputError, match=r"its frames need a window of more than"):
         list(iter_documents(path))
 
 

@@ -3,9 +3,12 @@ refused by name before anything is written."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +58,10 @@ def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
         ("a.jsonl.gz", gzip.compress(jsonl(["x"]), mtime=0) + b"rest", r"a\.jsonl\.gz, line 2: .*damaged"),
         ("a.jsonl.zst", zstandard.compress(jsonl(["x"] * 50))[:-5], r"a\.jsonl\.zst, line \d+: .*cut short"),
         ("a.jsonl.zst", zstandard.compress(jsonl(["x"])) + b"rest", r"a\.jsonl\.zst, line 2: .*damaged"),
+        ("a.jsonl.bz2", bz2.compress(jsonl(["x"] * 50))[:-5], r"a\.jsonl\.bz2, line \d+: .*cut short"),
+        ("a.jsonl.bz2", b"BZh91AY&SYplain", r"a\.jsonl\.bz2, line 1: .*damaged"),
+        ("a.ndjson.xz", lzma.compress(jsonl(["x"] * 50))[:-5], r"a\.ndjson\.xz, line \d+: .*cut short"),
+        ("a.ndjson.xz", lzma.compress(jsonl(["x"])) + b"rest", r"a\.ndjson\.xz, line 2: .*damaged"),
     ],
 )
 def test_damaged_input(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -65,6 +72,50 @@ def test_damaged_input(tmp_path: Path, name: str, data: bytes, message: str) -> 
     with pytest.raises(InputError, match=message):
         prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="train:300", workers=1, progress=False)
     assert not list((tmp_path / "out").rglob("*.bin*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl", bytes),
+        ("a.ndjson", bytes),
+        ("A.JSONL", bytes),
+        ("a.JSONL.GZ", gzip.compress),
+        ("a.ndjson.zst", zstandard.compress),
+        ("a.jsonl.bz2", bz2.compress),
+        ("a.jsonl.xz", lzma.compress),
+    ],
+)
+def test_every_ending(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    """Found in a folder, under the domain's name; also of two compressed streams in one file, in blocks and sampled."""
+    given = [f"text number {number} " * 20 for number in range(4000)]
+    (tmp_path / name).write_bytes(pack(jsonl(given[:1500])) + pack(jsonl(given[1500:])))
+    ((domain, paths),) = find_inputs([str(tmp_path)]).items()
+    assert (domain, paths) == (name.partition(".")[0], [tmp_path / name])
+    assert list(iter_documents(paths[0])) == given
+    blocks = list(read_piece(*pieces_of(paths[0]), block_bytes=1 << 16))
+    assert len(blocks) > 3
+    assert [text for block in blocks for text in block.documents().texts] == given
+    assert sum(block.file_bytes for block in blocks) == paths[0].stat().st_size
+    assert set() < set(sample_texts(paths, num_bytes=1 << 18)) <= set(given)
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "text"),
+    [
+        ('{"text": "x"}', "text", "x"),
+        ('{"data": {"text": "x"}}', "data.text", "x"),
+        ('{"a": {"b": {"c": "x"}}}', "a.b.c", "x"),
+        ('{"a.b": "x", "a": {"b": "y"}}', "a.b", "x"),
+        ('{"a": {"b.c": "x"}}', "a.b.c", "x"),
+    ],
+)
+def test_a_key_of_an_object_in_an_object(tmp_path: Path, record: str, key: str, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(record + "\n")
+    assert list(iter_documents(path, key)) == [text]
+    with pytest.raises(InputError, match=rf"line 1: no key '{key}\.z'"):
+        list(iter_documents(path, f"{key}.z"))
 
 
 def test_line_of_damage_in_a_later_block(tmp_path: Path) -> None:

@@ -80,12 +80,12 @@ def test_files_passed_over_are_said(tmp_path: Path, logged: list[str]) -> None:
     part.mkdir()
     (part / "part-0.jsonl").write_bytes(jsonl(texts(20)))
     (part / "part-1.json.gz").write_bytes(gzip.compress(jsonl(texts(20))))
-    (part / "part-2.JSONL").write_bytes(jsonl(texts(20)))
+    (part / "part-2.csv").write_bytes(jsonl(texts(20)))
     (part / ".hidden.jsonl").write_text("")
     assert find_inputs([f"x={part}"]) == {"x": [part / "part-0.jsonl"]}
     (line,) = logged
     assert line.startswith(f"{part}: 2 files passed over")
-    assert "part-1.json.gz, part-2.JSONL" in line
+    assert "part-1.json.gz, part-2.csv" in line
     logged.clear()
     find_inputs([str(tmp_path)])
     assert [line.split(":")[0] for line in logged] == [str(part)]
@@ -258,7 +258,8 @@ def test_any_name_and_its_folder(tmp_path: Path) -> None:
         ("x.jsonl", gzip.compress(b"{}", mtime=0), r"begins as a .gz file does. Give its name that ending: x.jsonl.gz"),
         ("x.txt", b"\x28\xb5\x2f\xfd\x00", r"begins as a .zst file does. Give its name that ending: x.txt.zst"),
         ("x.jsonl", b"PAR1\x15", r"begins as a .parquet file does"),
-        ("x.jsonl.gz", b"\xfd7zXZ\x00", r"begins as a .xz file does. Unpack it"),
+        ("x.jsonl.gz", b"\xfd7zXZ\x00", r"begins as a .xz file does. Give its name that ending"),
+        ("x.jsonl", b"PK\x03\x04", r"begins as a .zip file does. Unpack it"),
     ],
 )
 def test_a_compressed_file_under_another_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
