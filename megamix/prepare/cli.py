@@ -51,8 +51,8 @@ def prepare(
         bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
     ] = False,
 ) -> None:
-    """Tokenise text (.txt, .parquet; .jsonl or .ndjson, also .gz, .zst, .bz2, .xz) into Megatron's .bin/.idx files, one pair per
-    domain and split. Killed and started again, it goes on.
+    """Tokenise text (.txt, .parquet; .jsonl or .ndjson, also .gz, .zst, .bz2, .xz) into Megatron's .bin/.idx files, one
+    pair per domain and split. Killed and started again, it goes on.
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
     """
