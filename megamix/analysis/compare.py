@@ -20,7 +20,7 @@ from pathlib import Path
 from megamix.analysis.labels import run_names
 from megamix.analysis.paired import Interval, t_interval
 from megamix.analysis.series import first_step_at, objective_losses, worst
-from megamix.analysis.variants import check_comparable, variant_names
+from megamix.analysis.variants import at_equal_tokens, check_comparable, variant_names
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import replace_file
 from megamix.core.text import ABSENT, Report, Table, number, plural
@@ -44,8 +44,9 @@ class RunResult:
 
     Attributes:
         name: short, from its directory.
-        objective, macro, worst, micro: validation loss after the last step: by the objective, mean over domains, of the
-            worst domain, weighted by natural share; None where a domain's natural share is not known.
+        objective, macro, worst, micro: validation loss after the last step, or where runs of different lengths are cut:
+            by the objective, mean over domains, of the worst domain, weighted by natural share; None where a domain's
+            natural share is not known.
         target: the objective loss to reach; None where there is none for this seed.
         steps, tokens: when the target was reached, on the line between two evaluations; None where it was not.
         curve: (tokens, objective loss) of every evaluation that has one.
@@ -85,7 +86,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs and summaries of their variants; the baseline comes first. All runs have the same ``objective``."""
+    """Runs and summaries of their variants; the baseline comes first. All runs have the same ``objective``.
+
+    Attributes:
+        cut: where runs of different lengths are compared; None where they have the same.
+    """
 
     runs: list[RunResult]
     summaries: list[Summary]
@@ -93,6 +98,7 @@ class Comparison:
     target: float | None
     objective: str
     written: list[Path]
+    cut: str | None = None
 
     def report(self) -> Report:
         """Two tables, and how to read them."""
@@ -105,6 +111,8 @@ class Comparison:
                 else f"the objective loss that {self.baseline} ends with at the same seed."
             )
         )
+        if self.cut is not None:
+            words += f"\n{self.cut}"
         files = ["\n".join(map(str, self.written))] if self.written else []
         return Report([self._runs_table(), self._variants_table(), words, *files])
 
@@ -152,12 +160,12 @@ def compare(
         out: folder for tables and a figure; None writes nothing.
 
     Raises:
-        InputError: fewer than two runs, runs that were evaluated on different samples or at different lengths, two of
-            the same variant and seed, an unknown baseline, or a folder that cannot be written.
+        InputError: fewer than two runs, runs that were evaluated on different samples or never after equally many
+            tokens, two of the same variant and seed, an unknown baseline, or a folder that cannot be written.
     """
     if len(run_dirs) < 2:
         raise InputError(f"{plural(len(run_dirs), 'run is', 'runs are')} given. Name at least two to compare.")
-    runs = [RecordedRun.open(Path(run_dir)) for run_dir in run_dirs]
+    runs, cut = at_equal_tokens([RecordedRun.open(Path(run_dir)) for run_dir in run_dirs])
     check_comparable(runs)
     variants = variant_names(runs)
     _refuse_repeated(runs, variants)
@@ -178,7 +186,7 @@ def compare(
     summaries = [_summary(results, variant, metric, base) for variant in order for metric in METRICS]
     aim = objective_name(runs[0].config.objective)
     written = [] if out is None else _write(out, results, summaries, order, aim)
-    return Comparison(results, summaries, base, target, aim, written)
+    return Comparison(results, summaries, base, target, aim, written, cut)
 
 
 def _refuse_repeated(runs: Sequence[RecordedRun], variants: Sequence[str]) -> None:

@@ -40,6 +40,11 @@ def run_look(index: int) -> Look:
     return RUNS[index % len(RUNS)], DASHES[index // len(RUNS) % len(DASHES)]
 
 
+def root_top(highest: float) -> float:
+    """The end of an axis of weights on a square-root scale: the first tick that none is above."""
+    return next((tick for tick in ROOT_TICKS[1:] if tick >= highest), highest)
+
+
 def needs_root_scale(highest: float, median: float) -> bool:
     """Whether the largest weight would press the others flat on a linear axis."""
     return highest > 5 * median

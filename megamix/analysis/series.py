@@ -223,6 +223,17 @@ def objective_losses(run: RecordedRun) -> list[float | None]:
     return [weighted_loss(weights, line["domain_loss"]) for line in run.evaluations]
 
 
+def equal_tokens(runs: Sequence[RecordedRun]) -> int | None:
+    """The most tokens after which all runs were evaluated; None where there are none but 0."""
+    shared = set.intersection(*({line["tokens"] for line in run.evaluations} for run in runs)) - {0}
+    return max(shared, default=None)
+
+
+def up_to(run: RecordedRun, tokens: int) -> RecordedRun:
+    """The run with its evaluations after at most ``tokens``."""
+    return replace(run, evaluations=[line for line in run.evaluations if line["tokens"] <= tokens])
+
+
 def first_step_at(curve: Sequence[tuple[int, float]], target: float) -> float | None:
     """The step at which a loss first comes down to ``target``, on the line between two evaluations."""
     before: tuple[int, float] | None = None

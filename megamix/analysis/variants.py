@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megamix.analysis.series import equal_tokens, up_to
 from megamix.core.errors import InputError
+from megamix.core.text import listed
 from megamix.mixing.shadow import shadow_names
 from megamix.training.config import RunConfig
 from megamix.training.mixture import mixture_of
@@ -20,25 +22,47 @@ _WITHOUT_EFFECT = (
 
 
 def check_comparable(runs: Sequence[RecordedRun]) -> None:
-    """Raises InputError unless all runs were evaluated on the same samples, on every domain, after equally many
-    tokens."""
+    """Raises InputError unless all runs were evaluated on the same samples and on every domain."""
     first, wanted = runs[0], None
     for run in runs:
-        if not run.evaluations or run.evaluations[-1]["step"] == 0:
-            raise InputError(f"{run.run_dir} has no evaluation after training. Let it reach one (evaluate.every).")
         seen = _evaluation(run)
         wanted = seen if wanted is None else wanted
         for what in wanted:
             if None not in (seen[what], wanted[what]) and seen[what] != wanted[what]:
                 raise InputError(
                     f"{run.run_dir} and {first.run_dir} were not evaluated alike: {what} is {seen[what]} and "
-                    f"{wanted[what]}. Compare runs with the same held-out samples and the same length."
+                    f"{wanted[what]}. Compare runs with the same held-out samples."
                 )
         lost = [name for name, loss in run.evaluations[-1]["domain_loss"].items() if loss is None]
         if lost:
             raise InputError(
                 f"{run.run_dir}: the last validation loss of '{lost[0]}' is not finite, so it has no mean."
             )
+
+
+def at_equal_tokens(runs: Sequence[RecordedRun]) -> tuple[list[RecordedRun], str | None]:
+    """The runs with their evaluations up to the most tokens after which all have one, and what that leaves out.
+
+    Raises:
+        InputError: a run without an evaluation after training, or runs that were never evaluated after equally many
+            tokens.
+    """
+    for run in runs:
+        if not run.evaluations or run.evaluations[-1]["step"] == 0:
+            raise InputError(f"{run.run_dir} has no evaluation after training. Let it reach one (evaluate.every).")
+    tokens, ends = equal_tokens(runs), [run.evaluations[-1]["tokens"] for run in runs]
+    if tokens is None:
+        said = listed(sorted({f"{end:,}" for end in ends}))
+        raise InputError(
+            f"the runs end after {said} tokens, and no number of tokens is one after which all were evaluated. Compare runs whose "
+            "evaluations (evaluate.every x train.global_batch x data.seq_length) meet."
+        )
+    if set(ends) == {tokens}:
+        return list(runs), None
+    return [up_to(run, tokens) for run in runs], (
+        f"the runs end after {min(ends):,} to {max(ends):,} tokens and are compared after {tokens:,}, the most after which all "
+        "were evaluated; one whose learning rate falls later is not at its best there."
+    )
 
 
 def _evaluation(run: RecordedRun) -> dict[str, Any]:
@@ -50,7 +74,6 @@ def _evaluation(run: RecordedRun) -> dict[str, Any]:
         "the objective": objective_name(config.objective),
         "the objective's weights": ", ".join(f"{name} {weight:.4g}" for name, weight in sorted(run.objective().items()))
         or None,
-        "the last evaluation's number of tokens": last["tokens"],
         "data.seq_length": config.data.seq_length,
         "evaluate.samples": config.evaluate.samples,
         "data.eod_mask_loss": config.data.eod_mask_loss,

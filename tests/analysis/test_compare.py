@@ -221,13 +221,35 @@ def test_seeds_that_only_one_side_has(tmp_path: Path) -> None:
         ({"evaluate": {"batches": 3}}, "evaluate.samples is 12 and 64"),
         ({"objective": "uniform"}, "the objective is uniform and natural"),
         ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss is True and False"),
-        ({"steps": 30}, "number of tokens is 3840 and 5120"),
         ({"steps": 0, "train": {"steps": 1}}, "has no evaluation after training"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     runs = [write_run(tmp_path, "static", 1), write_run(tmp_path, "odm", 1, **change)]
     with pytest.raises(InputError, match=message):
+        compare(runs)
+
+
+def test_runs_of_different_lengths_are_compared_at_equal_tokens(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "static", 1), write_run(tmp_path, "odm", 1, steps=30)]
+    found = compare(runs)
+    rows = {run.variant: run for run in found.runs}
+    assert len(rows) == 2
+    for run, variant in zip(found.runs, ("static", "odm"), strict=True):
+        at_30 = losses(variant, 1, 30)
+        assert (run.macro, run.worst) == pytest.approx((np.mean(list(at_30.values())), max(at_30.values())), rel=1e-14)
+        assert run.curve[-1][0] == 30 * BATCH * SEQ
+        assert run.objective == pytest.approx(np.dot([0.5, 0.3, 0.2], list(at_30.values())), rel=1e-14)
+        assert run.target == pytest.approx(np.dot([0.5, 0.3, 0.2], list(losses("static", 1, 30).values())), rel=1e-14)
+    assert "the runs end after 3,840 to 5,120 tokens and are compared after 3,840" in found.report().text()
+    metrics = runs[1] / "metrics.jsonl"
+    moved = [
+        {**json.loads(line), "tokens": json.loads(line)["tokens"] + 1} for line in metrics.read_text().splitlines()
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in moved))
+    with pytest.raises(
+        InputError, match=r"end after 3,841, 5,120 tokens, and no number of tokens is one after which all"
+    ):
         compare(runs)
 
 

@@ -10,7 +10,7 @@ import pytest
 from recorded_runs import BATCH, SEQ, write_config
 
 from megamix.analysis.inspect import inspect_path
-from megamix.analysis.movers import MOST, top_movers
+from megamix.analysis.movers import MOST, PROMINENT, prominent, top_movers
 from megamix.analysis.plots.figures import weights_figure
 from megamix.analysis.plots.shares import proportions_figure
 from megamix.analysis.report.page import report_page
@@ -67,9 +67,20 @@ def test_the_page_stays_small_and_its_means_are_of_all(run: RecordedRun) -> None
     assert "40 domains of 300: those whose weights moved most; means" in page
     assert len(page) < 400_000
     assert len(re.findall(r'<th scope="row"><i class="swatch', page)) == MOST
+    assert len(re.findall(r'<path class="line d\d+ quiet"', page)) == MOST - PROMINENT
+    assert len(re.findall(r'<span class="end ', page)) == 2 * PROMINENT  # stacked, and each
+    assert page.count(" data-pick=") == MOST
+    assert "12 of 40 domains, those whose weights moved most, have full colour" in page
     last = run.evaluations[-1]["macro_loss"]
     assert f'data-key="macro" data-value="{last!r}"' in page
     assert json.loads(page.split('id="data">')[1].split("</script>")[0])["mean:macro"]["y"][0][-1] == last
+
+
+def test_the_prominent_are_those_whose_weights_moved_most_in_any_run(run: RecordedRun) -> None:
+    assert prominent([run], MOST) == {NAMES[index] for index in MOVERS}
+    drawn = top_movers([run])
+    assert len(prominent(drawn)) == PROMINENT
+    assert prominent(drawn) <= {NAMES[index] for index in MOVERS}
 
 
 def test_inspect_shows_the_rows_that_moved_most(run: RecordedRun) -> None:

@@ -329,12 +329,41 @@ def test_axes_have_round_ticks(inside: bool) -> None:
         assert min(abs(lead - factor) for factor in (1, 2, 2.5, 5)) < 1e-3
 
 
+def test_no_loss_is_cut_off_and_the_top_of_every_axis_has_a_number(data: Path, tmp_path: Path) -> None:
+    """Training losses far above the validation losses, from the first evaluation after the start on."""
+    write_run(tmp_path, data)
+    metrics = lines_of(tmp_path, "metrics.jsonl")
+    for line in metrics:
+        if line["event"] == "train":
+            line["domain_loss"]["web"] = 30.0 if line["step"] < 20 else 9.0 - line["step"] / 100
+    rewrite(tmp_path, "metrics.jsonl", metrics)
+    text = write_report([tmp_path]).read_text()
+    assert "<svg width" not in text, "no picture inside of a picture, which would cut"
+    figures = re.findall(r'<figure class="chart.*?</figure>', text, re.DOTALL)
+    assert len(figures) == 2 + 4 + 3  # weights, means, domains
+    for figure in figures:
+        assert figure.count("bottom:100%") == 1
+    (web,) = (figure for figure in figures if "web: validation loss" in figure)
+    path = re.findall(r'<path class="thin r0" d="M(\d+) (\d+)([^"]*)"', web)
+    assert len(path) == 1
+    heights = np.cumsum([int(path[0][1]), *(int(dy) for dy in re.findall(r"l-?\d+ (-?\d+)", path[0][2]))])
+    assert len(heights) == 5  # of steps 20 to 40
+    top = float(re.findall(r'bottom:100%">([\d.]+)<', web)[0])
+    bottom = float(re.findall(r'bottom:0%">([\d.]+)<', web)[0])
+    wanted = [9.0 - step / 100 for step in range(20, 41, 5)]
+    assert top < 30
+    assert bottom + (1 - heights / HEIGHT) * (top - bottom) == pytest.approx(wanted, abs=(top - bottom) / HEIGHT)
+
+
 # Several runs, and runs that lack something. -------------------------------------------------------------------------
 
 
 def test_several_runs_are_laid_over_each_other(data: Path, one: tuple[Path, list[int], str], tmp_path: Path) -> None:
     run = one[0]
     write_run(tmp_path / "other", data, steps=20)
+    metrics = lines_of(tmp_path / "other", "metrics.jsonl")
+    worse = [{**line, "domain_loss": {k: v and v + 0.5 for k, v in line["domain_loss"].items()}} for line in metrics]
+    rewrite(tmp_path / "other", "metrics.jsonl", worse)
     path = tmp_path / "other" / "config.resolved.yaml"
     config = yaml.safe_load(path.read_text())
     config["mixer"]["preset"] = "paper"
@@ -343,8 +372,10 @@ def test_several_runs_are_laid_over_each_other(data: Path, one: tuple[Path, list
     drawn, page = data_of(text), Page(text)
     assert [name for name, _ in drawn["loss:web"]["rows"]] == ["first", "other"]
     assert [len(tokens) for tokens in drawn["loss:web"]["x"]] == [3, 2]
-    assert "<b>first</b> has the lowest loss by the objective (natural), " in text
-    assert "different numbers of tokens" in text
+    assert (
+        "<b>first</b> has the lowest loss by the objective (natural), 0.5 nats per token below <b>other</b> at " in text
+    )
+    assert "at 2.56k tokens, the most after which all were evaluated." in text
     assert len(page.values("last_loss")) == 6
     last = [lines_of(path, "metrics.jsonl")[-1]["domain_loss"] for path in (run, tmp_path / "other")]
     assert page.values("against") == [last[1][name] - last[0][name] for name in NAMES]

@@ -142,7 +142,9 @@ def weight_axis(axes: Axes, highest: float, median: float) -> None:
         axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
         axes.yaxis.set_major_locator(FixedLocator(palette.ROOT_TICKS))
         axes.set_ylabel("weight (square-root scale)")
-    axes.set_ylim(0, min(highest * 1.06, max(1.0, highest)))
+        axes.set_ylim(0, palette.root_top(highest))
+    else:
+        axes.set_ylim(0, min(highest * 1.06, max(1.0, highest)))
 
 
 def name_lines(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:

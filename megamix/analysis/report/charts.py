@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megamix.analysis.marks import Mark, marks
+from megamix.analysis.movers import prominent
 from megamix.analysis.report.looks import domain_class, run_class, swatch
 from megamix.analysis.report.svg import (
     HEIGHT,
@@ -98,6 +99,11 @@ class Shown:
         """The tokens of the longest run."""
         return nice_axis(0.0, float(max(1, *(recorded_tokens(run) for run in self.runs))), 5, inside=True)
 
+    @cached_property
+    def prominent(self) -> frozenset[str]:
+        """The domains whose lines have names and full colour."""
+        return prominent(self.runs)
+
     @property
     def points(self) -> int:
         """Changes drawn for each run: the page stays small however many there are."""
@@ -118,9 +124,13 @@ def weight_charts(shown: Shown, index: int, series: Series, y: Axis, key: str, w
     )
     lines, ends = _domain_lines(shown, series, y, step_path)
     middle = np.nan_to_num(above[-1] - np.nan_to_num(last) / 2)
-    shares = [End(float(middle[k]), domain, looks[k]) for k, domain in enumerate(series.names) if last[k] > 0]
+    shares = [
+        End(float(middle[k]), domain, looks[k])
+        for k, domain in enumerate(series.names)
+        if last[k] > 0 and domain in shown.prominent
+    ]
     label = f"{what} of {name} over tokens, at the end: {_spoken(series.names, last)}"
-    height = max(300, 13 * len(looks))  # room for the names
+    height = max(300, 13 * len(shown.prominent))  # room for the names
     note = "square-root scale" if y.scale == "sqrt" else ""
     found = marks(shown.runs[index])
     marked = mark_lines(shown.x, found)
@@ -152,13 +162,14 @@ def _add_domains(shown: Shown, series: Series, data: Data, key: str, mode: Liter
 def _domain_lines(
     shown: Shown, series: Series, y: Axis, path: Callable[[Floats, Floats], str]
 ) -> tuple[str, list[End]]:
-    """A line for each domain, and the names at their ends."""
+    """A line for each domain, and the names at the ends of the prominent ones; the others are faint until picked."""
     places, heights = shown.x.at(series.tokens), y.at(series.values)
     lines, ends = "", []
     for k, name in enumerate(series.names):
         look = shown.look(name)
-        lines += f'<path class="line {look}" data-d="{look}" d="{path(places, heights[:, k])}"/>'
-        if np.isfinite(heights[-1, k]):
+        quiet = "" if name in shown.prominent else " quiet"
+        lines += f'<path class="line {look}{quiet}" data-d="{look}" d="{path(places, heights[:, k])}"/>'
+        if np.isfinite(heights[-1, k]) and not quiet:
             ends.append(End(float(heights[-1, k]), name, look))
     return lines, ends
 
@@ -221,19 +232,17 @@ def _loss_chart(
         (i, *((tokens[1:], loss[1:]) if tokens[0] == 0 and len(tokens) > 1 else (tokens, loss)))
         for i, tokens, loss in curves
     ]
-    seen = [value for _, _, loss in drawn for value in loss]
-    # Training losses only where validation is; without any, all of them.
-    limits = seen or [value for _, _, loss in thin for value in loss]
-    margin = 0.08 * (max(limits) - min(limits)) or 0.1
-    y = nice_axis(min(limits) - margin, max(limits) + margin, 3 if small else 4, inside=True)
+    # Training losses from where validation is drawn; without any, all of them.
+    begin = min((tokens[0] for _, tokens, _ in drawn), default=0)
+    thin = [(index, *_from(begin, tokens, loss)) for index, tokens, loss in thin]
+    limits = [value for _, _, loss in (*drawn, *thin) for value in loss]
+    y = nice_axis(min(limits), max(limits), 3 if small else 4)
     x = shown.x if not small else nice_axis(0.0, shown.x.high, 3, inside=True)
     body = "".join(
         f'<path class="thin {run_class(index)}" d="{line_path(x.at(np.array(tokens)), y.at(np.array(loss)))}"/>'
         for index, tokens, loss in thin
         if loss
     )
-    # What lies outside of the scale is cut off; dots at the edge are not.
-    body = f'<svg width="{WIDTH}" height="{HEIGHT}" preserveAspectRatio="none">{body}</svg>' if body else ""
     for index, tokens, loss in drawn:
         places, heights = x.at(np.array(tokens)), y.at(np.array(loss))
         body += f'<path class="line {run_class(index)}" d="{line_path(places, heights)}"/>'
@@ -247,6 +256,12 @@ def _loss_chart(
         look=shown.look(column) if small else "", note=note, height=120 if small else 200,
         size="small" if small else "",
     ).html()  # fmt: skip
+
+
+def _from(begin: int, tokens: Sequence[int], loss: Sequence[float]) -> tuple[list[int], list[float]]:
+    """The part of a curve from ``begin`` on."""
+    kept = [(at, value) for at, value in zip(tokens, loss, strict=True) if at >= begin]
+    return [at for at, _ in kept], [value for _, value in kept]
 
 
 _NOTES = {

@@ -14,14 +14,16 @@ from megamix.analysis.movers import movers_note, top_movers
 from megamix.analysis.report import charts
 from megamix.analysis.report.charts import Data, Shown
 from megamix.analysis.report.looks import rules, run_class, swatch
-from megamix.analysis.report.svg import weight_axis
+from megamix.analysis.report.svg import tokens_text, weight_axis
 from megamix.analysis.report.tables import cards, config_table, domain_table, mixer_name
 from megamix.analysis.series import (
     Series,
     asked_shares,
+    equal_tokens,
     objective_losses,
     recorded_series_of,
     shared_objective,
+    up_to,
     weight_series,
 )
 from megamix.analysis.summary import run_table
@@ -117,15 +119,15 @@ def _asset(name: str) -> str:
 
 
 def _verdict(shown: Shown) -> str:
-    """The run with the lowest objective loss, or of different objectives the lowest mean loss, where losses are
-    comparable."""
+    """The run with the lowest objective loss, or of different objectives the lowest mean loss, after equally many
+    tokens and where losses are comparable."""
     objective = shared_objective(shown.runs)
     what = "mean loss over domains" if objective is None else f"loss by the objective ({objective})"
-    last = [run.evaluations[-1] if run.evaluations else {} for run in shown.runs]
-    if objective is None:
-        losses = [line.get("macro_loss") for line in last]
-    else:
-        losses = [objective_losses(run)[-1] if run.evaluations else None for run in shown.runs]
+    tokens = equal_tokens(shown.runs)
+    if tokens is None:
+        return ""
+    runs = [up_to(run, tokens) for run in shown.runs]
+    losses = [run.evaluations[-1].get("macro_loss") if objective is None else objective_losses(run)[-1] for run in runs]
     known = [loss for loss in losses if loss is not None]
     if len(shown.runs) == 1 or len(known) < len(losses) or _not_comparable(shown):
         return ""
@@ -135,8 +137,8 @@ def _verdict(shown: Shown) -> str:
         return ""
     words = f"<b>{escape(shown.names[best])}</b> has the lowest {what}, {gap:.3g} nats per token below "
     words += f"<b>{escape(shown.names[second])}</b>"
-    tokens = {line["tokens"] for line in last}
-    words += "." if len(tokens) == 1 else "; the runs have seen different numbers of tokens."
+    is_end = all(run.evaluations[-1]["tokens"] == tokens for run in shown.runs)
+    words += "." if is_end else f" at {tokens_text(tokens)} tokens, the most after which all were evaluated."
     return f'<p class="verdict">{words}</p>'
 
 
@@ -203,7 +205,13 @@ def _domain_key(shown: Shown) -> str:
         f"{escape(name)}</button></li>"
         for name in shown.domains
     )
-    return f'<ul class="key domains">{entries}</ul>'
+    note = ""
+    if len(shown.prominent) < len(shown.domains):
+        note = (
+            f'<p class="note">{len(shown.prominent)} of {len(shown.domains)} domains, those whose weights moved most, have full '
+            "colour and a name at their line; pick any by its name.</p>"
+        )
+    return f'{note}<ul class="key domains">{entries}</ul>'
 
 
 def _weights(shown: Shown, found: Sequence[tuple[int, Series]], key: str, what: str, data: Data) -> str:
@@ -218,7 +226,10 @@ def _weights(shown: Shown, found: Sequence[tuple[int, Series]], key: str, what: 
 
 def _by_domain(shown: Shown, data: Data) -> str:
     drawn = charts.domain_charts(shown, data)
-    note = "each on its own scale; dots: validation, thin lines: training; the loss before the first step is left out"
+    note = (
+        "each on its own scale; dots: validation, thin lines: training; what is before the first evaluation after the start "
+        "is left out"
+    )
     return f'<p class="note">{note}</p>{_key(shown)}{drawn}' if drawn else ""
 
 

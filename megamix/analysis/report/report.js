@@ -90,8 +90,10 @@
   // A domain that is pointed at, or picked, lights up in all charts.
   let picked = null;
   const light = (look) => {
-    for (const element of document.querySelectorAll("[data-d]"))
+    for (const element of document.querySelectorAll("[data-d]")) {
       element.classList.toggle("faded", look !== null && element.dataset.d !== look);
+      element.classList.toggle("lit", look !== null && element.dataset.d === look);
+    }
   };
   for (const button of document.querySelectorAll("[data-pick]")) {
     const look = button.dataset.pick;

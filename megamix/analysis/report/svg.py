@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from megamix.analysis.labels import spread
-from megamix.analysis.palette import ROOT_TICKS, needs_root_scale
+from megamix.analysis.palette import ROOT_TICKS, needs_root_scale, root_top
 from megamix.analysis.report.looks import swatch
 from megamix.analysis.series import Floats, Ints
 
@@ -62,11 +62,11 @@ def nice_axis(low: float, high: float, num_ticks: int = 5, inside: bool = False)
 
 
 def weight_axis(runs: Sequence[Floats]) -> Axis:
-    """From 0 to above the highest weight of all runs ([P, N] each); on a square-root scale where needed."""
+    """From 0 to a tick that no weight of any run ([P, N] each) is above; on a square-root scale where needed."""
     highest = max(float(np.nanmax(values)) for values in runs)
     if needs_root_scale(highest, min(float(np.nanmedian(values[-1])) for values in runs)):
-        ticks = [tick for tick in ROOT_TICKS if tick <= highest * 1.05]
-        return Axis(0.0, max(highest * 1.05, 0.01), ticks, "sqrt")
+        top = root_top(highest)
+        return Axis(0.0, top, [tick for tick in ROOT_TICKS if tick <= top], "sqrt")
     return nice_axis(0.0, max(highest, 1e-6))
 
 
