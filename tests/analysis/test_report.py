@@ -340,7 +340,7 @@ def test_no_loss_is_cut_off_and_the_top_of_every_axis_has_a_number(data: Path, t
     text = write_report([tmp_path]).read_text()
     assert "<svg width" not in text, "no picture inside of a picture, which would cut"
     figures = re.findall(r'<figure class="chart.*?</figure>', text, re.DOTALL)
-    assert len(figures) == 2 + 4 + 3  # weights, means, domains
+    assert len(figures) == 2 + 3 + 3  # weights, means (none by natural share), domains
     for figure in figures:
         assert figure.count("bottom:100%") == 1
     (web,) = (figure for figure in figures if "web: validation loss" in figure)
