@@ -22,7 +22,7 @@ from megamix.core.text import shortened
 from megamix.interop.blend_files.cli import app as blend
 from megamix.prepare.cli import corpus, merge, prepare, verify
 from megamix.studies.launch import Overrides, launch
-from megamix.studies.slurm.resources import DryRun, Limit, Resources, Slurm, slurm_options
+from megamix.studies.slurm.resources import DryRun, Limit, PlanOnly, Resources, Slurm, slurm_options
 from megamix.studies.swarm.cli import app as swarm
 from megamix.training.steer.cli import steer
 
@@ -207,6 +207,7 @@ def doremi(
     ] = None,
     slurm: Slurm = False,
     dry_run: DryRun = False,
+    plan_only: PlanOnly = False,
     help_config: Annotated[bool, keys_option("doremi", _doremi_keys)] = False,
     *,
     resources: Resources,
@@ -220,10 +221,12 @@ def doremi(
     from megamix.studies.doremi.tasks import doremi as run
     from megamix.studies.doremi.tasks import submit_doremi
 
+    dry_run = dry_run or plan_only
     resources.refuse_without_slurm(only, dry_run=dry_run, slurm=slurm)
     if not slurm:
         raise typer.Exit(run(config, overrides or [], only))
-    typer.echo(submit_doremi(config, overrides or [], resources, dry_run=dry_run), nl=False)
+    said = submit_doremi(config, overrides or [], resources, dry_run=dry_run, check_data=not plan_only)
+    typer.echo(said, nl=False)
 
 
 def _arena_keys() -> type[Config]:

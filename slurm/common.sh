@@ -34,8 +34,8 @@ begin_job() {
   tasks=${MEGAMIX_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
   cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
   ((cpus > 0)) || cpus=1
-  # Else srun gives each step the job's number of tasks.
-  unset SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS
+  # Else srun gives each step the job's number of tasks, and refuses other CPUs per task than the job's.
+  unset SLURM_NTASKS_PER_NODE SLURM_NTASKS SLURM_NPROCS SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
   find_container
   export MEGAMIX_SLURM MASTER_ADDR MASTER_PORT
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -10,7 +10,7 @@ import typer
 
 from megamix.core.errors import InputError
 from megamix.core.paths import argument, expand
-from megamix.studies.slurm.resources import DryRun, Limit, Resources, slurm_options
+from megamix.studies.slurm.resources import DryRun, Limit, PlanOnly, Resources, slurm_options
 
 if TYPE_CHECKING:
     from megamix.studies.tasks import Task
@@ -40,6 +40,7 @@ def launch(
         bool, typer.Option("--gather", help="Of a swarm: only write its ratios.csv and metrics.csv.")
     ] = False,
     dry_run: DryRun = False,
+    plan_only: PlanOnly = False,
     *,
     resources: Resources,
 ) -> None:
@@ -60,13 +61,14 @@ def launch(
             raise InputError(f"{name} goes with --chain {wanted} only.")
     if limit and chain not in ("swarm", "prepare"):
         raise InputError("--limit goes with the arrays of --chain swarm and --chain prepare only.")
+    dry_run = dry_run or plan_only
     path, overrides = Path(source if chain == "prepare" else expand(source)), arguments or []
     if gather:
         said = f"{collect(path, overrides, partial=True)}\n"
     elif chain == "doremi":
-        said = submit_doremi(path, overrides, resources, dry_run=dry_run)
+        said = submit_doremi(path, overrides, resources, dry_run=dry_run, check_data=not plan_only)
     elif chain == "swarm":
-        said = submit_members(path, overrides, resources, limit, dry_run=dry_run)
+        said = submit_members(path, overrides, resources, limit, dry_run=dry_run, check_data=not plan_only)
     elif chain == "prepare":
         if shards is None:
             raise InputError("--chain prepare needs the number of shards. Add --shards N.")
@@ -74,15 +76,19 @@ def launch(
         command: Any = root.command
         options = command.get_command(root, "prepare").make_context("prepare", [source, *overrides]).params
         options["out"] = Path(expand(str(options["out"])))
+        if not plan_only:
+            from megamix.prepare.documents import find_inputs
+
+            find_inputs(options["inputs"], options["out"])
         tasks = _prepare_tasks((source, *overrides), options, resources, shards, limit)
         said = submit_or_show(options["out"], tasks, dry_run=dry_run)
     else:
-        folder, task = _train_task(path, overrides, resources)
+        folder, task = _train_task(path, overrides, resources, check_data=not plan_only)
         said = submit_or_show(folder, [task], dry_run=dry_run)
     typer.echo(said, nl=False)
 
 
-def _train_task(path: Path, overrides: list[str], resources: Resources) -> tuple[Path, Task]:
+def _train_task(path: Path, overrides: list[str], resources: Resources, *, check_data: bool) -> tuple[Path, Task]:
     """A run, and its directory."""
     from megamix.core.config import load_config
     from megamix.studies.runs import absolute
@@ -90,7 +96,8 @@ def _train_task(path: Path, overrides: list[str], resources: Resources) -> tuple
     from megamix.training.config import RunConfig
 
     config = load_config(RunConfig, path, overrides)
-    job = Job("train.sbatch", (argument(path), *absolute(overrides)), resources.of_run(config, str(path)))
+    options = resources.of_run(config, str(path), check_data=check_data)
+    job = Job("train.sbatch", (argument(path), *absolute(overrides)), options)
     return config.run_dir, Task("train", lambda: is_run_done(config), job=job)
 
 
@@ -99,7 +106,6 @@ def _prepare_tasks(
 ) -> list[Task]:
     """Tokenizer, shards and their merge."""
     from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE
-    from megamix.prepare.documents import find_inputs
     from megamix.prepare.merge import shard_note_path
     from megamix.prepare.shards import Shard
     from megamix.studies.runs import command_job
@@ -109,7 +115,6 @@ def _prepare_tasks(
         if value:
             raise InputError(f"the chain sets {name} itself. Leave it out, and say how many: --shards N.")
     out: Path = options["out"]
-    find_inputs(options["inputs"], out)
     left = tuple(i for i in range(1, shards + 1) if not shard_note_path(out, Shard(i, shards)).is_file())
     tokenizer = command_job(("prepare", *arguments, "--tokenizer-only"), resources)
     environment = {"MEGAMIX_SHARDS": str(shards)}

@@ -86,7 +86,8 @@ def members_job(
             "the jobs of an array are of one size. Put them into two folders."
         )
     left = tuple(index for index, member in enumerate(members) if not member.is_done)
-    return Job("swarm.sbatch", (str(folder.absolute()), *absolute(overrides)), options[0], left, limit, after)
+    names = tuple(str(member.path) for member in members)
+    return Job("swarm.sbatch", (str(folder.absolute()), *absolute(overrides)), options[0], left, limit, after, names)
 
 
 def run_task(name: str, path: Path, inputs: Sequence[Path] = (), resources: Resources | None = None) -> Task:

@@ -35,6 +35,7 @@ class Job:
         options: of sbatch: resources.
         members: of an array, the indices that are not done; None: no array.
         limit: members that run at a time; 0: all.
+        names: of an array, what each index stands for.
         after: how the task before has to end: ``afterok`` or ``afterany``.
         environment: variables that the script reads.
     """
@@ -45,6 +46,7 @@ class Job:
     members: tuple[int, ...] | None = None
     limit: int = 0
     after: str = "afterok"
+    names: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -63,7 +63,19 @@ def test_a_dry_run_shows_the_command_and_the_script_and_makes_nothing(
     """On a machine without Slurm, too."""
     monkeypatch.setenv("PATH", "/usr/sbin-without-slurm")
     config = tiny_config(run_dir="runs/mine", engine={"pipeline": 2})
-    options = ("--gpus-per-node", 2, "--nodes", 2, "--time", "1:00:00", "--account", "me", "--sbatch=--qos=high")
+    options = (
+        "--gpus-per-node",
+        2,
+        "--nodes",
+        2,
+        "--time",
+        "1:00:00",
+        "--account",
+        "me",
+        "--sbatch=--qos=high",
+        "--mem",
+        0,
+    )
     printed = launch(config, "train.lr=1e-3", "log.every=2", *options, "--dry-run")
     (command,) = commands(printed).values()
     assert command[-3:] == [str(config), "train.lr=1e-3", "log.every=2"]
@@ -72,14 +84,67 @@ def test_a_dry_run_shows_the_command_and_the_script_and_makes_nothing(
         "--nodes=2",
         "--ntasks-per-node=2",
         "--gpus-per-node=2",
+        "--cpus-per-task=4",
+        "--mem=0",
         "--time=1:00:00",
         "--account=me",
         "--qos=high",
         "--dependency=singleton",
     } <= set(command)
-    assert (SCRIPTS / "train.sbatch").read_text() in printed
+    assert "--exclusive" not in command
+    for script in ("train.sbatch", "env.sh", "common.sh", "rank.sh"):
+        assert f"# ---- {SCRIPTS / script}\n{(SCRIPTS / script).read_text()}" in printed
     assert f"MEGAMIX_LOGS={tmp_path}/runs/mine/slurm" in printed
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "expected"),
+    [
+        ({}, (), []),
+        ({}, ("--gpus-per-node", 1), ["--cpus-per-task=4"]),
+        ({"threads": 12}, ("--gpus-per-node", 1, "--exclusive"), ["--cpus-per-task=12", "--exclusive"]),
+        ({"threads": 12}, ("--cpus-per-task", 6), ["--cpus-per-task=6"]),
+    ],
+)
+def test_a_rank_gets_the_cpus_that_it_needs(
+    launch: Launch,
+    tiny_config: Callable[..., Path],
+    engine: dict[str, Any],
+    options: tuple[object, ...],
+    expected: list[str],
+) -> None:
+    (command,) = commands(launch(tiny_config(engine=engine), *options, "--dry-run")).values()
+    assert [word for word in command if word.startswith(("--cpus-per-task", "--exclusive"))] == expected
+
+
+def test_a_dry_run_before_the_data_is_there(launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    static = tiny_config(data={"manifest": "nowhere"}).rename(tmp_path / "static.yaml")
+    config = tiny_config(data={"manifest": "nowhere"}, mixer={"name": "doremi"}, doremi={"target": {}})
+    with pytest.raises(InputError, match="nowhere"):
+        launch(static, "--dry-run")
+    assert list(commands(launch(static, "--plan-only"))) == ["train"]
+    tasks = ["reference", "cache", "proxy", "weights", "target"]
+    assert list(commands(launch("--chain", "doremi", config, "--plan-only"))) == tasks
+    assert list(commands(command("doremi", config, "--slurm", "--exclusive", "--plan-only"))) == tasks
+    options = ("--chain", "prepare", "--shards", 2, "--plan-only", "--", "web=nowhere", "--out", "out")
+    assert list(commands(launch(*options))) == ["tokenizer", "shards", "merge"]
+    folder = tmp_path / "members"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.yaml").write_text(static.read_text().replace(str(tmp_path / "run"), f"runs/{name}"))
+    printed = launch("--chain", "swarm", folder, "--plan-only")
+    assert f"#   0: {folder}/a.yaml\n#   1: {folder}/b.yaml\n" in printed
+    with pytest.raises(InputError, match=r"engine.pipeline is 3"):
+        launch(static, "engine.pipeline=3", "--plan-only")
+
+
+def test_an_environment_that_is_not_there_is_said(
+    launch: Launch, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAMIX_ENV", "/nowhere/env.sh")
+    with pytest.raises(InputError, match=r"MEGAMIX_ENV is /nowhere/env\.sh, which is no file"):
+        launch(tiny_config(), "--dry-run")
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,11 @@ class DoremiStudy:
         return {**(base if isinstance(base, dict) and base.get("name") == "doremi" else {}), **proxy}
 
 
-def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
+def read_study(config_path: Path, overrides: list[str], *, check_data: bool = True) -> DoremiStudy:
     """Reads a config, checks all runs before the first begins, and writes the configs of round 1 and the target.
+
+    Args:
+        check_data: whether the data is there already.
 
     Raises:
         InputError: a key or value that cannot be used, named with its run; a reference run of other data.
@@ -105,8 +108,8 @@ def read_study(config_path: Path, overrides: list[str]) -> DoremiStudy:
     )
     study = DoremiStudy(data, config, validate(RunConfig, data, str(config_path)).run_dir, str(config_path))
     study.write_round(1, None)
-    proxy = make_plan(load_config(RunConfig, study.run_dir / "proxy.yaml"))
-    if study.needs_reference:
+    proxy = make_plan(load_config(RunConfig, study.run_dir / "proxy.yaml")) if check_data else None
+    if study.needs_reference and proxy is not None:
         reference = load_config(RunConfig, study.run_dir / "reference.yaml")
         check_same_data(proxy, make_plan(reference, verify=False), "the proxy run")
     if config.target is not None:

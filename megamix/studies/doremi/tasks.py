@@ -77,9 +77,11 @@ def doremi(config_path: Path, overrides: list[str], only: TaskName | None) -> in
     return run_tasks(_target(study, None))
 
 
-def submit_doremi(config_path: Path, overrides: list[str], resources: Resources, *, dry_run: bool = False) -> str:
+def submit_doremi(
+    config_path: Path, overrides: list[str], resources: Resources, *, dry_run: bool = False, check_data: bool = True
+) -> str:
     """Submits the tasks of the first round that is not done, and all that follows; returns what to print."""
-    study = read_study(config_path, overrides)
+    study = read_study(config_path, overrides, check_data=check_data)
     command = ("doremi", argument(config_path), *absolute(overrides))
     tasks: list[Task] = []
     target_follows = True

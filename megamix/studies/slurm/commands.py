@@ -55,8 +55,8 @@ def check(command: Sequence[str], environment: Mapping[str, str]) -> None:
     done = _start([command[0], "--test-only", *command[1:]], environment)
     if done.returncode and UNAVAILABLE not in done.stderr:
         raise InputError(
-            f"Slurm refuses this job: {_words(done.stderr)}. Change --partition, --account, --nodes, --gpus-per-node or "
-            "--time; `sinfo` shows what there is."
+            f"Slurm refuses this job: {_words(done.stderr)}. Change --partition, --account, --nodes, --gpus-per-node, "
+            "--cpus-per-task, --mem or --time; `sinfo` shows what there is."
         )
 
 

@@ -19,13 +19,21 @@ OPTIONS = {
     "nodes": (int, typer.Option(min=1, help="Of each Slurm job; default: as many as the ranks fill.")),
     "gpus_per_node": (int, typer.Option(min=1, help="And ranks on each node.")),
     "tasks_per_node": (int, typer.Option(min=1, help="Ranks on each node, without GPUs.")),
+    "cpus_per_task": (int, typer.Option(min=1, help="CPUs of each rank; default: engine.threads, or with GPUs 4.")),
+    "mem": (str, typer.Option(help="Memory of each node, for example 200G; 0: all of it.")),
+    "exclusive": (bool, typer.Option("--exclusive", help="Whole nodes, with all their CPUs.")),
     "time": (str, typer.Option(help="The time limit of each start, for example 24:00:00.")),
     "partition": (str, typer.Option(help="The partition.")),
     "account": (str, typer.Option(help="The account.")),
     "sbatch": (list[str], typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")),
 }
+GPU_RANK_CPUS = 4
+"""CPUs of a rank with a GPU: its own thread, and those that load, mix and save. Slurm's own default is one."""
 Limit = Annotated[int, typer.Option(min=0, help="Members of an array that run at a time; 0: all.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts, submit nothing.")]
+PlanOnly = Annotated[
+    bool, typer.Option("--plan-only", help="The same without looking for the data, which may not be there yet.")
+]
 Slurm = Annotated[bool, typer.Option("--slurm", help="Submit all tasks as jobs that wait for each other.")]
 
 
@@ -36,6 +44,9 @@ class Resources:
     nodes: int | None = None
     gpus_per_node: int | None = None
     tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    exclusive: bool | None = None
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -59,16 +70,17 @@ class Resources:
             model = config.model.with_vocabulary(data.vocab_size)
             check_layout(config.model_copy(update={"model": model}), nodes * tasks)
         gpus = [] if self.gpus_per_node is None else [f"--gpus-per-node={self.gpus_per_node}"]
-        return (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *gpus, *self._common())
+        cpus = self.cpus_per_task or config.engine.threads or (GPU_RANK_CPUS if gpus else None)
+        return (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *gpus, *self._common(cpus))
 
     def of_process(self) -> tuple[str, ...]:
         """Options of sbatch for one process, without GPUs."""
-        return ("--nodes=1", *self._common())
+        return ("--nodes=1", *self._common(self.cpus_per_task))
 
     def arguments(self) -> list[str]:
         """Options of ``megamix`` that say these resources again."""
         given = {name.replace("_", "-"): getattr(self, name) for name in OPTIONS if name != "sbatch"}
-        named = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        named = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value]
         return [*named, *(f"--sbatch={option}" for option in self.sbatch or ())]
 
     def refuse_without_slurm(self, only_here: str | None = None, *, dry_run: bool, slurm: bool) -> None:
@@ -79,9 +91,16 @@ class Resources:
         if only_here is not None and slurm:
             raise InputError(f"--only {only_here} runs here, and --slurm submits all that is not done. Leave out one.")
 
-    def _common(self) -> list[str]:
-        named = {"time": self.time, "partition": self.partition, "account": self.account}
-        return [*(f"--{name}={value}" for name, value in named.items() if value is not None), *(self.sbatch or ())]
+    def _common(self, cpus: int | None) -> list[str]:
+        named = {
+            "cpus-per-task": cpus,
+            "mem": self.mem,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+        }
+        given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        return [*given, *(["--exclusive"] if self.exclusive else []), *(self.sbatch or ())]
 
     def _place(self, config: RunConfig, source: str) -> tuple[int, int]:
         """(nodes, ranks on each) of a run."""

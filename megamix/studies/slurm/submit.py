@@ -150,7 +150,7 @@ def submit(chain: Chain) -> None:
 
 
 def show(chain: Chain) -> str:
-    """What `submit` would do, without asking the cluster: the commands and the scripts they submit."""
+    """What `submit` would do, without asking the cluster: the commands, the members of arrays, and all scripts."""
     lines: list[str] = []
     before: list[str] = []
     scripts: dict[Path, None] = {}
@@ -162,14 +162,25 @@ def show(chain: Chain) -> str:
         command = shlex.join(chain.command(task, job, job.members, before))
         for placeholder in before:
             command = command.replace(f"'{placeholder}'", placeholder)
-        lines += [f"# {task.name}", " ".join([*told, command]), ""]
+        members = [f"#   {index}: {job.names[index]}" for index in job.members or () if job.names]
+        lines += [f"# {task.name}", " ".join([*told, command]), *members, ""]
         before = [f"<{task.name}>"]
         scripts[shipped_folder("slurm") / job.script] = None
-    for script in scripts:
+    for script in [*scripts, *(_sourced() if scripts else [])]:
         lines += [f"# ---- {script}", script.read_text(encoding="utf-8")]
     if shutil.which("sbatch") is None:
         lines.append("# There is no sbatch here: what the cluster has was not looked at.")
     return "\n".join(lines)
+
+
+def _sourced() -> list[Path]:
+    """The scripts that every job script runs, and the environment."""
+    folder = shipped_folder("slurm")
+    environment = Path(os.environ.get("MEGAMIX_ENV") or folder / "env.sh")
+    launchers = ["rank.sh", *(["torchrun.sh"] if os.environ.get("MEGAMIX_LAUNCHER") == "torchrun" else [])]
+    if not environment.is_file():
+        raise InputError(f"MEGAMIX_ENV is {environment}, which is no file. Every job would fail: correct it.")
+    return [environment, folder / "common.sh", *(folder / name for name in launchers)]
 
 
 def run_those_without_job(tasks: Iterable[Task]) -> list[Task]:

@@ -127,10 +127,12 @@ def submit_swarm(
     return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
 
 
-def submit_members(folder: Path, overrides: list[str], resources: Resources, limit: int, *, dry_run: bool) -> str:
+def submit_members(
+    folder: Path, overrides: list[str], resources: Resources, limit: int, *, dry_run: bool, check_data: bool = True
+) -> str:
     """Submits a run for each config of a folder as an array, and a job that writes their tables."""
     members = members_of(folder, overrides)
-    job = members_job(folder, overrides, members, resources, limit)
+    job = members_job(folder, overrides, members, resources, limit, check_data=check_data)
     gather = ("launch", *job.arguments, "--chain", "swarm", "--gather")
     tables = command_job(gather, resources, "afterany")  # of those that have ended well, where others have not
     tasks = [Task(ARRAY, job=job), Task("results", lambda: is_collected(folder, members), job=tables)]
