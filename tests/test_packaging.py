@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -339,3 +340,33 @@ def test_every_command_is_listed_with_its_whole_first_sentence(group: list[str])
 
 def test_the_version() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"megamix {megamix.__version__}\n"
+
+
+# What else is built
+
+
+def test_the_source_distribution_holds_what_the_wheel_is_made_of(wheel: Path, clone: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    name = execute(sys.executable, "-c", code, cwd=clone).split()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        (root,) = {member.split("/")[0] for member in archive.getnames()}
+        held = {member.removeprefix(f"{root}/") for member in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "slurm/common.sh"} <= held
+    places = {"megamix/configs/": "configs/", "megamix/slurm/": "slurm/", "megamix_kernels/": "kernels/megamix_kernels/"}
+    for file in zipfile.ZipFile(wheel).namelist():
+        place = next((new + file.removeprefix(old) for old, new in places.items() if file.startswith(old)), file)
+        assert place in held or ".dist-info/" in file, file
+
+
+def test_both_images_are_of_the_versions_that_make_installs(clone: Path) -> None:
+    """And copy what is there: a build needs a network and an hour, so only this is checked."""
+    image, apptainer = (clone / "Containerfile").read_text(), (clone / "slurm" / "megamix.def").read_text()
+    (torch,) = re.findall(r"^TORCH \?= (\S+)$", (clone / "Makefile").read_text(), re.M)
+    assert f'ARG TORCH="{torch}"' in image
+    assert f"constraints.txt {torch}\n" in apptainer
+    (base,) = re.findall(r"^ARG BASE=docker\.io/(\S+)$", image, re.M)
+    assert f"\nFrom: {base}\n" in apptainer
+    copied = {name for line in re.findall(r"^COPY (.+) /src/\S*$", image, re.M) for name in line.split()}
+    assert copied == set(re.findall(r"^    (\S+) /src/\S+$", apptainer, re.M))
+    assert {"setup.py", "README.md", "LICENSE", "constraints.txt"} < copied
+    assert [name for name in copied if not (clone / name).exists()] == []
