@@ -352,7 +352,11 @@ def test_the_source_distribution_holds_what_the_wheel_is_made_of(wheel: Path, cl
         (root,) = {member.split("/")[0] for member in archive.getnames()}
         held = {member.removeprefix(f"{root}/") for member in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "slurm/common.sh"} <= held
-    places = {"megamix/configs/": "configs/", "megamix/slurm/": "slurm/", "megamix_kernels/": "kernels/megamix_kernels/"}
+    places = {
+        "megamix/configs/": "configs/",
+        "megamix/slurm/": "slurm/",
+        "megamix_kernels/": "kernels/megamix_kernels/",
+    }
     for file in zipfile.ZipFile(wheel).namelist():
         place = next((new + file.removeprefix(old) for old, new in places.items() if file.startswith(old)), file)
         assert place in held or ".dist-info/" in file, file

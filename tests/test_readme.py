@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import types
@@ -19,6 +20,7 @@ from megatron_forms import pretrain_of_018, pretrain_of_019
 from readme_code import PAGES, Code, anchors, command_lines, links, pieces_of_code, python_blocks, readme_code
 from small_config import SMALL
 from titan_stand_in import installed
+from typer.testing import CliRunner
 
 from megamix.cli import app
 from megamix.core.config import Config, configs_in, validate
@@ -216,6 +218,9 @@ def parse(arguments: list[str], is_whole: bool) -> dict[str, Any]:
     refuse."""
     command: Any = typer.main.get_command(app)
     rest = arguments
+    if rest[:1] == ["--help-config"]:
+        assert CliRunner().invoke(app, rest).exit_code == 0
+        return {}
     while hasattr(command, "commands"):
         assert rest, f"megamix {' '.join(arguments)}: no command"
         name, *rest = rest
@@ -358,4 +363,17 @@ def test_every_file_named_exists(path: Path) -> None:
     named = {name for code in pieces_of_code(path) for name in re.findall(r"(?<![\w/.])[\w/]*\w\.py\b", code.text)}
     folders = [path.parent, ROOT, ROOT / "megamix", ROOT / "kernels" / "megamix_kernels"]
     missing = [name for name in named - NOT_OURS if not any((folder / name).is_file() for folder in folders)]
+    assert missing == []
+
+
+def test_every_message_that_is_explained_can_be_met() -> None:
+    """Each piece between dots stands in a text of the code, or of the job scripts."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "slurm").glob("*.sh")]
+    for path in (ROOT / "megamix").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    said = "\n".join(texts)
+    pieces = [code for code in pieces_of_code(PAGES["analysis"]) if code.header == "message" and code.column == 0]
+    assert len(pieces) > 20
+    missing = [part for code in pieces for part in code.text.split("...") if part.strip() and part.strip() not in said]
     assert missing == []

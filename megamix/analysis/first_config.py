@@ -83,7 +83,8 @@ def write_first_config(data: Path, out: Path | None = None) -> Path:
 def sizes_of(manifest: Manifest) -> Sizes:
     """Sizes that fit the tokens of a data set."""
     train = [domain.train.tokens for domain in manifest.domains]
-    shortest = min(min(train), *(domain.validation.tokens for domain in manifest.domains))
+    held_out = (domain.validation.tokens for domain in manifest.domains)
+    shortest = min(*train, *filter(None, held_out), 2**62)  # a domain without validation text is only trained on
     seq_length = next(length for least, length in SAMPLE_LENGTHS.items() if sum(train) >= least)
     while seq_length > SHORTEST and shortest <= seq_length:
         seq_length //= 2

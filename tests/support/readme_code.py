@@ -83,7 +83,7 @@ def command_lines(page: str) -> list[tuple[list[str], bool]]:
         if code.language in (None, "", "sh"):
             for line in code.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True) if "megamix " in line else []
-                if "megamix" in words and words[0] not in ("pip", "import", "from"):
+                if "megamix" in words and words[0] not in ("pip", "podman", "import", "from"):
                     found.append((words[words.index("megamix") + 1 :], code.language is not None))
     return found
 
