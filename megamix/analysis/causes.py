@@ -1,12 +1,13 @@
 """Causes of a change of weights: the run's own mixer, run again from the record on losses that were altered.
 
-A change follows from the losses of an interval of steps, from what the mixer knew before, and from the bounds. The
-mixer is brought to the state before the interval and given it several times over:
+A change follows from the losses of an interval of steps, from what the mixer knew before, from the bounds and from
+steering. The mixer is brought to the state before the interval and given it several times over:
 
     usual     with every domain's loss as it usually is
     others    with the other domains' losses as they were, the domain's own as it usually is
     own       with all losses as they were
-    allowed   what the bounds leave of that; in force
+    bounded   what the bounds leave of that
+    allowed   what steering makes of that; in force
 
 The differences between neighbours, and from the weight before to ``usual``, add up to the change. Nothing is assumed
 about the mixer, so this holds for one of a user's own.
@@ -65,6 +66,7 @@ class Causes:
         usual_loss: before the interval.
         other: the other domain whose unusual loss moved the weight most, and by how much; None where none did.
         is_stage: the change is a later stage of the mixture, before the mixer's first.
+        is_steered: steering had a part in it; else ``bounded`` is ``allowed``.
     """
 
     steps: tuple[int, int]
@@ -75,17 +77,22 @@ class Causes:
     usual: float
     others: float
     own: float
+    bounded: float
     allowed: float
     other: tuple[int, float] | None
     is_stage: bool
+    is_steered: bool
 
 
-def find_causes(replayable: ReplayableRun, step: int, domain: int, before: float) -> Causes:
+def find_causes(
+    replayable: ReplayableRun, step: int, domain: int, before: float, *, is_steered: bool = False
+) -> Causes:
     """Takes the change that follows from ``step`` (counted from 1) apart.
 
     Args:
         domain: its place among the K.
         before: its weight in force before the change.
+        is_steered: whether the line of the change has steering.
 
     Raises:
         InputError: the mixer needs what is not on record.
@@ -117,9 +124,11 @@ def find_causes(replayable: ReplayableRun, step: int, domain: int, before: float
         usual=given(everyone).wanted,
         others=given(np.arange(len(nats)) == domain).wanted,
         own=end.wanted,
+        bounded=end.bounded if is_steered else end.allowed,
         allowed=end.allowed,
         other=_other(given, usual, loss, domain, end.wanted),
         is_stage=end.is_stage,
+        is_steered=is_steered,
     )
 
 
@@ -153,10 +162,11 @@ def _usual(replayable: ReplayableRun, first: int) -> Usual:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The weight of a domain that the run asks for after an interval, the one that the bounds allow, and whether it
-    is a stage's."""
+    """The weight of a domain that the run asks for after an interval, what the bounds and then steering make of it, and
+    whether it is a stage's."""
 
     wanted: float
+    bounded: float
     allowed: float
     is_stage: bool
 
@@ -167,13 +177,14 @@ def _outcome(replayable: ReplayableRun, shadow: Shadow, steps: range, domain: in
     for step in steps:
         for change in shadow.update(_stats(replayable, step, losses), step - 1):
             segment = change.segment
-    wanted = float(shadow.mixer.weights[domain])
-    allowed = wanted if segment is None else float(segment.weights[domain])
     policy = replayable.policy
     effective_step = policy.effective_step(steps[-1] - 1)
-    if not shadow.mixer.has_updated and policy.stages.changes_at(effective_step):
-        return _Outcome(float(policy.stages.at(effective_step)[domain]), allowed, True)
-    return _Outcome(wanted, allowed, False)
+    is_stage = not shadow.mixer.has_updated and policy.stages.changes_at(effective_step)
+    asked = policy.stages.at(effective_step) if is_stage else shadow.mixer.weights
+    bounded = asked if segment is None else policy.allowed(asked, segment.counts, segment.start)
+    wanted = float(asked[domain])
+    allowed = wanted if segment is None else float(segment.weights[domain])
+    return _Outcome(wanted, float(bounded[domain]), allowed, is_stage)
 
 
 def _other(

@@ -21,7 +21,7 @@ from megamix.analysis.causes import Causes, find_causes
 from megamix.analysis.replayable import ReplayableRun
 from megamix.analysis.samples import SampleReader
 from megamix.core.errors import InputError, did_you_mean
-from megamix.core.text import ABSENT, Report, Table, number, plural, shortened
+from megamix.core.text import ABSENT, Report, Table, listed, number, plural, shortened
 from megamix.training.records.recorded_run import RecordedRun
 
 Floats = NDArray[np.float64]
@@ -144,7 +144,8 @@ def _causes(run: RecordedRun, move: Move) -> tuple[Causes | None, str]:
         if line["step"] > replayable.statistics.num_steps:
             raise InputError(f"the sums of step {line['step']} are not on record yet.")
         domain = replayable.statistics.domain_names.index(move.domain)
-        return find_causes(replayable, line["step"], domain, move.before or 0.0), ""
+        is_steered = bool(line.get("steering"))
+        return find_causes(replayable, line["step"], domain, move.before or 0.0, is_steered=is_steered), ""
     except InputError as problem:
         return None, f"It cannot be taken apart into causes: {problem}"
 
@@ -155,16 +156,19 @@ def _taken_apart(run: RecordedRun, move: Move, causes: Causes) -> Iterator[str |
     else:
         yield _sentence(run, move, causes)
     steps = f"step {causes.steps[1]}" if causes.steps[0] == causes.steps[1] else "steps {} to {}".format(*causes.steps)
-    reached = [causes.usual, causes.others, causes.own, causes.allowed]
     words = (
         f"{'the stage' if causes.is_stage else run.config.mixer.name}, had the losses of {steps} been usual",
         f"losses of the other domains in {steps}",
         f"its own loss in {steps}",
         "bounds (min_weight, max_weight, max_epochs)",
+        f"steering ({_steering_text(move.line)})",
     )
     rows = [("before", "", number(causes.before))]
     rows += [
-        (what, f"{by:+.4f}", number(to)) for what, by, to in zip(words, _parts(causes).values(), reached, strict=True)
+        (what, f"{by:+.4f}", number(to))
+        for what, by, to in zip(
+            words[: 5 if causes.is_steered else 4], _parts(causes).values(), _reached(causes)[1:], strict=True
+        )
     ]
     yield Table(("cause", "moved the weight by", "to"), rows)
     names = move.line["domain_names"]
@@ -190,8 +194,21 @@ def _taken_apart(run: RecordedRun, move: Move, causes: Causes) -> Iterator[str |
 
 def _parts(causes: Causes) -> dict[str, float]:
     """What each cause moved the weight by."""
-    reached = (causes.before, causes.usual, causes.others, causes.own, causes.allowed)
-    return dict(zip(("course", "others", "own", "bounds"), np.diff(reached).tolist(), strict=True))
+    names = ("course", "others", "own", "bounds", "steering")
+    return dict(zip(names[: 5 if causes.is_steered else 4], np.diff(_reached(causes)).tolist(), strict=True))
+
+
+def _reached(causes: Causes) -> list[float]:
+    """The weights between the causes, from the one before the change to the one in force."""
+    found = [causes.before, causes.usual, causes.others, causes.own, causes.bounded]
+    return [*found, causes.allowed] if causes.is_steered else found
+
+
+def _steering_text(line: Mapping[str, Any]) -> str:
+    """The commands of a line, or what earlier ones have in force."""
+    steering = line.get("steering") or {}
+    commands = [command["what"] for command in steering.get("commands", ())]
+    return "; ".join(commands) or listed(key for key in steering if key != "commands")
 
 
 def _main_cause(causes: Causes) -> str:
@@ -224,6 +241,11 @@ def _sentence(run: RecordedRun, move: Move, causes: Causes) -> str:
         other, by = causes.other
         words = _loss_in_words(causes, other)
         return f"Mostly by the losses of other domains, most of all {names[other]} ({by:+.4f}): {words}"
+    if main == "steering":
+        return (
+            f"Mostly by steering ({_steering_text(move.line)}): the rule {run.config.mixer.name} and the bounds would have it at "
+            f"{number(causes.bounded)}."
+        )
     if main == "bounds":
         return f"Mostly by the bounds: the rule {run.config.mixer.name} asked for {number(causes.own)}."
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megamix.analysis.why import why
 from megamix.cli import app
 from megamix.core.errors import InputError
 from megamix.mixing import DomainStats, make_mixer
+from megamix.mixing.steering.journal import ANSWERS, append_command
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,26 @@ def test_bounds_are_a_cause(strange: tuple[Path, str]) -> None:
         else:
             assert found.own < 0.19
             assert found.allowed == pytest.approx(0.2)
+
+
+def test_steering_is_a_cause_beside_the_bounds(strange: tuple[Path, str], tmp_path: Path) -> None:
+    """A pin of the last step: the bounds would leave the domain 0.4, the pin takes it to 0.3."""
+    folder, name = tmp_path / "run", strange[1]
+    shutil.copytree(strange[0], folder)
+    pin = append_command(folder, {"pin": {name: 0.3}})
+    recorded = lines(folder / "weights.jsonl")
+    k, last = recorded[-1]["domain_names"].index(name), recorded[-1]
+    answer = {"id": pin.id, "outcome": "applied", "step": STEPS, "effective_step": last["effective_step"]}
+    answer |= {"position": last["position"], "text": ""}
+    (folder / ANSWERS).write_text(json.dumps(answer) + "\n")
+    last["steering"] = {"commands": [{"id": pin.id, "what": pin.describe()}], "pins": {name: 0.3}}
+    (folder / "weights.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recorded))
+    found = find_causes(ReplayableRun.open(folder), STEPS, k, 0.25, is_steered=True)
+    assert found.own > 0.45
+    assert (found.bounded, found.allowed) == pytest.approx((0.4, 0.3), abs=1e-9)
+    text = why(folder, name, STEPS).text()
+    assert f"steering ({pin.describe()})" in text
+    assert "-0.1000" in text
 
 
 def test_a_stage_is_no_ones_loss(run: Path) -> None:
