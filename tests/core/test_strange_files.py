@@ -20,6 +20,8 @@ from megamix.prepare.corpus.sources import SOURCES
 from megamix.prepare.pipeline import prepare
 from megamix.studies.runs import written_yaml
 from megamix.studies.swarm.fit.fitted import FORMAT, VERSION, Fitted
+from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
+from megamix.studies.swarm.propose.reuse import Update
 from megamix.studies.tasks import STAMPS, Stamp
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.state import RunState
@@ -72,6 +74,17 @@ def test_the_state_in_a_checkpoint(tmp_path: Path, strange: bytes) -> None:
     store.write_listing(folder, store.Listing(3, store.LAYERS, {store.STATE: store.describe(folder / store.STATE)}))
     with pytest.raises(ResumeRefused, match=r"is damaged|holds no state"):
         RunState.from_json(store.read_state_json(folder), folder)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bytes": 2, "sha256": 3}, {"bytes": 2, "sha256": None}, {"bytes": [], "sha256": ""}]
+)
+def test_a_list_whose_entries_are_of_other_types(tmp_path: Path, entry: dict[str, object]) -> None:
+    folder = tmp_path / "step_3"
+    folder.mkdir()
+    (folder / store.STATE).write_text("{}")
+    store.write_listing(folder, store.Listing(3, store.LAYERS, {store.STATE: entry}))
+    assert store.damage(folder) is not None
 
 
 @pytest.mark.parametrize(
@@ -157,6 +170,30 @@ def test_a_fit(tmp_path: Path, content: dict[str, object]) -> None:
     np.savez(tmp_path / "fit.npz", ratios_RK=np.ones((1, 1)), values_RJ=np.ones((1, 1)))
     with pytest.raises(InputError, match="Fit the swarm again"):
         Fitted.open(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"predicted": None}, {"predicted": {"m": "x"}}, {"history": 3}, {"history": [3]}])
+def test_a_proposal(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = write_proposal(tmp_path, Proposal({"a": 0.5, "b": 0.5}, {"m": 1.0}, {"prior": 3}, ({"runs": 4},)))
+    assert read_proposal(tmp_path).details == {"prior": 3}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=rf"mixture.json is damaged: {next(iter(changes))}"):
+        read_proposal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"domains": 3}, {"domains": "ab"}, {"inner": 3}, {"prior": None}, {"history": [3]}]
+)
+def test_an_update_of_a_mixture(tmp_path: Path, changes: dict[str, object]) -> None:
+    whole = Update(
+        ("a", "b"), ("b", "existing"), {"a": 1.0}, {"b": 0.5, "existing": 0.5}, "old", {"a": 1.0}, {}, "full", ()
+    )
+    whole.save(tmp_path)
+    assert Update.open(tmp_path) == whole
+    path = tmp_path / "update.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=rf"is not what .* writes \({next(iter(changes))}"):
+        Update.open(tmp_path)
 
 
 def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:

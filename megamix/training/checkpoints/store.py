@@ -150,7 +150,8 @@ def read_listing(path: Path, patience: float = 0.0) -> Listing:
             raise ValueError("its contents have changed since it was written")
         step, holds = int(content["step"]), str(content.get("holds", LAYERS))
         files = {
-            str(name): {"bytes": each["bytes"], "sha256": each["sha256"]} for name, each in content["files"].items()
+            str(name): {"bytes": int(each["bytes"]), "sha256": str(each["sha256"])}
+            for name, each in content["files"].items()
         }
         return Listing(step, holds, files, bool(content.get("after_skips", False)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
+from megamix.core.config import first_problem
 from megamix.core.errors import InputError
 from megamix.core.files import read_json, replace_json, writing
 from megamix.mixing.weight_files import SWARM_MIXTURE, read_swarm_weights
@@ -88,4 +91,10 @@ def read_proposal(directory: Path) -> Proposal:
         )
     known = ("format", "version", "weights", "predicted", "history")
     details = {key: value for key, value in content.items() if key not in known}
-    return Proposal(content["weights"], content["predicted"], details, tuple(content["history"]))
+    try:
+        parts = {key: content.get(key) for key in ("weights", "predicted", "history")}
+        return pydantic.TypeAdapter(Proposal).validate_python({**parts, "details": details})
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged: {first_problem(error)}. Make it anew: megamix swarm propose {directory}."
+        ) from error

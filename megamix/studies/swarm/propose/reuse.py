@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
+from megamix.core.config import first_problem
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.files import read_json, replace_json
 from megamix.studies.swarm.propose.config import UpdateConfig
@@ -159,10 +161,11 @@ class Update:
             return None
         content = read_json(path)
         try:
-            tuples = {key: tuple(content[key]) for key in ("domains", "virtual", "history")}
-            return cls(**{**content, **tuples})
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path} is not what `megamix swarm generate` writes ({error}). Make it anew.") from error
+            return pydantic.TypeAdapter(cls).validate_python(content)
+        except ValueError as error:
+            raise InputError(
+                f"{path} is not what `megamix swarm generate` writes ({first_problem(error)}). Make it anew."
+            ) from error
 
 
 def resolve_update(config: UpdateConfig, old: Proposal, token_counts: Mapping[str, float]) -> Update:
