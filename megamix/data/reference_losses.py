@@ -169,7 +169,7 @@ def read_progress(folder: Path) -> tuple[CacheInfo, int]:
             info, done = validate(CacheInfo, data["info"], str(progress)), int(data["done"])
         except OSError as error:
             raise InputError(f"cannot read {progress}: {error.strerror or error}. Check the path.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{progress} is damaged ({error}). Choose another --out, or remove that folder."
             ) from error

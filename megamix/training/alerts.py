@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
+from megamix.core.paths import expand
 from megamix.mixing.constraints import Constraints
 from megamix.training.config import AlertsConfig
 
@@ -207,7 +208,8 @@ class Alerts:
             return
         line = {"step": step, "alert": alert.kind, "domain": alert.domain, "text": alert.text, **alert.numbers}
         try:
-            command = subprocess.Popen(self._config.run, stdin=subprocess.PIPE, start_new_session=True)
+            words = (expand(self._config.run[0]), *self._config.run[1:])
+            command = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
             assert command.stdin is not None
             with suppress(BrokenPipeError), command.stdin:  # it need not read
                 command.stdin.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -241,7 +243,9 @@ def check_alerts(config: AlertsConfig) -> None:
     Raises:
         InputError: which.
     """
-    if config.run and shutil.which(config.run[0]) is None:
+    if any("\0" in word for word in config.run):
+        raise InputError(f"alerts.run: {list(config.run)} has a zero byte, which no program takes. Write it without.")
+    if config.run and shutil.which(expand(config.run[0])) is None:
         raise InputError(
             f"alerts.run: there is no program {config.run[0]!r} here. Give its path, or a name on PATH, and its arguments as a "
             "list, such as [mail, -s, alert, me@example.org]."

@@ -228,6 +228,12 @@ def test_going_on(tmp_path: Path) -> None:
 
 def test_an_unfinished_cache_that_is_damaged(tmp_path: Path) -> None:
     open_progress(tmp_path, make_info())
+    whole = (tmp_path / PROGRESS).read_text()
+    assert '"done": 0' in whole
+    (tmp_path / PROGRESS).write_text(whole.replace('"done": 0', '"done": 1e999'))
+    with pytest.raises(InputError, match=r"progress.json is damaged"):
+        open_progress(tmp_path, make_info())
+    (tmp_path / PROGRESS).write_text(whole)
     losses_path(tmp_path, "web").write_bytes(b"")
     with pytest.raises(InputError, match=r"web.f16 of domain 'web' have 0 bytes, expected 480 \(30 samples"):
         open_progress(tmp_path, make_info())

@@ -155,3 +155,15 @@ def test_a_run_tells_and_starts_the_program(tiny_config: Callable[..., Path], tm
 def test_a_program_that_is_not_there() -> None:
     with pytest.raises(InputError, match=r"alerts.run: there is no program 'nosuchprogram'"):
         check_alerts(AlertsConfig(run=("nosuchprogram", "x")))
+    with pytest.raises(InputError, match=r"alerts.run: .* has a zero byte"):
+        check_alerts(AlertsConfig(run=("true", "a\0b")))
+
+
+def test_a_program_in_the_home_of_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tell").write_text("#!/bin/sh\n")
+    (tmp_path / "tell").chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_alerts(AlertsConfig(run=("~/tell",)))
+    check_alerts(AlertsConfig(run=("$HOME/tell",)))
+    with pytest.raises(InputError, match=r"\$NOWHERE_SET, which is not set"):
+        check_alerts(AlertsConfig(run=("$NOWHERE_SET/tell",)))
