@@ -19,9 +19,11 @@ from megamix.analysis.doctor import doctor
 from megamix.analysis.memory import checkpoint_bytes
 from megamix.core.config import validate
 from megamix.core.errors import InputError, ResumeRefused
+from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.tokens.writer import IndexedWriter
 from megamix.engines.models.config import ModelConfig
+from megamix.mixing.mixers import make_mixer
 from megamix.training.config import RunConfig
 
 SEQ = 32
@@ -167,13 +169,15 @@ def test_a_run_dir_that_cannot_be(data: Path, tmp_path: Path) -> None:
             {"data": {"domains": {"web": "other", "code": "other"}}},
             "made with other data: the data of domain 'web' was other",
         ),
-        ({}, r"step_5 holds no state of a run \(fingerprints.data has no domains"),
+        ({}, r"step_5 holds no state of a run \(fingerprints.data: Field required"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(data: Path, tmp_path: Path, prints: dict[str, Any], message: str) -> None:
     path = tmp_path / "checkpoints" / "step_5"
     path.mkdir(parents=True)
-    content = {"fingerprints": prints, "step": 5, "sampler": {}, "mixer": {}, "manifest": "data"}
+    blend = Blend([9, 9], [0.5, 0.5], 7).state_dict()
+    mixer = make_mixer({"name": "static"}, ["web", "code"], [0.5, 0.5]).state_dict()
+    content = {"fingerprints": prints, "step": 5, "sampler": {"blend": blend}, "mixer": mixer, "manifest": "data"}
     state = json.dumps(content).encode()
     (path / "state.json").write_bytes(state)
     files = {"state.json": {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
