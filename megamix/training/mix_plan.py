@@ -76,6 +76,12 @@ class MixPlan:
                     f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times; more than {MANY_EPOCHS:g} epochs add little. "
                     "Lower its weight or set data.max_epochs."
                 )
+        floor, wanted = self.policy.constraints.floor, self.policy.stages.weights
+        for index in np.flatnonzero((wanted == 0).all(axis=0) & (floor > 0)).tolist():
+            found.append(
+                f"domain '{self.domain_names[index]}': weight 0 in the mixture leaves a domain out, but data.min_weight gives it "
+                f"{floor[index]:g}. Leave it out of data.domains, or set its min_weight to 0."
+            )
         return found
 
 

@@ -146,6 +146,15 @@ def test_warning_of_many_epochs(manifest: Path) -> None:
     assert make_plan(config(manifest, steps=50)).warnings() == []
 
 
+def test_warning_of_a_floor_under_a_domain_that_the_mixture_leaves_out(manifest: Path) -> None:
+    mixture = {"web": 0.5, "code": 0.5, "mail": 0.0, "wiki": 0.0}
+    plan = make_plan(config(manifest, mixture=mixture, data={"min_weight": {"mail": 0.1}}))
+    (told,) = [line for line in plan.warnings() if "leaves a domain out" in line]
+    assert told.startswith("domain 'mail': weight 0 in the mixture")
+    assert "data.min_weight gives it 0.1" in told
+    assert plan.policy.left_out == ("wiki",)
+
+
 def test_constrain_at_later_positions(manifest: Path) -> None:
     """The cap is what is left of a domain over what is left of the run; without max_epochs there is none."""
     plan = make_plan(config(manifest, steps=50, data={"max_epochs": 1}))
