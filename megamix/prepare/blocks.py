@@ -34,12 +34,26 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
+class BadDocument:
+    """A line, row or file that is no document."""
+
+    place: int
+    """As those of `Documents`."""
+    reason: str
+    """A few words, the same for all of a kind."""
+    message: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True)
 class Documents:
     """Documents of a block, in order, with the empty ones."""
 
     texts: list[str]
     places: np.ndarray
     """Bytes of decompressed text, or rows, before each document in its file, int64 [documents]."""
+    bad: tuple[BadDocument, ...] = ()
+    """What was passed over."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,13 @@ class Block:
     data: bytes | None = None
     """Whole lines, or the concatenated rows; None if `documents` reads them from the file."""
     row_bytes: np.ndarray | None = None
-    """Bytes of each row in the ``data`` of a parquet block, int64 [documents]."""
+    """Bytes of each row in the ``data`` of a parquet block, int64 [documents]; -1 for null."""
 
-    def documents(self, text_key: str = TEXT_KEY) -> Documents:
+    def documents(self, text_key: str = TEXT_KEY, *, skip_bad: bool = False) -> Documents:
         """Decodes the block.
+
+        Args:
+            skip_bad: Pass over lines and rows that are no documents, and .txt files that are not UTF-8.
 
         Raises:
             InputError: Invalid UTF-8 or JSON, a line without a text or beyond `MAX_DOCUMENT_BYTES`, or an unreadable
@@ -71,42 +88,55 @@ class Block:
         """
         try:
             if self.row_bytes is not None:
-                return self._rows(self.row_bytes)
-            if is_one_document(self.path):
-                return self._whole()
-            start, data = self._lines()
+                places, read = self._rows(self.row_bytes, text_key)
+            elif is_one_document(self.path):
+                places, read = self._whole()
+            else:
+                places, read = self._of_lines(text_key)
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror or error}. Check the file.") from error
+        texts: list[str] = []
+        kept: list[int] = []
+        bad: list[BadDocument] = []
+        for place, text in zip(places, read, strict=True):
+            if isinstance(text, str):
+                texts.append(text)
+                kept.append(place)
+            elif skip_bad:
+                bad.append(BadDocument(place, text.reason, text.message))
+            else:
+                raise InputError(f"{self._where(text.place)}: {text.message}")
+        return Documents(texts, np.array(kept, np.int64), tuple(bad))
+
+    def _of_lines(self, text_key: str) -> tuple[list[int], Iterator[str | BadDocument]]:
+        start, data = self._lines()
         lines = data.split(b"\n")
         sizes = np.fromiter(map(len, lines), np.int64, len(lines))
-        starts = start + np.cumsum(sizes + 1) - sizes - 1
+        starts = (start + np.cumsum(sizes + 1) - sizes - 1).tolist()
         if start == 0:
             lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
         held = [number for number, line in enumerate(lines) if line and not line.isspace()]
-        return Documents([self._text(lines[n], int(starts[n]), text_key) for n in held], starts[held])
+        return [starts[n] for n in held], (_text(lines[n], starts[n], text_key) for n in held)
 
-    def _rows(self, row_bytes: np.ndarray) -> Documents:
+    def _rows(self, row_bytes: np.ndarray, text_key: str) -> tuple[list[int], list[str | BadDocument]]:
         assert self.data is not None
-        texts: list[str] = []
+        read: list[str | BadDocument] = []
         at = 0
-        for number, size in enumerate(row_bytes.tolist()):
-            try:
-                texts.append(self.data[at : at + size].decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(_not_utf8(f"{self.path}, row {self.start + number + 1}", error)) from error
+        for row, size in enumerate(row_bytes.tolist(), self.start):
+            if size < 0:
+                null = f"'{text_key}' is null, expected a string. Fix or remove the row."
+                read.append(BadDocument(row, _NO_TEXT, null))
+                continue
+            read.append(_decoded(self.data[at : at + size], row))
             at += size
-        return Documents(texts, np.arange(self.start, self.start + len(texts)))
+        return list(range(self.start, self.start + len(read))), read
 
-    def _whole(self) -> Documents:
+    def _whole(self) -> tuple[list[int], list[str | BadDocument]]:
         with open(self.path, "rb") as file:
             data = file.read(MAX_DOCUMENT_BYTES + 1).removeprefix(_BYTE_ORDER_MARK)
         if len(data) > MAX_DOCUMENT_BYTES:
             raise InputError(_too_long(f"{self.path}: the file is one document"))
-        try:
-            return Documents([data.decode("utf-8")], np.zeros(1, np.int64))
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise InputError(_not_utf8(f"{self.path}, line {line}", error)) from error
+        return [0], [_decoded(data, 0, has_lines=True)]
 
     def _lines(self) -> tuple[int, bytes]:
         """The place of the first line that begins in [start, stop), and all such lines."""
@@ -127,30 +157,44 @@ class Block:
         return start, data + rest
 
     def _where(self, place: int) -> str:
-        """The line at ``place``, for an error: its number costs reading the file again."""
+        """The line or row at ``place``, for an error: the number of a line costs reading the file again."""
+        if self.row_bytes is not None:
+            return f"{self.path}, row {place + 1}"
         return f"{self.path}, line {_lines_before(self.path, place) + 1}"
 
-    def _text(self, line: bytes, place: int, text_key: str) -> str:
+
+_NOT_UTF8, _NOT_JSON, _NO_TEXT, _HALF = "not UTF-8", "not JSON", "no text", "half of a character"
+
+
+def _decoded(data: bytes, place: int, *, has_lines: bool = False) -> str | BadDocument:
+    """The text, or what is wrong with it; of several lines, with the place of the byte that is wrong."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{data[error.start]:02x}, {error.reason}"
+        place += error.start if has_lines else 0
+        return BadDocument(place, _NOT_UTF8, f"not valid UTF-8 ({at}). Convert the file to UTF-8.")
+
+
+def _text(line: bytes, place: int, text_key: str) -> str | BadDocument:
+    """The text of a line of JSON, or what is wrong with it."""
+    decoded = _decoded(line, place)
+    if isinstance(decoded, BadDocument):
+        return decoded
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        return BadDocument(place, _NOT_JSON, f"not valid JSON ({error}). Expected one JSON object a line.")
+    text = _looked_up(record, text_key)
+    if not isinstance(text, str):
+        return BadDocument(place, _NO_TEXT, _no_text(record, text_key))
+    if b"\\u" in line:
         try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(_not_utf8(self._where(place), error)) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{self._where(place)}: not valid JSON ({error}). Expected one JSON object a line."
-            ) from error
-        text = _looked_up(record, text_key)
-        if not isinstance(text, str):
-            raise InputError(_no_text(self._where(place), record, text_key))
-        if b"\\u" in line:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"{self._where(place)}: the escape \\u{ord(text[error.start]):04x} is half of a character (a lone"
-                    " surrogate). Fix or remove the line."
-                ) from error
-        return text
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            escape = f"the escape \\u{ord(text[error.start]):04x} is half of a character (a lone surrogate)"
+            return BadDocument(place, _HALF, f"{escape}. Fix or remove the line.")
+    return text
 
 
 _ABSENT = object()
@@ -166,19 +210,14 @@ def _looked_up(record: object, text_key: str) -> object:
     return _looked_up(record.get(first), rest) if dot else _ABSENT
 
 
-def _no_text(where: str, record: object, text_key: str) -> str:
+def _no_text(record: object, text_key: str) -> str:
     if not isinstance(record, dict):
-        return f"{where}: holds {type(record).__name__}, expected an object with the key '{text_key}'."
+        return f"holds {type(record).__name__}, expected an object with the key '{text_key}'."
     found = _looked_up(record, text_key)
     if found is _ABSENT:
         seen = ", ".join(sorted(record)[:8]) or "none"
-        return f"{where}: no key '{text_key}' (keys: {seen}). Fix the line, or choose another key."
-    return f"{where}: '{text_key}' is {type(found).__name__}, expected a string. Fix the line."
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"{where}: not valid UTF-8 (byte 0x{byte:02x}, {error.reason}). Convert the file to UTF-8."
+        return f"no key '{text_key}' (keys: {seen}). Fix the line, or choose another key."
+    return f"'{text_key}' is {type(found).__name__}, expected a string. Fix the line."
 
 
 def _too_long(where: str) -> str:
@@ -243,7 +282,7 @@ def read_piece(
         wanted: Whether to yield the block of a number.
 
     Raises:
-        InputError: The file cannot be read, its compressed stream is damaged or cut short, or a row has no text.
+        InputError: The file cannot be read, or its compressed stream is damaged or cut short.
     """
     if piece.group is not None:
         blocks = _read_rows(piece, piece.group, index, text_key, block_bytes)
@@ -318,12 +357,15 @@ def _lines_before_damage(path: str) -> int:
     return found
 
 
-def iter_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[str]:
+def iter_documents(path: str | Path, text_key: str = TEXT_KEY, *, skip_bad: bool = False) -> Iterator[str]:
     """Yields the documents of one file, in order, with the empty ones.
+
+    Args:
+        skip_bad: See `Block.documents`.
 
     Raises:
         InputError: The file cannot be read or is damaged; the message names file and line.
     """
     for piece in pieces_of(path, text_key=text_key):
         for block in read_piece(piece, text_key=text_key):
-            yield from block.documents(text_key).texts
+            yield from block.documents(text_key, skip_bad=skip_bad).texts

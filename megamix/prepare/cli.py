@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +40,10 @@ def prepare(
     keep_empty: Annotated[
         bool, typer.Option("--keep-empty", help="Keep documents without text, as Megatron-LM's preprocess_data does.")
     ] = False,
+    on_bad_line: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="What to do at a line, row or .txt file that is no document; skip: count and name each."),
+    ] = "stop",
     seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
     text_key: Annotated[
         str, typer.Option(help="The key of the text in .jsonl files (data.text: in an object), the column in .parquet.")
@@ -68,6 +72,7 @@ def prepare(
         text_key=text_key,
         eod=eod,
         keep_empty=keep_empty,
+        skip_bad=on_bad_line == "skip",
         shard=shard,
         tokenizer_only=tokenizer_only,
     )

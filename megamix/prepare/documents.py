@@ -221,7 +221,7 @@ def sample_texts(paths: Sequence[Path], *, num_bytes: int, text_key: str = TEXT_
         elif is_parquet(path):
             texts = _sample_parquet(path, len(offsets), piece_bytes, text_key)
         elif ends[-1] <= num_bytes:
-            texts = iter_documents(path, text_key)
+            texts = iter_documents(path, text_key, skip_bad=True)
         else:
             texts = itertools.chain.from_iterable(_sample_at(path, at, piece_bytes, text_key) for at in offsets)
         with contextlib.suppress(InputError):
@@ -243,7 +243,7 @@ def _sample_at(path: Path, offset: int, num_bytes: int, text_key: str) -> Iterat
             return
         data += file.readline()
     block = Block(str(path), 0, (0, 0), offset, offset + len(data), len(data), data)
-    for text in block.documents(text_key).texts:
+    for text in block.documents(text_key, skip_bad=True).texts:
         yield text[:num_bytes]
 
 
@@ -253,7 +253,7 @@ def _sample_parquet(path: Path, num_pieces: int, num_bytes: int, text_key: str) 
         piece = groups[number * len(groups) // min(num_pieces, len(groups))]
         left = num_bytes * max(1, num_pieces // len(groups))
         for block in read_piece(piece, text_key=text_key, block_bytes=num_bytes):
-            for text in block.documents(text_key).texts:
+            for text in block.documents(text_key, skip_bad=True).texts:
                 yield text[:num_bytes]
                 left -= min(len(text), num_bytes)
             if left <= 0:
@@ -267,7 +267,7 @@ def _sample_compressed(path: Path, size: int, num_bytes: int, text_key: str) -> 
     taken = 0
     (piece,) = pieces_of(path)
     for block in itertools.islice(read_piece(piece, block_bytes=block_bytes), 0, None, stride):
-        for text in block.documents(text_key).texts:
+        for text in block.documents(text_key, skip_bad=True).texts:
             yield text[:num_bytes]
             taken += len(text)
         if taken >= num_bytes:

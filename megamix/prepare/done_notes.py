@@ -35,6 +35,8 @@ class PrepareSettings(Config):
     """Text per block. It decides how jobs divide the text, not the result of all."""
     keep_empty: bool = False
     """Whether documents without text are kept."""
+    skip_bad: bool = False
+    """Whether what is no document is passed over."""
 
 
 class InputFile(Config):
@@ -57,6 +59,8 @@ class PartNote(Config):
     validation: SplitEntry
     empty: int = 0
     """Documents without text that were left out."""
+    skipped: dict[str, int] = pydantic.Field(default={})
+    """Lines, rows and files that are no documents, by reason; each is a line of the part's skipped.jsonl."""
     nearest_train: tuple[int, int] | None
     """Hash and number of the training document that would be held out next."""
     nearest_validation: tuple[int, int] | None

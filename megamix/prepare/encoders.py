@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -44,6 +45,8 @@ class EncodeJob:
     """Share of the documents to hold out; see `HeldOut`."""
     keep_empty: bool
     """Keep documents without text, as Megatron does."""
+    skip_bad: bool
+    """Pass over what is no document."""
 
 
 class Nearest(NamedTuple):
@@ -68,6 +71,25 @@ class SplitTokens:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A line of skipped.jsonl: what is no document, and why.
+
+    Attributes:
+        place: the byte of the decompressed file, or the row, counted from 1.
+    """
+
+    path: str
+    place: int
+    is_row: bool
+    reason: str
+    message: str
+
+    def line(self) -> bytes:
+        at = {"file": self.path, "row" if self.is_row else "byte": self.place}
+        return json.dumps({**at, "reason": self.reason, "message": self.message}, ensure_ascii=False).encode() + b"\n"
+
+
+@dataclass(frozen=True)
 class Encoded:
     """The tokens of one block."""
 
@@ -75,6 +97,8 @@ class Encoded:
     validation: SplitTokens
     empty: int
     """Documents without text that are left out."""
+    skipped: tuple[Skipped, ...]
+    """What is no document."""
     text_bytes: int
     """UTF-8 bytes of the documents."""
     file_bytes: int
@@ -186,13 +210,14 @@ class DocumentEncoder:
 
 
 def _encode(job: EncodeJob, block: Block) -> Encoded:
-    documents = block.documents(job.text_key)
+    documents = block.documents(job.text_key, skip_bad=job.skip_bad)
     keep = job.keep_empty
     held = [number for number, text in enumerate(documents.texts) if keep or (text and not text.isspace())]
     texts = [documents.texts[number] for number in held]
     tokens, lengths = _encoder_of(job.path, job.sha256, job.eod_id, job.dtype)(texts)
     kept = np.full(len(lengths), True) if keep else lengths > 0
     places, lengths = documents.places[held][kept], lengths[kept]
+    is_row = block.row_bytes is not None
     held_out = HeldOut(job.domain, job.seed, job.validation_fraction)
     hashes = held_out.hashes(block.file, places)
     mask = held_out.take(hashes, first=block.file == 0 and block.start == 0)
@@ -200,6 +225,9 @@ def _encode(job: EncodeJob, block: Block) -> Encoded:
         train=_split(tokens, lengths, hashes, ~mask, np.argmin),
         validation=_split(tokens, lengths, hashes, mask, np.argmax),
         empty=len(documents.texts) - len(lengths),
+        skipped=tuple(
+            Skipped(block.path, bad.place + is_row, is_row, bad.reason, bad.message) for bad in documents.bad
+        ),
         text_bytes=sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts),
         file_bytes=block.file_bytes,
         position=block.position,

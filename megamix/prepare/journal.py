@@ -48,6 +48,10 @@ class Mark(Config):
     """Bytes of input done."""
     empty: int = 0
     """Documents left out so far."""
+    skipped: dict[str, int] = pydantic.Field(default={})
+    """See `PartNote`, so far."""
+    skipped_bytes: int = 0
+    """Size of skipped.jsonl."""
     train: Kept = Kept()
     validation: Kept = Kept()
 

@@ -6,6 +6,7 @@ No token is copied: the manifest lists the files of the jobs in order. A single 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def with_both_splits(name: str, parts: Sequence[Part], notes: list[PartNote]) ->
     train, held_out = sum(note.train.tokens for note in notes), sum(note.validation.tokens for note in notes)
     documents = sum(note.train.documents + note.validation.documents for note in notes)
     empty = sum(note.empty for note in notes)
-    check_documents(name, documents, empty)
+    skipped = dict(sum((Counter(note.skipped) for note in notes), Counter[str]()))
+    check_documents(name, documents, empty, skipped)
     if train and held_out:
         return notes
     if train:
@@ -203,7 +205,7 @@ def with_both_splits(name: str, parts: Sequence[Part], notes: list[PartNote]) ->
     moved = _move(parts[number], notes[number], document, source=0 if train else 1)
     left, got = (moved.train, moved.validation) if train else (moved.validation, moved.train)
     if not left.tokens and len(notes) == 1:
-        check_documents(name, 1, empty)
+        check_documents(name, 1, empty, skipped)
     get_logger().info(
         "%s: chance left no document to %s; the one nearest to it, of %d tokens, goes there",
         name,

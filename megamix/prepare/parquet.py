@@ -60,11 +60,11 @@ def read_rows(
     """Reads a row group in blocks of about ``block_bytes`` of text.
 
     Yields:
-        Number of the block, its first row in the file (from 0), bytes of each row, int64 [rows], and the concatenated
-        texts, UTF-8. A block may come in several parts with the same number.
+        Number of the block, its first row in the file (from 0), bytes of each row, int64 [rows], -1 for null, and the
+        concatenated texts, UTF-8. A block may come in several parts with the same number.
 
     Raises:
-        InputError: The file is damaged, or a row has no text; the message names the row, counted from 1.
+        InputError: The file is damaged; the message names the row, counted from 1.
     """
     rows = max(1, min(_MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
     done = 0
@@ -76,21 +76,24 @@ def read_rows(
                 # A row's number decides its block, wherever pyarrow ends its batches.
                 part = texts[: rows - done % rows]
                 row = group.first_row + done
-                yield (done // rows, row, *_bytes_of(part, f"{path}, row ", row, text_key))
+                yield (done // rows, row, *_bytes_of(part))
                 done += len(part)
                 texts = texts[len(part) :]
         if done != group.num_rows:
             raise InputError(f"{path}: row group {group.number} has {done} rows, expected {group.num_rows}.")
 
 
-def _bytes_of(texts: Any, where: str, row: int, text_key: str) -> tuple[np.ndarray, bytes]:
-    if texts.null_count:
-        missing = int(np.flatnonzero(np.asarray(texts.is_null()))[0])
-        raise InputError(f"{where}{row + missing + 1}: '{text_key}' is null, expected a string. Fix or remove the row.")
+def _bytes_of(texts: Any) -> tuple[np.ndarray, bytes]:
     large = texts.cast("large_string")
     _, offsets, data = large.buffers()
     ends = np.frombuffer(offsets, np.int64)[large.offset : large.offset + len(large) + 1]
-    return np.diff(ends), bytes(memoryview(data)[ends[0] : ends[-1]]) if data is not None else b""
+    # What a null row points at need not be empty.
+    sizes, whole = np.diff(ends), b"" if data is None else bytes(memoryview(data)[ends[0] : ends[-1]])
+    if not texts.null_count:
+        return sizes, whole
+    null, starts = np.asarray(texts.is_null()), ends[:-1] - ends[0]
+    held = [whole[start : start + size] for start, size in zip(starts[~null], sizes[~null], strict=True)]
+    return np.where(null, -1, sizes), b"".join(held)
 
 
 @contextlib.contextmanager

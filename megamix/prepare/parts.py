@@ -6,6 +6,9 @@ With several jobs, ``-00002-of-00008`` follows in the names. A part with a note 
 from __future__ import annotations
 
 import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path
 from megamix.data.tokens.manifest import FILE_NAME, SplitEntry
 from megamix.data.tokens.writer import IndexedWriter
 from megamix.prepare.done_notes import InputFile, PartNote, PrepareSettings, read_note, write_note
-from megamix.prepare.encoders import Encoded, Nearest, SplitTokens
+from megamix.prepare.encoders import Encoded, Nearest, Skipped, SplitTokens
 from megamix.prepare.journal import Header, Journal, Kept, Mark
 from megamix.prepare.shards import Shard, Share
 
@@ -52,6 +55,11 @@ class Part:
     def journal_path(self) -> Path:
         """The `Journal` of an unfinished part."""
         return self.folder / f"prepare{self.shard.suffix}.journal"
+
+    @property
+    def skipped_path(self) -> Path:
+        """What was no document and was passed over, a JSON object a line; not there if there is none."""
+        return self.folder / f"skipped{self.shard.suffix}.jsonl"
 
     @property
     def counts_path(self) -> Path:
@@ -143,6 +151,7 @@ class PartWriter:
     def _open(self) -> list[_SplitWriter]:
         mark = self._journal.mark
         self._part.discard(files=mark == Mark())
+        cut_back(self._part.skipped_path, mark.skipped_bytes)
         kept = (mark.train, mark.validation)
         return [
             _SplitWriter(self._part.out, self._part.prefix(split), self._settings.dtype, counts, safe)
@@ -155,30 +164,38 @@ class PartWriter:
         train.add(encoded.train, lowest=True)
         validation.add(encoded.validation, lowest=False)
         share, block = encoded.position
+        done = self._with_skipped(encoded.skipped)
         self.mark = self._mark(
             share,
             block + 1,
             self._shares[share].piece.file + 1,
-            self.mark.file_bytes + encoded.file_bytes,
-            self.mark.empty + encoded.empty,
+            file_bytes=done.file_bytes + encoded.file_bytes,
+            empty=done.empty + encoded.empty,
         )
         self._unsafe_bytes += encoded.train.tokens.nbytes + encoded.validation.tokens.nbytes
         if self._unsafe_bytes >= self._journal_bytes:
             self._make_safe()
 
-    def _mark(self, share: int, block: int, num_files: int, file_bytes: int, empty: int) -> Mark:
+    def _mark(self, share: int, block: int, num_files: int, **done: int) -> Mark:
         train, validation = (split.kept() for split in self._splits)
-        return Mark(
-            share=share,
-            block=block,
-            num_files=num_files,
-            file_bytes=file_bytes,
-            empty=empty,
-            train=train,
-            validation=validation,
-        )
+        place = {"share": share, "block": block, "num_files": num_files}
+        return self.mark.model_copy(update={**place, **done, "train": train, "validation": validation})
+
+    def _with_skipped(self, skipped: Sequence[Skipped]) -> Mark:
+        """Writes what is no document, and counts it in `mark`."""
+        if skipped:
+            counts = Counter(self.mark.skipped)
+            counts.update(each.reason for each in skipped)
+            with open(self._part.skipped_path, "ab") as file:
+                file.writelines(each.line() for each in skipped)
+                size = file.tell()
+            self.mark = self.mark.model_copy(update={"skipped": dict(counts), "skipped_bytes": size})
+        return self.mark
 
     def _make_safe(self) -> None:
+        if self.mark.skipped_bytes:
+            with open(self._part.skipped_path, "rb") as file:
+                os.fsync(file.fileno())
         for split in self._splits:
             split.writer.sync()
         self._journal.add(self.mark)
@@ -192,8 +209,8 @@ class PartWriter:
         """
         if self._part.shard.count == 1:
             num_documents = sum(split.writer.num_documents for split in self._splits)
-            check_documents(self._part.domain, num_documents, self.mark.empty)
-        self.mark = self._mark(len(self._shares), 0, len(self._inputs), self.mark.file_bytes, self.mark.empty)
+            check_documents(self._part.domain, num_documents, self.mark.empty, self.mark.skipped)
+        self.mark = self._mark(len(self._shares), 0, len(self._inputs))
         self._make_safe()
         train, validation = (split.close() for split in self._splits)
         self._part.save_counts(self.counts)
@@ -203,6 +220,7 @@ class PartWriter:
             train=train,
             validation=validation,
             empty=self.mark.empty,
+            skipped=self.mark.skipped,
             nearest_train=self.mark.train.nearest,
             nearest_validation=self.mark.validation.nearest,
         )
@@ -221,7 +239,14 @@ class PartWriter:
             else:
                 split.writer.abort()  # of no effect after close
         if kind is not None and not safe:
+            self._part.skipped_path.unlink(missing_ok=True)
             self._journal.remove()
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """``3 skipped (2 not JSON, 1 no text)``."""
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(skipped.items()))
+    return f"{sum(skipped.values()):,} skipped ({reasons})"
 
 
 class _SplitWriter:
@@ -257,10 +282,22 @@ def split_entry(prefix: str, writer: IndexedWriter) -> SplitEntry:
     return SplitEntry.of(prefix, writer.close())
 
 
-def check_documents(name: str, num_documents: int, empty: int) -> None:
+def cut_back(path: Path, size: int) -> None:
+    """Takes off what follows the first ``size`` bytes; all of it: the file goes."""
+    if not size:
+        path.unlink(missing_ok=True)
+    elif path.stat().st_size < size:  # raises FileNotFoundError
+        raise FileNotFoundError(path)
+    else:
+        os.truncate(path, size)
+
+
+def check_documents(name: str, num_documents: int, empty: int, skipped: Mapping[str, int]) -> None:
     """Refuses a domain that cannot have a document in each split."""
     if num_documents < 2:
-        left_out = f" ({plural(empty, 'document')} without text left out)" if empty else ""
+        parts = [f"{plural(empty, 'document')} without text left out"] if empty else []
+        parts += [skipped_text(skipped)] if skipped else []
+        left_out = f" ({', '.join(parts)})" if parts else ""
         raise InputError(
             f"domain '{name}' has {num_documents} non-empty documents{left_out}, expected at least 2: one to train on,"
             " one to validate with. Split its text: one document a line of .jsonl, or more .txt files."

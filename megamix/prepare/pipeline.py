@@ -38,7 +38,7 @@ from megamix.prepare.encoders import EncodeJob, Encoders
 from megamix.prepare.journal import Mark
 from megamix.prepare.merge import assemble, shard_note_path, with_both_splits
 from megamix.prepare.output_folder import sole_writer, writing_to
-from megamix.prepare.parts import Part, PartWriter
+from megamix.prepare.parts import Part, PartWriter, skipped_text
 from megamix.prepare.progress import PrepareProgress
 from megamix.prepare.shards import Shard, Share, divide
 
@@ -58,6 +58,7 @@ def prepare(
     text_key: str = TEXT_KEY,
     eod: str | None = None,
     keep_empty: bool = False,
+    skip_bad: bool = False,
     shard: str | None = None,
     tokenizer_only: bool = False,
     progress: bool = True,
@@ -78,6 +79,8 @@ def prepare(
         eod: The tokenizer's end-of-document token, where it has an unusual name.
         keep_empty: Keep documents without text as Megatron-LM's preprocess_data does: one of white space gets its
             tokens, an empty one none. Otherwise they are left out, and counted in the log.
+        skip_bad: Pass over lines, rows and .txt files that are no documents, count them in the log, and name each in
+            ``OUT/<domain>/skipped.jsonl``. Otherwise the first ends the call. A damaged file does so in any case.
         shard: ``i/n``: do the i-th of n parts of the work, for `merge`. A tokenizer of ``train:`` or ``hf:`` must be
             made first, with ``tokenizer_only``, so that all jobs use the same one.
         tokenizer_only: Only make ``OUT/tokenizer.json``.
@@ -119,6 +122,7 @@ def prepare(
                 dtype=pick_dtype(loaded.vocab_size).name,
                 block_bytes=block_bytes,
                 keep_empty=keep_empty,
+                skip_bad=skip_bad,
             )
             if job.count > 1:
                 shard_note_path(out, job).unlink(missing_ok=True)
@@ -225,7 +229,7 @@ class _Work:
                 note = self._write(writer, name, shares[name], encoders, shown)
                 if self._shard.count == 1:
                     (note,) = with_both_splits(name, [part], [note])
-                shown.finish(name, _outcome(note))
+                shown.finish(name, _outcome(part, note))
 
     def _shares(self, paths: Sequence[Path]) -> list[Share]:
         pieces = [piece for file, path in enumerate(paths) for piece in pieces_of(path, file, self._settings.text_key)]
@@ -245,6 +249,7 @@ class _Work:
             seed=settings.seed,
             validation_fraction=settings.validation_fraction,
             keep_empty=settings.keep_empty,
+            skip_bad=settings.skip_bad,
         )
         with writer:
             shown.begin(name, writer.mark.file_bytes)
@@ -271,9 +276,11 @@ class _Work:
             )
 
 
-def _outcome(note: PartNote) -> str:
+def _outcome(part: Part, note: PartNote) -> str:
     """A finished part, in words."""
     said = f"{note.train.tokens:,} + {note.validation.tokens:,} tokens"
-    if not note.empty:
-        return said
-    return f"{said}, {plural(note.empty, 'document')} without text left out (--keep-empty keeps them)"
+    if note.empty:
+        said += f", {plural(note.empty, 'document')} without text left out (--keep-empty keeps them)"
+    if note.skipped:
+        said += f", {skipped_text(note.skipped)}: see {part.skipped_path}"
+    return said
