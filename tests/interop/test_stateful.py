@@ -169,8 +169,8 @@ def test_positions(config: Path) -> None:
     """In the sample, or in the document; always there, as torchtitan makes its causal mask of them."""
     for is_reset in (False, True):
         # So many tokens that some document ends among them, whatever text this machine has.
-        overrides = ["data.seq_length=512", "train.global_batch=64", f"data.reset_position_ids={str(is_reset).lower()}"]
-        mix = batches(config, overrides=overrides)
+        overrides = ["data.seq_length=512", f"data.reset_position_ids={str(is_reset).lower()}"]
+        mix = batches(config, overrides=overrides, global_batch=64)
         positions = torch.cat([inputs["positions"] for inputs, _ in itertools.islice(mix, mix.num_micro_batches)])
         mix.close()
         rises = positions.diff(dim=1) == 1
