@@ -15,11 +15,11 @@ REQUIRES = [
     "pyyaml",
     "rich",
     "scipy>=1.14",
-    "typer>=0.16",
+    "typer>=0.19",
 ]
-TORCH = ["torch>=2.11"]
+TORCH = ["torch>=2.6"]
 # deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
-DEEPSPEED = ["deepspeed>=0.19.8", "safetensors>=0.5", "transformers>=5.17", *TORCH]
+DEEPSPEED = ["deepspeed>=0.19.8", "safetensors>=0.5", "transformers>=4.51", *TORCH]
 MEGATRON = ["megatron-core>=0.16.1", "safetensors>=0.5", *TORCH]
 HUGGING_FACE = ["accelerate", "safetensors>=0.5", "tokenizers>=0.21", "transformers>=5.17", *TORCH]
 PREPARE = ["pyarrow", "regex", "tokenizers>=0.21", "zstandard"]
@@ -67,7 +67,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=[
         *find_packages(".", include=["megamix", "megamix.*"]),
         *find_packages("kernels", include=["megamix_kernels", "megamix_kernels.*"]),

@@ -7,7 +7,6 @@ Legend: K domains.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from megamix.analysis.samples import SampleReader
 from megamix.analysis.series import objective_losses
 from megamix.analysis.summary import run_table
 from megamix.core.errors import InputError
-from megamix.core.files import parse_json
+from megamix.core.files import parse_json, sha256_of
 from megamix.core.text import Report, Table, gib, number, plural
 from megamix.data.blend.blend import Blend
 from megamix.data.reference_losses import is_cache
@@ -243,8 +242,7 @@ def _checkpoint_problem(path: Path) -> str | None:
         return problem
     files: dict[str, Any] = parse_json((path / store.LISTING).read_bytes())["files"]
     for name, entry in files.items():
-        with (path / name).open("rb") as file:
-            seen = hashlib.file_digest(file, "sha256").hexdigest()
+        seen = sha256_of(path / name)
         if seen != entry["sha256"]:
             return f"{name} has SHA-256 {seen[:12]}..., expected {entry['sha256'][:12]}...: its contents have changed"
     return None

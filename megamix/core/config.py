@@ -340,7 +340,9 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _is_config(annotation: Any) -> typing.TypeGuard[type[Config]]:
-    return isinstance(annotation, type) and issubclass(annotation, Config)
+    # Before Python 3.11, list[int] is a type as well.
+    plain = isinstance(annotation, type) and typing.get_origin(annotation) is None
+    return plain and issubclass(annotation, Config)
 
 
 def _names(member: Any) -> tuple[Any, ...]:

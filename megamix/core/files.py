@@ -36,8 +36,11 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found.update(buffer[:size])
+    return found.hexdigest()
 
 
 def replace_json(path: Path, content: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 _FORMAT = "%(asctime)s %(message)s"
 _CLEAR_LINE = "\r\x1b[K"
@@ -32,7 +32,13 @@ def get_logger(name: str = "megamix") -> logging.Logger:
     return logger
 
 
-class _StatusAwareHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # takes no type before Python 3.11
+
+
+class _StatusAwareHandler(_StreamHandler):
     """Clears the progress line before a log line takes its place."""
 
     def emit(self, record: logging.LogRecord) -> None:

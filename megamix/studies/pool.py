@@ -115,8 +115,7 @@ class _Pool:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    process_group=0,  # the terminal's Ctrl-C reaches it from here, once
-                    preexec_fn=functools.partial(die_with_parent, os.getpid()),
+                    preexec_fn=functools.partial(_set_apart, os.getpid()),
                 )
             code = process.wait()
         finally:
@@ -151,6 +150,13 @@ class _Pool:
             self._stopping = True
             for process in self._running.values():
                 process.send_signal(number)
+
+
+def _set_apart(pool: int) -> None:
+    """In a member's process: a process group of its own, so that the terminal's Ctrl-C reaches it through the pool,
+    once; and an end with the pool's. `subprocess` knows of groups from Python 3.11 on."""
+    os.setpgid(0, 0)
+    die_with_parent(pool)
 
 
 def _environment(member: Member, slot: int, at_once: int) -> dict[str, str]:

@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, ClassVar, Never
+from typing import Any, ClassVar, NoReturn
 
 # What may differ from the process that forks: nothing that is settled when a module is imported.
 FREE = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ASK_RANK", "ASK_STEP"}
@@ -251,7 +251,7 @@ def _redirect(command: Command) -> None:
         os.close(file)
 
 
-def _become(arguments: list[str], environment: dict[str, str]) -> Never:
+def _become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
     """Is ``python ARGUMENTS`` from here to its end."""
     os.environ.clear()
     os.environ.update(environment)

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Never
+from typing import NoReturn
 
 from commands import RUN_SECONDS
 
@@ -41,7 +41,7 @@ class Ranks:
                 self._become(rank, program, config, len(programs))
             self.processes.append(process)
 
-    def _become(self, rank: int, program: Program, config: WatchdogConfig, world_size: int) -> Never:
+    def _become(self, rank: int, program: Program, config: WatchdogConfig, world_size: int) -> NoReturn:
         code = 70
         try:
             said = os.open(self.folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY)

@@ -9,8 +9,10 @@ Legend: B samples, S tokens, H hidden size, V vocabulary, R rotary dimensions.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,22 +38,32 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         "use_cache": False,
         "attn_implementation": "sdpa",
     }
-    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
     if config.architecture == "neox":
         return GPTNeoXConfig(
             **shared,
+            **_rotary_keys(config),
             layer_norm_eps=config.norm_epsilon,
             use_parallel_residual=config.parallel_residual,
             attention_dropout=config.dropout,
             hidden_dropout=config.dropout,
-            rope_parameters={**rope, "partial_rotary_factor": config.rotary_percent},
         )
     return LlamaConfig(
         **shared,
+        **_rotary_keys(config),
         rms_norm_eps=config.norm_epsilon,
         num_key_value_heads=config.key_value_heads,
-        rope_parameters=rope,
     )
+
+
+def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding as the installed transformers takes it: before version 5, keys of each architecture."""
+    is_neox = config.architecture == "neox"
+    if "rope_parameters" not in inspect.signature(LlamaConfig).parameters:
+        if is_neox:
+            return {"rotary_pct": config.rotary_percent, "rotary_emb_base": config.rotary_base}
+        return {"rope_theta": config.rotary_base}
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
+    return {"rope_parameters": {**rope, "partial_rotary_factor": config.rotary_percent} if is_neox else rope}
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, torch.Size]:
@@ -135,8 +147,12 @@ class Decoder(PipelineLayer):
         if isinstance(hidden, tuple):
             hidden_BSH, positions_BS = hidden
             cos, sin = (table[0, positions_BS] for table in self._rotary_table(hidden_BSH))
-            return self.layer(hidden_BSH, attention_mask=None, position_embeddings=(cos, sin)), positions_BS
-        return self.layer(hidden, attention_mask=None, position_embeddings=self._rotary_table(hidden))
+            return self._output(hidden_BSH, (cos, sin)), positions_BS
+        return self._output(hidden, self._rotary_table(hidden))
+
+    def _output(self, hidden_BSH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        found = self.layer(hidden_BSH, attention_mask=None, position_embeddings=rotary)
+        return found[0] if isinstance(found, tuple) else found  # a tuple: transformers 4
 
     def _rotary_table(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cosine and sine of every position of a sample, [1, S, R] each."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.errors import ResumeRefused
-from megamix.core.files import parse_json
+from megamix.core.files import parse_json, sha256_of
 from megamix.core.log import get_logger
 
 FORMAT = "megamix-checkpoint"
@@ -299,11 +299,10 @@ def verify(path: Path, name: str) -> None:
 
 def describe(path: Path, sync: bool = True) -> dict[str, Any]:
     """Size and hash of a file; with ``sync``, once it is safe on disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if sync:
+    if sync:
+        with path.open("rb") as file:
             os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
