@@ -14,7 +14,7 @@ from cluster import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"
 STAND_IN = Path(__file__).parent / "stand_in.py"
-SECONDS = 120.0
+SECONDS = 300.0  # a job that is requeued may wait for two minutes before Slurm begins it again
 
 
 def wait_until(what: str, ready: Callable[[], bool], seconds: float = SECONDS) -> None:
