@@ -81,10 +81,11 @@ class DataPlan(MixPlan):
         length = self.config.data.seq_length
         return tuple(k for k, stream in enumerate(self.validation) if stream.num_windows(length) > 0)
 
-    @property
+    @cached_property
     def unevaluated(self) -> tuple[str, ...]:
         """The domains without one: they are in no evaluation."""
-        return tuple(name for k, name in enumerate(self.domain_names) if k not in set(self.evaluated))
+        evaluated = set(self.evaluated)
+        return tuple(name for k, name in enumerate(self.domain_names) if k not in evaluated)
 
     def over_evaluated(self, weights: Floats) -> dict[str, float]:
         """{domain: weight} of the `evaluated` domains, in the ratios and with the sum of ``weights`` (float64 [K])."""

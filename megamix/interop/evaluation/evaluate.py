@@ -165,8 +165,8 @@ def _streams(
 ) -> tuple[list[DomainTokens], list[str]]:
     """The tokens of the domains with at least one sample, and the names of those without."""
     streams = [manifest.open_domain(name, split) for name in names]
-    without = [stream.name for stream in streams if stream.num_windows(seq_length) < 1]
-    return [stream for stream in streams if stream.name not in without], without
+    held = [stream for stream in streams if stream.num_windows(seq_length) > 0]
+    return held, [stream.name for stream in streams if stream.num_windows(seq_length) < 1]
 
 
 def _document_sums(

@@ -182,7 +182,8 @@ def _check_steering(steering: _Steering, domains: tuple[str, ...]) -> None:
 
 
 def _check_known(names: Iterable[str], domains: Iterable[str], name: str) -> None:
-    unknown = [each for each in names if each not in set(domains)]
+    known = set(domains)
+    unknown = [each for each in names if each not in known]
     if unknown:
         raise ValueError(f"{name} names '{unknown[0]}', which the data do not have")
 
