@@ -7,7 +7,6 @@ The rules of thumb are starting points from the literature, each named in the fi
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.core.files import replace_file, writing
-from megamix.core.packages import MODULES
+from megamix.core.packages import has_extra
 from megamix.core.paths import literal
 from megamix.core.text import plural
 from megamix.core.yaml_text import parse_yaml
@@ -176,11 +175,7 @@ def _learning_rate(parameters: int) -> float:
 
 def _engine() -> str:
     """The first engine whose packages are here."""
-
-    def is_here(extra: str) -> bool:
-        return all(importlib.util.find_spec(module) is not None for module in MODULES[extra])
-
-    return next((name for name in ("deepspeed", "megatron") if is_here(name)), "deepspeed")
+    return next((name for name in ("deepspeed", "megatron") if has_extra(name)), "deepspeed")
 
 
 def _part(steps: int, parts: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 from megamix.core.errors import InputError
@@ -66,9 +67,17 @@ def check_extra(extra: str, purpose: str) -> None:
     Raises:
         InputError: naming the first that is not.
     """
-    for module in MODULES[extra]:
-        if importlib.util.find_spec(module) is None:
-            raise _lacks(purpose, module, extra)
+    for module in _missing(extra):
+        raise _lacks(purpose, module, extra)
+
+
+def has_extra(extra: str) -> bool:
+    """Whether all modules of an extra are installed, without importing them."""
+    return not any(_missing(extra))
+
+
+def _missing(extra: str) -> Iterator[str]:
+    return (module for module in MODULES[extra] if importlib.util.find_spec(module) is None)
 
 
 def _lacks(purpose: str, module: str, extra: str) -> InputError:

@@ -37,5 +37,8 @@ class Ramp:
 
     def towards(self, target: Floats, position: float) -> Floats:
         """float64 [K]: the weights at ``position`` on the way to ``target``; each lies between its two ends."""
-        share = self.share(position)
+        return self.after(self.share(position), target)
+
+    def after(self, share: float, target: Floats) -> Floats:
+        """float64 [K]: the weights once a share of the way to ``target`` is done."""
         return (1 - share) * self.origin + share * target

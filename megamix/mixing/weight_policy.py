@@ -65,8 +65,7 @@ class Stages:
                 continue
             for steps in np.array_split(np.arange(start, stop), min(_MOST_STRETCHES, stop - start)):
                 share = math.fsum(map(ramp.share, steps.tolist())) / steps.size
-                mean = (1 - share) * ramp.origin + share * self.weights[stage + 1]
-                yield int(steps[0]), int(steps[-1]) + 1, mean
+                yield int(steps[0]), int(steps[-1]) + 1, ramp.after(share, self.weights[stage + 1])
 
     def _stage_of(self, step: int) -> int:
         return int(np.searchsorted(self.steps, step, "right")) - 1

@@ -23,7 +23,8 @@ LINES = (".jsonl", ".ndjson")
 # A folder may hold other files, such as a report in .json.
 IN_FOLDERS = (*(lines + packed for lines in LINES for packed in ("", *COMPRESSED)), ".parquet", ".txt")
 READABLE = (*IN_FOLDERS, ".json", *(".json" + packed for packed in COMPRESSED))
-IN_FOLDERS_SAID = ".jsonl or .ndjson (also .gz, .zst, .bz2, .xz), .parquet, .txt"
+IN_FOLDERS_SAID = f"{' or '.join(LINES)} (also {', '.join(COMPRESSED)}), .parquet, .txt"
+"""The same for people."""
 MAGIC = {
     ".gz": b"\x1f\x8b",
     ".zst": b"\x28\xb5\x2f\xfd",

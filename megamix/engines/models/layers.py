@@ -37,11 +37,11 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         "tie_word_embeddings": False,
         "use_cache": False,
         "attn_implementation": "sdpa",
+        **_rotary_keys(config),
     }
     if config.architecture == "neox":
         return GPTNeoXConfig(
             **shared,
-            **_rotary_keys(config),
             layer_norm_eps=config.norm_epsilon,
             use_parallel_residual=config.parallel_residual,
             attention_dropout=config.dropout,
@@ -49,7 +49,6 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         )
     return LlamaConfig(
         **shared,
-        **_rotary_keys(config),
         rms_norm_eps=config.norm_epsilon,
         num_key_value_heads=config.key_value_heads,
     )
