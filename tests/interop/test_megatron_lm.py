@@ -219,14 +219,15 @@ def alike(record: list[Any], expected: list[Any]) -> None:
         assert line == pytest.approx(other, rel=TOLERANCE)
 
 
-def test_a_result_that_is_refused_twice(
-    one_rank: None, config: Path, reference: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(("only_once", "exit_code"), [(False, 16), (True, 17)])
+def test_a_result_that_is_refused(
+    one_rank: None, config: Path, reference: dict[str, Any], tmp_path: Path, only_once: bool, exit_code: int
 ) -> None:
-    """Megatron runs the step again, saves the iteration before and ends with 16; the run goes on from there, the step
-    anew, with the losses of one without the fault."""
+    """Megatron runs the step again, saves the iteration before and ends with 16, or with 17 if the result was another
+    then; the run goes on from there, the step anew, with the losses of one without the fault."""
     common = {"eval_iters": 0, "save": str(tmp_path)}
-    first, again = train_here(config, **common, bad_iteration=4)
-    assert first.pop() == 16
+    first, again = train_here(config, **common, bad_iteration=4, bad_once=only_once)
+    assert first.pop() == exit_code
     assert again[-4:] == again[-8:-4], "the micro-batches of the step, once more"
     assert [path.name for path in (tmp_path / "megamix").glob("iter_*.json")] == ["iter_0000003.json"]
     second, rows = train_here(config, **common, load=str(tmp_path))

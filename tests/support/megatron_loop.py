@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from megatron.core.rerun_state_machine import (
         RerunDataIterator,
         RerunMode,
+        RerunState,
         get_rerun_state_machine,
         initialize_rerun_state_machine,
     )
@@ -101,6 +102,7 @@ def make_args(**given: Any) -> SimpleNamespace:
         "export_kd_teacher_load": None,
         "gtp_weight_remat_size": 1,
         "bad_iteration": None,  # of the stand-in: its gradient is not a number
+        "bad_once": False,  # of the stand-in: it is one when the step is run again
         "data_from": 0,  # of the stand-in: for the adapter
     }
     assert given.keys() <= defaults.keys(), given.keys() - defaults.keys()
@@ -287,7 +289,9 @@ def train_step(
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        with bad_gradient(model) if args.curr_iteration + 1 == args.bad_iteration else nullcontext():
+        bad = args.curr_iteration + 1 == args.bad_iteration
+        bad = bad and (rerun.state is RerunState.INITIAL_RUN or not args.bad_once)
+        with bad_gradient(model) if bad else nullcontext():
             losses_reduced = run_schedule(forward_step_func, data_iterator, model, args, forward_only=False)
     ending = rerun.should_checkpoint_and_exit()
     if not ending[1]:
