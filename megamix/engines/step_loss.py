@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ class StepLoss:
         self._bad: list[torch.Tensor] = []
         self._token_losses: list[torch.Tensor] | None = None
         self._on_statistics: Callable[[torch.Tensor], None] | None = None
+
+    def share_vocabulary(self, process_group: Any) -> None:
+        """From now on the logits hold a part of the vocabulary, as if ``process_group`` had been given at first."""
+        self._process_group = process_group
+        self._options = replace(self._options, process_group=process_group)
 
     def start_step(
         self,

@@ -28,6 +28,8 @@ from test_hugging_face_trainer import (
     plain_loop,
 )
 from titan_stand_in import TitanLoop, installed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 
@@ -94,8 +96,15 @@ def test_is_the_training_that_it_says(one_rank: None, config: Path, reference: d
 
 
 def test_other_ranks_and_a_stage_without_a_loss(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    """Two data-parallel ranks, then, from their checkpoint, two pipeline stages of which the second has the loss."""
+    """Two data-parallel ranks, then, from their checkpoint, two pipeline stages of which the second has the loss, and
+    from the same one two ranks that share the columns of the logits."""
     run_ranks(Path(__file__), 2, config, tmp_path, 3, "data", cwd=tmp_path)
+    run_ranks(Path(__file__), 2, config, tmp_path, 3, "tensor", cwd=tmp_path)
+    shared = [json.loads((tmp_path / f"tensor{rank}.json").read_text()) for rank in range(2)]
+    assert shared[0] == shared[1]
+    assert shared[0]["rows"] == [row for step in reference["rows"][3:] for row in step]
+    np.testing.assert_allclose(shared[0]["losses"], reference["losses"][3:], rtol=OF_MEANS)
+    check_weights(tmp_path / "record", reference)
     run_ranks(Path(__file__), 2, config, tmp_path, 3, "pipeline", cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"data{rank}.json").read_text()) for rank in range(2))
     np.testing.assert_allclose(np.add(first["losses"], second["losses"]), reference["losses"][:3], rtol=OF_MEANS)
@@ -114,8 +123,11 @@ def test_refusals(one_rank: None, config: Path, tmp_path: Path) -> None:
     run = loop(config, tmp_path)
     run.train(1)
     state = json.loads(run.dataloader.state_dict()["mix"])
-    with pytest.raises(InputError, match="logits are a Parameter, divided over ranks"):
+    with pytest.raises(InputError, match="logits are a Parameter; expected a tensor, or columns"):
         run.loss_fn(torch.nn.Parameter(torch.zeros(1)), torch.zeros(1))
+    by_samples = DTensor.from_local(torch.zeros(2, 3, 4), DeviceMesh("cpu", [0]), (Shard(0),))
+    with pytest.raises(InputError, match=r"DTensor of \(Shard\(dim=0\),\) and 4 columns"):
+        run.loss_fn(by_samples, torch.zeros(1))
     run.close()
     other = loop(config, tmp_path, seed=7)
     with pytest.raises(ResumeRefused, match="another order: seed was 1234, now 7"):
@@ -147,17 +159,19 @@ def test_a_step_of_another_length(one_rank: None, config: Path, tmp_path: Path) 
 def main() -> None:
     config, folder, steps, kind = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     dist.init_process_group("gloo")
-    rank, pipeline = dist.get_rank(), kind == "pipeline"
-    given = {"data_size": 1, "rank": 0} if pipeline else {"data_size": 2, "rank": rank}
+    rank = dist.get_rank()
+    given = {"data_size": 2, "rank": rank} if kind == "data" else {"data_size": 1, "rank": 0}
     run = loop(config, folder / "record", **given)
-    if pipeline:
+    if kind == "tensor":
+        run.columns, run.adds_up = DeviceMesh("cpu", range(2)), True
+    if kind != "data":
         run.model.load_state_dict(torch.load(folder / "model.pt"))
         run.dataloader.load_state_dict(json.loads((folder / "state.json").read_text()))
-    losses = run.train(steps, has_loss=not pipeline or rank == 1)
+    losses = run.train(steps, has_loss=kind != "pipeline" or rank == 1)
     state = run.dataloader.state_dict()
     run.close()
     (folder / f"{kind}{rank}.json").write_text(json.dumps({"losses": losses, "rows": run.rows}))
-    if rank == 0 and not pipeline:
+    if rank == 0 and kind == "data":
         (folder / "state.json").write_text(json.dumps(state))
         torch.save(run.model.state_dict(), folder / "model.pt")
     dist.barrier()

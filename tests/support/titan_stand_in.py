@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 
 class Configurable:
@@ -92,6 +93,7 @@ class TitanLoop:
         )
         self.micro_batches = batch[0] // (batch[1] * data_size)
         self.adds_up = data_size > 1
+        self.columns: Any = None  # a mesh of ranks that share the logits' columns
         self.rows: list[Any] = []
 
     def train(self, steps: int, *, has_loss: bool = True) -> list[float]:
@@ -109,6 +111,9 @@ class TitanLoop:
     def forward(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
         # The trainer makes the causal mask of the positions, and refuses to go without.
         logits = self.model(input_ids=inputs["input"], position_ids=inputs["positions"]).logits
+        if self.columns is not None:
+            own = logits.chunk(self.columns.size(), dim=-1)[self.columns.get_local_rank()]
+            logits = DTensor.from_local(own.contiguous(), self.columns, (Shard(2),))
         loss, metrics = self.loss_fn(logits, labels, torch.tensor(1))
         assert metrics == {}
         loss.backward()

@@ -91,6 +91,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         self._calls = 0  # of the loss, in the step in progress
         self._made_group = False
         self._group: Any = None
+        self._vocabulary_group: Any = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Micro-batches from the next step on: int64 [B, S] ``input`` and ``positions``, and the labels [B, S]."""
@@ -121,7 +122,11 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
                 yield inputs, coded_labels(batch.labels[m], batch.domains[m], self.plan.vocab_size)
 
     def loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, tokens: torch.Tensor | float | None = None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        tokens: torch.Tensor | float | None = None,
+        process_group: Any = None,
     ) -> torch.Tensor:
         """Loss of a micro-batch, divided by the tokens of the global batch; after the last one of a step its sums go to
         the mixer.
@@ -130,12 +135,17 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
             logits: [B, S, V], whole on every rank, which predict the next token without a shift.
             labels: int64 [B, S], as the data set gives them.
             tokens: without gradients, in validation, divisor of the sum of losses; None: the labels that count.
+            process_group: in training, ranks that share the vocabulary; the logits are then [B, S, V / T] on each of
+                its T ranks. None: the logits hold all of it.
         """
         if self._run is None:
             raise MegamixError("the loss was called before the first sample was read, or after the end of the run.")
         label_BS, domain_BS = decoded_labels(labels, self.plan.vocab_size)
         if torch.is_grad_enabled():
             self._calls += 1
+            if process_group is not self._vocabulary_group:
+                self._run.loss.share_vocabulary(process_group)
+                self._vocabulary_group = process_group
             return self._run.loss(logits, (label_BS, domain_BS))
         logits_NV = logits[..., : self.plan.vocab_size].flatten(0, 1).float()
         loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
@@ -191,7 +201,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
             self._run = self._loaded = None
             if self._made_group:
                 dist.destroy_process_group()
-            self._group, self._made_group = None, False
+            self._group, self._made_group, self._vocabulary_group = None, False, None
 
     def _open(self) -> HostRun:
         if self._run is None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.dataloader import BaseDataLoader  # pyright: ignore[reportMissingImports]
 from torchtitan.components.loss import BaseLoss  # pyright: ignore[reportMissingImports]
 
@@ -58,18 +59,36 @@ class MixLoss(BaseLoss):
         """The loss, which in training is divided by the step's tokens already, and no metrics.
 
         Args:
-            pred: logits [B, S, V], whole on every rank.
+            pred: logits [B, S, V], whole on every rank or, under tensor parallelism, divided by columns.
             labels: int64 [B, S], as `MixDataLoader` gives them.
         """
+        group = None
         if type(pred) is not torch.Tensor:
-            raise InputError(
-                f"{HOST}'s logits are a {type(pred).__name__}, divided over ranks; that is not supported here. Set "
-                "parallelism.tensor_parallel_degree to 1 and spmd_backend to its default."
-            )
+            pred, group = _own_columns(pred)
         if self.batches is None:
             raise InputError("the loss was called outside of training. Give MixDataLoader.Config to the trainer too.")
         divisor = 1.0 if global_valid_tokens is None else global_valid_tokens
-        return self.batches.loss(pred, labels, divisor), {}
+        return self.batches.loss(pred, labels, divisor, group), {}
+
+
+def _own_columns(pred: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """This rank's columns of logits that tensor-parallel ranks share, and the group of these ranks; without gradients,
+    in validation, all columns, and None.
+
+    Raises:
+        InputError: they are divided in another way, or the ranks' parts differ in size.
+    """
+    is_by_columns = isinstance(pred, DTensor) and pred.placements == (Shard(pred.ndim - 1),)
+    if not is_by_columns or pred.shape[-1] % pred.device_mesh.size():
+        shape = f" of {pred.placements} and {pred.shape[-1]} columns" if isinstance(pred, DTensor) else ""
+        raise InputError(
+            f"{HOST}'s logits are a {type(pred).__name__}{shape}; expected a tensor, or columns that are divided equally over "
+            "the tensor-parallel ranks. Set parallelism.tensor_parallel_degree to a divisor of the vocabulary size, or to "
+            "1, and spmd_backend to its default."
+        )
+    if not torch.is_grad_enabled():
+        return pred.full_tensor(), None
+    return pred.to_local(), pred.device_mesh.get_group()
 
 
 class MixDataLoader(BaseDataLoader):
