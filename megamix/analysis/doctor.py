@@ -111,6 +111,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
         num_micro_batches=shape.num_micro_batches,
         data_size=shape.data_size,
         local_layers=_local_layers(config.engine, plan_only),
+        within_documents=config.data.within_documents,
     )
     names, initial = _mixture(shape)
     warnings = shape.mix.warnings() if shape.mix is not None else []
@@ -183,6 +184,7 @@ def _what_runs(shape: _Shape) -> str:
         ("mixture", _mixture_line(shape)),
         ("mixer", f"{config.mixer.name}; weights act {delay} after the one they follow from"),
         ("checkpoint", f"{gib(checkpoint_bytes(model))} each, {config.checkpoint.keep} kept"),
+        *([("attention", "within documents")] if config.data.within_documents else []),
         *([("token files", files_line(shape.plan.domains))] if shape.plan is not None else []),
     )  # fmt: skip
     return "\n".join(f"{name:<12} {value}" for name, value in lines)

@@ -33,7 +33,8 @@ class StageMemory:
     - ``activations``: per token and decoder layer e (11 H + 2 F) for neox (with dropout 2 H more; with a parallel
       residual H less, also under Megatron) and e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s
       of p holds min(m, p - s) micro-batches at once (1F1B; s from 0). With activation checkpointing e H per token and
-      decoder layer of each, and one layer in full. Each stage also holds its input, e H per token.
+      decoder layer of each, and one layer in full. Each stage also holds its input, e H per token, and for attention
+      within documents a mask for all its layers, e S per token.
     - ``logits``: on the last stage 2 e B S V, one micro-batch's logits and their gradient. (Triton's gradient takes the
       place of the logits: half of that.)
     - ``linear``: what the linear form of the loss takes in their place, 2 e R V for a chunk of R rows, which have 2^28
@@ -54,6 +55,7 @@ class StageMemory:
       e (6 H / s + (4 H + 5 F + a S) / t) for llama. A rank has B S / c tokens of a micro-batch.
       With v chunks a stage, min(m v, 2 (p - s - 1) + (v - 1) p + 1) chunks are held at once (interleaved 1F1B,
       Narayanan et al., 2021, arXiv 2104.04473). With activation checkpointing e H / s per token and layer of each.
+      Attention within documents takes masks of S bytes per token, none with Transformer Engine.
     - ``logits``: 2 e B S V / (c t).
     - ``linear``: 2 e R V / t, and e B S H / c; the gradient of the weight is added to its buffer.
 
@@ -155,6 +157,7 @@ def estimate_memory(
     num_micro_batches: int,
     data_size: int,
     local_layers: bool = False,
+    within_documents: bool = False,
 ) -> list[StageMemory]:
     """The memory of a rank of each stage; formulas in `StageMemory`.
 
@@ -163,6 +166,7 @@ def estimate_memory(
         num_micro_batches: of one rank in one step.
         data_size: data-parallel ranks.
         local_layers: under Megatron, its own layers instead of Transformer Engine's.
+        within_documents: whether attention stays within documents.
     """
     megatron = engine if isinstance(engine, MegatronConfig) else None
     tensor, context, chunks_per_stage = (
@@ -182,6 +186,8 @@ def estimate_memory(
             kept = tokens * (held * boundary * (decoders + 1) + (layer if decoders else 0))
         else:
             kept = tokens * held * (layer * decoders + boundary)
+        if within_documents:
+            kept += tokens * held * seq_length * (size if megatron is None else int(local_layers))
         stages.append(
             StageMemory(
                 stage=stage,

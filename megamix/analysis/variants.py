@@ -77,7 +77,8 @@ def _evaluation(run: RecordedRun) -> dict[str, Any]:
         "data.seq_length": config.data.seq_length,
         "evaluate.samples": config.evaluate.samples,
         "data.eod_mask_loss": config.data.eod_mask_loss,
-        "data.reset_position_ids": config.data.reset_position_ids,
+        "data.attention": config.data.attention,
+        "data.reset_position_ids": config.data.positions_restart,
     }
     manifest = run.manifest
     known = manifest is not None and all(name in manifest.domain_names for name in names)

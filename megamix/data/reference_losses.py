@@ -63,6 +63,8 @@ class CacheKey(Config):
     """Tokens in a sample: decides windows and the context of every label."""
     reset_position_ids: bool
     """Whether positions restart in every document of a sample."""
+    attention: Literal["sample", "document"] = "sample"
+    """What the tokens attended to; older caches lack it."""
     tokenizer: str
     """SHA-256 of tokenizer.json."""
     domains: dict[str, CachedDomain]
@@ -206,6 +208,7 @@ def _check_same(info: CacheKey, key: CacheKey, what: str, remedy: str) -> None:
     """Raises InputError unless ``info`` has the data, tokenizer and sample length of ``key``."""
     for field, words in (
         ("seq_length", "data.seq_length"),
+        ("attention", "data.attention"),
         ("reset_position_ids", "data.reset_position_ids"),
         ("tokenizer", "the tokenizer's SHA-256"),
     ):

@@ -25,7 +25,7 @@ def make_engine(
 
     Args:
         reset_position_ids: whether batches have positions.
-        options: keyword arguments of `DeepSpeedEngine`.
+        options: keyword arguments of `DeepSpeedEngine`; with ``within_documents``, batches must have positions.
     """
     if isinstance(config, MegatronConfig):
         from megamix.engines.megatron.engine import MegatronEngine

@@ -50,10 +50,23 @@ class DataConfig(Config):
     """Leave the first token of every document out of the loss: it follows the end of another document, which says
     nothing about it."""
     reset_position_ids: bool = False
-    """Count positions from 0 again in every document of a sample (attention still sees the whole sample)."""
+    """Count positions from 0 again in every document of a sample."""
+    attention: Literal["sample", "document"] = "sample"
+    """What a token attends to. sample: all tokens before it in its sample; document: those of its own document alone,
+    as if that were a sample, positions included. Documents end where the index files say."""
     weight_lag: int = pydantic.Field(default=1, ge=1, le=10_000)
     """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
     hides behind."""
+
+    @property
+    def positions_restart(self) -> bool:
+        """Whether positions count from 0 in every document."""
+        return self.reset_position_ids or self.within_documents
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.attention == "document"
 
 
 class DomainChangeConfig(Config):

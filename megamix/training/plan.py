@@ -28,7 +28,7 @@ from megamix.data.tokens.stream import DomainTokens
 from megamix.data.tokens.verify import verify_all, verify_sample
 from megamix.data.verify_losses import verify_losses
 from megamix.engines.config import MegatronConfig
-from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine
+from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine, check_within_documents
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import find_mixer
 from megamix.training.config import MixConfig, RunConfig
@@ -73,7 +73,17 @@ class DataPlan(MixPlan):
                 f"no sample of validation text (seq_length {self.config.data.seq_length} needs {self.config.data.seq_length + 1} "
                 f"tokens): {listed(self.unevaluated)}. Trained on, not evaluated; the objective loss is of the other domains."
             )
+        if self.config.data.within_documents and (whole := self.of_one_document):
+            found.append(
+                f"data.attention is document, but the index files know one document each of {listed(whole)}: attention is over "
+                "whole samples there."
+            )
         return found
+
+    @cached_property
+    def of_one_document(self) -> tuple[str, ...]:
+        """The domains whose training tokens are all of one document."""
+        return tuple(stream.name for stream in self.domains if stream.num_documents < 2)
 
     @cached_property
     def evaluated(self) -> tuple[int, ...]:
@@ -145,7 +155,7 @@ class DataPlan(MixPlan):
             data.seq_length,
             self.vocab_size,
             eod_mask_loss=data.eod_mask_loss,
-            reset_position_ids=data.reset_position_ids,
+            reset_position_ids=data.positions_restart,
             reference=reference,
         )
 
@@ -246,6 +256,11 @@ def make_data_plan(
     )
     if not plan.evaluated:
         _windows(validation[0], "validation", config.data.seq_length)
+    if config.data.within_documents and len(plan.of_one_document) == len(names):
+        raise InputError(
+            f"data.attention is document, but the index files of {manifest.folder} know one document for every domain, so "
+            "where documents end is not known. Prepare the data with one document a text, or leave data.attention out."
+        )
     if not plan.objective_weights[list(plan.evaluated)].any():
         raise InputError(
             f"objective gives weight to {listed(plan.unevaluated)} alone, of which there is no sample of validation text to "
@@ -286,6 +301,8 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int,
     micro_batches = Slice(train.global_batch, train.micro_batch, 0, data_size).num_micro_batches
     if isinstance(engine, MegatronConfig):
         check_megatron_layout(engine, config.model, config.data.seq_length, micro_batches, config.model.vocab_size)
+        if config.data.within_documents:
+            check_within_documents(engine)
     elif engine.pipeline > config.model.num_layers:
         raise InputError(
             f"engine.pipeline is {engine.pipeline}, but the model has {config.model.num_layers} decoder layers. "

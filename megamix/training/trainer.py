@@ -63,7 +63,8 @@ class Trainer:
             vocab_size=plan.vocab_size,
             loss_implementation=self.config.loss.implementation,
             skip_non_finite=self.config.guard.non_finite == "skip",
-            reset_position_ids=self.config.data.reset_position_ids,
+            reset_position_ids=self.config.data.positions_restart,
+            within_documents=self.config.data.within_documents,
         )
         self.place = self.engine.place
         if resumed is not None:

@@ -14,6 +14,7 @@ from commands import ENVIRONMENT, RUN_SECONDS
 from megamix.analysis.memory import StageMemory, activation_bytes, checkpoint_bytes, estimate_memory, layer_parameters
 from megamix.engines.config import DeepSpeedConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import Decoder, Embedding, Head
 
 SEQ = 32
@@ -60,6 +61,30 @@ def test_activations_are_what_autograd_keeps(model: ModelConfig, precision: str)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (2 * SEQ)
     # Rotary tables and the statistics of norms are left out of the formula.
     assert activation_bytes(model, DeepSpeedConfig(precision=precision), SEQ) == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masks_of_documents_are_kept_once_for_all_layers(precision: str) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    positions, real = torch.arange(SEQ).repeat(2, 1) % 9, []
+    for masks in (None, DocumentMasks()):
+        layers = [Decoder(LLAMA, index, 1, SEQ, masks).to(dtype) for index in (1, 2)]
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        hidden = torch.randn(2, SEQ, LLAMA.hidden_size, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layers[1](layers[0]((hidden, positions)))
+        real.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    engine = DeepSpeedConfig(precision=precision)
+    without, within = (estimate(LLAMA, engine, micro_batch=2, within_documents=given) for given in (False, True))
+    # Grouped keys and values are copied for every head where attention takes a mask.
+    copies = 2 * 2 * 2 * SEQ * LLAMA.hidden_size // 2 * dtype.itemsize
+    assert within[0].activations - without[0].activations == 2 * SEQ * SEQ * dtype.itemsize
+    assert real[1] - real[0] == pytest.approx(2 * SEQ * SEQ * dtype.itemsize + copies, rel=0.03)
 
 
 def estimate(model: ModelConfig, engine: DeepSpeedConfig | MegatronConfig, **changes: int) -> list[StageMemory]:

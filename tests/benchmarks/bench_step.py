@@ -2,12 +2,14 @@
 
     python tests/benchmarks/bench_step.py configs/demo.yaml --steps 200
     python tests/benchmarks/bench_step.py configs/demo_megatron.yaml --steps 200 --doremi train.micro_batch=2
+    python tests/benchmarks/bench_step.py configs/demo.yaml --attention engine.pipeline=1 data.seq_length=1024
     torchrun --nproc-per-node 8 tests/benchmarks/bench_step.py configs/pile_1b_odm.yaml --steps 100 mixer.warmup_steps=0
 
 Without: the engine's step on batches of a loader of its own, and nobody takes the statistics that the loss sums up all
 the same. With: the statistics are reduced, the mixer makes new weights, all ranks receive them and sample with them.
 With --doremi a DoReMi proxy's step is measured instead: a reference loss beside every label, and the mixer's weights on
-the loss.
+the loss. With --attention mixing is on in both, and what is measured is attention within documents (with) against
+attention over whole samples (without), by an engine each.
 
 Blocks of ``--block`` steps alternate (without, with, with, without, ...); a block's time is that of its steps and of
 what they leave to be done, divided by its steps. Neighbouring blocks make a pair. The table has the median over blocks
@@ -21,7 +23,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +52,7 @@ REFERENCE_LOSS = 3.0
 
 
 class Steps:
-    """Steps of one kind; both kinds train the same model."""
+    """Steps of one kind."""
 
     def __init__(self, plan: Plan, engine: Engine, *, mixing: bool, reference: bool) -> None:
         place = engine.place
@@ -105,21 +107,23 @@ def _ignore(_sums: torch.Tensor) -> None:
 @contextmanager
 def started(config: RunConfig, world_size: int) -> Iterator[tuple[Plan, Engine]]:
     """The plan and the engine of a job in which this process is a rank."""
-    plan = make_plan(config, world_size)
     start_distributed(config.engine)
-    options: dict[str, Any] = {"seq_length": config.data.seq_length, "num_domains": len(plan.domains)}
-    options.update(vocab_size=plan.vocab_size, loss_implementation=config.loss.implementation)
-    yield plan, make_engine(config.engine, plan.model, config.train, **options)
+    yield planned(config, world_size)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(plan: Plan, engine: Engine, *, blocks: int, block: int, doremi: bool) -> tuple[np.ndarray, np.ndarray]:
+def planned(config: RunConfig, world_size: int) -> tuple[Plan, Engine]:
+    """A plan and its engine."""
+    plan = make_plan(config, world_size)
+    options: dict[str, Any] = {"seq_length": config.data.seq_length, "num_domains": len(plan.domains)}
+    options.update(vocab_size=plan.vocab_size, loss_implementation=config.loss.implementation)
+    options.update(reset_position_ids=config.data.positions_restart, within_documents=config.data.within_documents)
+    return plan, make_engine(config.engine, plan.model, config.train, **options)
+
+
+def measure(kinds: Sequence[Steps], *, blocks: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Seconds of a step in each block without and with, float64 [blocks] each."""
-    kinds = [
-        Steps(plan, engine, mixing=False, reference=False),
-        Steps(plan, engine, mixing=True, reference=doremi),
-    ]
     for kind in kinds:
         kind.run(WARM_UP)
     if torch.cuda.is_available():
@@ -134,13 +138,17 @@ def measure(plan: Plan, engine: Engine, *, blocks: int, block: int, doremi: bool
     return np.array(seconds[0]), np.array(seconds[1])
 
 
-def report(plan: Plan, without: np.ndarray, with_mixing: np.ndarray, doremi: bool) -> str:
-    """The table, and the ratio with its noise."""
+def report(plan: Plan, without: np.ndarray, with_mixing: np.ndarray, what: str) -> str:
+    """The table, and the ratio with its noise.
+
+    Args:
+        what: says what it is with.
+    """
     config = plan.config
     tokens = config.train.global_batch * config.data.seq_length
     rows = [
         (name, f"{np.median(seconds) * 1e3:.3f}", f"{tokens / np.median(seconds):,.0f}")
-        for name, seconds in (("without", without), ("with" + (" (DoReMi proxy)" if doremi else ""), with_mixing))
+        for name, seconds in (("without", without), (f"with{what}", with_mixing))
     ]
     table = Table((f"{config.engine.name}, {plan.world_size} ranks", "ms per step", "tokens per second"), rows)
     ratios = with_mixing / without
@@ -173,19 +181,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps of each kind")
     parser.add_argument("--block", type=int, default=5, help="steps of one kind in a row")
     parser.add_argument("--doremi", action="store_true", help="measure a DoReMi proxy's step")
+    parser.add_argument("--attention", action="store_true", help="measure attention within documents")
     arguments = parser.parse_intermixed_args()
     blocks = max(2, arguments.steps // arguments.block)
     overrides = [*arguments.overrides, f"train.steps={2 * (WARM_UP + blocks * arguments.block)}"]
     if arguments.doremi:
         overrides.append("mixer={name: doremi}")
+    other = load_config(RunConfig, arguments.config, [*overrides, "data.attention=document"])
     config = load_config(RunConfig, arguments.config, overrides)
     world_size = job_world_size()
     if world_size is None:
         start_ranks(config)
     with started(config, world_size) as (plan, engine):
-        seconds = measure(plan, engine, blocks=blocks, block=arguments.block, doremi=arguments.doremi)
+        if arguments.attention:
+            parts = ((plan, engine), planned(other, world_size))
+            kinds = [Steps(*part, mixing=True, reference=False) for part in parts]
+        else:
+            kinds = [Steps(plan, engine, mixing=on, reference=on and arguments.doremi) for on in (False, True)]
+        seconds = measure(kinds, blocks=blocks, block=arguments.block)
         if dist.get_rank() == 0:
-            print(report(plan, *seconds, arguments.doremi))
+            what = " (DoReMi proxy)" if arguments.doremi else " (attention)" if arguments.attention else ""
+            print(report(plan, *seconds, what))
 
 
 if __name__ == "__main__":

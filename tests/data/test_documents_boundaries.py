@@ -27,6 +27,7 @@ from megamix.data.tokens.stream import DomainTokens
 from megamix.engines.config import TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import Decoder, Embedding, Head, hugging_face_config
+from megamix.interop.evaluation.evaluate import evaluate
 from megamix_kernels import DomainSums
 
 SEQ = 16
@@ -197,8 +198,12 @@ def random_batch(with_positions: bool, data_rank: int, data_size: int) -> Batch:
     return Batch(tokens[mine], labels[mine], domains[mine], counted, chosen)
 
 
+# Positions count in the sample; in documents; and attention stays within these, too.
+KINDS = ("sample", "positions", "documents")
+
+
 def engine_job(result: str) -> None:
-    """One of two ranks: each layout, with positions and without, is evaluated, takes two steps and is evaluated."""
+    """One of two ranks: each layout, with each kind of attention, is evaluated, takes two steps and is evaluated."""
     import torch.distributed as dist
 
     from megamix.engines.config import DeepSpeedConfig
@@ -208,7 +213,7 @@ def engine_job(result: str) -> None:
     torch.set_num_threads(1)
     start_distributed()
     nats = {}
-    for (name, layout), positions in itertools.product(LAYOUTS.items(), (True, False)):
+    for (name, layout), kind in itertools.product(LAYOUTS.items(), KINDS):
         engine = DeepSpeedEngine(
             DeepSpeedConfig(**layout),
             MODEL,
@@ -217,8 +222,9 @@ def engine_job(result: str) -> None:
             num_domains=2,
             vocab_size=VOCAB,
             loss_implementation="torch",
+            within_documents=kind == "documents",
         )
-        batch = random_batch(positions, engine.place.data_rank, engine.place.data_size)
+        batch = random_batch(kind != "sample", engine.place.data_rank, engine.place.data_size)
         found = []
         for step in range(4):
             if step in (1, 2):
@@ -229,7 +235,7 @@ def engine_job(result: str) -> None:
                 found.append(engine.evaluate(batch, len(batch.tokens)).clone())
         total = torch.stack(found)
         dist.all_reduce(total)
-        nats[name, positions] = torch.stack([DomainSums.from_buffer(part).nats for part in total])
+        nats[name, kind] = torch.stack([DomainSums.from_buffer(part).nats for part in total])
     if dist.get_rank() == 0:
         torch.save(nats, result)
     dist.destroy_process_group()
@@ -237,23 +243,24 @@ def engine_job(result: str) -> None:
 
 def test_positions_pass_from_stage_to_stage(tmp_path: Path) -> None:
     """The loss per domain before, in and after two optimizer steps is the same in every layout; before them it is that
-    of transformers' own model with these position ids; and positions matter to it."""
+    of transformers' own model with these position ids, or of one document at a time; and these matter to it."""
     run_ranks(Path(__file__), 2, tmp_path / "nats.pt", cwd=tmp_path)
     nats = torch.load(tmp_path / "nats.pt")
-    for positions in (True, False):
-        whole = nats["data", positions]
+    for kind in KINDS:
+        whole = nats["data", kind]
         assert whole.shape == (4, 2)
         assert whole[3].sum() < whole[0].sum() - 1
         for name in ("stages", "recomputed"):
             # Sums over some 26 tokens; an embedding, three layers and a head.
             tolerance = rounding(terms=4 * SEQ, layers=5, steps=2, mean_of=26)
-            torch.testing.assert_close(nats[name, positions], whole, rtol=tolerance, atol=0)
-        wanted = reference_nats(random_batch(positions, 0, 1))
+            torch.testing.assert_close(nats[name, kind], whole, rtol=tolerance, atol=0)
+        wanted = reference_nats(random_batch(kind != "sample", 0, 1), kind)
         torch.testing.assert_close(whole[0], wanted, rtol=rounding(terms=48, layers=5), atol=0)
-    assert ((nats["data", True] - nats["data", False]) / nats["data", False]).abs().min() > 1e-4
+    for kind, other in itertools.combinations(KINDS, 2):
+        assert (nats["data", kind] / nats["data", other] - 1).abs().min() > 1e-4, (kind, other)
 
 
-def reference_nats(batch: Batch) -> torch.Tensor:
+def reference_nats(batch: Batch, kind: str) -> torch.Tensor:
     """float64 [2]: the loss of the initial model summed over the counted labels of each domain, by transformers."""
     layers = [
         Embedding(MODEL, 0, TRAIN.seed),
@@ -268,6 +275,11 @@ def reference_nats(batch: Batch) -> torch.Tensor:
     positions = None if batch.positions is None else batch.positions.flatten(0, 1)
     # Without a mask of its own transformers takes positions that begin again for packed samples and parts them.
     logits = model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    if kind == "documents":
+        assert positions is not None
+        lengths = [(row == 0).nonzero().flatten().diff(append=torch.tensor([SEQ])).tolist() for row in positions]
+        parts = [part for row, length in zip(tokens, lengths, strict=True) for part in row.split(length)]
+        logits = torch.cat([model(part[None]).logits[0] for part in parts]).view_as(logits)
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").detach()
     return torch.stack([loss[domains == domain].sum() for domain in (0, 1)])
 
@@ -291,8 +303,9 @@ def short_documents(tmp_path: Path) -> Path:
 def test_options_of_a_run(
     tiny_config: Callable[..., Path], short_documents: Path, megamix: Callable[..., object], tmp_path: Path
 ) -> None:
-    """Both options on two stages, then only the mask on one: every step counts exactly the labels that do not follow
-    an end of document, and the positions change the losses of training and of validation."""
+    """Attention within documents and a mask on two stages, then only the mask on one: every step counts exactly the
+    labels that do not follow an end of document; attention changes the losses of training and of validation, and these
+    are what `megamix evaluate` finds."""
     config = tiny_config(
         data={"manifest": str(short_documents), "seq_length": 32, "eod_mask_loss": True},
         model={"init_std": 0.3},
@@ -301,7 +314,7 @@ def test_options_of_a_run(
         evaluate={"every": 0, "batches": 4},
     )
     both, mask = tmp_path / "both", tmp_path / "mask"
-    megamix("train", config, f"run_dir={both}", "data.reset_position_ids=true", "engine.pipeline=2")
+    megamix("train", config, f"run_dir={both}", "data.attention=document", "engine.pipeline=2")
     megamix("train", config, f"run_dir={mask}")
     manifest = Manifest.load(short_documents)
     streams = [manifest.open_domain(name) for name in manifest.domain_names]
@@ -316,6 +329,7 @@ def test_options_of_a_run(
     for line, twin in zip(record(both)[0], record(mask)[0], strict=True):
         for name, loss in line["domain_loss"].items():
             assert abs(loss - twin["domain_loss"][name]) > 1e-3
+    assert evaluate(both).line["domain_loss"] == pytest.approx(record(both)[0][-1]["domain_loss"], abs=2e-5)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SEED, SEQ_LENGTH, TINY, build, model_config, run, shake
+from tiny_models import SEED, SEQ_LENGTH, TINY, build, model_config, one_document_at_a_time, run, shake
 from tolerance import assert_alike, rounding
 from torch import nn
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
@@ -17,6 +17,7 @@ from megamix.core.errors import InputError
 from megamix.core.files import shipped_folder
 from megamix.engines.models import ModelConfig
 from megamix.engines.models.config import preset
+from megamix.engines.models.documents import DocumentMasks, attended, document_ends
 from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer, hugging_face_config
 
 ARCHITECTURES = ["neox", "llama"]
@@ -101,6 +102,46 @@ def test_positions_reach_every_layer(architecture: str) -> None:
         for name, parameter in layer.named_parameters():
             # Down and up again, over the tokens of two samples.
             assert_alike(parameter.grad, gradients[names[name]], rounding(terms=56, layers=10))
+
+
+# A document of one token, one that fills the sample, and parts at both ends.
+POSITIONS = torch.stack([torch.tensor([*range(5), 0, *range(11), *range(7)]), torch.arange(SEQ_LENGTH)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("architecture", TINY)
+def test_attention_within_documents(architecture: str, dtype: torch.dtype) -> None:
+    """Logits and gradients of samples are those of their documents, each run through the layers by itself."""
+    config = model_config(architecture)
+    layers = [layer.to(dtype) for layer in build(config, masks=DocumentMasks())]
+    alone = [layer.to(dtype) for layer in build(config)]
+    shake(layers)
+    shake(alone)
+    tokens = random_tokens(config)
+    logits, wanted = run(layers, (tokens, POSITIONS)), one_document_at_a_time(alone, tokens, POSITIONS)
+    assert_alike(logits, wanted, rounding(dtype, terms=56, layers=5))
+    assert (logits - run(alone, (tokens, POSITIONS))).abs().max() > 1e-2  # attention over the whole sample
+    logits.square().mean().backward()
+    wanted.square().mean().backward()
+    for layer, other in zip(layers, alone, strict=True):
+        for parameter, same in zip(layer.parameters(), other.parameters(), strict=True):
+            assert_alike(parameter.grad, same.grad, rounding(dtype, terms=56, layers=10))
+
+
+def test_masks_of_documents() -> None:
+    """Token by token; a mask is made once for all layers of a micro-batch, and anew for the next one."""
+    document = (POSITIONS == 0).cumsum(1)
+    attends = attended(POSITIONS)
+    for row, query, key in [(r, q, k) for r in range(2) for q in range(SEQ_LENGTH) for k in range(SEQ_LENGTH)]:
+        assert attends[row, query, key] == (key <= query and document[row, key] == document[row, query])
+    assert document_ends(POSITIONS).tolist() == [0, 5, 6, 17, SEQ_LENGTH, 2 * SEQ_LENGTH]
+    masks, again = DocumentMasks(), POSITIONS.clone()
+    mask = masks.of(POSITIONS, torch.float32)
+    assert masks.of(POSITIONS, torch.float32) is mask
+    assert torch.equal(mask[:, 0] == 0, attends)
+    assert torch.equal(mask[:, 0].isneginf(), ~attends)
+    assert masks.of(POSITIONS, torch.bfloat16).dtype == torch.bfloat16
+    assert masks.of(again, torch.bfloat16) is not masks.of(POSITIONS, torch.bfloat16)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,22 +1,25 @@
-"""Every engine, layout and form of the loss fills the same cache of reference losses.
+"""Every engine, layout and form of the loss fills the same cache of reference losses, attention within documents.
 
 As a script it is one rank: ``test_reference_engines.py CONFIG FOLDER``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ranks import run_ranks
 
 from megamix.core.config import load_config
 from megamix.data.reference_losses import ReferenceLosses
 from megamix.engines.choose import start_distributed
+from megamix.interop.evaluation.model import open_model
 from megamix.training.config import RunConfig
 from megamix.training.plan import make_plan
 from megamix.training.reference.cache import cache_key, samples_read
@@ -41,7 +44,7 @@ def caches(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     config = {
         "run_dir": str(folder / "run"),
-        "data": {"manifest": str(data_dir), "seq_length": SEQ},
+        "data": {"manifest": str(data_dir), "seq_length": SEQ, "attention": "document"},
         "model": {"architecture": "neox", "hidden_size": 32, "num_layers": 4, "num_heads": 2, "ffn_size": 64},
         "mixture": "uniform",
         "engine": ENGINES["deepspeed"],
@@ -74,6 +77,28 @@ def test_every_engine_computes_the_same_losses(caches: Path, name: str) -> None:
     # Row losses of different layouts differ by float32's rounding, so some fall to the neighbouring float16.
     assert (np.abs(found - expected) <= np.spacing(expected.astype(np.float16)).astype(np.float32)).all()
     assert (found == expected).mean() > 0.99
+
+
+def test_losses_are_those_of_documents_by_themselves(caches: Path) -> None:
+    """In the samples that hold the end of a document."""
+    plan = make_plan(load_config(RunConfig, caches / "config.yaml"), verify=False)
+    model, selection = open_model(caches / "run", torch.device("cpu")), samples_read(plan)
+    domain, sample = selection.at(np.arange(selection.total))
+    batch = plan.reader(plan.domains).batch(domain, sample, np.arange(selection.total), (1, selection.total))
+    assert batch.positions is not None
+    found = torch.from_numpy(rows(caches / "deepspeed", caches / "config.yaml"))
+    starts = [row.nonzero()[:, 0].tolist() for row in batch.positions[0] == 0]
+    divided = [row for row, start in enumerate(starts) if len(start) > 1]
+    assert divided
+    for row in divided[:8]:
+        pieces = itertools.pairwise([*starts[row], SEQ])
+        with torch.no_grad():
+            parts = [
+                model.logits(batch.tokens[0, row, None, a:b], batch.positions[0, row, None, a:b]) for a, b in pieces
+            ]
+        logits = torch.cat(parts, 1)[0, :, : plan.vocab_size]
+        losses = torch.nn.functional.cross_entropy(logits, batch.labels[0, row], reduction="none")
+        torch.testing.assert_close(found[row], losses, rtol=2**-10, atol=1e-4)
 
 
 def _rank(config: Path, folder: Path) -> None:

@@ -122,7 +122,7 @@ def test_descriptions(changed: dict[str, Any], text: str) -> None:
 
 
 def saved(train: TrainConfig) -> dict[str, Any]:
-    return {**train.model_dump(mode="json", exclude={"stop_after"}), "eod_mask_loss": False}
+    return {**train.model_dump(mode="json", exclude={"stop_after"}), "attention": "sample", "eod_mask_loss": False}
 
 
 def test_a_bent_cosine_is_said_with_both_rates() -> None:
@@ -157,5 +157,5 @@ def test_settings_of_before_these_keys_are_those_of_a_cosine() -> None:
     for changed, parts in (({}, {}), ({"schedule": "constant"}, {"train": "schedule"})):
         present = {"train": saved(settings(warmup_steps=None, **changed)), "mixer": {}}
         assert _changed_parts(_comparable({"train": older}, {}, False), present) == parts
-    of_another_trainer = {"train": {"eod_mask_loss": False}}
+    of_another_trainer = {"train": {"attention": "sample", "eod_mask_loss": False}}
     assert _comparable(of_another_trainer, {}, False)["train"] == of_another_trainer["train"]

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,26 @@ def test_the_newest_and_a_named_checkpoint(run: Path) -> None:
 
 def test_the_export_has_the_same_losses(run: Path, exported: Path, data_dir: Path) -> None:
     agree(evaluate(exported, data_dir), recorded(run, STEPS))
+
+
+@pytest.mark.parametrize("attention", ["document", "sample"])
+def test_attention_of_the_run(run: Path, exported: Path, tmp_path: Path, attention: str) -> None:
+    """Of a checkpoint and of its export: with documents, each of them by itself; else positions alone restart."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(exported, tmp_path / "model")
+    config = {**yaml.safe_load((run / "config.resolved.yaml").read_text())}
+    config["data"]["attention"] = attention
+    (tmp_path / "run" / "config.resolved.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((exported / "megamix.json").read_text())
+    about["config"]["data"]["attention"] = attention
+    (tmp_path / "model" / "megamix.json").write_text(json.dumps(about))
+    tokens = torch.randint(500, (2, SEQ), generator=torch.Generator().manual_seed(2))
+    positions = torch.stack([torch.arange(SEQ) % 9, torch.arange(SEQ) % 20])
+    models = [open_model(tmp_path / name, torch.device("cpu")).logits for name in ("run", "model")]
+    found = [logits(tokens, positions) for logits in models]
+    torch.testing.assert_close(found[0], found[1])
+    alone = torch.cat([models[1](tokens[1:, a:b], None) for a, b in ((0, 20), (20, SEQ))], 1)
+    assert torch.allclose(found[0][1:], alone, atol=1e-5) == (attention == "document")
 
 
 def test_bits_per_byte(run: Path, data_dir: Path) -> None:

@@ -5,6 +5,7 @@ As a script it is one rank: ``test_hugging_face_trainer.py CONFIG FOLDER``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ OF_MEANS = rounding(terms=BATCH * SEQ, layers=3, steps=STEPS, mean_of=SEQ)
 MIXER = {"name": "odm", "preset": "official"}
 
 
-def make_model(**changed: int) -> LlamaForCausalLM:
+def make_model(**changed: Any) -> LlamaForCausalLM:
     torch.manual_seed(5)
     sizes = {"vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, "intermediate_size": 32, "tie_word_embeddings": False, **changed}))
@@ -313,14 +314,41 @@ def test_a_trainer_without_the_loss(config: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit(config: Path, tmp_path: Path) -> None:
     args = make_args(tmp_path)
-    mix = MixCallback(config, args)
+    mix = MixCallback(config, args, ["data.attention=document"])
     for model, message in (
         (make_model(vocab_size=256), "the model has 256 tokens, but the data's tokenizer knows 512 ids"),
         (make_model(max_position_embeddings=16), "data.seq_length is 32, but the model has 16 positions"),
+        (
+            make_model(sliding_window=16),
+            r"attention ends after 16 tokens \(sliding_window\), fewer than data.seq_length 32",
+        ),
+        (make_model(attn_implementation="eager"), "attn_implementation is 'eager', expected 'sdpa'"),
     ):
         trainer = Trainer(model, args, train_dataset=mix.dataset, compute_loss_func=mix.loss, callbacks=[mix])
         with pytest.raises(InputError, match=message):
             trainer.train()
+
+
+def test_attention_within_documents(config: Path, tmp_path: Path) -> None:
+    """A sample's logits are those of its documents one at a time; with positions alone they are not."""
+    model = make_model().double()
+
+    def divided_sample(override: str) -> dict[str, torch.Tensor]:
+        mix = MixCallback(config, make_args(tmp_path), ["data.seq_length=512", override])
+        samples = [part[index] for part in mix.validation(3).values() for index in (0, 1)]
+        return max(samples, key=lambda sample: int((sample["position_ids"] == 0).sum()))
+
+    def logits(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: value[None] for name, value in sample.items() if name != "labels"}
+        return model(**inputs, use_cache=False).logits[0]
+
+    sample = divided_sample("data.attention=document")
+    starts = [*(sample["position_ids"] == 0).nonzero().flatten().tolist(), 512]
+    parts = [sample["input_ids"][None, a:b] for a, b in itertools.pairwise(starts)]
+    assert len(parts) > 1
+    alone = torch.cat([model(part).logits[0] for part in parts])
+    torch.testing.assert_close(logits(sample), alone)
+    assert (logits(divided_sample("data.reset_position_ids=true")) - alone).abs().max() > 1e-3
 
 
 def test_a_checkpoint_of_another_run(config: Path, whole: tuple[Any, list[Any], Path], tmp_path: Path) -> None:

@@ -363,6 +363,8 @@ def test_config_that_does_not_fit(one_rank: None, config: Path) -> None:
         provide(config, "data.max_epochs=3", "data.on_exhausted=stop")
     with pytest.raises(InputError, match="unknown key 'mixr'"):
         provide(config, "mixr.name=odm")
+    with pytest.raises(InputError, match=r"data\.attention is document, but Megatron-LM's attention is causal"):
+        provide(config, "data.attention=document")
 
 
 def test_a_checkpoint_without_the_data_s_state(one_rank: None, config: Path, tmp_path: Path) -> None:

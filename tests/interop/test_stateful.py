@@ -167,16 +167,23 @@ def test_the_loop_of_the_page(config: Path, reference: dict[str, Any], tmp_path:
 
 def test_positions(config: Path) -> None:
     """In the sample, or in the document; always there, as torchtitan makes its causal mask of them."""
-    for is_reset in (False, True):
+    for is_reset, changed in ((False, {}), (True, {"reset_position_ids": True}), (True, {"attention": "document"})):
         # So many tokens that some document ends among them, whatever text this machine has.
-        overrides = ["data.seq_length=512", f"data.reset_position_ids={str(is_reset).lower()}"]
-        mix = batches(config, overrides=overrides, global_batch=64)
+        overrides = ["data.seq_length=512", *(f"data.{key}={value}" for key, value in changed.items())]
+        mix = batches(config, overrides=overrides, global_batch=64, parts_documents="attention" in changed)
         positions = torch.cat([inputs["positions"] for inputs, _ in itertools.islice(mix, mix.num_micro_batches)])
         mix.close()
         rises = positions.diff(dim=1) == 1
         assert (positions[:, 0] == 0).all()
         assert rises.all() == (not is_reset)
         assert (rises | (positions[:, 1:] == 0)).all()
+
+
+def test_attention_that_the_loop_does_not_have(config: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.attention is document, which is for the model of the training loop"):
+        batches(config, overrides=["data.attention=document"])
+    with pytest.raises(InputError, match=r"data\.attention is sample, but titan keeps attention within documents"):
+        batches(config, overrides=["data.reset_position_ids=true"], parts_documents=True, host="titan")
 
 
 def test_validation(config: Path) -> None:

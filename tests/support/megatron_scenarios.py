@@ -8,6 +8,7 @@ Legend: M micro-batches, B samples, S tokens, K domains.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny_models import SEED, build, model_config, run
+from tiny_models import SEED, build, model_config, one_document_at_a_time, run
 
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.engines.config import TrainConfig
@@ -35,12 +36,18 @@ WEIGHTS = torch.tensor([0.5, 1.0, 1.75])
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way of training. Two legs: the second starts from the first's checkpoint, under an engine of its own."""
+    """One way of training. Two legs: the second starts from the first's checkpoint, under an engine of its own.
+
+    Attributes:
+        positions: "": none; "any": random ones; "documents": they count in documents, to which attention keeps.
+        packed: the layers take documents as Transformer Engine's do, computed by plain PyTorch.
+    """
 
     model: str
     engine: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
-    positions: bool = False
+    positions: str = ""
+    packed: bool = False
     resumed: dict[str, Any] | None = None
 
     @property
@@ -57,8 +64,13 @@ SCENARIOS: dict[str, Scenario] = {
     "recomputed": Scenario("neox", {"pipeline": 2, "virtual_pipeline": 2, "activation_checkpointing": True}),
     "llama dp2": Scenario("llama", {"data": 2}),
     "bf16 dp2": Scenario("neox", {"data": 2, "precision": "bf16"}),
-    "positions pp2": Scenario("neox", {"pipeline": 2}, positions=True),
-    "positions recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions=True),
+    "positions pp2": Scenario("neox", {"pipeline": 2}, positions="any"),
+    "positions recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions="any"),
+    "documents interleaved": Scenario("llama", {"pipeline": 2, "virtual_pipeline": 2}, positions="documents"),
+    "documents recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions="documents"),
+    "documents packed": Scenario(
+        "llama", {"pipeline": 2, "activation_checkpointing": True}, positions="documents", packed=True
+    ),
     "bf16 tp2": Scenario("llama", {"tensor": 2, "precision": "bf16"}),
     "dist pp2 to tp2": Scenario(
         "llama", {"pipeline": 2, "checkpoint_format": "dist"}, resumed={"tensor": 2, "checkpoint_format": "dist"}
@@ -88,7 +100,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def batch(step: int, data_rank: int, data_size: int, *, positions: bool) -> Batch:
+def batch(step: int, data_rank: int, data_size: int, *, positions: str) -> Batch:
     """A rank's part of the global batch of a step; some labels are masked."""
     generator = torch.Generator().manual_seed(step)
     micro_batches = TRAIN.global_batch // (TRAIN.micro_batch * data_size)
@@ -97,6 +109,10 @@ def batch(step: int, data_rank: int, data_size: int, *, positions: bool) -> Batc
     domains = torch.randint(0, NUM_DOMAINS, shape, generator=generator, dtype=torch.int32)
     masked = torch.rand((*shape, SEQ_LENGTH), generator=generator) < 0.1
     places = torch.randint(0, SEQ_LENGTH, (*shape, SEQ_LENGTH), generator=generator)
+    if positions == "documents":
+        counted = torch.arange(SEQ_LENGTH)
+        begins = (torch.rand(places.shape, generator=generator) < 0.3) | (counted == 0)
+        places = counted - torch.where(begins, counted, 0).cummax(-1).values
     labels = tokens[..., 1:].masked_fill(masked, IGNORED_LABEL)
     domain_MDBS = domains[..., None].expand_as(labels)
     counted = np.bincount(domain_MDBS[~masked].numpy(), minlength=NUM_DOMAINS)
@@ -110,7 +126,7 @@ def batch(step: int, data_rank: int, data_size: int, *, positions: bool) -> Batc
 
 
 def objective(step: int) -> Objective:
-    return Objective(float(batch(step, 0, 1, positions=False).num_tokens), WEIGHTS)
+    return Objective(float(batch(step, 0, 1, positions="").num_tokens), WEIGHTS)
 
 
 # --- the reference: one process, PyTorch's loss, optimizer and clipping ---
@@ -139,7 +155,7 @@ def train_plainly(scenario: Scenario, steps: int) -> Trained:
     losses, norms = [], []
     for step in range(steps):
         whole = batch(step, 0, 1, positions=scenario.positions)
-        token_MBS = _plain_losses(layers, whole)
+        token_MBS = _plain_losses(layers, whole, scenario.positions)
         weight_MBS = WEIGHTS[whole.domains.long()]
         optimizer.zero_grad()
         (token_MBS * weight_MBS).sum().div(whole.num_tokens).backward()
@@ -147,15 +163,19 @@ def train_plainly(scenario: Scenario, steps: int) -> Trained:
         optimizer.step()
         losses.append(float(token_MBS.detach().sum() / whole.num_tokens))
     with torch.no_grad():
-        last = _plain_losses(layers, batch(steps, 0, 1, positions=scenario.positions))
+        last = _plain_losses(layers, batch(steps, 0, 1, positions=scenario.positions), scenario.positions)
     return Trained(losses, norms, {name: parameter.detach() for name, parameter in named.items()}, last)
 
 
-def _plain_losses(layers: list[Any], whole: Batch) -> torch.Tensor:
-    positions = whole.positions
-    inputs = whole.tokens.flatten(0, 1) if positions is None else (whole.tokens.flatten(0, 1), positions.flatten(0, 1))
-    logits = run(layers, inputs)[..., :VALID]
-    labels = whole.labels.flatten(0, 1)
+def _plain_losses(layers: list[Any], whole: Batch, kind: str) -> torch.Tensor:
+    tokens, positions = whole.tokens.flatten(0, 1), None if whole.positions is None else whole.positions.flatten(0, 1)
+    if positions is None:
+        logits = run(layers, tokens)
+    elif kind == "documents":
+        logits = one_document_at_a_time(layers, tokens, positions)
+    else:
+        logits = run(layers, (tokens, positions))
+    logits, labels = logits[..., :VALID], whole.labels.flatten(0, 1)
     loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none")
     return loss.view_as(whole.labels)
 
@@ -241,6 +261,30 @@ def fused_adam() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def packed_attention() -> Iterator[None]:
+    """Megatron with layers that take packed documents; attention sees each of them by itself."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megamix.engines.megatron import engine
+
+    def forward(_: Any, *qkv: torch.Tensor, packed_seq_params: Any, **_options: Any) -> torch.Tensor:
+        query, key, value = qkv[:3]  # [tokens, heads, dimensions]
+        ends, found = packed_seq_params.cu_seqlens_q.tolist(), []
+        assert packed_seq_params.max_seqlen_q == max(end - start for start, end in itertools.pairwise(ends))
+        for start, end in itertools.pairwise(ends):
+            parts = (part[start:end].transpose(0, 1) for part in (query, key, value))
+            out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            found.append(out.transpose(0, 1))
+        return torch.cat(found)
+
+    with (
+        mock.patch.object(DotProductAttention, "forward", forward),
+        mock.patch.object(engine, "packs_documents", return_value=True),
+    ):
+        yield
+
+
 def make(scenario: Scenario, engine: dict[str, Any]) -> Any:
     from megamix.engines.config import MegatronConfig
     from megamix.engines.megatron.engine import MegatronEngine
@@ -253,7 +297,8 @@ def make(scenario: Scenario, engine: dict[str, Any]) -> Any:
         num_domains=NUM_DOMAINS,
         vocab_size=VALID,
         loss_implementation="auto",
-        reset_position_ids=scenario.positions,
+        reset_position_ids=bool(scenario.positions),
+        within_documents=scenario.positions == "documents",
     )
 
 
@@ -323,7 +368,9 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             (folder / name).mkdir()
         dist.barrier()
-        with fused_adam() if "distributed_optimizer" in scenario.engine else contextlib.nullcontext():
+        fused = "distributed_optimizer" in scenario.engine
+        stand_in = fused_adam() if fused else packed_attention() if scenario.packed else contextlib.nullcontext()
+        with stand_in:
             train_by_engine(scenario, folder / name)
     dist.destroy_process_group()
 

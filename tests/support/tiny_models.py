@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megamix.engines.models import ModelConfig
+from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import PipelineLayer, make_layer
 
 SEQ_LENGTH = 24
@@ -43,14 +44,28 @@ def model_config(architecture: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{**TINY[architecture], **changes})
 
 
-def build(config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH) -> list[PipelineLayer]:
-    return [make_layer(config, index, seed, seq_length) for index in range(config.num_layers + 2)]
+def build(
+    config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH, masks: DocumentMasks | None = None
+) -> list[PipelineLayer]:
+    return [make_layer(config, index, seed, seq_length, masks) for index in range(config.num_layers + 2)]
 
 
 def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:
     for layer in layers:
         inputs = layer(inputs)
     return inputs
+
+
+def one_document_at_a_time(
+    layers: list[PipelineLayer], tokens_BS: torch.Tensor, positions_BS: torch.Tensor
+) -> torch.Tensor:
+    """Logits [B, S, V] of samples whose documents, which begin where positions are 0, pass the layers by themselves."""
+    rows = []
+    for tokens_S, positions_S in zip(tokens_BS, positions_BS, strict=True):
+        starts = (positions_S == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], tokens_S.numel()]
+        rows.append(torch.cat([run(layers, tokens_S[None, a:b])[0] for a, b in zip(starts, ends, strict=True)]))
+    return torch.stack(rows)
 
 
 def shake(layers: list[PipelineLayer]) -> None:

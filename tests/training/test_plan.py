@@ -28,12 +28,17 @@ NAMES = list(WINDOWS)
 
 
 def build(
-    folder: Path, windows: dict[str, int], validation_tokens: int = 5 * SEQ + 1, without: tuple[str, ...] = ()
+    folder: Path,
+    windows: dict[str, int],
+    validation_tokens: int = 5 * SEQ + 1,
+    without: tuple[str, ...] = (),
+    divided: tuple[str, ...] = (),
 ) -> Path:
     """A data set with ``windows`` training samples of `SEQ` tokens a domain (0: a token too few for one).
 
     Args:
         without: domains whose validation text is a token too short for a sample.
+        divided: domains whose texts are two documents; the others are of one.
     """
     rng, entries = np.random.default_rng(0), []
     for name, number in windows.items():
@@ -41,7 +46,8 @@ def build(
         held_out = SEQ if name in without else validation_tokens
         for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", held_out)):
             with IndexedWriter(folder / f"{name}-{split}", "uint16") as writer:
-                writer.add_document(rng.integers(0, VOCAB, tokens))
+                ends = [3, tokens] if name in divided else [tokens]
+                writer.add_documents(rng.integers(0, VOCAB, tokens), np.diff(ends, prepend=0))
             splits.append(SplitEntry.of(f"{name}-{split}", writer.close()))
         validation = ValidationEntry(**dict(splits[1]), unigram_nats=5.0)
         entries.append(DomainEntry(name=name, train=splits[0], validation=validation))
@@ -153,6 +159,20 @@ def test_warning_of_a_floor_under_a_domain_that_the_mixture_leaves_out(manifest:
     assert told.startswith("domain 'mail': weight 0 in the mixture")
     assert "data.min_weight gives it 0.1" in told
     assert plan.policy.left_out == ("wiki",)
+
+
+def test_attention_within_documents_needs_documents(tmp_path: Path, manifest: Path) -> None:
+    data = {"attention": "document"}
+    with pytest.raises(InputError, match=r"document, but the index files of .* know one document for every domain"):
+        make_plan(config(manifest, data=data))
+    divided = build(tmp_path, WINDOWS, divided=("web", "code", "wiki"))
+    found = [said for said in make_plan(config(divided, data=data)).warnings() if "one document" in said]
+    assert len(found) == 1
+    assert "one document each of mail" in found[0]
+    assert make_plan(config(manifest)).warnings() == []
+    context = config(divided, data=data, engine={"name": "megatron", "context": 2, "transformer_engine": "on"})
+    with pytest.raises(InputError, match=r"engine\.context is 2, .* data\.attention is document"):
+        make_plan(context)
 
 
 def test_constrain_at_later_positions(manifest: Path) -> None:

@@ -55,6 +55,7 @@ class DeepSpeedEngine(Engine):
         vocab_size: int,
         loss_implementation: str,
         skip_non_finite: bool = False,
+        within_documents: bool = False,
     ) -> None:
         import deepspeed
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -83,6 +84,7 @@ class DeepSpeedEngine(Engine):
                 linear=linear,
                 topology=PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size),
                 checkpoint_layers=engine.activation_checkpointing,
+                within_documents=within_documents,
             )
         optimizer = torch.optim.AdamW(
             _parameter_groups(self._module, train.weight_decay),

@@ -7,6 +7,7 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer
 from megamix.engines.step_loss import StepLoss
 
@@ -16,6 +17,7 @@ class MixPipelineModule(PipelineModule):
 
     Args:
         linear: whether the loss takes the factors of the logits.
+        within_documents: whether attention stays within documents; the input then has positions.
     """
 
     def __init__(
@@ -28,13 +30,15 @@ class MixPipelineModule(PipelineModule):
         linear: bool,
         topology: Any,
         checkpoint_layers: bool,
+        within_documents: bool,
     ) -> None:
         self._costs = model.layer_costs(seq_length)
         last = model.num_layers + 1
+        masks = DocumentMasks() if within_documents else None
         super().__init__(
             layers=[
                 LayerSpec(Embedding, model, 0, seed),
-                *[LayerSpec(Decoder, model, index, seed, seq_length) for index in range(1, last)],
+                *[LayerSpec(Decoder, model, index, seed, seq_length, masks) for index in range(1, last)],
                 LayerSpec(Head, model, last, seed, not linear),
             ],
             topology=topology,

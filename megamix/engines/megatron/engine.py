@@ -23,6 +23,7 @@ from megamix.engines.loss_form import kernel_of, takes_linear_form
 from megamix.engines.megatron import checkpoint, setup
 from megamix.engines.megatron.context import context_part, whole_samples
 from megamix.engines.megatron.cpu import cpu_stand_ins
+from megamix.engines.megatron.documents import attention_options, packs_documents
 from megamix.engines.megatron.layout import uses_transformer_engine
 from megamix.engines.megatron.model import MixChunk, build_chunks, transformer_config
 from megamix.engines.megatron.names import ParameterMap, parameter_maps
@@ -61,17 +62,20 @@ class MegatronEngine(Engine, OwnFormat):
         loss_implementation: str,
         skip_non_finite: bool = False,
         reset_position_ids: bool = False,
+        within_documents: bool = False,
     ) -> None:
         self._config = engine
         self._skip_non_finite = skip_non_finite
         self._model = model
         self._train = train
         self._seq_length = seq_length
+        self._within_documents = within_documents
+        self._packs = within_documents and packs_documents(engine)
         self._num_micro_batches = train.global_batch // (train.micro_batch * engine.data_size(dist.get_world_size()))
         self.micro_batch_multiple = engine.pipeline if engine.virtual_pipeline > 1 else 1
         with cpu_stand_ins():
             setup.start_groups(engine)
-            self.place = setup.place(engine, reads_all_stages=reset_position_ids)
+            self.place = setup.place(engine, reads_all_stages=reset_position_ids or within_documents)
             self._tensor_group = parallel_state.get_tensor_model_parallel_group()
             self._context_group = parallel_state.get_context_parallel_group()
             tensor_parallel.model_parallel_cuda_manual_seed(train.seed % 2**31)
@@ -84,7 +88,10 @@ class MegatronEngine(Engine, OwnFormat):
                 micro_batch=train.micro_batch,
                 device=self.place.device,
             )
-            self._chunks: list[MixChunk] = build_chunks(engine, model, config, seq_length, linear=self._linear)
+            masked = within_documents and not self._packs
+            self._chunks: list[MixChunk] = build_chunks(
+                engine, model, config, seq_length, linear=self._linear, masked=masked
+            )
             # Before the optimizer, which copies them.
             self._set_initial_weights()
             self._wrapped = setup.wrap(engine, config, self._chunks)
@@ -95,7 +102,7 @@ class MegatronEngine(Engine, OwnFormat):
             self.place.device,
             kernel_of(loss_implementation),
             process_group=self._tensor_group if engine.tensor > 1 else None,
-            sample_dim=1,
+            sample_dim=0 if self._packs else 1,
         )
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
         self._grad_norm: float | None = None
@@ -140,7 +147,9 @@ class MegatronEngine(Engine, OwnFormat):
 
     def token_losses(self, batch: Batch | None, num_micro_batches: int) -> torch.Tensor | None:
         loss_MSB = super().token_losses(batch, num_micro_batches)
-        return None if loss_MSB is None else whole_samples(loss_MSB.transpose(1, 2), self._context_group)
+        if loss_MSB is None:
+            return None
+        return whole_samples(loss_MSB if self._packs else loss_MSB.transpose(1, 2), self._context_group)
 
     def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
         with cpu_stand_ins(), torch.no_grad():
@@ -153,13 +162,14 @@ class MegatronEngine(Engine, OwnFormat):
     def _run(self, batch: Batch | None, num_micro_batches: int, *, forward_only: bool) -> None:
         data = [self._micro_batches(batch, num_micro_batches) for _ in self._wrapped]
         interleaved = len(data) > 1
+        samples = self._train.micro_batch
         get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=data if interleaved else data[0],
             model=self._wrapped if interleaved else self._wrapped[0],
             num_microbatches=num_micro_batches,
-            seq_length=self._seq_length,
-            micro_batch_size=self._train.micro_batch,
+            seq_length=self._seq_length * samples if self._packs else self._seq_length,
+            micro_batch_size=1 if self._packs else samples,
             forward_only=forward_only,
         )
 
@@ -178,21 +188,26 @@ class MegatronEngine(Engine, OwnFormat):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         tokens_BS, positions_BS, targets = next(data)
         chunk = setup.unwrap(wrapped)
+        options: dict[str, Any] = {"attention_mask": None}
+        if self._packs:
+            tokens_BS, positions_BS = tokens_BS.view(1, -1), positions_BS.view(1, -1)
+        if self._within_documents:
+            options = attention_options(positions_BS, packed=self._packs)
         chunk.rotary_pos_emb.positions_BS = positions_BS
-        options: dict[str, Any] = {}
         if chunk.post_process:
             options["labels"] = targets[0]
             if self._config.precision == "bf16":
                 options["fp32_output"] = False  # of the logits; the loss computes in fp32 itself
-        output = wrapped(tokens_BS, None, None, **options)
+        output = wrapped(tokens_BS, None, **options)
         return output, partial(self._sum_up, targets, chunk)
 
     def _sum_up(
         self, targets: Sequence[torch.Tensor], chunk: MixChunk, output: torch.Tensor
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         """Returns the scalar to differentiate, and two values for Megatron's averages, which are not used."""
-        targets_SB = tuple(target_BS.t().contiguous() for target_BS in targets)
-        return self._loss(chunk.factors(output) if self._linear else output, targets_SB), 0, {}
+        if not self._packs:
+            targets = [target_BS.t().contiguous() for target_BS in targets]
+        return self._loss(chunk.factors(output) if self._linear else output, tuple(targets)), 0, {}
 
     def _seed_dropout(self) -> None:
         """Seeds dropout by the step, alike on the tensor-parallel ranks for what they all compute."""

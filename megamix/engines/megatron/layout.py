@@ -117,6 +117,20 @@ def _check_sequence(config: MegatronConfig, seq_length: int) -> None:
         )
 
 
+def check_within_documents(config: MegatronConfig) -> None:
+    """Checks that attention can stay within documents.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if config.context > 1:
+        raise InputError(
+            f"engine.context is {config.context}, which divides every sample over the ranks, and data.attention is document: documents "
+            "are not divided. Set context to 1 (more tensor-parallel ranks or activation_checkpointing save memory, too), or leave "
+            "data.attention out."
+        )
+
+
 def check_megatron_machine(config: MegatronConfig) -> None:
     """Checks that this machine has the GPU, Transformer Engine or Apex that the layout needs.
 

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from megatron.core.utils import make_viewless_tensor
 
 from megamix.engines.config import MegatronConfig
+from megamix.engines.megatron.documents import take_masks
 from megamix.engines.megatron.layout import stage_layers, uses_transformer_engine
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.factors import OutputFactors
@@ -179,12 +180,19 @@ def _pipeline_layout(engine: MegatronConfig, model: ModelConfig, seq_length: int
 
 
 def build_chunks(
-    engine: MegatronConfig, model: ModelConfig, config: TransformerConfig, seq_length: int, *, linear: bool
+    engine: MegatronConfig,
+    model: ModelConfig,
+    config: TransformerConfig,
+    seq_length: int,
+    *,
+    linear: bool,
+    masked: bool = False,
 ) -> list[MixChunk]:
     """Builds this rank's chunks, one unless the pipeline is interleaved; their weights are not set yet.
 
     Args:
         linear: whether the loss takes the factors of the logits.
+        masked: whether attention takes masks.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -198,7 +206,7 @@ def build_chunks(
                 model.rotary_base,
                 model.rotary_percent if model.architecture == "neox" else 1.0,
                 linear=linear,
-                transformer_layer_spec=_layer_spec(engine, model),
+                transformer_layer_spec=_layer_spec(engine, model, masked),
                 vocab_size=model.vocabulary,
                 max_sequence_length=seq_length,
                 pre_process=place == 0,
@@ -211,7 +219,7 @@ def build_chunks(
     return chunks
 
 
-def _layer_spec(engine: MegatronConfig, model: ModelConfig) -> ModuleSpec:
+def _layer_spec(engine: MegatronConfig, model: ModelConfig, masked: bool) -> ModuleSpec:
     if uses_transformer_engine(engine):
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
@@ -219,4 +227,6 @@ def _layer_spec(engine: MegatronConfig, model: ModelConfig) -> ModuleSpec:
         spec = get_gpt_layer_local_spec(normalization=norm)
     if model.parallel_residual:
         spec.module = ParallelResidualLayer
+    if masked:
+        take_masks(spec)
     return spec

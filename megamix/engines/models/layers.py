@@ -21,6 +21,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoX
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megamix.engines.models.config import ModelConfig
+from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.factors import OutputFactors
 
 
@@ -124,10 +125,18 @@ class Embedding(PipelineLayer):
 
 
 class Decoder(PipelineLayer):
-    """Decoder layer: hidden states [B, S, H] -> the same shape; causal attention over the whole sample."""
+    """Decoder layer: hidden states [B, S, H] -> the same shape; causal attention.
 
-    def __init__(self, config: ModelConfig, index: int, seed: int, seq_length: int) -> None:
+    Args:
+        masks: shared by the layers of a stage, whose input has positions: attention stays within documents; None: it is
+            over the whole sample.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, seed: int, seq_length: int, masks: DocumentMasks | None = None
+    ) -> None:
         super().__init__(config, index, seed)
+        self._masks = masks
         upstream = hugging_face_config(config, seq_length)
         # A tuple keeps it from being a submodule: casting the model to bf16 would round its frequencies.
         self._rotary: tuple[nn.Module]
@@ -146,11 +155,15 @@ class Decoder(PipelineLayer):
         if isinstance(hidden, tuple):
             hidden_BSH, positions_BS = hidden
             cos, sin = (table[0, positions_BS] for table in self._rotary_table(hidden_BSH))
-            return self._output(hidden_BSH, (cos, sin)), positions_BS
+            mask = None if self._masks is None else self._masks.of(positions_BS, hidden_BSH.dtype)
+            return self._output(hidden_BSH, (cos, sin), mask), positions_BS
+        assert self._masks is None, "attention within documents needs positions"
         return self._output(hidden, self._rotary_table(hidden))
 
-    def _output(self, hidden_BSH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        found = self.layer(hidden_BSH, attention_mask=None, position_embeddings=rotary)
+    def _output(
+        self, hidden_BSH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = self.layer(hidden_BSH, attention_mask=mask, position_embeddings=rotary)
         return found[0] if isinstance(found, tuple) else found  # a tuple: transformers 4
 
     def _rotary_table(self, hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,10 +208,16 @@ class Head(PipelineLayer):
         return OutputFactors(hidden_BSH, self.output.weight.view_as(self.output.weight))
 
 
-def make_layer(config: ModelConfig, index: int, seed: int, seq_length: int) -> PipelineLayer:
-    """Builds pipeline layer ``index``: 0 the embedding, 1 to num_layers decoder layers, num_layers + 1 the head."""
+def make_layer(
+    config: ModelConfig, index: int, seed: int, seq_length: int, masks: DocumentMasks | None = None
+) -> PipelineLayer:
+    """Builds pipeline layer ``index``: 0 the embedding, 1 to num_layers decoder layers, num_layers + 1 the head.
+
+    Args:
+        masks: see `Decoder`.
+    """
     if index == 0:
         return Embedding(config, index, seed)
     if index <= config.num_layers:
-        return Decoder(config, index, seed, seq_length)
+        return Decoder(config, index, seed, seq_length, masks)
     return Head(config, index, seed)

@@ -187,7 +187,7 @@ def _document_sums(
         length,
         vocabulary,
         eod_mask_loss=config is not None and config.data.eod_mask_loss,
-        reset_position_ids=config is not None and config.data.reset_position_ids,
+        reset_position_ids=config is not None and config.data.positions_restart,
     )
     sums, size_V = DocumentSums(documents.number, device), token_bytes(manifest)
     bytes_D = None if size_V is None else np.zeros(documents.number, np.int64)

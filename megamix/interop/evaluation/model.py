@@ -16,6 +16,7 @@ from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.engines.models import ModelConfig
+from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import make_layer
 from megamix.engines.models.pretrained import compare_tokenizers
 from megamix.engines.models.pretrained_config import read_json_object
@@ -72,8 +73,9 @@ def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
     refuse_own_format(source, "evaluate")
     model = validate(ModelConfig, state.fingerprints["model"], f"{source / 'state.json'}, model")
     length, layers = state.fingerprints["order"]["seq_length"], []
+    masks = DocumentMasks() if run.config.data.within_documents else None
     for index in range(model.num_layers + 2):
-        layer = make_layer(model, index, 0, length)
+        layer = make_layer(model, index, 0, length, masks)
         names = layer.hugging_face_names()
         shapes = {name: layer.get_parameter(own).shape for own, name in names.items()}
         saved = dict(zip(shapes, read_layer(source, index, shapes, None), strict=True))
@@ -112,9 +114,16 @@ def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
         config = validate(RunConfig, exported.get("config"), str(path / "megamix.json"))
     known = getattr(model.config, "max_position_embeddings", None)
     length = config.data.seq_length if config is not None else min(known or MOST_TOKENS, MOST_TOKENS)
+    masks = DocumentMasks()
 
     def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:
-        given = {} if positions_BS is None else {"position_ids": positions_BS}
+        given: dict[str, torch.Tensor] = {}
+        if positions_BS is not None:
+            # Without a mask, transformers takes positions that restart for documents to be kept apart, or does not,
+            # by version and settings.
+            within = config is not None and config.data.within_documents
+            mask = masks.of(positions_BS, torch.float32) if within else torch.ones_like(positions_BS)
+            given = {"position_ids": positions_BS, "attention_mask": mask}
         return model(input_ids=tokens_BS, use_cache=False, **given).logits
 
     def check(manifest: Manifest) -> None:

@@ -32,6 +32,7 @@ from transformers.trainer_callback import ExportableState
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.data.loader import IGNORED_LABEL, Batch
+from megamix.engines.models.documents import attended
 from megamix.interop.trainers.host import (
     HostRun,
     check_state,
@@ -222,7 +223,7 @@ class MixDataset(Dataset[dict[str, torch.Tensor]]):
             )
         step, m = divmod(own, self._plan.share(rank).num_micro_batches)
         batch = self._at(step)
-        return _sample(batch, (m, row), self._plan.vocab_size)
+        return _sample(batch, (m, row), self._plan)
 
     def _at(self, step: int) -> Batch:
         if self._run is None:
@@ -244,7 +245,7 @@ class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
     """Validation samples of one domain."""
 
     def __init__(self, plan: DataPlan, index: int, samples: int | None) -> None:
-        self._index, self._vocab_size = index, plan.vocab_size
+        self._index, self._plan = index, plan
         available = plan.validation[index].num_windows(plan.config.data.seq_length)
         self._num_samples = available if samples is None else min(samples, available)
         self._reader = plan.reader(plan.validation)
@@ -257,14 +258,19 @@ class _ValidationDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(index)
         domain, sample, row = np.array([[self._index], [index], [0]])
         batch = self._reader.batch(domain, sample, row, (1, 1))
-        return _sample(batch, (0, 0), self._vocab_size)
+        return _sample(batch, (0, 0), self._plan)
 
 
-def _sample(batch: Batch, place: tuple[int, int], vocab_size: int) -> dict[str, torch.Tensor]:
+def _sample(batch: Batch, place: tuple[int, int], plan: DataPlan) -> dict[str, torch.Tensor]:
     """One row of a batch, in the form that the Trainer's collators take."""
-    coded_S = coded_labels(batch.labels[place], batch.domains[place], vocab_size)
+    coded_S = coded_labels(batch.labels[place], batch.domains[place], plan.vocab_size)
     sample = {"input_ids": batch.tokens[place], "labels": coded_S}
-    return sample if batch.positions is None else {**sample, "position_ids": batch.positions[place]}
+    if batch.positions is None:
+        return sample
+    positions_S = batch.positions[place]
+    # Without a mask, transformers keeps documents apart where positions restart, or does not, by version and settings.
+    mask = attended(positions_S[None]) if plan.config.data.within_documents else torch.ones_like(positions_S)
+    return {**sample, "position_ids": positions_S, "attention_mask": mask}
 
 
 def _check_args(args: TrainingArguments) -> None:
@@ -312,4 +318,22 @@ def _check_model(model: Any, plan: DataPlan) -> None:
     if positions is not None and positions < plan.config.data.seq_length:
         raise InputError(
             f"data.seq_length is {plan.config.data.seq_length}, but the model has {positions} positions. Lower it."
+        )
+    if plan.config.data.within_documents:
+        _check_takes_masks(config, plan.config.data.seq_length)
+
+
+def _check_takes_masks(config: Any, seq_length: int) -> None:
+    """Refuses models that would not take a mask of [S, S] for every sample, or would drop their own for it."""
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != "sdpa":
+        raise InputError(
+            f"data.attention is document, and the model's attn_implementation is {attention!r}, expected 'sdpa', which takes the "
+            "masks of documents as they are. Load it with attn_implementation='sdpa', or leave data.attention out."
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < seq_length:
+        raise InputError(
+            f"data.attention is document, but the model's own attention ends after {window} tokens (sliding_window), fewer than "
+            f"data.seq_length {seq_length}, and masks of documents would take its place. Leave data.attention out."
         )

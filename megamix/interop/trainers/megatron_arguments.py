@@ -42,6 +42,11 @@ def check_args(args: Any) -> None:
 def check_plan(args: Any, plan: DataPlan) -> None:
     """Refuses arguments that contradict the config about the data."""
     data = plan.config.data
+    if data.within_documents:
+        raise InputError(
+            f"data.attention is document, but {HOST}'s attention is causal over whole samples here: the adapter makes no masks. "
+            "Leave data.attention out, or train with megamix's own engines."
+        )
     for option in ("seq_length", "eod_mask_loss", "reset_position_ids"):
         ours = getattr(data, option)
         refuse_unlike(

@@ -37,6 +37,7 @@ from megamix.interop.trainers.host import (
     join_group_of_one,
 )
 from megamix.training.checkpoints.resume import Resumed
+from megamix.training.config import DataConfig
 
 
 class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
@@ -53,6 +54,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         record: folder of ``weights.jsonl``; None: none.
         loss_implementation: ``auto``, ``triton`` or ``torch``.
         host: name of the training loop, for messages.
+        parts_documents: whether the loop's attention keeps to a document, which begins where positions are 0.
 
     Attributes:
         plan: resolved data plan.
@@ -78,9 +80,11 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         record: str | Path | None = None,
         loss_implementation: str = "auto",
         host: str = "the training loop",
+        parts_documents: bool = False,
     ) -> None:
         train = {"steps": steps, "global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
         self.plan = host_plan(config, overrides, train, data_size, host)
+        _check_attention(self.plan.config.data, host, parts_documents)
         self.num_micro_batches = self.plan.share(data_rank).num_micro_batches
         self._data_rank, self._divided_by, self._has_loss = data_rank, divided_by, has_loss
         self._record = None if record is None else Path(record)
@@ -229,3 +233,17 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         """Submits zeros for the step in progress where this rank may be one without a loss, and none was called for."""
         if self._has_loss is None and run.step != run.begun and self._calls == 0:
             run.submit_nothing()
+
+
+def _check_attention(data: DataConfig, host: str, parts_documents: bool) -> None:
+    """Refuses an attention that the loop's model does not have."""
+    if data.within_documents and not parts_documents:
+        raise InputError(
+            f"data.attention is document, which is for the model of {host} to do: a document begins where `positions` are 0. "
+            "Where it does, give parts_documents=True; else leave data.attention out."
+        )
+    if parts_documents and data.positions_restart and not data.within_documents:
+        raise InputError(
+            f"data.reset_position_ids is true and data.attention is sample, but {host} keeps attention within documents where "
+            "positions restart. Set data.attention to document, or leave both out."
+        )

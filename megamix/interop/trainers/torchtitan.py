@@ -144,6 +144,7 @@ class MixDataLoader(BaseDataLoader):
             record=config.record or None,
             loss_implementation=_losses[0].implementation,
             host=HOST,
+            parts_documents=True,
         )
         length = self._batches.plan.config.data.seq_length
         if length != seq_len:

@@ -35,8 +35,8 @@ BEGIN, ARMS, FROZEN_ARMS = "begin", "arms", "frozen"
 STATIC = {"name": "static"}
 SETTLED = (
     "run_dir", "objective", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.micro_batch",
-    "data.manifest", "data.domains", "data.seq_length", "data.eod_mask_loss", "data.reset_position_ids", "evaluate",
-    "checkpoint.domains",
+    "data.manifest", "data.domains", "data.seq_length", "data.attention", "data.eod_mask_loss",
+    "data.reset_position_ids", "evaluate", "checkpoint.domains",
 )  # fmt: skip
 """Keys that no arm may change: the arena sets them, or losses would not be comparable."""
 Weights = dict[str, float]

@@ -270,7 +270,11 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
             "weight_lag": data.weight_lag,
             "sampling": data.sampling,
         },
-        "train": {"eod_mask_loss": data.eod_mask_loss, "reset_position_ids": data.reset_position_ids},
+        "train": {
+            "attention": data.attention,
+            "eod_mask_loss": data.eod_mask_loss,
+            "reset_position_ids": data.positions_restart,
+        },
     }
 
 
@@ -301,7 +305,7 @@ def _comparable(
     train = saved.get("train", {})
     if "lr" in train:  # not of another trainer than megamix's
         train = {**BEFORE_THESE_KEYS, **train}
-    return {**saved, "mixer": before, "train": train}
+    return {**saved, "mixer": before, "train": {"attention": "sample", **train}}
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -65,7 +65,8 @@ def cache_key(plan: DataPlan) -> CacheKey:
     data = plan.config.data
     return CacheKey(
         seq_length=data.seq_length,
-        reset_position_ids=data.reset_position_ids,
+        reset_position_ids=data.positions_restart,
+        attention=data.attention,
         tokenizer=plan.manifest.tokenizer.sha256,
         domains={
             entry.name: CachedDomain(digest=digest(entry), windows=windows, computed=0)

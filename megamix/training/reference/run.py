@@ -118,6 +118,7 @@ def plan_job(source: Path, overrides: list[str], proxy: Path | None, world_size:
     info = CacheInfo(
         seq_length=key.seq_length,
         reset_position_ids=key.reset_position_ids,
+        attention=key.attention,
         tokenizer=key.tokenizer,
         domains=selection.describe(key),
         checkpoint=str(path.absolute()),
@@ -168,7 +169,7 @@ def check_same_data(proxy: Plan, plan: Plan, where: str) -> None:
         field = next(name for name in type(wanted).model_fields if getattr(wanted, name) != getattr(given, name))
         raise InputError(
             f"{where}: its data is not the reference run's, {field} differs. Give both the same data.manifest, "
-            "data.domains, data.seq_length and data.reset_position_ids."
+            "data.domains, data.seq_length, data.reset_position_ids and data.attention."
         )
 
 
@@ -205,7 +206,8 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
                 num_domains=len(job.plan.domains),
                 vocab_size=job.plan.vocab_size,
                 loss_implementation=config.loss.implementation,
-                reset_position_ids=config.data.reset_position_ids,
+                reset_position_ids=config.data.positions_restart,
+                within_documents=config.data.within_documents,
             )
             load_engine(job.path, engine, 0)
             _Filler(job, engine, out, control, save_every).run(shared[0], watchdog)
@@ -235,7 +237,7 @@ class _Filler:
                 job.plan.domains,
                 config.data.seq_length,
                 job.plan.vocab_size,
-                reset_position_ids=config.data.reset_position_ids,
+                reset_position_ids=config.data.positions_restart,
             )
         self._writer = ReferenceWriter(out, job.info) if place.has_loss and place.is_first_copy else None
 
