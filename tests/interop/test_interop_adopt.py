@@ -289,7 +289,7 @@ WEB, CODE = "{raw}/web_text_document", "{raw}/code"
         ([f"code={CODE}", "--split", "half"], None, r"--split half: expected the shares"),
         ([f"code={CODE}"], data_there, r"out already holds a data set"),
         ([f"web={WEB}", "--split", "1,1"], file_there, r"cannot write to .*out: "),
-        ([f"web={WEB}"], no_tokenizer, r"cannot read the tokenizer .*tokenizer.json: No such file"),
+        ([f"web={WEB}"], no_tokenizer, r"tokenizer '.*tokenizer.json': no such file"),
         ([f"web={WEB}", "--eod", "[END]"], None, r"has no end-of-document token \(looked for \[END\]\)"),
         ([], None, r"0 blends are given, expected one of --data-path"),
         (["--data-path", WEB, "--data-args-path", "x"], None, r"2 blends are given"),

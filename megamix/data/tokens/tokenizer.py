@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,32 @@ class LoadedTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def given_tokenizer(text: str, eod: str | None) -> tuple[bytes, LoadedTokenizer]:
+    """The tokenizer of existing tokens: contents of its tokenizer.json, and opened.
+
+    Args:
+        text: see `TokenizerSpec.parse`; not ``train:SIZE``.
+        eod: its end-of-document token; None for its own end of a sequence, or the usual names.
+
+    Raises:
+        InputError: see `TokenizerSpec.parse`, `fetch_tokenizer` and `LoadedTokenizer`.
+    """
+    spec = TokenizerSpec.parse(text)
+    if spec.kind == "train":
+        raise InputError(
+            f"tokenizer '{text}': the files hold tokens already. Give the tokenizer that they were made with: a path to a"
+            " tokenizer.json, or hf:NAME."
+        )
+    if spec.kind == "file":
+        loaded = LoadedTokenizer(spec.path, eod)
+        return Path(spec.path).read_bytes(), loaded
+    data, name = fetch_tokenizer(spec.path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        path.write_bytes(data)
+        return data, LoadedTokenizer(path, eod if eod is not None else name)
 
 
 def _switch_off_sampling(tokenizer: Any) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -170,7 +170,7 @@ class IndexedWriter:
             return self._written
         with self._data, self._index:
             self._index.flush()
-            self._finish_index()
+            _finish_index(self._temporary["idx"], self._index, self.dtype, self._num_documents)
             self.sync()
         index = hash_file(self._temporary["idx"])
         # An index under its final name always has its own data beside it: the old goes first, the new comes last.
@@ -192,20 +192,49 @@ class IndexedWriter:
         self._data.close()
         self._index.close()
 
-    def _finish_index(self) -> None:
-        """Adds pointers and bounds after the lengths, then the header."""
-        pointer = 0
-        with open(self._temporary["idx"], "rb") as file:
+
+def write_index(prefix: str | Path, dtype: Any, lengths: Iterable[np.ndarray]) -> int:
+    """Writes ``prefix.idx`` for tokens that lie in ``prefix.bin`` already, in bounded memory; whole or not at all.
+
+    Args:
+        dtype: type of a token, one of the eight of the format.
+        lengths: tokens of each document, integers, in pieces.
+
+    Returns:
+        The number of documents.
+    """
+    temporary, num_documents = Path(f"{prefix}.idx.tmp"), 0
+    try:
+        with open(temporary, "wb") as file:
+            file.truncate(HEADER.size)
             file.seek(HEADER.size)
-            for start in range(0, self._num_documents, AT_ONCE):
-                lengths = np.fromfile(file, "<i4", min(AT_ONCE, self._num_documents - start))
-                sizes = lengths.astype(np.int64) * self.dtype.itemsize
-                ends = pointer + np.cumsum(sizes)
-                self._index.write((ends - sizes).astype("<i8").tobytes())
-                pointer = int(ends[-1])
-        for start in range(0, self._num_documents + 1, AT_ONCE):
-            stop = min(start + AT_ONCE, self._num_documents + 1)
-            self._index.write(np.arange(start, stop, dtype="<i8").tobytes())
-        self._index.seek(0)
-        counts = (self._num_documents, self._num_documents + 1)
-        self._index.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], *counts))
+            for piece in lengths:
+                file.write(np.asarray(piece).astype("<i4").tobytes())
+                num_documents += len(piece)
+            file.flush()
+            _finish_index(temporary, file, np.dtype(dtype).newbyteorder("<"), num_documents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, idx_path(prefix))
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(Path(prefix).parent)
+    return num_documents
+
+
+def _finish_index(path: Path, index: IO[bytes], dtype: np.dtype[Any], num_documents: int) -> None:
+    """Adds pointers and bounds after the lengths, then the header, to ``index``, the file of ``path``."""
+    pointer = 0
+    with open(path, "rb") as file:
+        file.seek(HEADER.size)
+        for start in range(0, num_documents, AT_ONCE):
+            lengths = np.fromfile(file, "<i4", min(AT_ONCE, num_documents - start))
+            sizes = lengths.astype(np.int64) * dtype.itemsize
+            ends = pointer + np.cumsum(sizes)
+            index.write((ends - sizes).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+    for start in range(0, num_documents + 1, AT_ONCE):
+        stop = min(start + AT_ONCE, num_documents + 1)
+        index.write(np.arange(start, stop, dtype="<i8").tobytes())
+    index.seek(0)
+    index.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_documents, num_documents + 1))

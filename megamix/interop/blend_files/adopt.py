@@ -1,6 +1,8 @@
-"""Manifest for existing token files of Megatron, without a copy of the tokens.
+"""Manifest for existing token files, without a copy of the tokens where their layout allows it.
 
     blend or NAME=PREFIX,...  ->  files by domain and split  ->  one pass: hashes, counts  ->  manifest.json
+
+Files of other projects get an index, or are copied, before that (`megamix.interop.token_files`).
 
 Validation data are the files of a blend's valid list, or by Megatron's ``--split`` a range of documents of every file.
 Megatron cuts a file between sequences. Here the cut moves to the end of the document, so that no document is in two
@@ -30,9 +32,10 @@ from megamix.data.tokens.manifest import (
     TokenizerEntry,
     ValidationEntry,
 )
-from megamix.data.tokens.tokenizer import LoadedTokenizer
+from megamix.data.tokens.tokenizer import given_tokenizer
 from megamix.interop.blend_files.scan import FileJob, FileScan, scan_files
 from megamix.interop.blend_files.sources import Sources
+from megamix.interop.token_files.take_in import take_in
 from megamix.mixing.megatron_blend import DEFAULT_SPLIT, split_bounds, validation_share
 from megamix.prepare.merge import unigram_nats
 
@@ -47,11 +50,13 @@ class Adopted:
     Attributes:
         weights: content of mixture.json: weights by domain, with sum 1.
         endings: by domain, (documents sampled, number of them that end with the end-of-document token).
+        taken_in: what was done with files that are not Megatron's, in words.
     """
 
     manifest: Manifest
     weights: dict[str, float]
     endings: dict[str, tuple[int, int]]
+    taken_in: str | None = None
 
     def report(self) -> Report:
         """Table of the domains, and the next command."""
@@ -64,6 +69,7 @@ class Adopted:
         folder, split = self.manifest.folder, self.manifest.split
         end = f"Validation is held out by --split {split}." if split else "Validation is the blend's valid list."
         notes = [f"{end} Train with data.manifest={folder} mixture.file={folder / MIXTURE_FILE}."]
+        notes = [self.taken_in, *notes] if self.taken_in else notes
         for name, (looked, ended) in self.endings.items():
             if ended < looked:
                 notes.append(
@@ -99,18 +105,21 @@ def adopt(
     sources: Sources,
     out: Path,
     *,
-    tokenizer: Path,
+    tokenizer: str | Path,
     eod: str | None = None,
     split: str | None = None,
+    dtype: str | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> Adopted:
-    """Writes manifest.json, tokenizer.json and mixture.json into ``out``.
+    """Writes manifest.json, tokenizer.json and mixture.json into ``out``; for other projects' files indexes or copies.
 
     Args:
-        tokenizer: tokenizer.json of the files, or its folder.
+        sources: Megatron prefixes, or what `take_in` makes prefixes of.
+        tokenizer: the tokenizer of the files; see `TokenizerSpec`.
         eod: end-of-document token; None looks for the usual names.
         split: Megatron's ``--split``, by default Megatron's default; None where ``sources`` has validation files.
+        dtype: type of the ids in files that do not say it; None: by the vocabulary.
         workers: files read at a time; None: one for each core, at most 8.
 
     Raises:
@@ -129,8 +138,10 @@ def adopt(
         raise InputError(
             f"{out} already holds a data set. Remove {out / FILE_NAME}, or choose another folder for --out."
         )
-    path = Path(tokenizer) / TOKENIZER_FILE if Path(tokenizer).is_dir() else Path(tokenizer)
-    loaded = LoadedTokenizer(path, eod)
+    data, loaded = given_tokenizer(str(tokenizer), eod)
+    with writing(f"to {out}", "Choose another --out."):
+        taken = take_in(sources, out, loaded, dtype=dtype, progress=progress)
+    sources = taken.sources
     domains = [_open(name, sources, split) for name in sources.train]
     scans = _scan(domains, loaded.vocab_size, workers or min(8, os.cpu_count() or 1), progress)
     entries = [_entry(domain, scans, out) for domain in domains]
@@ -147,10 +158,12 @@ def adopt(
     weights = _weights(manifest, sources.weights)
     with writing(f"to {out}", "Choose another --out."):
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / TOKENIZER_FILE, path.read_bytes())
+        replace_file(out / TOKENIZER_FILE, data)
         replace_json(out / MIXTURE_FILE, weights)
         manifest.save()
-    return Adopted(manifest, weights, {domain.name: _endings(domain, loaded.eod_id) for domain in domains})
+    return Adopted(
+        manifest, weights, {domain.name: _endings(domain, loaded.eod_id) for domain in domains}, taken.line()
+    )
 
 
 def _weights(manifest: Manifest, weights: Mapping[str, float] | None) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,12 +24,15 @@ app = typer.Typer(
 @app.command()
 def adopt(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for manifest.json, tokenizer.json, mixture.json.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer.json that the files were made with.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="The tokenizer of the files: a tokenizer.json, its folder, or hf:NAME.")
+    ],
     named: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NAME=PREFIX[,PREFIX]",
-            help="The files of a domain; beside a blend, names for its files. Default names: the files' own.",
+            help="The files of a domain: Megatron prefixes, .npy, .ds or .bin files of ids, globs of these, folders of them"
+            " or of MDS shards. Beside a blend, names for its files; default names: the files' own.",
         ),
     ] = None,
     eod: Annotated[str | None, typer.Option(help="Its end-of-document token; default: the usual names.")] = None,
@@ -42,9 +45,14 @@ def adopt(
         str | None,
         typer.Option(help="Shares of train, valid and test in every file, as in Megatron; default: 969,30,1."),
     ] = None,
+    dtype: Annotated[
+        Literal["uint8", "uint16", "uint32", "int32", "int64", "uint64"] | None,
+        typer.Option(help="Type of the ids in files that do not say it; default: by the vocabulary."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Files read at a time; default: by cores.")] = None,
 ) -> None:
-    """Make a data set of existing Megatron .bin/.idx files, without copying them: one pass over the tokens.
+    """Make a data set of existing token files. Megatron's .bin/.idx and flat files of ids (OLMo's .npy, datatrove's
+    .ds, nanoGPT's .bin) stay where they are; MDS shards and files with a header are converted in one pass.
 
     Example: megamix blend adopt --out data/mine --tokenizer tokenizer.json --data-path "0.3 /data/web_text_document
     0.7 /data/code_text_document" --split 98,2
@@ -60,7 +68,7 @@ def adopt(
         train_path=train_data_path,
         valid_path=valid_data_path,
     )
-    run(sources, out, tokenizer=tokenizer, eod=eod, split=split, workers=workers).report().show()
+    run(sources, out, tokenizer=tokenizer, eod=eod, split=split, dtype=dtype, workers=workers).report().show()
 
 
 @app.command()

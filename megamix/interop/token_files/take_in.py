@@ -1,0 +1,247 @@
+"""Token files of other projects as Megatron's pairs of files, which `adopt` makes a data set of.
+
+A flat file whose bytes Megatron's format takes as they are stays where it is: a link to it stands as .bin beside an
+index that is made here. All others are copied, once, into the data set's folder. Called again after a kill, it keeps
+what was finished.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from megamix.core.config import Config
+from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.core.progress import ReadProgress
+from megamix.core.text import gib, plural
+from megamix.data.domain_names import file_name
+from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path, pick_dtype
+from megamix.data.tokens.tokenizer import LoadedTokenizer
+from megamix.data.tokens.writer import IndexedWriter, write_index
+from megamix.interop.blend_files.sources import Sources
+from megamix.interop.token_files.documents import Cutter
+from megamix.interop.token_files.flat import ENDINGS, FlatFile, open_flat
+from megamix.interop.token_files.mds import INDEX, MdsFolder, is_mds, open_mds
+from megamix.prepare.done_notes import InputFile, input_files, read_note, write_note
+
+_SPLITS = ("train", "val", "valid", "validation", "eval", "test")
+_FOREIGN = "a Megatron prefix, a .npy, .ds or .bin file of token ids, or a folder of them or of MDS shards"
+
+
+class TakenNote(Config):
+    """What a pair of files was made of."""
+
+    source: InputFile
+    eod_id: int
+    """Token that ends documents."""
+    dtype: str | None
+    """The option ``--dtype``."""
+    ends: int
+    """Documents that end with that token, or by an index."""
+    copied: bool
+    """Whether the tokens were copied."""
+
+
+@dataclass
+class TakenIn:
+    """Pairs of files for all that was given.
+
+    Attributes:
+        sources: with prefixes alone.
+        in_place: files used where they lie.
+        converted: files and folders copied.
+        num_bytes: bytes written for these.
+    """
+
+    sources: Sources
+    in_place: int = 0
+    converted: int = 0
+    num_bytes: int = 0
+
+    def line(self) -> str | None:
+        """What was done, in words; None if there were only prefixes."""
+        parts = []
+        if self.in_place:
+            parts.append(f"{plural(self.in_place, 'file')} of token ids used in place, by links")
+        if self.converted:
+            parts.append(f"{self.converted} converted ({gib(self.num_bytes)} written)")
+        return f"{', '.join(parts)}." if parts else None
+
+
+def take_in(
+    sources: Sources, out: Path, tokenizer: LoadedTokenizer, *, dtype: str | None = None, progress: bool = True
+) -> TakenIn:
+    """Makes a Megatron prefix in ``out`` of everything in ``sources`` that is none.
+
+    Args:
+        dtype: type of ids that no file says; None: by the vocabulary.
+
+    Raises:
+        InputError: see `open_flat` and `open_mds`; or a domain in which no document has an end.
+    """
+    found = {
+        split: {name: [one for path in paths for one in _find(name, path)] for name, paths in (domains or {}).items()}
+        for split, domains in (("tokens", sources.train), ("validation", sources.valid))
+    }
+    opened = {
+        (split, name): [one if isinstance(one, str) else _open(one, tokenizer, dtype) for one in held]
+        for split, domains in found.items()
+        for name, held in domains.items()
+    }
+    taken = TakenIn(sources)
+    foreign = [one for held in opened.values() for one in held if not isinstance(one, str)]
+    if foreign:
+        with ReadProgress(sum(map(_num_bytes, foreign)), progress) as shown:
+            for (split, name), held in opened.items():
+                target = _Domain(name, out / file_name(name), split, tokenizer, dtype, taken)
+                found[split][name] = target.prefixes(held, shown)
+    else:
+        for (split, name), held in opened.items():
+            found[split][name] = held
+    valid = None if sources.valid is None else found["validation"]
+    taken.sources = replace(sources, train=found["tokens"], valid=valid)
+    return taken
+
+
+def _num_bytes(one: FlatFile | MdsFolder) -> int:
+    return one.num_bytes if isinstance(one, MdsFolder) else one.num_tokens * one.dtype.itemsize
+
+
+def _find(name: str, path: str) -> list[str | Path]:
+    """The files and folders that a path stands for; a text for a prefix of Megatron's."""
+    if any(sign in path for sign in "*?[") and not os.path.exists(path) and not idx_path(path).exists():
+        matches = sorted(glob.glob(path, recursive=True))
+        found = [one for match in matches for one in _find(name, match) if isinstance(one, Path)]
+        if not found:
+            raise InputError(f"domain '{name}': no file of token ids matches '{path}'. Expected {_FOREIGN}.")
+        return list(dict.fromkeys(found))
+    here = Path(path)
+    if here.is_dir():
+        found = list(_below(here))
+        if not found:
+            raise InputError(f"domain '{name}': the folder {path} holds no token ids. Expected {_FOREIGN}.")
+        return list(found)
+    if here.is_file() and here.suffix.lower() in ENDINGS and not idx_path(path).exists():
+        if here.suffix.lower() == ".bin" and idx_path(here.with_suffix("")).exists():
+            return [str(here.with_suffix(""))]
+        return [here]
+    return [path]
+
+
+def _below(folder: Path) -> list[Path]:
+    """Folders of MDS shards and flat files in a folder, sorted; a .bin is a flat file only where it is named."""
+    if is_mds(folder):
+        return [folder]
+    splits = [name for name in _SPLITS if (folder / name).is_dir()]
+    if len(splits) > 1:
+        raise InputError(
+            f"the folder {folder} holds the splits {' and '.join(splits)}. Name one, {folder / splits[0]}; for validation on"
+            " the other, give both with --train-data-path and --valid-data-path."
+        )
+    found: list[Path] = []
+    for here, folders, names in os.walk(folder):  # follows no link to a folder
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        if is_mds(Path(here)):
+            found.append(Path(here))
+            folders.clear()
+            continue
+        kinds = [ending for ending in ENDINGS if ending != ".bin"]
+        found += [Path(here, each) for each in names if Path(each).suffix.lower() in kinds and each[0] != "."]
+    return sorted(found)
+
+
+def _open(path: str | Path, tokenizer: LoadedTokenizer, dtype: str | None) -> FlatFile | MdsFolder:
+    return open_mds(Path(path), dtype) if is_mds(Path(path)) else open_flat(Path(path), tokenizer, dtype)
+
+
+@dataclass
+class _Domain:
+    """One split of a domain."""
+
+    name: str
+    folder: Path
+    split: str
+    tokenizer: LoadedTokenizer
+    dtype: str | None
+    taken: TakenIn
+    ends: int = 0
+    sources: list[Path] = field(default_factory=list)
+
+    def prefixes(self, held: Sequence[str | FlatFile | MdsFolder], shown: ReadProgress) -> list[str]:
+        """A prefix for each, made where it is not there."""
+        made: list[str] = []
+        for number, one in enumerate(held):
+            if isinstance(one, str):
+                made.append(one)
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            prefix = self.folder / f"{self.split}-{number:05}"
+            self._make(one, prefix)
+            shown.add(_num_bytes(one))
+            made.append(str(prefix))
+        if self.sources and not self.ends:
+            raise InputError(
+                f"domain '{self.name}': {self.sources[0]} does not hold token {self.tokenizer.eod_id}, the tokenizer's end of"
+                " document, at all, so that it would be one document. Name the token that ends documents with --eod."
+            )
+        return made
+
+    def _make(self, one: FlatFile | MdsFolder, prefix: Path) -> None:
+        self.sources.append(one.path)
+        (source,) = input_files([one.path / INDEX if isinstance(one, MdsFolder) else one.path])
+        note_path = prefix.with_name(prefix.name + ".json")
+        note = read_note(TakenNote, note_path)
+        asked = (source, self.tokenizer.eod_id, self.dtype)
+        if note is None or (note.source, note.eod_id, note.dtype) != asked or not _whole(prefix):
+            note_path.unlink(missing_ok=True)
+            ends, copied = self._write(one, prefix)
+            note = TakenNote(source=source, eod_id=asked[1], dtype=asked[2], ends=ends, copied=copied)
+            write_note(note, note_path)
+        self.ends += note.ends
+        if note.copied:
+            self.taken.converted += 1
+            self.taken.num_bytes += bin_path(prefix).stat().st_size
+        else:
+            self.taken.in_place += 1
+
+    def _write(self, one: FlatFile | MdsFolder, prefix: Path) -> tuple[int, bool]:
+        """Writes index and, where they cannot stay, tokens; returns the ends found, and whether tokens were copied."""
+        get_logger().info("domain '%s': %s", self.name, one.path)
+        idx_path(prefix).unlink(missing_ok=True)
+        bin_path(prefix).unlink(missing_ok=True)
+        cutter = Cutter(self.tokenizer.eod_id, one.path)
+        as_it_is = one.as_it_is if isinstance(one, FlatFile) else None
+        if isinstance(one, FlatFile) and as_it_is is not None:
+            os.symlink(os.path.abspath(one.path), bin_path(prefix))
+            lengths = cutter.lengths(one.pieces()) if one.index is None else one.indexed_lengths()
+            number = write_index(prefix, as_it_is, lengths)
+            return (number if one.index is not None else cutter.num_ends), False
+        kind = pick_dtype(self.tokenizer.vocab_size)
+        with IndexedWriter(prefix, kind) as writer:
+            for tokens, lengths in cutter.documents(one.pieces()):
+                self._check_ids(one.path, tokens)
+                writer.add_documents(tokens, lengths)
+        return cutter.num_ends, True
+
+    def _check_ids(self, path: Path, tokens: np.ndarray) -> None:
+        wrong = (tokens < 0) | (tokens >= self.tokenizer.vocab_size)
+        if wrong.any():
+            raise InputError(
+                f"domain '{self.name}': {path} holds the token id {tokens[wrong][0]}, but the tokenizer's ids are 0 to"
+                f" {self.tokenizer.vocab_size - 1}. Give the tokenizer that the files were made with, or the type of their"
+                " ids with --dtype."
+            )
+
+
+def _whole(prefix: Path) -> bool:
+    try:
+        IndexedTokens(prefix, verify=False)
+    except InputError:
+        return False
+    return True
