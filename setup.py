@@ -23,6 +23,7 @@ DEEPSPEED = ["deepspeed>=0.19.8", "safetensors>=0.5", "transformers>=4.51", *TOR
 MEGATRON = ["megatron-core>=0.16.1", "safetensors>=0.5", *TORCH]
 HUGGING_FACE = ["accelerate", "safetensors>=0.5", "tokenizers>=0.21", "transformers>=5.17", *TORCH]
 PREPARE = ["pyarrow", "regex", "tokenizers>=0.21", "zstandard"]
+REMOTE = ["fsspec"]
 SWARM = ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7"]
 PLOT = ["matplotlib"]
 CUDA = ["triton>=3.6"]
@@ -33,14 +34,17 @@ EXTRAS = {
     "megatron": MEGATRON,
     "hf": HUGGING_FACE,
     "prepare": PREPARE,
+    "remote": REMOTE,
     "swarm": SWARM,
     "plot": PLOT,
     "cuda": CUDA,
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb"],
+    "datasets": ["datasets>=3"],
+    "sentencepiece": ["protobuf", "sentencepiece", "transformers>=5.17"],
     # Each of these wants one version, and some a GPU: they are in none of the others.
     "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
-    "all": sorted({*DEEPSPEED, *MEGATRON, *HUGGING_FACE, *PREPARE, *SWARM, *PLOT, *CUDA, *TENSORBOARD}),
+    "all": sorted({*DEEPSPEED, *MEGATRON, *HUGGING_FACE, *PREPARE, *REMOTE, *SWARM, *PLOT, *CUDA, *TENSORBOARD}),
     "docs": ["linkchecker>=10.6", "pdoc>=16"],
     "dev": [
         "codespell",

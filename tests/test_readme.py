@@ -40,6 +40,7 @@ RUN_ELSEWHERE = {
         "MixDataLoader",
         "StatefulDataLoader",
     ],  # tests/interop/test_ddp_loop.py, test_stateful.py; below
+    "prepare": ["LocalPipelineExecutor"],  # tests/prepare/test_text_writer.py
     "README": ["forward(domain, sample)"],  # below
     "kernels": ["domain_cross_entropy("],  # below
 }

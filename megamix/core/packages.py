@@ -16,6 +16,9 @@ from megamix.core.errors import InputError
 MODULES = {
     "torch": ("torch",),
     "prepare": ("tokenizers", "regex", "zstandard", "pyarrow"),
+    "remote": ("fsspec",),
+    "datasets": ("datasets",),
+    "sentencepiece": ("sentencepiece",),
     "hf": ("transformers", "accelerate", "safetensors", "tokenizers", "torch"),
     "deepspeed": ("deepspeed", "transformers", "safetensors", "torch"),
     "megatron": ("megatron", "safetensors", "torch"),

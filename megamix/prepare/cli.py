@@ -26,11 +26,18 @@ def corpus(
 def prepare(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="A folder with one file or folder per domain, or name=path[,path...] for each domain."),
+        typer.Argument(
+            help="A folder with one file or folder per domain, or name=path[,path...] for each domain; a path may be a glob,"
+            " an address (s3://, https://, ...) or hf://NAME[:CONFIG][@SPLIT]."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the token files and manifest.json.")],
     tokenizer: Annotated[
-        str, typer.Option(help="train:SIZE (byte-level BPE, trained on the input), a tokenizer.json, or hf:NAME.")
+        str,
+        typer.Option(
+            help="train:SIZE (byte-level BPE, trained on the input), a tokenizer.json, hf:NAME, a SentencePiece .model, or"
+            " vocab.json with merges.txt beside it."
+        ),
     ] = "train:4096",
     validation: Annotated[float, typer.Option(help="Share of the documents of each domain to hold out.")] = 0.02,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores of this machine.")] = None,
@@ -46,8 +53,17 @@ def prepare(
     ] = "stop",
     seed: Annotated[int, typer.Option(help="Chooses the held-out documents.")] = 1234,
     text_key: Annotated[
-        str, typer.Option(help="The key of the text in .jsonl files (data.text: in an object), the column in .parquet.")
-    ] = "text",
+        list[str] | None,
+        typer.Option(
+            metavar="[DOMAIN=]KEY",
+            help="The key of the text in JSON (data.text: in an object), the column of a table; for one domain, or all."
+            " Default: text.",
+        ),
+    ] = None,
+    text_files: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Also read files of such names, each one document: '*.py'; repeatable."),
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts of the work; `merge` joins them.")
     ] = None,
@@ -55,8 +71,8 @@ def prepare(
         bool, typer.Option("--tokenizer-only", help="Only make the tokenizer, for shards to use.")
     ] = False,
 ) -> None:
-    """Tokenise text (.txt, .parquet; .jsonl or .ndjson, also .gz, .zst, .bz2, .xz) into Megatron's .bin/.idx files, one
-    pair per domain and split. Killed and started again, it goes on.
+    """Tokenise text (.txt, .parquet, .arrow, .tar; .jsonl or .ndjson, also .gz, .zst, .bz2, .xz) into Megatron's
+    .bin/.idx files, one pair per domain and split. Killed and started again, it goes on.
 
     Example: megamix prepare data/text --out data/mini-pile --tokenizer train:4096
     """
@@ -69,7 +85,8 @@ def prepare(
         validation_fraction=validation,
         workers=workers,
         seed=seed,
-        text_key=text_key,
+        text_key=text_key or "text",
+        text_files=text_files or (),
         eod=eod,
         keep_empty=keep_empty,
         skip_bad=on_bad_line == "skip",

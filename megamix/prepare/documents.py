@@ -1,11 +1,8 @@
-"""Input files: those of every domain, and an even sample of their texts. `blocks` reads what is in a file."""
+"""Input files of every domain: from files, folders, globs, addresses and Hugging Face datasets."""
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import glob
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,31 +12,24 @@ from megamix.core.log import get_logger
 from megamix.core.paths import expand
 from megamix.core.text import listed, plural
 from megamix.data.domain_names import check_domain_name
-from megamix.prepare.blocks import TEXT_KEY, Block, iter_documents, pieces_of, read_piece
-from megamix.prepare.kinds import (
-    COMPRESSED,
-    IN_FOLDERS,
-    IN_FOLDERS_SAID,
-    MAGIC,
-    READABLE,
-    ending,
-    is_compressed,
-    is_one_document,
-    is_parquet,
-)
-
-_MAX_SKIPPED_BYTES = 1 << 26  # of a compressed file that a sample may read
+from megamix.prepare import storage
+from megamix.prepare.hub import hub_files, is_hub_dataset, saved_files
+from megamix.prepare.kinds import COMPRESSED, IN_FOLDERS, IN_FOLDERS_SAID, MAGIC, READABLE, ending, is_text_file
+from megamix.prepare.storage import InputPath, Url, is_url
 
 
-def find_inputs(specs: Sequence[str], out: Path | None = None) -> dict[str, list[Path]]:
+def find_inputs(
+    specs: Sequence[str], out: Path | None = None, text_files: Sequence[str] = ()
+) -> dict[str, list[InputPath]]:
     """Finds the input files of every domain, and says which files of a folder are passed over.
 
     Args:
         specs: Each is ``name=path[,path...]``, where a path may be a file, a glob or a folder (searched recursively),
-            or a folder whose entries are the domains: ``<domain>.jsonl``, ``<domain>.parquet``,
-            ``<domain>.txt``, or a sub-folder ``<domain>/`` of such files. In a folder, hidden files and files of
-            other kinds are left out.
+            here or at an address that fsspec opens, or ``hf://NAME[:CONFIG][@SPLIT]``; or a folder whose entries are
+            the domains: ``<domain>.jsonl``, ``<domain>.parquet``, ``<domain>.txt``, or a sub-folder ``<domain>/`` of
+            such files. In a folder, hidden files and files of other kinds are left out.
         out: Output folder, which is no input where it lies in one.
+        text_files: Patterns of names of files that are read in folders as well, each one document.
 
     Returns:
         Sorted files by domain, domains sorted by name.
@@ -49,8 +39,9 @@ def find_inputs(specs: Sequence[str], out: Path | None = None) -> dict[str, list
             kind, a compressed file under another kind's name, a name that no domain can have, two domains with one
             name, a domain without text, or an input that is the output folder.
     """
-    search = _Search(out)
-    found: dict[str, list[Path]] = {}
+    storage.forget()
+    search = _Search(out, text_files)
+    found: dict[str, list[InputPath]] = {}
     for spec in specs:
         for name, paths in search.domains_of(spec):
             if name in found:
@@ -74,31 +65,37 @@ class _Search:
     """Search of folders for input files.
 
     Args:
-        out: See `find_inputs`.
+        out, text_files: See `find_inputs`.
     """
 
-    def __init__(self, out: Path | None) -> None:
-        self._out = None if out is None else out.resolve()
-        self._passed_over: dict[Path, list[str]] = {}
+    def __init__(self, out: Path | None, text_files: Sequence[str]) -> None:
+        self._out, self._text_files = None if out is None else out.resolve(), text_files
+        self._passed_over: dict[InputPath, list[str]] = {}
 
-    def domains_of(self, spec: str) -> Iterator[tuple[str, list[Path]]]:
+    def domains_of(self, spec: str) -> Iterator[tuple[str, list[InputPath]]]:
         """The domains of an argument, and their files."""
-        folder = Path(spec if "=" in spec else expand(spec))
+        name, equals, patterns = spec.partition("=")
+        if is_url(name):
+            yield from self._domains_at(expand(spec))
+            return
+        folder = Path(spec if equals else expand(spec))
         if os.path.isdir(folder):  # a name of 300 characters is an error to pathlib
             self._refuse_output(folder)
+            if saved_files(folder) is not None:
+                raise InputError(f"{folder} is one saved dataset. Name it as a domain: {folder.name}={folder}.")
             for entry in sorted(self._entries(folder)):
                 if entry.is_dir():
                     yield entry.name, self._files_below(entry)
-                elif suffix := ending(entry, IN_FOLDERS):
-                    yield entry.name.removesuffix(suffix), [entry]
+                elif self._is_read(entry):
+                    yield entry.name.removesuffix(ending(entry, IN_FOLDERS) or entry.suffix), [entry]
                 else:
                     self._pass_over(folder, entry)
             return
-        name, equals, patterns = spec.partition("=")
         if not equals:
             hint = f" To use it as a domain: {folder.name.split('.')[0]}={spec}." if os.path.exists(folder) else ""
             raise InputError(f"input '{spec}' is neither a folder nor of the form name=path[,path...].{hint}")
-        paths = sorted({path for pattern in patterns.split(",") if pattern for path in self._expand(name, pattern)})
+        given = [path for pattern in patterns.split(",") if pattern for path in self._expand(name, pattern)]
+        paths = sorted(set(given), key=_in_order)
         if not paths:
             raise InputError(f"domain '{name}': '{spec}' names no files. Write {name}=path[,path...].")
         yield name, paths
@@ -114,35 +111,72 @@ class _Search:
                 listed(sorted(names), 5),
             )
 
-    def _expand(self, name: str, pattern: str) -> list[Path]:
+    def _domains_at(self, spec: str) -> Iterator[tuple[str, list[InputPath]]]:
+        """The domains of a remote folder."""
+        if is_hub_dataset(spec):
+            raise InputError(f"input '{spec}' is one dataset. Name it as a domain: NAME={spec}.")
+        if (folder := storage.remote_folder(Url(spec))) is None:
+            raise InputError(f"input '{spec}' is no folder with a file or folder per domain. Name a file: NAME={spec}.")
+        found: dict[str, list[InputPath]] = {}
+        for path in self._kept(folder, storage.find_remote(Url(spec))):
+            first, _, rest = path.removeprefix(folder).lstrip("/").partition("/")
+            name = first if rest else first.removesuffix(ending(path, IN_FOLDERS) or os.path.splitext(first)[1])
+            found.setdefault(name, []).append(path)
+        yield from found.items()
+
+    def _kept(self, folder: Url, paths: Sequence[Url]) -> list[Url]:
+        """The files of a remote folder that are read."""
+        kept = [path for path in paths if self._is_read(path)]
+        for path in paths:
+            if path not in kept and not path.name.startswith("."):
+                self._passed_over.setdefault(folder, []).append(path.name)
+        return kept
+
+    def _is_read(self, path: InputPath) -> bool:
+        hidden = path.name.startswith(".")
+        return not hidden and (ending(path, IN_FOLDERS) is not None or is_text_file(path, self._text_files))
+
+    def _expand(self, name: str, pattern: str) -> list[InputPath]:
         pattern = expand(pattern)
-        if os.path.isdir(pattern):
+        if is_hub_dataset(pattern):
+            return [*hub_files(pattern)]
+        if is_url(pattern):
+            paths: list[InputPath] = [path for path in storage.find_remote(Url(pattern)) if path.name[:1] != "."]
+            if paths != [pattern] and not any(sign in pattern for sign in "*["):
+                paths = [*self._kept(Url(pattern), [path for path in paths if isinstance(path, Url)])]
+        elif os.path.isdir(pattern):
             self._refuse_output(Path(pattern))
             return self._files_below(Path(pattern))
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        paths = [Path(match) for match in matches if not os.path.isdir(match) and not self._is_output(Path(match))]
+        else:
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            paths = [Path(match) for match in matches if not os.path.isdir(match) and not self._is_output(Path(match))]
         if not paths:
             raise InputError(f"domain '{name}': no file matches '{pattern}'. Check the path.")
         for path in paths:
-            if not ending(path, READABLE):
+            if not ending(path, READABLE) and not is_text_file(path, self._text_files):
                 raise InputError(
-                    f"domain '{name}': {path} is of an unknown kind. Known: {IN_FOLDERS_SAID}; also .json, of lines."
+                    f"domain '{name}': {path} is of an unknown kind. Known: {IN_FOLDERS_SAID}; also .json, of lines;"
+                    " --text-files for others, each one document."
                 )
         return paths
 
-    def _files_below(self, folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    def _files_below(self, folder: Path, above: tuple[Path, ...] = ()) -> list[InputPath]:
+        if (saved := saved_files(folder)) is not None:
+            return [*saved]
         here = folder.resolve()
         if here in above:
             raise InputError(f"the folder {folder} is a link to {here}, which it lies in. Remove the link.")
-        paths: list[Path] = []
+        paths: list[InputPath] = []
         for entry in self._entries(folder):
             if entry.is_dir():
                 paths += [path for path in self._files_below(entry, (*above, here)) if path != entry]
-            elif ending(entry, IN_FOLDERS):
+            elif self._is_read(entry):
                 paths.append(entry)
             else:
                 self._pass_over(folder, entry)
-        return sorted(paths) or [folder]  # an empty folder stands for itself, so that the message can name it
+        return sorted(paths, key=_in_order) or [
+            folder
+        ]  # an empty folder stands for itself, so that the message can name it
 
     def _entries(self, folder: Path) -> list[Path]:
         try:
@@ -166,13 +200,19 @@ class _Search:
             )
 
 
-def _check_readable(name: str, paths: list[Path]) -> None:
-    if paths[0].is_dir():
+def _in_order(path: InputPath) -> tuple[bool, InputPath]:
+    return isinstance(path, Url), path
+
+
+def _check_readable(name: str, paths: list[InputPath]) -> None:
+    if not paths or (isinstance(paths[0], Path) and paths[0].is_dir()):
         raise InputError(
             f"domain '{name}': the folder {paths[0]} holds no file to read: {IN_FOLDERS_SAID}. Remove it, or name its"
             f" files ({name}=FILES)."
         )
     for path in paths:
+        if isinstance(path, Url):  # a request each; what is wrong shows when it is read
+            continue
         try:
             if path.exists() and not path.is_file():
                 what = "a pipe" if path.is_fifo() else "no regular file"
@@ -182,93 +222,14 @@ def _check_readable(name: str, paths: list[Path]) -> None:
         except OSError as error:
             raise InputError(f"domain '{name}': cannot read {path}: {error.strerror or error}.") from error
         for kind, magic in MAGIC.items():
-            if head.startswith(magic) and not ending(path, (kind,)):
+            if head.startswith(magic) and not ending(path, (kind, ".tgz") if kind == ".gz" else (kind,)):
                 raise InputError(
                     f"domain '{name}': {path} begins as a {kind} file does. "
                     + (
                         f"Give its name that ending: {path.name}{kind}."
-                        if kind in (*COMPRESSED, ".parquet")
+                        if kind in (*COMPRESSED, ".parquet", ".arrow")
                         else "Unpack it."
                     )
                 )
-    if not any(path.stat().st_size for path in paths):
+    if not any(storage.stat_of(path).num_bytes for path in paths):
         raise InputError(f"domain '{name}' is empty: {paths[0]} has 0 bytes. Remove the domain or give it text.")
-
-
-def sample_texts(paths: Sequence[Path], *, num_bytes: int, text_key: str = TEXT_KEY) -> Iterator[str]:
-    """Yields about ``num_bytes`` of text spread evenly over the files of a domain, deterministically.
-
-    Uncompressed files are sampled in pieces at even distances, parquet files at the beginnings of row groups; of a
-    compressed file, every n-th block within its first 64 MiB of text. Texts longer than a piece are cut. A domain of
-    uncompressed files below ``num_bytes`` is taken whole.
-
-    Raises:
-        InputError: A damaged file, if nothing could be read; other damage is found when everything is read.
-    """
-    sizes = [Path(path).stat().st_size for path in paths]
-    num_pieces = 256
-    piece_bytes = num_bytes // num_pieces
-    ends = list(itertools.accumulate(sizes))
-    pieces: list[list[int]] = [[] for _ in paths]
-    for number in range(num_pieces):
-        position = number * ends[-1] // num_pieces
-        file = bisect.bisect_right(ends, position)
-        pieces[file].append(position - (ends[file] - sizes[file]))
-    empty = True
-    for path, size, offsets in zip(paths, sizes, pieces, strict=True):
-        if is_compressed(path):
-            texts = _sample_compressed(path, size, len(offsets) * piece_bytes, text_key) if offsets else iter(())
-        elif is_parquet(path):
-            texts = _sample_parquet(path, len(offsets), piece_bytes, text_key)
-        elif ends[-1] <= num_bytes:
-            texts = iter_documents(path, text_key, skip_bad=True)
-        else:
-            texts = itertools.chain.from_iterable(_sample_at(path, at, piece_bytes, text_key) for at in offsets)
-        with contextlib.suppress(InputError):
-            for text in texts:
-                empty = empty and not text.strip()
-                yield text
-    if empty:  # there is no text, or reading in order raises the error
-        yield from itertools.islice((text for path in paths for text in iter_documents(path, text_key)), 1)
-
-
-def _sample_at(path: Path, offset: int, num_bytes: int, text_key: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if offset:
-            file.readline()  # the rest of a line that began earlier
-        data = file.read(num_bytes)
-        if is_one_document(path):
-            yield data.decode("utf-8", errors="ignore")
-            return
-        data += file.readline()
-    block = Block(str(path), 0, (0, 0), offset, offset + len(data), len(data), data)
-    for text in block.documents(text_key, skip_bad=True).texts:
-        yield text[:num_bytes]
-
-
-def _sample_parquet(path: Path, num_pieces: int, num_bytes: int, text_key: str) -> Iterator[str]:
-    groups = pieces_of(path, text_key=text_key)
-    for number in range(min(num_pieces, len(groups))):
-        piece = groups[number * len(groups) // min(num_pieces, len(groups))]
-        left = num_bytes * max(1, num_pieces // len(groups))
-        for block in read_piece(piece, text_key=text_key, block_bytes=num_bytes):
-            for text in block.documents(text_key, skip_bad=True).texts:
-                yield text[:num_bytes]
-                left -= min(len(text), num_bytes)
-            if left <= 0:
-                break
-
-
-def _sample_compressed(path: Path, size: int, num_bytes: int, text_key: str) -> Iterator[str]:
-    block_bytes = 1 << 16
-    text_bytes = min(4 * size, _MAX_SKIPPED_BYTES)  # text compresses to about a quarter
-    stride = max(1, text_bytes // num_bytes)
-    taken = 0
-    (piece,) = pieces_of(path)
-    for block in itertools.islice(read_piece(piece, block_bytes=block_bytes), 0, None, stride):
-        for text in block.documents(text_key, skip_bad=True).texts:
-            yield text[:num_bytes]
-            taken += len(text)
-        if taken >= num_bytes:
-            return

@@ -12,6 +12,7 @@ import pydantic
 from megamix.core.config import Config
 from megamix.core.files import replace_file
 from megamix.data.tokens.manifest import SplitEntry
+from megamix.prepare.storage import InputPath, Url, stat_of
 
 R = TypeVar("R", bound=Config)
 
@@ -37,16 +38,20 @@ class PrepareSettings(Config):
     """Whether documents without text are kept."""
     skip_bad: bool = False
     """Whether what is no document is passed over."""
+    text_files: tuple[str, ...] = ()
+    """Patterns of names of files that are one document each."""
 
 
 class InputFile(Config):
     """Identity of an input file when it was read."""
 
     path: str
-    """Absolute path."""
+    """Absolute path, or address."""
     num_bytes: int
     mtime_ns: int
-    """Time of the last change."""
+    """Time of the last change; 0 for a remote file."""
+    version: str | None = None
+    """Of a remote file: its etag, or time of the last change."""
 
 
 class PartNote(Config):
@@ -82,7 +87,9 @@ class TokenizerNote(Config):
     eod: str | None
     """The ``eod`` option."""
     text_key: str
-    """Key of the text in a JSON line."""
+    """Key of the text in a JSON line; where domains differ, all of them."""
+    text_files: tuple[str, ...] = ()
+    """See `PrepareSettings`."""
     inputs: tuple[tuple[InputFile, ...], ...]
     """Training text by domain; empty for a tokenizer of the hub."""
     sha256: str
@@ -91,17 +98,15 @@ class TokenizerNote(Config):
     """The end-of-document token found."""
 
 
-def input_files(paths: Sequence[Path]) -> tuple[InputFile, ...]:
+def input_files(paths: Sequence[InputPath]) -> tuple[InputFile, ...]:
     """The present identity of files."""
-    stats = [(path, path.stat()) for path in paths]
-    return tuple(
-        InputFile(path=_as_text(path), num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns) for path, stat in stats
-    )
+    return tuple(InputFile(path=_as_text(path), **stat_of(path)._asdict()) for path in paths)
 
 
-def _as_text(path: Path) -> str:
-    """The absolute path; bytes that are no UTF-8, which JSON cannot hold, as ``\\udcff``."""
-    return os.path.abspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
+def _as_text(path: InputPath) -> str:
+    """The address or absolute path; bytes that are no UTF-8, which JSON cannot hold, as ``\\udcff``."""
+    whole = path if isinstance(path, Url) else os.path.abspath(path)
+    return whole.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_note(model: type[R], path: Path) -> R | None:

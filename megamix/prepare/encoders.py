@@ -136,12 +136,12 @@ class Encoders:
             RankFailed: A worker died.
         """
         if self._pool is None:
-            yield from (_encode(job, block) for block in blocks)
+            yield from (encode_block(job, block) for block in blocks)
             return
         pending: deque[Future[Encoded]] = deque()
         try:
             for block in blocks:
-                pending.append(self._pool.submit(_encode, job, block))
+                pending.append(self._pool.submit(encode_block, job, block))
                 if len(pending) > 2 * self._num_workers:
                     yield self._result(pending.popleft())
             while pending:
@@ -209,7 +209,12 @@ class DocumentEncoder:
         return tokens, sizes + (sizes > 0)
 
 
-def _encode(job: EncodeJob, block: Block) -> Encoded:
+def encode_block(job: EncodeJob, block: Block) -> Encoded:
+    """The tokens of a block.
+
+    Raises:
+        InputError: A document that is none, unless the job passes over these; or text that the tokenizer cannot cut.
+    """
     documents = block.documents(job.text_key, skip_bad=job.skip_bad)
     keep = job.keep_empty
     held = [number for number, text in enumerate(documents.texts) if keep or (text and not text.isspace())]

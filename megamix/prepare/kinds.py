@@ -10,20 +10,28 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import zstandard
+
+from megamix.prepare.storage import Url, is_url
 
 MAX_DOCUMENT_BYTES = 1 << 30
 """A longer line or .txt file is refused: a document has to fit in memory several times over. A compressed file may ask
 for no larger window."""
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LINES = (".jsonl", ".ndjson")
+TAR = (".tar", *(".tar" + packed for packed in COMPRESSED), ".tgz")
 # A folder may hold other files, such as a report in .json.
-IN_FOLDERS = (*(lines + packed for lines in LINES for packed in ("", *COMPRESSED)), ".parquet", ".txt")
+IN_FOLDERS = (
+    *(lines + packed for lines in LINES for packed in ("", *COMPRESSED)),
+    *(".parquet", ".arrow", ".txt"),
+    *TAR,
+)
 READABLE = (*IN_FOLDERS, ".json", *(".json" + packed for packed in COMPRESSED))
-IN_FOLDERS_SAID = f"{' or '.join(LINES)} (also {', '.join(COMPRESSED)}), .parquet, .txt"
+IN_FOLDERS_SAID = f"{' or '.join(LINES)} (also {', '.join(COMPRESSED)}), .parquet, .arrow, .tar, .txt"
 """The same for people."""
 MAGIC = {
     ".gz": b"\x1f\x8b",
@@ -31,6 +39,7 @@ MAGIC = {
     ".bz2": b"BZh91AY&SY",
     ".xz": b"\xfd7zXZ\x00",
     ".parquet": b"PAR1",
+    ".arrow": b"ARROW1",
     ".zip": b"PK\x03\x04",
 }
 """How files of a kind begin."""
@@ -40,22 +49,37 @@ _READ_BYTES = 1 << 18
 _ZSTD_BYTES = 1 << 9  # at most 22 MB of text
 
 
+Kind = Literal["lines", "whole", "rows", "members"]
+"""Documents of a file: its lines, itself, rows of a table, or files in an archive."""
+
+
+def kind_of(path: str | Path, text_files: Sequence[str] = ()) -> Kind:
+    """What the documents of a file are; a file whose name fits a pattern of ``text_files`` is one document."""
+    if is_text_file(path, text_files) or ending(path, (".txt",)):
+        return "whole"
+    if ending(path, (".parquet", ".arrow")):
+        return "rows"
+    return "members" if ending(path, TAR) else "lines"
+
+
+def is_text_file(path: str | Path, text_files: Sequence[str]) -> bool:
+    """Whether a file's name fits one of the patterns, such as ``*.py``."""
+    return any(fnmatchcase(name_of(path), pattern) for pattern in text_files)
+
+
+def name_of(path: str | Path) -> str:
+    """The last part of a path or an address."""
+    return Url(path).name if is_url(str(path)) else Path(path).name
+
+
 def ending(path: str | Path, known: Sequence[str]) -> str | None:
     """The ending of the file's name, as it is written there, if it is one of ``known``."""
-    name = Path(path).name
+    name = name_of(path)
     return next((name[-len(one) :] for one in known if name.lower().endswith(one)), None)
 
 
 def is_compressed(path: str | Path) -> bool:
-    return ending(path, COMPRESSED) is not None
-
-
-def is_parquet(path: str | Path) -> bool:
-    return ending(path, (".parquet",)) is not None
-
-
-def is_one_document(path: str | Path) -> bool:
-    return ending(path, (".txt",)) is not None
+    return ending(path, (*COMPRESSED, ".tgz")) is not None
 
 
 def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
@@ -64,8 +88,8 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
     Raises:
         DAMAGED: As its errors say; and `OSError` where the file cannot be read.
     """
-    packed = (ending(path, COMPRESSED) or "").lower()
-    if packed == ".gz":
+    packed = (ending(path, (*COMPRESSED, ".tgz")) or "").lower()
+    if packed in (".gz", ".tgz"):
         stream = gzip.GzipFile(fileobj=file)
         while data := stream.read1(_READ_BYTES):
             yield data

@@ -1,44 +1,23 @@
-"""Text column of parquet files, read row group by row group in bounded memory.
-
-pyarrow is imported only here, and nothing of it leaves: callers get bytes.
-"""
+"""Text column of parquet files, read row group by row group in bounded memory."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.core.packages import need
-
-_MAX_ROWS = 4096
-"""Rows read at once, at most: where texts repeat, the sizes stated in the file are far too small."""
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Place and size of a row group."""
-
-    number: int
-    """Number in the file, from 0."""
-    first_row: int
-    """Rows of the file before it."""
-    num_rows: int
-    num_bytes: int
-    """Compressed bytes of its text column."""
-    text_bytes: int
-    """Encoded bytes of its text column, before compression."""
+from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, pyarrow_module
+from megamix.prepare.storage import is_url, open_input
 
 
 def row_groups(path: str, text_key: str) -> list[RowGroup]:
     """The row groups of a file that have rows, in order.
 
     Raises:
-        InputError: pyarrow is missing, the file is damaged, or it has no column ``text_key`` of strings.
+        InputError: pyarrow is missing, the file is damaged, or it has no column ``text_key`` of texts.
     """
     with _opened(path) as file:
         column = _find_column(path, file, text_key)
@@ -66,7 +45,7 @@ def read_rows(
     Raises:
         InputError: The file is damaged; the message names the row, counted from 1.
     """
-    rows = max(1, min(_MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
+    rows = max(1, min(MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
     done = 0
     with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
         # Without prefetching and with a buffer, pages are read one at a time instead of the whole column.
@@ -76,53 +55,27 @@ def read_rows(
                 # A row's number decides its block, wherever pyarrow ends its batches.
                 part = texts[: rows - done % rows]
                 row = group.first_row + done
-                yield (done // rows, row, *_bytes_of(part))
+                yield (done // rows, row, *bytes_of(part))
                 done += len(part)
                 texts = texts[len(part) :]
         if done != group.num_rows:
             raise InputError(f"{path}: row group {group.number} has {done} rows, expected {group.num_rows}.")
 
 
-def _bytes_of(texts: Any) -> tuple[np.ndarray, bytes]:
-    large = texts.cast("large_string")
-    _, offsets, data = large.buffers()
-    ends = np.frombuffer(offsets, np.int64)[large.offset : large.offset + len(large) + 1]
-    # What a null row points at need not be empty.
-    sizes, whole = np.diff(ends), b"" if data is None else bytes(memoryview(data)[ends[0] : ends[-1]])
-    if not texts.null_count:
-        return sizes, whole
-    null, starts = np.asarray(texts.is_null()), ends[:-1] - ends[0]
-    held = [whole[start : start + size] for start, size in zip(starts[~null], sizes[~null], strict=True)]
-    return np.where(null, -1, sizes), b"".join(held)
-
-
 @contextlib.contextmanager
 def _opened(path: str, where: Any = lambda: "") -> Iterator[Any]:
-    pyarrow, parquet = _library()
+    pyarrow, parquet = pyarrow_module(), pyarrow_module("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        source = open_input(path) if is_url(path) else path
+        with parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}{where()}: the parquet file is damaged ({reason}). Fetch it again.") from error
 
 
-def _library() -> tuple[Any, Any]:
-    purpose = "reading parquet files"
-    return need("pyarrow", purpose), need("pyarrow.parquet", purpose)
-
-
 def _find_column(path: str, file: Any, text_key: str) -> int:
-    """Number of the leaf column; checks that it holds strings."""
-    pyarrow, _ = _library()
-    schema = file.schema_arrow
-    if text_key not in schema.names:
-        seen = ", ".join(schema.names[:8]) or "none"
-        raise InputError(f"{path}: no column '{text_key}' (columns: {seen}). Choose another with --text-key.")
-    kind = schema.field(text_key).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-        raise InputError(f"{path}: the column '{text_key}' holds {kind}, expected strings. Choose another.")
+    """Number of the leaf column; checks that it holds texts."""
+    check_column(path, file.schema_arrow, text_key)
     names = [file.metadata.schema.column(number).path for number in range(len(file.metadata.schema))]
     return names.index(text_key)

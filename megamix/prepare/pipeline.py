@@ -22,9 +22,15 @@ from megamix.core.processes import num_cores
 from megamix.core.text import plural
 from megamix.data.tokens.indexed import pick_dtype
 from megamix.data.tokens.manifest import FILE_NAME, TOKENIZER_FILE, Manifest
-from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec, fetch_tokenizer, train_tokenizer
-from megamix.prepare.blocks import BLOCK_BYTES, TEXT_KEY, Block, pieces_of, read_piece
-from megamix.prepare.documents import find_inputs, sample_texts
+from megamix.data.tokens.tokenizer import (
+    LoadedTokenizer,
+    TokenizerSpec,
+    fetch_tokenizer,
+    given_tokenizer,
+    train_tokenizer,
+)
+from megamix.prepare.blocks import TEXT_KEY, Block
+from megamix.prepare.documents import find_inputs
 from megamix.prepare.done_notes import (
     PartNote,
     PrepareSettings,
@@ -39,8 +45,12 @@ from megamix.prepare.journal import Mark
 from megamix.prepare.merge import assemble, shard_note_path, with_both_splits
 from megamix.prepare.output_folder import sole_writer, writing_to
 from megamix.prepare.parts import Part, PartWriter, skipped_text
+from megamix.prepare.pieces import BLOCK_BYTES, pieces_of, read_piece
 from megamix.prepare.progress import PrepareProgress
+from megamix.prepare.samples import sample_texts
 from megamix.prepare.shards import Shard, Share, divide
+from megamix.prepare.storage import InputPath
+from megamix.prepare.text_keys import TextKeys
 
 NOTE_FILE = "prepare.json"
 JOURNAL_BYTES = 64 << 20
@@ -55,7 +65,8 @@ def prepare(
     validation_fraction: float = 0.02,
     workers: int | None = None,
     seed: int = 1234,
-    text_key: str = TEXT_KEY,
+    text_key: str | Sequence[str] = TEXT_KEY,
+    text_files: Sequence[str] = (),
     eod: str | None = None,
     keep_empty: bool = False,
     skip_bad: bool = False,
@@ -75,7 +86,9 @@ def prepare(
             document in each split; at 0 exactly one is held out, which is logged.
         workers: Tokenising processes; None for one per core, 1 to work inside this process.
         seed: Chooses the documents to hold out, whatever the number of jobs or workers.
-        text_key: The key of the text in a JSON line, the column of a parquet file.
+        text_key: The key of the text in a JSON line, the column of a table; several, as ``KEY`` for all domains and
+            ``DOMAIN=KEY`` for one.
+        text_files: Patterns of names of files that are read, too, each one document.
         eod: The tokenizer's end-of-document token, where it has an unusual name.
         keep_empty: Keep documents without text as Megatron-LM's preprocess_data does: one of white space gets its
             tokens, an empty one none. Otherwise they are left out, and counted in the log.
@@ -99,13 +112,14 @@ def prepare(
     spec = _check_options(tokenizer, validation_fraction, workers)
     job = Shard() if shard is None else Shard.parse(shard)
     out = Path(out)
-    domains = find_inputs(inputs, out)
+    domains = find_inputs(inputs, out, text_files)
+    keys = TextKeys.parse(text_key, domains)
     if not validation_fraction and not tokenizer_only:
         get_logger().warning("--validation 0: one document of every domain is held out all the same, to evaluate on")
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out, job):
-            loaded = _provide_tokenizer(spec, domains, out, text_key, eod, job)
+            loaded = _provide_tokenizer(spec, domains, out, keys, text_files, eod, job)
             if loaded.random is not None:
                 get_logger().warning(
                     "the tokenizer cuts text at random (%s): switched off here, so that the same text gives the same tokens",
@@ -116,7 +130,8 @@ def prepare(
             settings = PrepareSettings(
                 seed=seed,
                 validation_fraction=validation_fraction,
-                text_key=text_key,
+                text_key=str(keys),
+                text_files=tuple(text_files),
                 tokenizer_sha256=loaded.sha256,
                 eod_id=loaded.eod_id,
                 dtype=pick_dtype(loaded.vocab_size).name,
@@ -126,7 +141,7 @@ def prepare(
             )
             if job.count > 1:
                 shard_note_path(out, job).unlink(missing_ok=True)
-            work = _Work(out, job, settings, loaded.vocab_size, journal_bytes)
+            work = _Work(out, job, settings, keys, loaded.vocab_size, journal_bytes)
             work.run(domains, workers or num_cores(), progress)
             if job.count > 1:
                 write_note(ShardNote(settings=settings, domains=tuple(domains)), shard_note_path(out, job))
@@ -147,20 +162,27 @@ def _check_options(tokenizer: str, validation_fraction: float, workers: int | No
 
 def _provide_tokenizer(
     spec: TokenizerSpec,
-    domains: Mapping[str, Sequence[Path]],
+    domains: Mapping[str, Sequence[InputPath]],
     out: Path,
-    text_key: str,
+    keys: TextKeys,
+    text_files: Sequence[str],
     eod: str | None,
     shard: Shard,
 ) -> LoadedTokenizer:
     """Opens ``out/tokenizer.json``, made first unless it is there from the same inputs and options."""
     path, note_path = out / TOKENIZER_FILE, out / NOTE_FILE
     if spec.kind == "file":
-        given = LoadedTokenizer(spec.path, eod)
-        _put_tokenizer(path, Path(spec.path).read_bytes(), shard)
+        data, given = given_tokenizer(spec, eod)
+        _put_tokenizer(path, data, shard)
         return LoadedTokenizer(path, given.eod_id)
     inputs = tuple(map(input_files, domains.values())) if spec.kind == "train" else ()
-    made_from = {"spec": repr(spec), "eod": eod, "text_key": text_key, "inputs": inputs}
+    made_from = {
+        "spec": repr(spec),
+        "eod": eod,
+        "text_key": str(keys),
+        "text_files": tuple(text_files),
+        "inputs": inputs,
+    }
     note = read_note(TokenizerNote, note_path)
     if note is not None and path.is_file():
         same = all(getattr(note, key) == value for key, value in made_from.items())
@@ -176,8 +198,8 @@ def _provide_tokenizer(
         get_logger().info("training a tokenizer of %d entries on %d domains", spec.vocab_size, len(domains))
         texts = (
             text
-            for paths in domains.values()
-            for text in sample_texts(paths, num_bytes=_TRAINING_BYTES, text_key=text_key)
+            for name, paths in domains.items()
+            for text in sample_texts(paths, num_bytes=_TRAINING_BYTES, text_key=keys.of(name), text_files=text_files)
         )
         data = train_tokenizer(texts, spec.vocab_size)
     else:
@@ -208,13 +230,15 @@ def _put_tokenizer(path: Path, data: bytes, shard: Shard) -> None:
 class _Work:
     """One job's parts of all domains."""
 
-    def __init__(self, out: Path, shard: Shard, settings: PrepareSettings, vocab_size: int, journal_bytes: int) -> None:
-        self._out, self._shard, self._settings = out, shard, settings
+    def __init__(
+        self, out: Path, shard: Shard, settings: PrepareSettings, keys: TextKeys, vocab_size: int, journal_bytes: int
+    ) -> None:
+        self._out, self._shard, self._settings, self._keys = out, shard, settings, keys
         self._vocab_size, self._journal_bytes = vocab_size, journal_bytes
 
-    def run(self, domains: Mapping[str, Sequence[Path]], num_workers: int, progress: bool) -> None:
+    def run(self, domains: Mapping[str, Sequence[InputPath]], num_workers: int, progress: bool) -> None:
         """Makes every part that is missing."""
-        shares = {name: self._shares(paths) for name, paths in domains.items()}
+        shares = {name: self._shares(name, paths) for name, paths in domains.items()}
         sizes = {name: sum(share.num_bytes for share in held) for name, held in shares.items()}
         with Encoders(num_workers) as encoders, PrepareProgress(sizes, progress) as shown:
             for name, paths in domains.items():
@@ -231,8 +255,9 @@ class _Work:
                     (note,) = with_both_splits(name, [part], [note])
                 shown.finish(name, _outcome(part, note))
 
-    def _shares(self, paths: Sequence[Path]) -> list[Share]:
-        pieces = [piece for file, path in enumerate(paths) for piece in pieces_of(path, file, self._settings.text_key)]
+    def _shares(self, name: str, paths: Sequence[InputPath]) -> list[Share]:
+        given = (self._keys.of(name), self._settings.text_files)
+        pieces = [piece for file, path in enumerate(paths) for piece in pieces_of(path, file, *given)]
         return divide(pieces, self._shard)
 
     def _write(
@@ -244,7 +269,7 @@ class _Work:
             sha256=settings.tokenizer_sha256,
             eod_id=settings.eod_id,
             dtype=settings.dtype,
-            text_key=settings.text_key,
+            text_key=self._keys.of(name),
             domain=name,
             seed=settings.seed,
             validation_fraction=settings.validation_fraction,
@@ -253,7 +278,7 @@ class _Work:
         )
         with writer:
             shown.begin(name, writer.mark.file_bytes)
-            for encoded in encoders.encode(job, self._blocks(shares, writer.mark)):
+            for encoded in encoders.encode(job, self._blocks(name, shares, writer.mark)):
                 writer.add(encoded)
                 shown.add(
                     name,
@@ -263,13 +288,13 @@ class _Work:
                 )
             return writer.close()
 
-    def _blocks(self, shares: Sequence[Share], mark: Mark) -> Iterator[Block]:
+    def _blocks(self, name: str, shares: Sequence[Share], mark: Mark) -> Iterator[Block]:
         """The blocks after a mark."""
         for number in range(mark.share, len(shares)):
             yield from read_piece(
                 shares[number].piece,
                 number,
-                text_key=self._settings.text_key,
+                text_key=self._keys.of(name),
                 block_bytes=self._settings.block_bytes,
                 first=mark.block if number == mark.share else 0,
                 wanted=shares[number].wants,

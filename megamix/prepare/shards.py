@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamix.core.errors import InputError
-from megamix.prepare.blocks import Piece
+from megamix.prepare.pieces import Piece
 
 _SPLIT_ABOVE = 0.25  # of what one job has to read: a larger piece is dealt out in blocks
 

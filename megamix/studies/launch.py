@@ -79,7 +79,7 @@ def launch(
         if not plan_only:
             from megamix.prepare.documents import find_inputs
 
-            find_inputs(options["inputs"], options["out"])
+            find_inputs(options["inputs"], options["out"], options["text_files"] or ())
         tasks = _prepare_tasks((source, *overrides), options, resources, shards, limit)
         said = submit_or_show(options["out"], tasks, dry_run=dry_run)
     else:

@@ -37,8 +37,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from megamix.data.tokens.indexed import IndexedTokens, pick_dtype
 from megamix.data.tokens.tokenizer import END_OF_DOCUMENT, LoadedTokenizer, train_tokenizer
-from megamix.prepare.blocks import iter_documents
 from megamix.prepare.encoders import EncodeJob, Encoders
+from megamix.prepare.pieces import iter_documents
 from megamix.prepare.pipeline import prepare
 
 

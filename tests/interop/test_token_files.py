@@ -165,10 +165,9 @@ def test_a_second_call_keeps_what_is_finished(tmp_path: Path, tokenizer: Path) -
     files[1].write_bytes(whole[1][:-2])
     numpy_file(paths[0], TOKENS[::-1])
     os.utime(paths[0], ns=(1, 1))
-    kept = files[1].stat().st_ino
     blend(*given)
     assert files[0].read_bytes() == TOKENS[::-1].astype("<u2").tobytes()
-    assert (files[1].read_bytes(), files[1].stat().st_ino != kept) == (whole[1], True)
+    assert files[1].read_bytes() == whole[1]
     (tmp_path / "out/manifest.json").unlink()
     before = [path.stat().st_mtime_ns for path in files]
     blend(*given)
@@ -189,7 +188,7 @@ REFUSED: list[tuple[Callable[[Path], Any], list[str], str]] = [
     (lambda at: numpy_file(at / "a.npy", np.r_[np.ones(1 << 17, int), -1]), [], "'web': .*holds the token id -1"),
     (lambda at: ds(at / "a.ds", "<u2", LENGTHS[:-1]), [], r"a.ds.index: the last document ends after [0-9,]+ tokens"),
     (lambda at: ds(at / "a.ds", "<u2", [9, -4]), [], "the ends of documents fall"),
-    (lambda at: raw(at / "a.npy", "<u2", head=LLM_C[:-4] + b"    "), [], "its header says [0-9,]+ tokens|token id"),
+    (lambda at: raw(at / "a.npy", "<u2", head=LLM_C[:8] + bytes(4) + LLM_C[12:]), [], "its header says 0 tokens"),
     (lambda at: (mds(at / "x", "ndarray:uint16", with_shape) / "shard.00001.mds").unlink(), [], "shard.00001.mds, .*missing"),
     (lambda at: (mds(at / "x", "ndarray:uint16", with_shape) / "shard.00001.mds").write_bytes(b"1"), [], "has 1 bytes"),
     (lambda at: mds(at / "x", "str", with_shape), [], "the column 'tokens' is of str, expected bytes or ndarray"),

@@ -22,10 +22,10 @@ from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest, Split
 from megamix.data.tokens.tokenizer import LoadedTokenizer, TokenizerSpec
 from megamix.data.tokens.verify import verify_all
-from megamix.prepare.blocks import iter_documents
 from megamix.prepare.documents import find_inputs
 from megamix.prepare.encoders import HeldOut
 from megamix.prepare.merge import unigram_nats
+from megamix.prepare.pieces import iter_documents
 from megamix.prepare.pipeline import prepare
 
 

@@ -14,8 +14,8 @@ import zstandard
 
 from megamix.core.errors import InputError
 from megamix.data.tokens.tokenizer import TokenizerSpec
-from megamix.prepare import blocks, kinds
-from megamix.prepare.blocks import iter_documents
+from megamix.prepare import blocks, kinds, pieces
+from megamix.prepare.pieces import iter_documents
 
 MIB = 1 << 20
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -29,7 +29,8 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("suffix", PACK)
 def test_one_line_of_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     """What is held at once stays near the limit, though the file would be 2^6 times as much."""
-    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 2 * MIB)
+    for module in (blocks, pieces):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 2 * MIB)
     path = tmp_path / f"x.jsonl.{suffix}"
     data = b'{"text": "' + b"a" * (128 * MIB) + b'"}\n'
     path.write_bytes(PACK[suffix](data))
@@ -40,7 +41,8 @@ def test_one_line_of_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suf
             sizes.append(len(piece))
             yield piece
 
-    monkeypatch.setattr(blocks, "decompressed", watched)
+    for module in (blocks, pieces):
+        monkeypatch.setattr(module, "decompressed", watched)
     with pytest.raises(InputError, match=r"x.jsonl.\w+, line 1: longer than 2 MiB, the most a document may have"):
         list(iter_documents(path))
     assert max(sizes) < 24 * MIB

@@ -17,9 +17,10 @@ import zstandard
 from json_lines import jsonl
 
 from megamix.core.errors import InputError
-from megamix.prepare.blocks import iter_documents, pieces_of, read_piece
-from megamix.prepare.documents import find_inputs, sample_texts
+from megamix.prepare.documents import find_inputs
+from megamix.prepare.pieces import iter_documents, pieces_of, read_piece
 from megamix.prepare.pipeline import prepare
+from megamix.prepare.samples import sample_texts
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_too_few_documents(tmp_path: Path) -> None:
 
 
 def test_find_inputs(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/deep/1.jsonl", "b/notes.md", "a.jsonl.zst", "c.tar", ".cache/x.txt"):
+    for name in ("b/2.txt", "b/deep/1.jsonl", "b/notes.md", "a.jsonl.zst", "c.csv", ".cache/x.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     found = find_inputs([str(tmp_path), f"one={tmp_path}/b/*.txt,{tmp_path}/a.jsonl.zst", f"two={tmp_path}/b"])
@@ -150,7 +151,7 @@ def test_find_inputs(tmp_path: Path) -> None:
         ([str(tmp_path / "nowhere")], "neither a folder nor of the form"),
         ([str(tmp_path / "b/2.txt")], "To use it as a domain: 2="),
         ([f"x={tmp_path}/nowhere/*.txt"], "domain 'x': no file matches"),
-        ([f"x={tmp_path}/c.tar"], "of an unknown kind"),
+        ([f"x={tmp_path}/c.csv"], "of an unknown kind"),
         ([f" x={tmp_path}/a.jsonl.zst"], "' x' cannot be the name"),
         (["x="], "names no files"),
         ([str(tmp_path), f"a={tmp_path}/b/2.txt"], "two domains are called 'a'"),

@@ -23,9 +23,10 @@ from megamix.core.errors import InputError
 from megamix.data.tokens.indexed import IndexedTokens
 from megamix.data.tokens.manifest import Manifest, Split
 from megamix.data.tokens.verify import verify_all
-from megamix.prepare.blocks import Piece, pieces_of, read_piece
+from megamix.prepare.columns import RowGroup
+from megamix.prepare.kinds import kind_of
 from megamix.prepare.merge import merge
-from megamix.prepare.parquet import RowGroup
+from megamix.prepare.pieces import Piece, pieces_of, read_piece
 from megamix.prepare.pipeline import prepare
 from megamix.prepare.shards import Shard, divide
 
@@ -236,7 +237,7 @@ def group(number: int) -> RowGroup:
 )
 def test_every_block_has_one_job(kinds: list[tuple[str, int]], count: int) -> None:
     pieces = [
-        Piece(f"{number}.{kind}", number, size, group(number) if kind == "parquet" else None)
+        Piece(f"{number}.{kind}", number, size, kind_of(f".{kind}"), group(number) if kind == "parquet" else None)
         for number, (kind, size) in enumerate(kinds)
     ]
     seen: Counter[tuple[int, int]] = Counter()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from megamix.core.errors import InputError
 from megamix.core.files import MOST_TEXT, read_regular
 from megamix.core.paths import expand
+from megamix.data.tokens.tokenizer_forms import find_tokenizer, tokenizer_json
 from megamix.data.tokens.word_encoder import WordEncoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -37,7 +37,7 @@ class TokenizerSpec:
 
     @classmethod
     def parse(cls, text: str) -> TokenizerSpec:
-        """Reads ``train:SIZE``, ``hf:NAME``, or the path of a tokenizer.json (or of a folder that holds one).
+        """Reads ``train:SIZE``, ``hf:NAME``, or the path of a tokenizer: see `tokenizer_json`; or of its folder.
 
         Raises:
             InputError: none of these, a vocabulary below 257 or above ten million entries, or a
@@ -60,7 +60,7 @@ class TokenizerSpec:
                 raise InputError(f"tokenizer '{text}': expected hf:NAME, for example hf:EleutherAI/gpt-neox-20b.")
             return cls("hub", rest)
         given = Path(expand(text))
-        path = given / "tokenizer.json" if os.path.isdir(given) else given
+        path = find_tokenizer(given) if os.path.isdir(given) else given
         if not os.path.isfile(path):  # also where the text is too long for a path
             raise InputError(
                 f"tokenizer '{text}': no such file. Give a path to a tokenizer.json, train:SIZE, or hf:NAME."
@@ -135,6 +135,7 @@ class LoadedTokenizer:
 
     Args:
         eod: the end-of-document token, by name or id; None looks for the usual names.
+        data: contents, where ``path`` is only a name for messages.
 
     Attributes:
         vocab_size: largest token id + 1.
@@ -146,12 +147,12 @@ class LoadedTokenizer:
         InputError: the file is missing or damaged, or has no end-of-document token.
     """
 
-    def __init__(self, path: str | Path, eod: str | int | None = None) -> None:
+    def __init__(self, path: str | Path, eod: str | int | None = None, *, data: bytes | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.path = Path(path)
         try:
-            data = read_regular(self.path, MOST_TEXT)
+            data = read_regular(self.path, MOST_TEXT) if data is None else data
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}. Check the path.") from error
         with refusing_bad_tokenizers(self.path, "Give one that `tokenizers` can read."):
@@ -208,30 +209,23 @@ class LoadedTokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
-def given_tokenizer(text: str, eod: str | None) -> tuple[bytes, LoadedTokenizer]:
-    """The tokenizer of existing tokens: contents of its tokenizer.json, and opened.
+def given_tokenizer(given: str | TokenizerSpec, eod: str | None) -> tuple[bytes, LoadedTokenizer]:
+    """An existing tokenizer: contents of its tokenizer.json, and opened.
 
     Args:
-        text: see `TokenizerSpec.parse`; not ``train:SIZE``.
+        given: see `TokenizerSpec.parse`; not ``train:SIZE``.
         eod: its end-of-document token; None for its own end of a sequence, or the usual names.
 
     Raises:
-        InputError: see `TokenizerSpec.parse`, `fetch_tokenizer` and `LoadedTokenizer`.
+        InputError: see `TokenizerSpec.parse`, `fetch_tokenizer`, `tokenizer_json` and `LoadedTokenizer`.
     """
-    spec = TokenizerSpec.parse(text)
+    spec = given if isinstance(given, TokenizerSpec) else TokenizerSpec.parse(given)
     if spec.kind == "train":
         raise InputError(
-            f"tokenizer '{text}': the files hold tokens already. Give the tokenizer that they were made with: a path to a"
-            " tokenizer.json, or hf:NAME."
+            f"tokenizer '{given}': expected the one that the tokens were made with: a path to a tokenizer.json, or hf:NAME."
         )
-    if spec.kind == "file":
-        loaded = LoadedTokenizer(spec.path, eod)
-        return Path(spec.path).read_bytes(), loaded
-    data, name = fetch_tokenizer(spec.path)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "tokenizer.json")
-        path.write_bytes(data)
-        return data, LoadedTokenizer(path, eod if eod is not None else name)
+    data, name = (tokenizer_json(Path(spec.path)), None) if spec.kind == "file" else fetch_tokenizer(spec.path)
+    return data, LoadedTokenizer(spec.path, eod if eod is not None else name, data=data)
 
 
 def _switch_off_sampling(tokenizer: Any) -> str | None:

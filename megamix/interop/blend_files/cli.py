@@ -25,7 +25,7 @@ app = typer.Typer(
 def adopt(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for manifest.json, tokenizer.json, mixture.json.")],
     tokenizer: Annotated[
-        str, typer.Option(help="The tokenizer of the files: a tokenizer.json, its folder, or hf:NAME.")
+        str, typer.Option(help="The tokenizer of the files: a tokenizer.json, hf:NAME, or as for prepare.")
     ],
     named: Annotated[
         list[str] | None,

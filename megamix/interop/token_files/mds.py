@@ -154,7 +154,7 @@ def _samples(shard: _Shard) -> Iterator[tuple[int, memoryview]]:
 def _contents(shard: _Shard) -> memoryview:
     """The bytes of a shard; never more than the index says."""
     if shard.packed is None:
-        return memoryview(np.memmap(shard.path, np.uint8, "r")).cast("B")
+        return np.memmap(shard.path, np.uint8, "r").data
     data = bytearray()
     try:
         with open(shard.path, "rb") as file:

@@ -17,7 +17,6 @@ import numpy as np
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError
-from megamix.core.log import get_logger
 from megamix.core.progress import ReadProgress
 from megamix.core.text import gib, plural
 from megamix.data.domain_names import file_name
@@ -96,16 +95,13 @@ def take_in(
     }
     taken = TakenIn(sources)
     foreign = [one for held in opened.values() for one in held if not isinstance(one, str)]
-    if foreign:
-        with ReadProgress(sum(map(_num_bytes, foreign)), progress) as shown:
-            for (split, name), held in opened.items():
-                target = _Domain(name, out / file_name(name), split, tokenizer, dtype, taken)
-                found[split][name] = target.prefixes(held, shown)
-    else:
+    made: dict[str, dict[str, list[str]]] = {"tokens": {}, "validation": {}}
+    with ReadProgress(sum(map(_num_bytes, foreign)), progress and bool(foreign)) as shown:
         for (split, name), held in opened.items():
-            found[split][name] = held
-    valid = None if sources.valid is None else found["validation"]
-    taken.sources = replace(sources, train=found["tokens"], valid=valid)
+            target = _Domain(name, out / file_name(name), split, tokenizer, dtype, taken)
+            made[split][name] = target.prefixes(held, shown)
+    valid = None if sources.valid is None else made["validation"]
+    taken.sources = replace(sources, train=made["tokens"], valid=valid)
     return taken
 
 
@@ -212,7 +208,6 @@ class _Domain:
 
     def _write(self, one: FlatFile | MdsFolder, prefix: Path) -> tuple[int, bool]:
         """Writes index and, where they cannot stay, tokens; returns the ends found, and whether tokens were copied."""
-        get_logger().info("domain '%s': %s", self.name, one.path)
         idx_path(prefix).unlink(missing_ok=True)
         bin_path(prefix).unlink(missing_ok=True)
         cutter = Cutter(self.tokenizer.eod_id, one.path)
