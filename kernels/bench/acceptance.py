@@ -87,7 +87,7 @@ def run_task(task: Task, device: str, out: Path, limit: float) -> list[dict[str,
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     request = json.dumps({**task.arguments, "kind": task.kind, "device": device, "out": str(out), "file": str(file)})
     command = [sys.executable, str(HERE / "measure.py"), request]
-    if task.ranks > 1:
+    if task.ranks:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks)]
         command = [sys.executable, *launcher, *command[1:]]
     try:

@@ -8,6 +8,7 @@ Shapes: N tokens, H hidden, V vocabulary, K domains.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -87,6 +88,20 @@ def reading(request: dict[str, Any]) -> Rows:
         figure("a copy", bench.copy_ms, "ms"),
         figure("second reading paid", paid, "readings", "0: from the cache; 1: from memory; the arithmetic included"),
     ]
+
+
+def ahead(request: dict[str, Any]) -> Rows:
+    """Mode A with the next tile of a row loaded before the one before it is worked on, and without."""
+    from megamix_kernels import triton_loss
+
+    bench, made = bench_of(request), builder("megamix A (triton)", {})(DEVICE)
+    spans = []
+    for is_on in (True, False):
+        with mock.patch.object(triton_loss.Launch, "ahead", is_on):
+            spans.append(bench.spans(lambda: bench.step(made))[-1])
+    on, off = spans
+    ratio = statistics.median(on) / statistics.median(off)
+    return [figure("on", on, "ms"), figure("off", off, "ms"), figure("on / off", ratio, "")]
 
 
 def statistics_cost(request: dict[str, Any]) -> Rows:
@@ -191,10 +206,11 @@ def parallel(request: dict[str, Any]) -> Rows:
     bench = Bench(f"{rows}x{columns}", device, torch.bfloat16, REPEATS)
     dist.broadcast(bench.labels_N, 0)
     found = []
-    for mode in "AB":
-        settings = {"promised": mode == "A", "process_group": dist.group.WORLD}
+    for mode, num_domains in itertools.product("AB", (22, 1)):
+        settings = {"promised": mode == "A", "process_group": dist.group.WORLD, "num_domains": num_domains}
         made = megamix(device, implementation="triton", **settings)
-        found.append(figure(f"mode {mode}", bench.spans(lambda made=made: bench.step(made))[-1], "ms"))
+        spans = bench.spans(lambda made=made: bench.step(made))[-1]
+        found.append(figure(f"mode {mode}, K = {num_domains}", spans, "ms"))
     dist.barrier()
     dist.destroy_process_group()
     return found if rank == 0 else []
@@ -206,7 +222,7 @@ def _wait() -> None:
 
 
 KINDS = {
-    "loss": loss, "reading": reading, "statistics": statistics_cost, "linear": linear, "host": host,
+    "loss": loss, "ahead": ahead, "reading": reading, "statistics": statistics_cost, "linear": linear, "host": host,
     "numerics": numerics, "model": model, "trace": trace, "parallel": parallel,
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 TITLES = {
     "numerics": "Numerics on the device, against float64",
     "loss": "The loss of given logits",
+    "ahead": "The next tile of a row loaded ahead, on against off",
     "reading": "What the second reading of a row costs",
     "statistics": "Domain statistics, on against off",
     "linear": "The loss from hidden states",

@@ -23,14 +23,14 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: ``arguments`` are for measure.py, ``labels`` for the tables; ``ranks`` above 1 are launched."""
+    """One measurement: ``arguments`` are for measure.py, ``labels`` for the tables; ``ranks`` above 0 are launched."""
 
     key: str
     kind: str
     labels: dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     limit_s: float = 120
-    ranks: int = 1
+    ranks: int = 0
 
 
 def all_tasks(device: str, num_gpus: int) -> list[Task]:
@@ -42,6 +42,10 @@ def _gpu_tasks(num_gpus: int) -> list[Task]:
     names = [*OURS, *(f"megamix {mode} (torch)" for mode in "AB"), *PEERS]
     tasks = [_numerics()]
     tasks += [_loss(shape, name) for shape in TWO_MAIN for name in names]
+    # What the machine code cannot say of the cliffs: rows off 16 bytes, softcap, the widest row.
+    tasks += [_loss(MORE_SHAPES[0], name) for name in OURS]
+    tasks += [_loss(TWO_MAIN[0], name, "softcap") for name in OURS]
+    tasks += [_ahead(TWO_MAIN[1])]
     tasks += [_reading(shape) for shape in TWO_MAIN]
     tasks += [_statistics(TWO_MAIN[0], mode, num_domains) for mode in "AB" for num_domains in (1, 22, 1024)]
     tasks += [_linear(shape, name) for shape in LINEAR_SHAPES for name in LINEAR]
@@ -49,9 +53,9 @@ def _gpu_tasks(num_gpus: int) -> list[Task]:
     tasks += [_model(name) for name in ("torch", "triton", "linear")]
     tasks += [Task("trace", "trace", {"name": "mixing"}, {"implementation": "auto"}, limit_s=300)]
     tasks += [_loss(TWO_MAIN[0], name, option) for option in OPTIONS for name in OURS]
-    tasks += [_parallel(ranks) for ranks in (2, 4, 8) if ranks <= num_gpus]
+    tasks += [_parallel(ranks) for ranks in (1, 2, 4, 8) if ranks <= num_gpus]
     tasks += [_loss(shape, name) for shape in [*SHAPES, *MORE_SHAPES] if shape not in TWO_MAIN for name in names]
-    return tasks
+    return list({task.key: task for task in tasks}.values())
 
 
 def _cpu_tasks() -> list[Task]:
@@ -59,6 +63,7 @@ def _cpu_tasks() -> list[Task]:
     return [
         _numerics(),
         *(_loss(shape, name) for name in (OURS[0], "torch", "quack")),
+        _ahead(shape),
         _reading(shape),
         _statistics(shape, "A", 22),
         *(_linear("8x16x320", name) for name in ("megamix linear", "liger-kernel")),
@@ -97,6 +102,10 @@ def _reading(shape: str) -> Task:
     return Task(f"reading/{shape}", "reading", {"shape": shape, "name": "second reading"}, {"shape": shape})
 
 
+def _ahead(shape: str) -> Task:
+    return Task(f"ahead/{shape}", "ahead", {"shape": shape, "name": "megamix A (triton)"}, {"shape": shape})
+
+
 def _linear(shape: str, name: str) -> Task:
     return Task(f"linear/{shape}/{name}", "linear", {"shape": shape, "name": name}, {"shape": shape, "name": name})
 
@@ -107,4 +116,9 @@ def _model(implementation: str) -> Task:
 
 
 def _parallel(ranks: int) -> Task:
-    return Task(f"parallel/{ranks}", "parallel", {"name": f"vocabulary over {ranks} ranks"}, ranks=ranks)
+    return Task(
+        f"parallel/{ranks}",
+        "parallel",
+        {"name": f"vocabulary over {ranks} rank{'s' if ranks > 1 else ''}"},
+        ranks=ranks,
+    )

@@ -76,7 +76,9 @@ def domain_cross_entropy(
     label or domain id is out of range gets the loss NaN (so that the training loss shows it) and counts as non-finite
     of the nearest valid domain; no memory outside the tensors is touched. Ignored rows may hold any id and label.
     Computed in fp32 (float64 for float64 logits). On a CPU a row's loss is the same to the last bit whichever rows come
-    with it; on a GPU too with Triton, for logits of the same width and dtype.
+    with it. So it is on a GPU with Triton for logits of the same width and dtype, if rows are a multiple of 16 bytes
+    apart; otherwise the last bits depend on where a row lies between two such multiples, which is the same for rows
+    that are 8 rows (fp32: 4) or a multiple of it apart.
 
     The logits are consumed. The Triton path writes the gradient over them unless they are a leaf, a part of another
     tensor, or ``keep_logits`` is true: in the backward pass, or with ``gradient_scale`` at once. Autograd is told, so

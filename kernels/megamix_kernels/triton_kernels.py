@@ -16,7 +16,8 @@ Shapes: N tokens, V logits a token (of this rank), K domains, T ranks.
 import triton
 import triton.language as tl
 
-from megamix_kernels.triton_rows import LOG2_E, conclude, describe, read_row, write_gradient, write_zeros
+from megamix_kernels.triton_rows import LOG2_E, read_row, write_gradient, write_zeros
+from megamix_kernels.triton_tokens import conclude, describe
 
 
 @triton.jit
@@ -58,8 +59,11 @@ def loss_rows(
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
+    EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    REST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Loss and statistics of one row; with GRADIENT also its gradient, else its maximum and norm."""
     row = tl.program_id(0).to(tl.int64)
@@ -71,13 +75,24 @@ def loss_rows(
         if token_losses is not None:
             tl.store(token_losses + row, 0.0)
         if GRADIENT:
-            write_zeros(gradients + row * gradient_stride, num_columns, CHUNKS, CHUNK)
+            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS, CHUNK)
         return
     logits_row = logits + row * row_stride
     # Fewer and narrower live values in the loops keep 32 warps within their 64 registers.
     column = tl.where(valid, label, -1).to(tl.int32)
-    row_max, norm, target, deviation = read_row(
-        logits_row, column, num_columns, vocab_size, softcap, SOFTCAP, SMOOTHING, CHUNKS, CHUNK
+    row_max, norm, target, deviation, ahead_EG = read_row(
+        logits_row,
+        column,
+        num_columns,
+        vocab_size,
+        softcap,
+        SOFTCAP,
+        SMOOTHING,
+        EDGES,
+        CHUNKS,
+        CHUNK,
+        REST,
+        AHEAD,
     )
     conclude(
         row,
@@ -103,7 +118,7 @@ def loss_rows(
     )
     if GRADIENT:
         if weight == 0:
-            write_zeros(gradients + row * gradient_stride, num_columns, CHUNKS, CHUNK)
+            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS, CHUNK)
             return
         write_gradient(
             gradients + row * gradient_stride,
@@ -112,6 +127,7 @@ def loss_rows(
             num_columns,
             vocab_size,
             vocab_size,
+            ahead_EG,
             row_max,
             norm,
             weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
@@ -120,8 +136,11 @@ def loss_rows(
             smoothing,
             Z_LOSS,
             SOFTCAP,
+            EDGES,
             CHUNKS,
             CHUNK,
+            REST,
+            AHEAD,
         )
     else:
         tl.store(maxima + row, row_max)
@@ -155,8 +174,10 @@ def gradient_rows(
     smoothing,
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """Gradient of one row of this rank's columns, from its maximum and norm over all columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -165,7 +186,7 @@ def gradient_rows(
     )
     gradient_row = gradients + row * gradient_stride
     if (counted == 0) | (weight == 0):
-        write_zeros(gradient_row, num_columns, CHUNKS, CHUNK)
+        write_zeros(gradient_row, num_columns, EDGES, CHUNKS, CHUNK)
         return
     write_gradient(
         gradient_row,
@@ -174,6 +195,7 @@ def gradient_rows(
         num_columns,
         valid_columns,
         vocab_size,
+        None,
         tl.load(maxima + row),
         tl.load(norms + row),
         weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
@@ -182,8 +204,11 @@ def gradient_rows(
         smoothing,
         Z_LOSS,
         SOFTCAP,
+        EDGES,
         CHUNKS,
         CHUNK,
+        REST,
+        False,
     )
 
 
@@ -205,8 +230,11 @@ def partial_rows(
     softcap,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    REST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Writes maximum, norm, label's score and deviation of one row of this rank's columns into [4, N]."""
     row = tl.program_id(0).to(tl.int64)
@@ -216,7 +244,7 @@ def partial_rows(
     if counted == 0:
         return
     column = tl.where(valid, label - first_column, -1).to(tl.int32)
-    row_max, norm, target, deviation = read_row(
+    row_max, norm, target, deviation, _ = read_row(
         logits + row * row_stride,
         column,
         num_columns,
@@ -224,8 +252,11 @@ def partial_rows(
         softcap,
         SOFTCAP,
         SMOOTHING,
+        EDGES,
         CHUNKS,
         CHUNK,
+        REST,
+        AHEAD,
     )
     tl.store(partials + row, row_max)
     tl.store(partials + num_rows + row, norm)

@@ -16,6 +16,7 @@ Shapes: N tokens, V logits a token (of this rank), K domains, T ranks that share
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from megamix_kernels.inputs import NUM_PARTIALS, Inputs, gather_partials
 
 OVERWRITES = True  # the gradient may be written over the logits
 FINISH_ROWS = 128
+MAX_WARPS = 32
 # Stated, because the default is to change, and with it the last bits.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # TRITON_INTERPRET=1 makes kernels that run on the host.
@@ -43,7 +45,23 @@ class Launch(NamedTuple):
     def __str__(self) -> str:
         return f"{self.chunks}x{self.chunk} columns, {self.num_warps} warps"
 
+    @property
+    def ahead(self) -> bool:
+        """Whether tiles are loaded ahead: a row with the most warps has a multiprocessor to itself, so that no other
+        row's work hides its loads."""
+        return self.num_warps == MAX_WARPS
 
+    def rest(self, num_columns: int, valid_columns: int, edges: int) -> int:
+        """Returns the columns of a chunk in a row's last tile: the fewest with which one tile is enough."""
+        block = self.chunks * self.chunk
+        left = 1
+        for head in range(self.chunk if edges else 1):
+            body = (num_columns - head) // self.chunk * self.chunk
+            left = max(left, body - min(valid_columns - head, body) // block * block)
+        return min(triton.next_power_of_2(triton.cdiv(left, self.chunks)), self.chunk)
+
+
+@functools.lru_cache
 def launch_for(num_columns: int, element_size: int, *, softcap: bool = False) -> Launch:
     """Returns the launch configuration for rows of this width.
 
@@ -54,9 +72,22 @@ def launch_for(num_columns: int, element_size: int, *, softcap: bool = False) ->
     chunk = 16 // element_size
     # With a softcap there is more to keep in registers: two loads of eight numbers a thread would spill some.
     chunks_a_warp = 32 if softcap and chunk > 4 else 64
-    num_warps = min(triton.next_power_of_2(triton.cdiv(num_columns * element_size, 10 * 1024)), 32)
+    num_warps = min(triton.next_power_of_2(triton.cdiv(num_columns * element_size, 10 * 1024)), MAX_WARPS)
     chunks = min(chunks_a_warp * num_warps, triton.next_power_of_2(triton.cdiv(num_columns, chunk)))
     return Launch(max(chunks, 32 * num_warps), chunk, num_warps)
+
+
+def edges_of(logits_NV: Tensor, grad_NV: Tensor | None) -> int:
+    """Returns EDGES of `megamix_kernels.triton_rows`: where rows lie relative to multiples of 16 bytes."""
+    place = _place(logits_NV)
+    if grad_NV is not None and _place(grad_NV) != place:
+        return 2
+    return int(place != (0, 0) or logits_NV.shape[1] * logits_NV.element_size() % 16 != 0)
+
+
+def _place(rows_NV: Tensor) -> tuple[int, int]:
+    """The first row's place and the way from row to row, both modulo 16 bytes."""
+    return rows_NV.data_ptr() % 16, rows_NV.stride(0) * rows_NV.element_size() % 16
 
 
 def why_not(logits_NV: Tensor) -> str | None:
@@ -121,6 +152,7 @@ def _launch(
         return
     options, shard = inputs.options, inputs.shard
     launch = launch_for(logits_NV.shape[1], logits_NV.element_size(), softcap=bool(options.softcap))
+    edges = edges_of(logits_NV, grad_NV)
     maxima, norms = saved or (None, None)
     known = {
         "logits": logits_NV,
@@ -151,8 +183,11 @@ def _launch(
         "SOFTCAP": bool(options.softcap),
         "SMOOTHING": bool(options.label_smoothing),
         "GRADIENT": grad_NV is not None,
+        "EDGES": edges,
+        "AHEAD": launch.ahead,
         "CHUNKS": launch.chunks,
         "CHUNK": launch.chunk,
+        "REST": launch.rest(logits_NV.shape[1], shard.valid_columns, edges),
         "num_warps": launch.num_warps,
         **others,
     }

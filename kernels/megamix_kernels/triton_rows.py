@@ -1,11 +1,23 @@
-"""Device code of the Triton path: parts of the kernels in `megamix_kernels.triton_kernels`.
+"""Device code of the Triton path: readings of a row of logits.
 
-A row is read in tiles of E chunks of G neighbouring columns. Every chunk keeps a running maximum and a running sum of
-exponentials relative to it (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), so the loop has no barrier
-and takes 1 + 1/G exponentials a logit; the chunks are merged once at the end. The second reading of a row, for the
-gradient, goes from its end to its start: the columns that were read last are likeliest still in the cache.
+A row is read in tiles of E chunks of G neighbouring columns, 16 bytes each. Every chunk keeps a running maximum and a
+running sum of exponentials relative to it (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), so the loop
+has no barrier and takes 1 + 1/G exponentials a logit; the chunks are merged once at the end. The second reading of a
+row, for the gradient, goes through the tiles from the end to the start: the columns that were read last are likeliest
+still in the cache. With AHEAD, each tile is loaded before the one before it is worked on.
 
-Shapes: N tokens, V logits a token, K domains, E chunks of a tile, G columns of a chunk.
+A row is
+
+    edge | whole tiles | rest | edge
+
+Tiles begin at the row's first multiple of 16 bytes, so that all their accesses are 16 bytes wide. The last tile, the
+rest, has only REST columns a chunk. With EDGES, fewer than G columns lie before the tiles and fewer than G behind them.
+
+EDGES says where rows lie: 0, at multiples of 16 bytes and of whole chunks; 1, anywhere, the row of gradients in the
+same place of 16 bytes as the row of logits (or the same row); 2, the two in different places, so that accesses of
+gradients are narrow.
+
+Shapes: N tokens, V logits a token, E chunks of a tile, G columns of a chunk, S columns of a chunk of the rest.
 """
 
 # Arguments of jitted functions are pointers, numbers and tl.constexpr, which annotations cannot say:
@@ -15,37 +27,60 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# A unit of the sums is 2**-24 nats, and a token of more than 2**20 nats is excluded: see sums.py.
-UNITS_PER_NAT = tl.constexpr(16777216.0)
-MAX_TOKEN_NATS = tl.constexpr(1048576.0)
-# Adding and taking away 1.5 * 2**52 rounds a float64 below 2**51 to a whole number, half to even.
-ROUND_FLOAT64 = tl.constexpr(6755399441055744.0)
+# tanh is 1 in fp32 from 9 on; the square of the sine is finite.
+TANH_END = tl.constexpr(16.0)
 
 
 @triton.jit
-def _capped(logit, softcap):
-    """Returns softcap * tanh(logit / softcap), accurate near zero too.
+def _tanh(x):
+    """Returns tanh(x), with a relative error of at most 5e-7 near zero too, and its derivative.
 
-    tanh uses exp2 because the interpreter has no tanh; near zero, where 1 - 2 / (1 + exp(2 x)) loses digits, it is a
-    Taylor polynomial, with a relative error of 3e-7 at 0.25.
+    With v = sinh(x), tanh is v / sqrt(1 + v^2) and its derivative 1 / (1 + v^2). An error of v counts less the larger v
+    is, so that a polynomial of few terms will do: 5.6e-8 of tanh everywhere, by iteratively reweighted least squares
+    (Lawson 1961). It takes one special function, where 1 - 2 / (1 + exp(2 x)) takes two and loses digits near zero.
     """
-    ratio = logit / softcap
-    square = ratio * ratio
-    near_zero = ratio * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    elsewhere = 1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * LOG2_E)))
-    return softcap * tl.where(tl.abs(ratio) < 0.25, near_zero, elsewhere)
+    x = tl.clamp(x, -TANH_END, TANH_END, propagate_nan=tl.PropagateNan.ALL)
+    square = x * x
+    series = 1.991748542e-04 + square * (2.618377116e-06 + square * 3.402826302e-08)
+    series = 9.999999443e-01 + square * (1.666674953e-01 + square * (8.331835073e-03 + square * series))
+    sine = x * series
+    root = tl.rsqrt(1.0 + sine * sine)
+    return sine * root, root * root
 
 
 @triton.jit
-def _tile(logits_tile, offsets_EG, num_left, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Loads the scores of one tile in fp32; with MASKED, only the remaining ``num_left`` columns of the row."""
-    if MASKED:
-        score_EG = tl.load(logits_tile + offsets_EG, mask=offsets_EG < num_left, other=0.0).to(tl.float32)
-    else:
-        score_EG = tl.load(logits_tile + offsets_EG).to(tl.float32)
+def _score(logit, softcap, SOFTCAP: tl.constexpr):
+    """Returns softcap * tanh(logit / softcap), or the logit, in fp32."""
+    score = logit.to(tl.float32)
     if SOFTCAP:
-        score_EG = _capped(score_EG, softcap)
-    return score_EG
+        score = softcap * _tanh(score * (1.0 / softcap))[0]
+    return score
+
+
+@triton.jit
+def _body(row_pointer, num_columns, EDGES: tl.constexpr, CHUNK: tl.constexpr):
+    """Returns the first column of a row's tiles, the number of their columns, and a pointer to them."""
+    head = 0
+    if EDGES:
+        # Elements between the last multiple of 16 bytes and the row; a CHUNK has 16 bytes.
+        past = (row_pointer.to(tl.int64) // (16 // CHUNK) % CHUNK).to(tl.int32)
+        head = tl.minimum((CHUNK - past) % CHUNK, num_columns)
+    return head, (num_columns - head) // CHUNK * CHUNK, tl.multiple_of(row_pointer + head, 16)
+
+
+@triton.jit
+def _edges(head, body, num_columns, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Returns columns beside the tiles, one a chunk, and which of them exist: G before the tiles, G behind them."""
+    index_E = tl.arange(0, CHUNKS)
+    before_E = index_E < CHUNK
+    column_E = tl.where(before_E, index_E, index_E - CHUNK + head + body)
+    exists_E = tl.where(before_E, index_E < head, (index_E < 2 * CHUNK) & (column_E < num_columns))
+    return column_E, exists_E
+
+
+@triton.jit
+def _offsets(CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    return tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
 
 
 @triton.jit
@@ -73,56 +108,81 @@ def read_row(
     softcap,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    REST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Returns maximum, sum of exp(score - maximum), score at the label (-inf if elsewhere) and sum of score - maximum.
+    """Returns maximum, sum of exp(score - maximum), score at the label (-inf if elsewhere), sum of score - maximum, and
+    with AHEAD the last whole tile, which is the first that the gradient needs.
 
-    The last is relative to 0 where the maximum is -inf, since the row may be one rank's part of a finite row.
+    The sum of score - maximum is relative to 0 where the maximum is -inf, since the row may be one rank's part of a
+    finite row.
     """
     BLOCK: tl.constexpr = CHUNKS * CHUNK
-    offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     label_here = (label_column >= 0) & (label_column < valid_columns)
-    target = tl.load(logits_row + label_column, mask=label_here, other=float("-inf")).to(tl.float32)
-    if SOFTCAP:
-        target = _capped(target, softcap)
-        target = tl.where(label_here, target, float("-inf"))
+    target = tl.load(logits_row + label_column, mask=label_here, other=float("-inf"))
+    target = tl.where(label_here, _score(target, softcap, SOFTCAP), float("-inf"))
     shift = 0.0
     if SMOOTHING:
         # Any score of the row keeps a large common offset out of the sum.
-        shift = tl.load(logits_row + tl.where(label_here, label_column, 0)).to(tl.float32)
-        if SOFTCAP:
-            shift = _capped(shift, softcap)
+        shift = _score(tl.load(logits_row + tl.where(label_here, label_column, 0)), softcap, SOFTCAP)
         shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
 
+    head, body, tiles = _body(logits_row, num_columns, EDGES, CHUNK)
     max_E = tl.full([CHUNKS], float("-inf"), tl.float32)
     norm_E = tl.zeros([CHUNKS], tl.float32)
     shifted_E = tl.zeros([CHUNKS], tl.float32)
-    whole = valid_columns // BLOCK * BLOCK
+    if EDGES:
+        column_E, valid_E = _edges(head, body, num_columns, CHUNKS, CHUNK)
+        valid_E = valid_E & (column_E < valid_columns)
+        score_E = _score(tl.load(logits_row + column_E, mask=valid_E, other=0.0), softcap, SOFTCAP)
+        max_E = tl.where(valid_E, score_E, float("-inf"))
+        # exp(score - score), which is not 1 for all scores.
+        norm_E = tl.exp2((max_E - tl.where(max_E == float("-inf"), 0.0, max_E)) * LOG2_E)
+        if SMOOTHING:
+            shifted_E = tl.where(valid_E, score_E - shift, 0.0)
+
+    valid_body = tl.minimum(tl.maximum(valid_columns - head, 0), body)
+    whole = valid_body // BLOCK * BLOCK
+    offsets_EG = _offsets(CHUNKS, CHUNK)
+    ahead_EG = 0.0
+    if AHEAD:
+        ahead_EG = tl.load(tiles + offsets_EG, mask=whole > 0)
     for start in range(0, whole, BLOCK):
-        score_EG = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
+        if AHEAD:
+            logit_EG = ahead_EG
+            ahead_EG = tl.load(tiles + tl.minimum(start + BLOCK, whole - BLOCK) + offsets_EG)
+        else:
+            logit_EG = tl.load(tiles + start + offsets_EG)
+        score_EG = _score(logit_EG, softcap, SOFTCAP)
         max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, True, shift, SMOOTHING, False)
-    if whole < valid_columns:
+    offsets_ES = _offsets(CHUNKS, REST)
+    for start in range(whole, valid_body, CHUNKS * REST):
         # Loads reach the allocated width, which keeps them wide whatever is valid; the mask comes after the cap, which
         # would make -inf finite.
-        score_EG = _tile(logits_row + whole, offsets_EG, num_columns - whole, softcap, SOFTCAP, True)
-        valid_EG = offsets_EG < valid_columns - whole
-        score_EG = tl.where(valid_EG, score_EG, float("-inf"))
-        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, valid_EG, shift, SMOOTHING, True)
+        score_ES = tl.load(tiles + start + offsets_ES, mask=offsets_ES < body - start, other=0.0)
+        valid_ES = offsets_ES < valid_body - start
+        score_ES = tl.where(valid_ES, _score(score_ES, softcap, SOFTCAP), float("-inf"))
+        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_ES, valid_ES, shift, SMOOTHING, True)
 
     row_max = tl.max(max_E, axis=0)
     safe = tl.where(row_max == float("-inf"), 0.0, row_max)
     norm = tl.sum(norm_E * tl.exp2((max_E - safe) * LOG2_E), axis=0)
     deviation = tl.sum(shifted_E, axis=0) + valid_columns * (shift - safe)
-    return row_max, norm, target, deviation
+    return row_max, norm, target, deviation, ahead_EG
 
 
 @triton.jit
-def _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP: tl.constexpr):
-    """Returns a tile's gradient in fp32: (exp(s - max) * peak - scaled target distribution) * ds/dlogit."""
-    gradient = tl.exp2((score - row_max) * LOG2_E) * peak - tl.where(is_label, at_label, spread)
+def _gradient_of(logit, share, row_max, peak, softcap, SOFTCAP: tl.constexpr):
+    """Returns the gradient in fp32: (exp(s - max) * peak - share of the scaled target distribution) * ds/dlogit."""
+    logit = logit.to(tl.float32)
     if SOFTCAP:
-        gradient = gradient * (1.0 - (score / softcap) * (score / softcap))
+        bent, slope = _tanh(logit * (1.0 / softcap))
+        gradient = (tl.exp2((softcap * bent - row_max) * LOG2_E) * peak - share) * slope
+    else:
+        gradient = tl.exp2((logit - row_max) * LOG2_E) * peak - share
     return gradient
 
 
@@ -134,6 +194,7 @@ def write_gradient(
     num_columns,
     valid_columns,
     vocab_size,
+    ahead_EG,
     row_max,
     norm,
     scale,
@@ -142,116 +203,68 @@ def write_gradient(
     smoothing,
     Z_LOSS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    REST: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Writes scale times a row's gradient, rounded once; zero in invalid columns. May overwrite the row."""
     BLOCK: tl.constexpr = CHUNKS * CHUNK
-    offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    dtype: tl.constexpr = gradient_row.dtype.element_ty
     peak = scale / norm
     if Z_LOSS:
         peak = peak * (1.0 + 2.0 * z_loss * (row_max + tl.log(norm)))
     spread = scale * smoothing / vocab_size
     at_label = scale * (1.0 - smoothing) + spread
-    whole = valid_columns // BLOCK * BLOCK
-    dtype: tl.constexpr = gradient_row.dtype.element_ty
-    for start in range(whole, num_columns, BLOCK):
-        score = _tile(logits_row + start, offsets_EG, num_columns - start, softcap, SOFTCAP, True)
-        is_label = offsets_EG == label_column - start
-        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
-        gradient = tl.where(offsets_EG < valid_columns - start, gradient, 0.0)
-        tl.store(gradient_row + start + offsets_EG, gradient.to(dtype), mask=offsets_EG < num_columns - start)
+    head, body, tiles = _body(logits_row, num_columns, EDGES, CHUNK)
+    gradient_tiles = gradient_row + head
+    if EDGES != 2:
+        gradient_tiles = tl.multiple_of(gradient_tiles, 16)
+    tile_label = label_column - head
+    valid_body = tl.minimum(tl.maximum(valid_columns - head, 0), body)
+    whole = valid_body // BLOCK * BLOCK
+    offsets_EG = _offsets(CHUNKS, CHUNK)
     for step in range(whole // BLOCK):
         start = whole - (step + 1) * BLOCK
-        score = _tile(logits_row + start, offsets_EG, BLOCK, softcap, SOFTCAP, False)
-        is_label = offsets_EG == label_column - start
-        gradient = _gradient_of(score, is_label, row_max, peak, spread, at_label, softcap, SOFTCAP)
-        tl.store(gradient_row + start + offsets_EG, gradient.to(dtype))
+        if AHEAD:
+            logit_EG = ahead_EG
+            ahead_EG = tl.load(tiles + start - BLOCK + offsets_EG, mask=start > 0)
+        else:
+            logit_EG = tl.load(tiles + start + offsets_EG)
+        if (tile_label >= start) & (tile_label < start + BLOCK):
+            # One tile a row; the others spare a comparison and a choice a logit.
+            share_EG = tl.where(offsets_EG == tile_label - start, at_label, spread)
+            gradient_EG = _gradient_of(logit_EG, share_EG, row_max, peak, softcap, SOFTCAP)
+            tl.store(gradient_tiles + start + offsets_EG, gradient_EG.to(dtype))
+        else:
+            gradient_EG = _gradient_of(logit_EG, spread, row_max, peak, softcap, SOFTCAP)
+            tl.store(gradient_tiles + start + offsets_EG, gradient_EG.to(dtype))
+    offsets_ES = _offsets(CHUNKS, REST)
+    for start in range(whole, body, CHUNKS * REST):
+        exists_ES = offsets_ES < body - start
+        logit_ES = tl.load(tiles + start + offsets_ES, mask=exists_ES, other=0.0)
+        share_ES = tl.where(offsets_ES == tile_label - start, at_label, spread)
+        gradient_ES = _gradient_of(logit_ES, share_ES, row_max, peak, softcap, SOFTCAP)
+        gradient_ES = tl.where(offsets_ES < valid_body - start, gradient_ES, 0.0)
+        tl.store(gradient_tiles + start + offsets_ES, gradient_ES.to(dtype), mask=exists_ES)
+    if EDGES:
+        column_E, exists_E = _edges(head, body, num_columns, CHUNKS, CHUNK)
+        logit_E = tl.load(logits_row + column_E, mask=exists_E, other=0.0)
+        share_E = tl.where(column_E == label_column, at_label, spread)
+        gradient_E = _gradient_of(logit_E, share_E, row_max, peak, softcap, SOFTCAP)
+        gradient_E = tl.where(column_E < valid_columns, gradient_E, 0.0)
+        tl.store(gradient_row + column_E, gradient_E.to(dtype), mask=exists_E)
 
 
 @triton.jit
-def write_zeros(gradient_row, num_columns, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    offsets_EG = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    zero_EG = tl.zeros([CHUNKS, CHUNK], gradient_row.dtype.element_ty)
-    for start in range(0, num_columns, CHUNKS * CHUNK):
-        columns = start + offsets_EG
-        tl.store(gradient_row + columns, zero_EG, mask=columns < num_columns)
-
-
-@triton.jit
-def describe(row, here, labels, domains, mask, weights, ignore_index, vocab_size, num_domains):
-    """Returns whether a row is counted, its label, nearest domain and weight (NaN if invalid), and whether label and
-    domain are valid.
-
-    ``row`` is a number or a block of numbers; ``here`` is true for rows that exist.
-    """
-    label = tl.load(labels + row, mask=here, other=0).to(tl.int64)
-    counted = here & (label != ignore_index)
-    if mask is not None:
-        counted = counted & (tl.load(mask + row, mask=here, other=0) != 0)
-    domain = tl.load(domains + row, mask=here, other=0).to(tl.int64)
-    nearest = tl.minimum(tl.maximum(domain, 0), num_domains - 1)
-    valid = (label >= 0) & (label < vocab_size) & (domain == nearest)
-    weight = tl.where(valid, 1.0, float("nan"))
-    if weights is not None:
-        weight = weight * tl.load(weights + nearest, mask=here, other=0.0).to(tl.float32)
-    return counted, label, nearest.to(tl.int32), weight, valid
-
-
-@triton.jit
-def _units(nats):
-    """Returns nats as int64 multiples of 2**-24, rounded half to even."""
-    return (nats.to(tl.float64) * UNITS_PER_NAT + ROUND_FLOAT64 - ROUND_FLOAT64).to(tl.int64)
-
-
-@triton.jit
-def conclude(
-    row,
-    here,
-    counted,
-    valid,
-    domain,
-    weight,
-    row_max,
-    norm,
-    target,
-    deviation,
-    references,
-    sums,
-    row_losses,
-    token_losses,
-    divisor,
-    vocab_size,
-    z_loss,
-    smoothing,
-    Z_LOSS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-):
-    """Writes the losses, zero where a row is not counted, and adds them to the domain sums if ``sums`` is given.
-
-    Integer atomics commute, so the sums do not depend on the order of programs.
-    """
-    log_norm = tl.log(norm)
-    nll = tl.where(valid, log_norm - (target - row_max), float("nan"))
-    objective = nll
-    if SMOOTHING:
-        objective = (1.0 - smoothing) * nll + smoothing * (log_norm - deviation / vocab_size)
-    if Z_LOSS:
-        objective = objective + z_loss * (row_max + log_norm) * (row_max + log_norm)
-    # A product with a weight of 0 would not make an infinite or NaN loss 0.
-    tl.store(row_losses + row, tl.where(counted & (weight != 0), objective * weight / divisor, 0.0), mask=here)
-    if token_losses is not None:
-        tl.store(token_losses + row, tl.where(counted, nll, 0.0), mask=here)
-    if sums is not None:
-        # Comparisons with NaN are false, so both tests catch NaN too.
-        good = counted & (tl.abs(nll) <= MAX_TOKEN_NATS)
-        cell = sums + domain * 4
-        if references is not None:
-            reference = tl.load(references + row, mask=counted, other=0.0).to(tl.float32)
-            good = good & (tl.abs(reference) <= MAX_TOKEN_NATS)
-            excess = tl.where(good, tl.maximum(nll - reference, 0.0), 0.0)
-            tl.atomic_add(cell + 2, _units(excess), mask=good, sem="relaxed")
-        tl.atomic_add(cell, _units(tl.where(good, nll, 0.0)), mask=good, sem="relaxed")
-        bad = counted & (good == 0)
-        tl.atomic_add(cell + 1, good.to(tl.int64), mask=good, sem="relaxed")
-        tl.atomic_add(cell + 3, bad.to(tl.int64), mask=bad, sem="relaxed")
+def write_zeros(gradient_row, num_columns, EDGES: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    dtype: tl.constexpr = gradient_row.dtype.element_ty
+    head, body, tiles = _body(gradient_row, num_columns, EDGES, CHUNK)
+    if EDGES:
+        column_E, exists_E = _edges(head, body, num_columns, CHUNKS, CHUNK)
+        tl.store(gradient_row + column_E, tl.zeros([CHUNKS], dtype), mask=exists_E)
+    offsets_EG = _offsets(CHUNKS, CHUNK)
+    zero_EG = tl.zeros([CHUNKS, CHUNK], dtype)
+    for start in range(0, body, CHUNKS * CHUNK):
+        tl.store(tiles + start + offsets_EG, zero_EG, mask=offsets_EG < body - start)

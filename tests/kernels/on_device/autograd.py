@@ -9,9 +9,9 @@ import math
 
 import pytest
 import torch
-from loss_oracle import make_case
+from loss_oracle import make_case, oracle
 
-from megamix_kernels import domain_cross_entropy, linear_domain_cross_entropy
+from megamix_kernels import DomainSums, domain_cross_entropy, linear_domain_cross_entropy
 from megamix_kernels import triton_loss as implementation
 
 DEVICE = "cpu" if implementation.INTERPRETED else "cuda"
@@ -149,6 +149,43 @@ def test_the_host_never_waits(scale):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert leaf_NV.grad.isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_graph_of_cuda_replays_with_other_logits(scale):
+    """Loss, gradient and sums of a captured step are those of the logits, labels and domains that a replay finds."""
+    cases = [make_case(8, 1000, seed=seed) for seed in range(2)]
+    leaf_NV, labels_N, domain_N = leaf_of(cases[0]), *(tensor.to(DEVICE) for tensor in cases[0][1:])
+    sums = DomainSums(3, DEVICE)
+
+    def step():
+        leaf_NV.grad = None
+        options = {"normaliser": 8.0, "gradient_scale": scale, "sums": sums, "implementation": "triton"}
+        loss = domain_cross_entropy(leaf_NV * 1, labels_N, domain_N, 3, **options).loss
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles the kernels, which a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    leaf_NV.grad = None
+    with torch.cuda.graph(graph):
+        loss = step()
+    for case in cases[::-1]:
+        sums.zero_()
+        with torch.no_grad():
+            leaf_NV.copy_(case[0])
+        labels_N.copy_(case[1])
+        domain_N.copy_(case[2])
+        graph.replay()
+        want_loss, want_NV, _, _, tokens_K, _ = oracle(*case, 3, normaliser=8.0)
+        torch.testing.assert_close(loss.detach().cpu().double(), want_loss, rtol=4e-6, atol=2e-6)
+        torch.testing.assert_close(leaf_NV.grad.cpu().double(), want_NV, rtol=0, atol=2e-6 * want_NV.abs().max())
+        assert torch.equal(sums.tokens.cpu(), tokens_K)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
