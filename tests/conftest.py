@@ -24,7 +24,7 @@ LONGEST = [
     "test_engines", "test_survival", "test_doremi_run", "test_checkpoint_kills", "test_slurm_scripts",
     "test_slurm_launch", "test_slurm_training", "test_swarm_run", "test_train", "test_guard_run", "test_preemption",
     "test_swarm_job", "test_arena_run", "test_watchdog", "test_swarm_fit", "test_swarm_law", "test_swarm_propose", "test_swarm_generate",
-    "test_checkpoint_bad_days", "test_loss_implementation", "test_megatron_engine", "test_triton", "test_packaging",
+    "test_checkpoint_bad_days", "test_loss_implementation", "test_megatron_engine", "test_tied", "test_triton", "test_packaging",
     "test_guard_engines", "test_domain_change", "test_bad_input", "test_hugging_face", "test_prepare_resume",
     "test_megatron_lm", "test_reference_engines", "test_documents_boundaries", "test_own_mixer", "test_shadow",
     "test_replay", "test_odm_evaluation", "test_step_cost", "test_tensor_parallel", "test_hugging_face_trainer",

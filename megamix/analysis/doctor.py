@@ -174,7 +174,7 @@ def _what_runs(shape: _Shape) -> str:
         ("run_dir", f"{config.run_dir}"),
         *_data_line(shape.plan),
         ("model", f"{model.architecture}, {model.num_layers} layers of width {model.hidden_size}, vocabulary "
-                  f"{model.vocabulary:,}: {model.num_parameters():,} parameters"),
+                  f"{model.vocabulary:,}{' (tied)' if model.tie_word_embeddings else ''}: {model.num_parameters():,} parameters"),
         ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
         ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
         ("schedule", train.learning_rate.describe()),

@@ -59,6 +59,9 @@ class StageMemory:
     - ``logits``: 2 e B S V / (c t).
     - ``linear``: 2 e R V / t, and e B S H / c; the gradient of the weight is added to its buffer.
 
+    With ``tie_word_embeddings`` and more than one stage the last one has a copy of the embedding: under Megatron a
+    parameter like any other, under DeepSpeed weights and gradients without the optimizer's state.
+
     Not counted: the memory of CUDA, NCCL and the allocator (1 to 2 GiB on a GPU), communication buffers, and loaded
     libraries.
     """
@@ -88,12 +91,13 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> list[int]:
     """Parameters of each pipeline layer (embedding, decoder layers, head) on one of ``tensor`` ranks."""
     hidden, embedding = model.hidden_size, model.vocabulary * model.hidden_size
     ends = model.model_copy(update={"num_layers": 0}).num_parameters()
-    norm = ends - 2 * embedding
+    output = 0 if model.tie_word_embeddings else embedding
+    norm = ends - embedding - output
     decoder = (model.num_parameters() - ends) // model.num_layers
     # Norms, and the biases of the projections that sum over the tensor-parallel ranks.
     whole = 2 * norm + (2 * hidden if model.architecture == "neox" else 0)
     decoder = (decoder - whole) // tensor + whole
-    return [embedding // tensor, *[decoder] * model.num_layers, embedding // tensor + norm]
+    return [embedding // tensor, *[decoder] * model.num_layers, output // tensor + norm]
 
 
 def stage_chunks(model: ModelConfig, engine: EngineConfig, seq_length: int) -> list[tuple[tuple[int, int], ...]]:
@@ -179,7 +183,10 @@ def estimate_memory(
     logits, linear = _loss_bytes(model, engine, seq_length, micro_batch)
     stages = []
     for stage, chunks in enumerate(stage_chunks(model, engine, seq_length)):
+        is_last = stage == engine.pipeline - 1
         count = sum(sum(parameters[first : last + 1]) for first, last in chunks)
+        held_twice = parameters[0] if model.tie_word_embeddings and is_last and stage > 0 else 0
+        present, count = count + held_twice, count + (held_twice if megatron else 0)
         decoders = max(min(last, model.num_layers) - max(first, 1) + 1 for first, last in chunks)
         held = _chunks_held(engine.pipeline, stage, chunks_per_stage, num_micro_batches)
         if engine.activation_checkpointing:
@@ -193,12 +200,12 @@ def estimate_memory(
                 stage=stage,
                 chunks=chunks,
                 parameters=count,
-                weights=size * count,
-                gradients=FP32 * count + (size * count if megatron is None and engine.precision == "bf16" else 0),
+                weights=size * present,
+                gradients=FP32 * present + (size * present if megatron is None and engine.precision == "bf16" else 0),
                 optimizer=_optimizer_bytes(engine, count, data_size * context),
                 activations=kept,
-                logits=logits if stage == engine.pipeline - 1 else 0,
-                linear=linear if stage == engine.pipeline - 1 else 0,
+                logits=logits if is_last else 0,
+                linear=linear if is_last else 0,
             )
         )
     return stages

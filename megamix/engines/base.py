@@ -119,6 +119,10 @@ class Engine(ABC):
     def layers(self) -> list[int]:
         """Indices of the pipeline layers on this rank."""
 
+    def layers_to_load(self) -> list[int]:
+        """Indices of the pipeline layers that `load_layer_state` must be given on this rank."""
+        return self.layers()
+
     @abstractmethod
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
         """Yields (Hugging Face name, state) of each whole parameter of a layer; collective over the ranks that hold a

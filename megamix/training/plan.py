@@ -137,7 +137,7 @@ class DataPlan(MixPlan):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids of the tokenizer: the width of the softmax."""
+        """Token ids of the tokenizer."""
         return self.manifest.tokenizer.vocab_size
 
     def share(self, data_rank: int) -> Slice:
@@ -177,6 +177,11 @@ class Plan(DataPlan):
     config: RunConfig
     model: ModelConfig
     world_size: int
+
+    @property
+    def softmax_size(self) -> int:
+        """Token ids that join the softmax."""
+        return self.model.token_ids or self.vocab_size
 
     def pretrained(self) -> PretrainedWeights | None:
         """The weights that ``model.from_pretrained`` names; None where it names none.

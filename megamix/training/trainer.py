@@ -60,7 +60,7 @@ class Trainer:
             self.config.train,
             seq_length=self.config.data.seq_length,
             num_domains=len(plan.domains),
-            vocab_size=plan.vocab_size,
+            vocab_size=plan.softmax_size,
             loss_implementation=self.config.loss.implementation,
             skip_non_finite=self.config.guard.non_finite == "skip",
             reset_position_ids=self.config.data.positions_restart,

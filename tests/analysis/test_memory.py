@@ -23,6 +23,7 @@ PARALLEL = NEOX.model_copy(update={"parallel_residual": True})
 LLAMA = ModelConfig(
     architecture="llama", hidden_size=64, num_layers=5, num_heads=4, num_key_value_heads=2, ffn_size=160, vocab_size=448
 )
+TIED = LLAMA.model_copy(update={"tie_word_embeddings": True})
 
 
 def real_parameters(model: ModelConfig) -> list[int]:
@@ -34,7 +35,7 @@ def real_parameters(model: ModelConfig) -> list[int]:
     return [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
 
 
-@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("model", [NEOX, LLAMA, TIED], ids=["neox", "llama", "tied"])
 def test_parameters_are_those_of_the_real_layers(model: ModelConfig) -> None:
     assert layer_parameters(model) == real_parameters(model)
     assert model.num_parameters() == sum(real_parameters(model))
@@ -132,6 +133,17 @@ def test_bf16_and_zero_0() -> None:
     assert estimate(NEOX, DeepSpeedConfig(zero=0), data_size=4)[0].optimizer == 8 * count
 
 
+def test_a_tied_matrix_has_one_optimizer_state_under_deepspeed() -> None:
+    matrix = TIED.vocabulary * TIED.hidden_size
+    (whole,) = estimate(TIED, DeepSpeedConfig())
+    assert whole.parameters == sum(real_parameters(TIED))
+    first, last = estimate(TIED, DeepSpeedConfig(pipeline=2))
+    assert first.parameters + last.parameters == whole.parameters
+    assert first.weights + last.weights == whole.weights + 4 * matrix
+    assert first.gradients + last.gradients == whole.gradients + 4 * matrix
+    assert first.optimizer + last.optimizer == whole.optimizer
+
+
 def test_the_linear_form_holds_the_logits_of_a_chunk_and_the_gradients() -> None:
     """A micro-batch that is one chunk, and one of 8: the most rows (a multiple of 128) with 2^28 logits at most."""
     tokens = 4 * SEQ
@@ -171,13 +183,14 @@ def real_shards(model: ModelConfig, tensor: int) -> list[int]:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("model", [NEOX, LLAMA, TIED], ids=["neox", "llama", "tied"])
 def test_shards_are_those_of_the_real_layers(model: ModelConfig, tensor: int) -> None:
     assert layer_parameters(model, tensor) == real_shards(model, tensor)
     engine = MegatronConfig(name="megatron", pipeline=3, tensor=tensor)
     memory = estimate(model, engine, micro_batch=4)
     for stage in memory:
-        assert stage.parameters == sum(real_shards(model, tensor)[layer] for layer in layers_of(stage))
+        copied = model.vocabulary * model.hidden_size // tensor if model is TIED and stage is memory[-1] else 0
+        assert stage.parameters == sum(real_shards(model, tensor)[layer] for layer in layers_of(stage)) + copied
     assert memory[-1].logits == 2 * 4 * 4 * SEQ * model.vocabulary // tensor
 
 

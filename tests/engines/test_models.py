@@ -281,6 +281,9 @@ def test_given_vocabulary_is_kept_or_refused() -> None:
     assert config.with_vocabulary(70).vocabulary == 70
     with pytest.raises(InputError, match=r"vocab_size is 70.* has 71 ids"):
         config.with_vocabulary(71)
+    wider = ModelConfig(**{**TINY["neox"], "vocab_size": None, "token_ids": 130})
+    assert (wider.with_vocabulary(70).vocabulary, wider.with_vocabulary(70).token_ids) == (192, 130)
+    assert wider.with_vocabulary(130).token_ids is None, "those of the tokenizer"
     with pytest.raises(InputError, match="not known before the data"):
         _ = ModelConfig(**{**TINY["neox"], "vocab_size": None}).num_parameters()
 
@@ -321,6 +324,8 @@ def test_identity_is_what_a_resume_compares() -> None:
     spelt_out = ModelConfig.model_validate({"preset": "neox-2m"})
     assert spelt_out.identity() == spelt_out.model_copy(update={"preset": None}).identity()
     assert "parallel_residual" not in spelt_out.identity()
+    assert {"tie_word_embeddings", "token_ids"}.isdisjoint(spelt_out.identity())
+    assert model_config("llama-tied").identity() == {**model_config("llama").identity(), "tie_word_embeddings": True}
     assert model_config("neox-parallel").identity() == {**model_config("neox").identity(), "parallel_residual": True}
 
 

@@ -31,8 +31,9 @@ from megamix.interop.hugging_face.export import export
 from megamix.training.checkpoints import store
 
 VOCAB = 512
-"""Ids of the tokenizer of the test data; the models have more rows."""
+"""Ids of the tokenizer of the test data; the models have more rows, and one of them more ids."""
 ROWS = 576
+TOKEN_IDS = 520
 SEQ_LENGTH = 64
 # The widest sum, attention's, has 64 terms; an embedding, three layers and a head; a loss is the mean over two samples.
 FORWARD = rounding(terms=SEQ_LENGTH, layers=5)
@@ -45,12 +46,12 @@ def model_of(name: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of two steps."""
+    """A real run of two steps; one matrix for embedding and output, with more ids than the tokenizer."""
     folder = tmp_path_factory.mktemp("trained")
     config = {
         "run_dir": str(folder / "run"),
         "data": {"manifest": str(data_dir), "seq_length": SEQ_LENGTH},
-        "model": {**TINY["neox"], "vocab_size": ROWS},
+        "model": {**TINY["neox"], "vocab_size": ROWS, "token_ids": TOKEN_IDS, "tie_word_embeddings": True},
         "train": {"steps": 2, "global_batch": 4, "micro_batch": 2, "lr": 1e-2},
         "evaluate": {"batches": 1},
         "log": {"every": 1},
@@ -138,6 +139,8 @@ def test_what_else_an_export_holds(trained: Path, data_dir: Path, tmp_path: Path
     assert tokenizer(text)["input_ids"] == original.encode_batch([text])[0]
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == original.eod_id
     model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == TOKEN_IDS
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert model.generation_config.eos_token_id == model.config.eos_token_id == original.eod_id
     origin = json.loads((out / "megamix.json").read_text())
     assert (origin["checkpoint"], origin["step"], origin["tokens"]) == ("step_2", 2, 2 * 4 * SEQ_LENGTH)
@@ -170,7 +173,8 @@ def test_an_import_of_an_export_is_the_same_bits(name: str, run_of: Make, data_d
     limit = 40_000
     for out, max_bytes in ((tmp_path / "one", 10**9), (tmp_path / "many", limit)):
         export(folder, out, max_shard_bytes=max_bytes)
-        model = validate(ModelConfig, {"from_pretrained": str(out), "vocab_size": ROWS}, "model")
+        keys = {"from_pretrained": str(out), "vocab_size": ROWS}
+        model = validate(ModelConfig, keys, "model").with_vocabulary(VOCAB)
         assert model.identity() == {**model_of(name).identity(), "init_std": model.init_std}
         weights = read_pretrained(model, data_dir / "tokenizer.json", VOCAB)
         for layer in layers:
@@ -208,7 +212,8 @@ def upstream(name: str, **changes: Any) -> Any:
     """A model of transformers' own making, with random weights that are all unlike each other."""
     shared = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 500.0}
-    if name == "llama":
+    if name.startswith("llama"):
+        changes = {"tie_word_embeddings": name == "llama-tied", **changes}
         rope_parameters = {"num_key_value_heads": 2, "rms_norm_eps": 1e-3, "rope_parameters": rope}
         config = LlamaConfig(**{**shared, "intermediate_size": 56, **rope_parameters, **changes})
     else:
@@ -247,7 +252,9 @@ def test_a_model_made_by_transformers(name: str, shard: str, tmp_path: Path) -> 
     given = tokens(70, 24)
     with torch.no_grad():
         assert_alike(run(layers, given)[..., :70], model(given).logits, FORWARD)
-        assert not layers[-1].output.weight[70:].any()
+        ends = [layer for layer in layers for value in layer.parameters() if len(value) == 128]
+        assert len(ends) == (1 if name == "llama-tied" else 2)
+        assert not any(value[70:].any() for layer in ends for value in layer.parameters() if len(value) == 128)
 
 
 def test_half_precision_old_names_and_constants(tmp_path: Path) -> None:
@@ -270,20 +277,24 @@ def test_half_precision_old_names_and_constants(tmp_path: Path) -> None:
             assert torch.equal(parameter[: len(wanted)], wanted.float())
 
 
-def test_tied_embeddings_are_copied(
+def test_tied_embeddings_are_copied_if_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file with one matrix for both gives two equal ones, and the logits of the tied model; the log says so."""
+    """A file with one matrix for both then gives two equal ones, and the logits of the tied model; the log says so. Two
+    matrices cannot become one."""
     monkeypatch.setattr(get_logger(), "propagate", True)
     model = upstream("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    _, layers = imported(tmp_path)
+    _, layers = imported(tmp_path, tie_word_embeddings=False)
     assert torch.equal(layers[0].embedding.weight, layers[-1].output.weight)
     given = tokens(70, 24)
     with torch.no_grad():
         assert_alike(run(layers, given)[..., :70], model(given).logits, FORWARD)
     assert "tie_word_embeddings" in caplog.text
+    upstream("llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"tie_word_embeddings is true, but .* has two matrices"):
+        imported(tmp_path, tie_word_embeddings=True)
 
 
 def recorded_losses(folder: Path) -> dict[int, dict[str, float]]:
@@ -311,7 +322,7 @@ def test_from_engine_to_engine(trained: Path, data_dir: Path, tmp_path: Path) ->
     folder no more."""
     export(trained, tmp_path / "model")
     last = recorded_losses(trained)[2]
-    assert losses_in_transformers(tmp_path / "model", data_dir) == pytest.approx(last, rel=OF_LOSSES)
+    assert losses_in_transformers(tmp_path / "model", data_dir) == pytest.approx(last, rel=OF_LOSSES), "of all ids"
     second = yaml.safe_load((trained / "config.resolved.yaml").read_text())
     second.update(
         run_dir=str(tmp_path / "second"),

@@ -90,6 +90,11 @@ def test_models_that_the_engines_do_not_compute(
         ({"preset": "neox-2m"}, "model.architecture is neox, but model.from_pretrained {} has llama."),
         ({"rotary_base": 500.0}, "model.rotary_base is 500.0, but model.from_pretrained {} has 10000.0."),
         ({"vocab_size": 60}, "model.vocab_size is 60, but the tokenizer of the data has 70 ids"),
+        (
+            {"token_ids": 69},
+            "model.token_ids is 69 (by default the rows of {}), but the tokenizer of the data has 70 ids",
+        ),
+        ({"vocab_size": 72, "token_ids": 73}, "token_ids is 73, but vocab_size, the rows that there are, is 72"),
     ],
 )
 def test_keys_that_contradict(folder: Callable[..., Path], keys: dict[str, Any], message: str) -> None:
@@ -131,7 +136,7 @@ def test_keys_that_agree_and_keys_of_training(folder: Callable[..., Path]) -> No
     model = model_from(path, hidden_size=32, dropout=0.1, init_std=0.5)
     assert (model.dropout, model.init_std, model.parallel_residual) == (0.1, 0.5, True)
     resolved = model.model_dump(mode="json")
-    assert validate(ModelConfig, resolved, "model") == model
+    assert validate(ModelConfig, resolved, "model").with_vocabulary(70) == model
     shutil.rmtree(path)
     assert validate(ModelConfig, resolved, "model") == model
     with pytest.raises(InputError, match=r"cannot read .*config.json: No such file"):
@@ -234,9 +239,14 @@ def test_another_tokenizer_is_refused(with_tokenizer: Path, data_dir: Path, what
 
 def test_a_tokenizer_larger_than_the_model(folder: Callable[..., Path], data_dir: Path) -> None:
     path = folder()
-    model = validate(ModelConfig, {"from_pretrained": str(path)}, "model").with_vocabulary(512)
+    given = validate(ModelConfig, {"from_pretrained": str(path)}, "model")
+    with pytest.raises(
+        InputError, match=r"token_ids is 70 \(by default the rows of .*\), but the tokenizer of the data has 512"
+    ):
+        given.with_vocabulary(512)
+    wider = given.model_copy(update={"token_ids": None}).with_vocabulary(512)
     with pytest.raises(InputError, match=r"knows 70 token ids, but the tokenizer of the data has 512"):
-        read_pretrained(model, data_dir / "tokenizer.json", 512)
+        read_pretrained(wider, data_dir / "tokenizer.json", 512)
 
 
 def test_no_tokenizer_to_compare_is_said(

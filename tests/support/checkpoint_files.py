@@ -37,6 +37,8 @@ class TinyEngine:
     def layers(self) -> list[int]:
         return list(self._own)
 
+    layers_to_load = layers
+
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
         yield f"h.{layer}", ParameterState(**self.held[layer])
 

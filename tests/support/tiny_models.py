@@ -8,7 +8,7 @@ import torch
 
 from megamix.engines.models import ModelConfig
 from megamix.engines.models.documents import DocumentMasks
-from megamix.engines.models.layers import PipelineLayer, make_layer
+from megamix.engines.models.layers import PipelineLayer, make_layer, tie_ends
 
 SEQ_LENGTH = 24
 SEED = 7
@@ -38,6 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 TINY["neox-parallel"] = {**TINY["neox"], "parallel_residual": True}
+TINY["llama-tied"] = {**TINY["llama"], "tie_word_embeddings": True}
 
 
 def model_config(architecture: str, **changes: Any) -> ModelConfig:
@@ -47,7 +48,9 @@ def model_config(architecture: str, **changes: Any) -> ModelConfig:
 def build(
     config: ModelConfig, seed: int = SEED, seq_length: int = SEQ_LENGTH, masks: DocumentMasks | None = None
 ) -> list[PipelineLayer]:
-    return [make_layer(config, index, seed, seq_length, masks) for index in range(config.num_layers + 2)]
+    layers = [make_layer(config, index, seed, seq_length, masks) for index in range(config.num_layers + 2)]
+    tie_ends(layers)
+    return layers
 
 
 def run(layers: list[PipelineLayer], inputs: Any) -> torch.Tensor:

@@ -212,7 +212,7 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path) -> None:
 
 def test_a_file_of_another_model_is_said_to_be_that(folder: Path) -> None:
     class Deeper:
-        def layers(self) -> list[int]:
+        def layers_to_load(self) -> list[int]:
             return [3]
 
     engine: Any = Deeper()

@@ -98,6 +98,8 @@ class DeepSpeedEngine(Engine):
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size)
         )[0]
         self._optimizer: Any = self._engine.optimizer
+        if model.tie_word_embeddings:
+            self._module.tie()
         grid = self._engine.grid
         self.place = Place(
             rank=dist.get_rank(),
@@ -128,6 +130,9 @@ class DeepSpeedEngine(Engine):
             on_statistics(self._empty_sums)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self._module.tied is not None:
+            self._module.tied.refresh()
+            self._module.tied.changed()
         self._engine.train_batch(_micro_batches(batch) if batch is not None else None)
         # Under ZeRO, DeepSpeed always skips a step whose norm is not finite.
         is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
@@ -136,6 +141,8 @@ class DeepSpeedEngine(Engine):
 
     def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
         data = _micro_batches(batch) if batch is not None else None
+        if self._module.tied is not None:
+            self._module.tied.refresh()
         self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches)
 
     def grad_norm(self) -> float | None:
@@ -193,6 +200,8 @@ class DeepSpeedEngine(Engine):
 
         module = self._module.own_layer(layer)
         names = module.hugging_face_names()
+        if self._module.tied is not None:
+            self._module.tied.changed()
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 whole = state[names[name]]

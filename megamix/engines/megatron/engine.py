@@ -227,6 +227,13 @@ class MegatronEngine(Engine, OwnFormat):
             found += [self._model.num_layers + 1] if chunk.post_process else []
         return sorted(found)
 
+    def layers_to_load(self) -> list[int]:
+        # Stage num_stages - 1 trains a copy of a tied embedding, with the gradients of both and a state of its own.
+        is_copied = (
+            self._model.tie_word_embeddings and self._chunks[-1].post_process and not self._chunks[0].pre_process
+        )
+        return [0, *self.layers()] if is_copied else self.layers()
+
     def layer_state(self, layer: int) -> Iterator[tuple[str, ParameterState]]:
         for entry, parameter in self._parameters(layer):
             held = setup.held_state(self._optimizer, parameter)
@@ -244,7 +251,7 @@ class MegatronEngine(Engine, OwnFormat):
 
     def _set_initial_weights(self) -> None:
         """Sets the initial weights of every engine: each layer draws its own, on the CPU, one layer at a time."""
-        for index in self.layers():
+        for index in self.layers_to_load():
             source = make_layer(self._model, index, self._train.seed, self._seq_length)
             names = source.hugging_face_names()
             weights = {names[name]: parameter.detach() for name, parameter in source.named_parameters()}
@@ -263,7 +270,10 @@ class MegatronEngine(Engine, OwnFormat):
             decoders = [inner for chunk in self._chunks for inner in chunk.decoder.layers]
             module = next(inner for inner in decoders if inner.layer_number == layer)
         for entry in parameter_maps(self._model, layer, fused_norms=uses_transformer_engine(self._config)):
-            yield entry, module.get_parameter(entry.name)
+            name = entry.name
+            if layer == 0 and not self._chunks[0].pre_process:
+                module, name = self._chunks[-1], "output_layer.weight"
+            yield entry, module.get_parameter(name)
 
     def _shard(self, entry: ParameterMap, whole: torch.Tensor) -> torch.Tensor:
         return entry.shard(whole, self.place.tensor_rank, self._config.tensor)

@@ -110,8 +110,12 @@ class MixChunk(GPTModel):
     def factors(self, hidden_SBH: torch.Tensor) -> OutputFactors:
         """Returns the factors of the logits from the output of a chunk that does not multiply them; the loss adds to
         the weight's ``main_grad``."""
-        weight_VH: Any = self.output_layer.weight
-        return OutputFactors(GradientHeld.apply(hidden_SBH, weight_VH), weight_VH.detach(), weight_VH.main_grad)
+        tied = self.share_embeddings_and_output_weights
+        weight_VH: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        # Where this chunk's embedding uses the weight too, that part of the gradient comes to the hook as any other.
+        if not (tied and self.pre_process):
+            hidden_SBH = GradientHeld.apply(hidden_SBH, weight_VH)
+        return OutputFactors(hidden_SBH, weight_VH.detach(), weight_VH.main_grad)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Returns the output at the end of a forward pass with labels; `StepLoss` computes the loss from it.
@@ -211,7 +215,7 @@ def build_chunks(
                 max_sequence_length=seq_length,
                 pre_process=place == 0,
                 post_process=place == last,
-                share_embeddings_and_output_weights=False,
+                share_embeddings_and_output_weights=model.tie_word_embeddings,
                 pg_collection=groups,
                 vp_stage=virtual if engine.virtual_pipeline > 1 else None,
             )

@@ -87,10 +87,8 @@ def parameter_maps(config: ModelConfig, layer: int, *, fused_norms: bool) -> lis
         return [ParameterMap("embedding.word_embeddings.weight", (source,), "rows")]
     if layer == config.num_layers + 1:
         norm = "gpt_neox.final_layer_norm" if neox else "model.norm"
-        return [
-            *_norm(config, "decoder.final_layernorm.", norm),
-            ParameterMap("output_layer.weight", ("lm_head.weight",), "rows"),
-        ]
+        output = ParameterMap("output_layer.weight", ("lm_head.weight",), "rows")
+        return [*_norm(config, "decoder.final_layernorm.", norm), *([] if config.tie_word_embeddings else [output])]
     names = ("input_layernorm.", "pre_mlp_layernorm.")
     if fused_norms:
         names = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")

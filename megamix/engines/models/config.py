@@ -38,7 +38,13 @@ class ModelConfig(Config):
     ffn_size: int = pydantic.Field(gt=0, le=2**24)
     """Inner width of the feed-forward layers."""
     vocab_size: int | None = pydantic.Field(default=None, gt=0, lt=2**31)
-    """Rows of the embedding; default: the tokenizer's vocabulary, rounded up to a multiple of 64."""
+    """Rows of the embedding; default: `token_ids`, rounded up to a multiple of 64."""
+    token_ids: int | None = pydantic.Field(default=None, gt=0, lt=2**31)
+    """Rows that join the softmax and that an export holds; the rest is padding. Default: the rows of from_pretrained,
+    else the tokenizer's vocabulary."""
+    tie_word_embeddings: bool = False
+    """One matrix for embedding and output projection. Default with from_pretrained: as there; false then makes two of
+    one, which start alike."""
     rotary_percent: float = pydantic.Field(default=0.25, gt=0, le=1)
     """Share of each head's dimensions that the rotary embedding turns (neox only; llama turns all)."""
     rotary_base: float = pydantic.Field(default=10000.0, gt=0)
@@ -84,6 +90,11 @@ class ModelConfig(Config):
             raise ValueError("dropout is for architecture neox; Llama models have none.")
         if self.architecture == "llama" and self.parallel_residual:
             raise ValueError("parallel_residual is for architecture neox; Llama models have a sequential one.")
+        if self.vocab_size is not None and (self.token_ids or 0) > self.vocab_size:
+            raise ValueError(
+                f"token_ids is {self.token_ids}, but vocab_size, the rows that there are, is {self.vocab_size}. Leave vocab_size out, "
+                "or give at least that many."
+            )
         return self
 
     @property
@@ -97,29 +108,40 @@ class ModelConfig(Config):
         return int(head_size * self.rotary_percent) if self.architecture == "neox" else head_size
 
     def with_vocabulary(self, tokenizer_size: int) -> ModelConfig:
-        """Returns the config with ``vocab_size`` set for a tokenizer with ``tokenizer_size`` ids.
+        """Returns the config with ``vocab_size`` set for a tokenizer with ``tokenizer_size`` ids, and ``token_ids``
+        where these are more.
 
         Raises:
-            InputError: the configured vocab_size is too small for the tokenizer.
+            InputError: the configured vocab_size or token_ids is too small for the tokenizer.
         """
-        if self.vocab_size is None:
-            return self.model_copy(update={"vocab_size": -(-tokenizer_size // 64) * 64})
-        if self.vocab_size < tokenizer_size:
+        if self.vocab_size is not None and self.vocab_size < tokenizer_size:
             raise InputError(
                 f"model.vocab_size is {self.vocab_size}, but the tokenizer of the data has {tokenizer_size} ids. "
                 "Leave vocab_size out, or give at least that many."
             )
-        return self
+        if self.token_ids is not None and self.token_ids < tokenizer_size:
+            source = "" if self.from_pretrained is None else f" (by default the rows of {self.from_pretrained})"
+            raise InputError(
+                f"model.token_ids is {self.token_ids}{source}, but the tokenizer of the data has {tokenizer_size} ids. Prepare the "
+                "data with the model's tokenizer, or give at least that many."
+            )
+        token_ids = self.token_ids or tokenizer_size
+        rows = self.vocab_size or -(-token_ids // 64) * 64
+        return self.model_copy(
+            update={"vocab_size": rows, "token_ids": None if token_ids == tokenizer_size else token_ids}
+        )
 
     def identity(self) -> dict[str, Any]:
         """Returns the dimensions that a resume must match, JSON-serialisable, without their source."""
         found = self.model_dump(mode="json", exclude={"preset", "from_pretrained"})
-        # Older checkpoints lack this key; their models have no parallel residual.
-        return found if self.parallel_residual else {k: v for k, v in found.items() if k != "parallel_residual"}
+        # Older checkpoints lack these keys; their models have the defaults.
+        later = ("parallel_residual", "tie_word_embeddings", "token_ids")
+        return {key: value for key, value in found.items() if value or key not in later}
 
     def num_parameters(self) -> int:
         """Number of parameters of the whole model; ``vocab_size`` must be set."""
-        return 2 * self.vocabulary * self.hidden_size + self.num_layers * self._layer_parameters() + self._norm_size()
+        ends = (1 if self.tie_word_embeddings else 2) * self.vocabulary * self.hidden_size + self._norm_size()
+        return ends + self.num_layers * self._layer_parameters()
 
     @property
     def vocabulary(self) -> int:
@@ -172,10 +194,18 @@ def _fill_from_pretrained(data: dict[str, Any]) -> dict[str, Any]:
     if not folder.exists() and required <= given.keys():
         # A run's resolved config after its pretrained model was removed: only a fresh start needs the folder.
         return data
-    dimensions = read_pretrained_config(folder).dimensions
+    source = read_pretrained_config(folder)
+    dimensions = source.dimensions
     for key, value in dimensions.items():
         if given.get(key, value) != value:
             raise InputError(
                 f"model.{key} is {given[key]}, but model.from_pretrained {folder} has {value}. Leave one of them out."
             )
-    return {**dimensions, **given}
+    if given.get("tie_word_embeddings") in (True, "true") and not source.tied:
+        raise InputError(
+            f"model.tie_word_embeddings is true, but model.from_pretrained {folder} has two matrices, which differ. Leave it "
+            "out."
+        )
+    rows = given.get("vocab_size")
+    token_ids = min(source.vocab_size, rows) if isinstance(rows, int) else source.vocab_size
+    return {**dimensions, "tie_word_embeddings": source.tied, "token_ids": token_ids, **given}

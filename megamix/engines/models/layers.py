@@ -12,9 +12,11 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
@@ -35,7 +37,7 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": seq_length,
         "initializer_range": config.init_std,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": False,
         "attn_implementation": "sdpa",
         **_rotary_keys(config),
@@ -177,8 +179,17 @@ class Decoder(PipelineLayer):
         return self._rotary_of[1]
 
 
+class HasWeight(Protocol):
+    """What has the matrix of a tied output projection, float [V, H]."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+
 class Head(PipelineLayer):
     """Last norm and output projection: hidden states [B, S, H] -> logits [B, S, V], or their factors.
+
+    With ``tie_word_embeddings`` the projection is no parameter of this layer; `tie` says whose it is.
 
     Args:
         multiplies: whether the output is the logits.
@@ -189,23 +200,38 @@ class Head(PipelineLayer):
         self._multiplies = multiplies
         norm = nn.LayerNorm if config.architecture == "neox" else LlamaRMSNorm
         self.norm = norm(config.hidden_size, eps=config.norm_epsilon)
-        self.output = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
+        # A tuple keeps a module from being a submodule.
+        self._tied: tuple[HasWeight, ...] = ()
+        if not config.tie_word_embeddings:
+            self.output = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
         self.initialise()
+
+    def tie(self, owner: HasWeight) -> None:
+        """Projects by the weight that ``owner`` has at the time."""
+        self._tied = (owner,)
 
     def hugging_face_names(self) -> dict[str, str]:
         norm = "gpt_neox.final_layer_norm" if self.config.architecture == "neox" else "model.norm"
         names = {
             name: name.replace("norm.", f"{norm}.") for name, _ in self.named_parameters() if name != "output.weight"
         }
-        return {**names, "output.weight": "lm_head.weight"}
+        return names if self.config.tie_word_embeddings else {**names, "output.weight": "lm_head.weight"}
 
     def forward(self, hidden: Flow) -> torch.Tensor | OutputFactors:
         hidden_BSH = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden)
+        (owner,) = self._tied if self.config.tie_word_embeddings else (self.output,)
         if self._multiplies:
-            return self.output(hidden_BSH)
+            return F.linear(hidden_BSH, owner.weight)
         # A view, so that the gradient passes an output of the module before it reaches the parameter: DeepSpeed begins
         # a backward pass when the gradient of the first output comes.
-        return OutputFactors(hidden_BSH, self.output.weight.view_as(self.output.weight))
+        return OutputFactors(hidden_BSH, owner.weight.view_as(owner.weight))
+
+
+def tie_ends(layers: Sequence[PipelineLayer]) -> None:
+    """Ties the head to the embedding, of a model whose config says so, where both are among ``layers``."""
+    first, last = layers[0], layers[-1]
+    if last.config.tie_word_embeddings and isinstance(first, Embedding) and isinstance(last, Head):
+        last.tie(first.embedding)
 
 
 def make_layer(

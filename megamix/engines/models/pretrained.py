@@ -47,10 +47,10 @@ class PretrainedWeights:
         config = read_pretrained_config(self.folder)
         self._vocab_size, self._tied = config.vocab_size, config.tied
         self._files = _find_tensors(self.folder)
-        if self._tied:
+        if self._tied and not model.tie_word_embeddings:
             get_logger().warning(
-                "%s has one matrix for embedding and output (tie_word_embeddings). Here they are two: both start from "
-                "it and are trained by themselves.",
+                "%s has one matrix for embedding and output, and model.tie_word_embeddings is false: here they are two, "
+                "which both start from it and are trained by themselves.",
                 self.folder,
             )
         self._check()

@@ -179,6 +179,7 @@ def _document_sums(
     """The sums of D documents, their bytes (None where those of the tokens are not known) and domains, int64 [D], and
     the domains of the n samples, int64 [n]."""
     length, vocabulary, config = model.seq_length, manifest.tokenizer.vocab_size, model.config
+    token_ids = model.token_ids or vocabulary
     most = max(stream.num_windows(length) for stream in streams)
     domain_n, sample_n = choose_samples(streams, length, most if wanted == "all" else wanted)
     documents = label_documents(streams, domain_n, sample_n, length)
@@ -191,14 +192,14 @@ def _document_sums(
     )
     sums, size_V = DocumentSums(documents.number, device), token_bytes(manifest)
     bytes_D = None if size_V is None else np.zeros(documents.number, np.int64)
-    at_once = max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    at_once = max(1, LOGITS_AT_ONCE // (length * token_ids))
     for start in range(0, domain_n.size, at_once):
         row_B = np.arange(start, min(start + at_once, domain_n.size))
         batch = reader.batch(domain_n[row_B], sample_n[row_B], np.arange(row_B.size), (1, row_B.size))
         label_N, document_N = batch.labels.flatten(), torch.from_numpy(documents.of(row_B)).flatten()
         with torch.no_grad():
             positions = None if batch.positions is None else batch.positions[0].to(device)
-            logits_BSV = model.logits(batch.tokens[0].to(device), positions)[..., :vocabulary].float()
+            logits_BSV = model.logits(batch.tokens[0].to(device), positions)[..., :token_ids].float()
             loss_N = torch.nn.functional.cross_entropy(
                 logits_BSV.flatten(0, 1), label_N.to(device), ignore_index=IGNORED_LABEL, reduction="none"
             )

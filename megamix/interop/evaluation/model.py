@@ -17,7 +17,7 @@ from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.engines.models import ModelConfig
 from megamix.engines.models.documents import DocumentMasks
-from megamix.engines.models.layers import make_layer
+from megamix.engines.models.layers import make_layer, tie_ends
 from megamix.engines.models.pretrained import compare_tokenizers
 from megamix.engines.models.pretrained_config import read_json_object
 from megamix.interop.hugging_face.export import find_checkpoint, read_layer, refuse_own_format
@@ -39,6 +39,7 @@ class EvaluatedModel:
         source: checkpoint or folder.
         logits: maps tokens int64 [B, S] and positions (None: they count in the sample) to float32 [B, S, V].
         seq_length: tokens in a sample.
+        token_ids: those that join the softmax; None: those of the data's tokenizer.
         config: of the run that it comes from; None for any other model.
         manifest: the run's data set, where it has one.
     """
@@ -46,6 +47,7 @@ class EvaluatedModel:
     source: Path
     logits: Logits
     seq_length: int
+    token_ids: int | None
     config: RunConfig | None
     manifest: Path | None
     check_tokenizer: Callable[[Manifest], None]
@@ -81,6 +83,7 @@ def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
         saved = dict(zip(shapes, read_layer(source, index, shapes, None), strict=True))
         layer.load_state_dict({own: saved[name] for own, name in names.items()}, strict=False)
         layers.append(layer.to(device).eval())
+    tie_ends(layers)
 
     def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:
         flow: Any = tokens_BS if positions_BS is None else (tokens_BS, positions_BS)
@@ -96,7 +99,7 @@ def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
                 "data of the same tokenizer."
             )
 
-    return EvaluatedModel(source, logits, length, run.config, run.config.data.manifest, check)
+    return EvaluatedModel(source, logits, length, model.token_ids, run.config, run.config.data.manifest, check)
 
 
 def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
@@ -135,4 +138,6 @@ def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
                 "tokenizer."
             )
 
-    return EvaluatedModel(path, logits, length, config, None, check)
+    # A model of a run's has no rows of padding.
+    token_ids = None if config is None else model.get_input_embeddings().weight.shape[0]
+    return EvaluatedModel(path, logits, length, token_ids, config, None, check)

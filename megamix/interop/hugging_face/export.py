@@ -7,8 +7,9 @@
         tokenizer_config.json         its special tokens
         megamix.json                  run, step, config and mixture
 
-The export omits the rows of embedding and output projection beyond the tokenizer's ids, and holds one tensor in memory
-at a time. OUT is written whole or not at all.
+The export omits the padding of embedding and output projection: the rows beyond ``model.token_ids``, by default the
+tokenizer's ids or, of a model that began as another, the rows of that one. It holds one tensor in memory at a time. OUT
+is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard_bytes: int = MA
     manifest = data_of(run, state, source)
     fingerprints = state.fingerprints
     model = validate(ModelConfig, fingerprints["model"], f"{source / 'state.json'}, model")
+    rows = model.token_ids or manifest.tokenizer.vocab_size
     partial = _start(out)
     try:
-        exported = _weights(source, partial, model, manifest.tokenizer.vocab_size, DTYPES[dtype], max_shard_bytes)
+        exported = _weights(source, partial, model, rows, DTYPES[dtype], max_shard_bytes)
         eod = manifest.tokenizer.eod_id
-        _write_config(partial, model, fingerprints["order"]["seq_length"], manifest.tokenizer.vocab_size, eod, dtype)
+        _write_config(partial, model, fingerprints["order"]["seq_length"], rows, eod, dtype)
         _write_tokenizer(partial, manifest, fingerprints["order"]["seq_length"])
         _write_json(partial / "megamix.json", _provenance(run, state, source, dtype))
         os.replace(partial, out)

@@ -358,7 +358,7 @@ def load_engine(path: Path, engine: Engine, optimizer_steps: int, *, verified: b
         engine.load_own(path / listing.holds, optimizer_steps)
         return
     engine.optimizer_steps = optimizer_steps
-    for layer in engine.layers():
+    for layer in engine.layers_to_load():
         name = _layer_file(layer)
         if name not in listing.files:
             raise ResumeRefused(f"the checkpoint {path} has no {name}: it is of another model.")
@@ -374,7 +374,7 @@ def format_of(engine: Engine) -> str:
 def load_weights(weights: PretrainedWeights, engine: Engine) -> None:
     """Loads pretrained weights with a fresh optimizer; each rank reads the layers it holds."""
     engine.optimizer_steps = 0
-    for layer in engine.layers():
+    for layer in engine.layers_to_load():
         state = {
             name: ParameterState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
             for name, weight in weights.layer(layer).items()

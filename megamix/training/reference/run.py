@@ -204,7 +204,7 @@ def fill_cache(job: ReferenceJob, out: Path, save_every: int = SAVE_EVERY) -> No
                 config.train,
                 seq_length=config.data.seq_length,
                 num_domains=len(job.plan.domains),
-                vocab_size=job.plan.vocab_size,
+                vocab_size=job.plan.softmax_size,
                 loss_implementation=config.loss.implementation,
                 reset_position_ids=config.data.positions_restart,
                 within_documents=config.data.within_documents,
