@@ -22,7 +22,7 @@ from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal
 from megamix.mixing.steering.rule import RuleMaker
 from megamix.mixing.steering.steering import Steering
 from megamix.mixing.weight_policy import Stages, WeightPolicy
-from megamix.training.mix_plan import read_constraints, read_stages
+from megamix.training.mix_plan import document_tokens, read_constraints, read_stages
 from megamix.training.mixture import mixture_of
 from megamix.training.plan import domain_key
 from megamix.training.records.ledger import Ledger, segment_of
@@ -162,13 +162,15 @@ def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
                 f"{run.missing_data}"
             )
         num_samples, natural = np.ones(len(names), np.int64), np.full(len(names), 1 / len(names))
+        lengths = None
     else:
-        tokens = [run.manifest.domain(name).train.tokens for name in names]
-        num_samples = (np.array(tokens, np.int64) - 1) // config.data.seq_length
+        entries = [run.manifest.domain(name) for name in names]
+        tokens = np.array([entry.train.tokens for entry in entries], np.int64)
+        num_samples, lengths = (tokens - 1) // config.data.seq_length, document_tokens(entries)
         natural = run.manifest.natural_weights(names)
     # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
     first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
-    stages = read_stages(config, names, num_samples, natural) if staged else first
+    stages = read_stages(config, names, num_samples, natural, lengths) if staged else first
     train = config.train
     constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
     return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)

@@ -307,8 +307,8 @@ def _type_at(owner: Any, part: str, value: Any) -> Any:
     if _is_config(owner):
         field = owner.model_fields.get(part)
         annotation, marks = (Any, ()) if field is None else (field.annotation, field.metadata)
-    elif typing.get_origin(owner) in (tuple, list):
-        annotation = typing.get_args(owner)[0]
+    elif typing.get_origin(owner) in (tuple, list, dict):
+        annotation = typing.get_args(owner)[1 if typing.get_origin(owner) is dict else 0]
         marks = getattr(annotation, "__metadata__", ())
     else:
         annotation, marks = Any, ()

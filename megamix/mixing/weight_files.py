@@ -1,6 +1,7 @@
 """Weights from files: plain, DoReMi's, a mixer's record, or a Megatron blend.
 
 {"web": 0.7, "code": 0.3}                                                          plain
+{"web": {"weight": 0.7, "topics": {"news": 0.5, "forums": 0.5}}, "code": 0.3}      plain, by source and topic
 {"train_domain_weights": {"web": 0.7, ...}, "eval_domain_weights": {...}}          DoReMi's domain config
 {"domain_names": ["web", ...], "domain_weights": [0.7, ...]}, or a list of them    a record; of a list the last counts
 0.7 /data/web_text_document 0.3 /data/code_text_document                           Megatron's --data-args-path
@@ -25,6 +26,7 @@ from megamix.mixing.megatron_blend import (
     read_data_args,
 )
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.sources import is_source, weights_by_domain
 
 _DOREMI_KEYS = frozenset(("train_domain_weights", "eval_domain_weights"))
 _RECORD_KEYS = frozenset(("domain_names", "domain_weights"))
@@ -97,9 +99,11 @@ def _of_json(data: Any, path: Path, domains: Sequence[str]) -> Mapping[str, Any]
         return _of_records(data, path)
     if not isinstance(data, dict):
         raise InputError(f"{path} holds {data!r}, expected an object of weights by domain, or a list of records.")
-    # A domain may be called "train": what tells plain weights apart is that their values are numbers.
-    if not any(isinstance(value, dict | list | str) or value is None for value in data.values()):
-        return data
+    # A domain may be called "train": what tells plain weights apart is that their values are numbers, or sources.
+    if not any(
+        isinstance(value, dict | list | str) or value is None for value in data.values() if not is_source(value)
+    ):
+        return weights_by_domain(data, str(path))
     found = [(name, keys) for name, keys in _FORMATS if keys & data.keys()]
     if len(found) != 1:
         seen = " and ".join(name for name, _ in found) or "something else than numbers"

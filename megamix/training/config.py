@@ -205,9 +205,11 @@ class MixConfig(Config):
     data: DataConfig
     mixture: MixtureConfig = "natural"
     """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
-    sum 1; {temperature: POWER}, natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of
-    every domain allow; {file: PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in
-    force until the mixer first changes the weights."""
+    sum 1, where {source: {weight: WEIGHT, topics: {TOPIC: WEIGHT}}} may stand for the domains `source:topic`;
+    {documents: the same, or uniform}, shares of documents, which their mean lengths make weights; {temperature: POWER},
+    natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of every domain allow; {file:
+    PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until the mixer first
+    changes the weights."""
     objective: ObjectiveConfig = "natural"
     """What the model is to be good at: the weights of the domains in the objective loss, by which evaluations judge it.
     natural (each domain's share of the training tokens), uniform, or {domain: weight}, normalised to sum 1."""
@@ -251,8 +253,8 @@ class MixConfig(Config):
         known = isinstance(value, dict | Config) or value in ("uniform", "natural")
         if not known:
             raise ValueError(
-                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{temperature: POWER}}, "
-                "{unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}."
+                f"got {value!r}, expected uniform, natural, {{domain: weight}}, {{documents: {{domain: share}}}}, "
+                "{temperature: POWER}, {unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}."
             )
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
+from megamix.data.tokens.manifest import DomainEntry
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.weight_policy import Stages, WeightPolicy
 from megamix.training.config import DataConfig, MixConfig
@@ -114,29 +116,47 @@ def planned_mix(config: MixConfig) -> MixPlan | None:
 
 
 def make_policy(
-    config: MixConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], natural: Floats
+    config: MixConfig,
+    names: tuple[str, ...],
+    num_samples: NDArray[np.int64],
+    natural: Floats,
+    document_tokens: Floats | None = None,
 ) -> WeightPolicy:
-    """The weight policy of a run of K domains; see `MixPlan` for the arrays.
+    """The weight policy of a run of K domains; see `MixPlan` and `MixFrame` for the arrays.
 
     Raises:
         InputError: see `read_stages` and `read_constraints`.
     """
     train = config.train
-    stages = read_stages(config, names, num_samples, natural)
+    stages = read_stages(config, names, num_samples, natural, document_tokens)
     constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
     policy = WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
     constraints.check_without(policy.left_out)
     return policy
 
 
-def read_stages(config: MixConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], natural: Floats) -> Stages:
-    """Resolves ``mixture``; see `Mixture.resolve`, and `MixPlan` for the arrays."""
-    train = config.train
-    frame = MixFrame(names, natural, num_samples, train.steps, train.global_batch, config.data.seq_length, _read_run)
-    return mixture_of(config.mixture).resolve(frame)
+def read_stages(
+    config: MixConfig,
+    names: tuple[str, ...],
+    num_samples: NDArray[np.int64],
+    natural: Floats,
+    document_tokens: Floats | None = None,
+) -> Stages:
+    """Resolves ``mixture``; see `Mixture.resolve`, and `MixPlan` and `MixFrame` for the arrays."""
+    train, length = config.train, config.data.seq_length
+    batches = (train.steps, train.global_batch, length)
+    return mixture_of(config.mixture).resolve(
+        MixFrame(names, natural, num_samples, *batches, read_run, document_tokens)
+    )
 
 
-def _read_run(run_dir: Path, which: str) -> dict[str, float]:
+def document_tokens(entries: Sequence[DomainEntry]) -> Floats:
+    """float64 [K]: mean tokens of a training document, its end-of-document token included."""
+    return np.array([entry.train.tokens / max(entry.train.documents, 1) for entry in entries], np.float64)
+
+
+def read_run(run_dir: Path, which: str) -> dict[str, float]:
+    """The weights of a run, `MixFrame.read_run`."""
     return run_weights(RecordedRun.open(run_dir), which)
 
 

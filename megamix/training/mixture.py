@@ -18,6 +18,7 @@ from megamix.core.config import ByKey, Config
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers import normalise_weights
 from megamix.mixing.ramps import RampShape
+from megamix.mixing.sources import WeightsBySource, weights_by_domain
 from megamix.mixing.weight_files import read_swarm_weights, read_weights
 from megamix.mixing.weight_policy import Stages
 
@@ -34,6 +35,7 @@ class MixFrame:
         natural: float64 [K], shares of the training tokens.
         num_samples: int64 [K], training windows per domain and epoch.
         read_run: the weights of a run directory by domain: mean or final.
+        document_tokens: float64 [K], mean tokens of a training document; None where the data are not there.
     """
 
     names: Names
@@ -43,6 +45,7 @@ class MixFrame:
     global_batch: int
     seq_length: int
     read_run: Callable[[Path, str], Mapping[str, float]]
+    document_tokens: Floats | None = None
 
     @property
     def total_samples(self) -> int:
@@ -201,6 +204,36 @@ class FileMixture(Config, Mixture):
         return normalise_weights(found, frame.names, f"{source}, file {self.file}")
 
 
+class DocumentsMixture(Config, Mixture):
+    """Shares of the documents that are read, rather than of their tokens: the weight of a domain is its share times the
+    mean length of its training documents in tokens, normalised."""
+
+    documents: Annotated[
+        Literal["uniform"] | WeightsBySource | FileMixture,
+        ByKey({"file": FileMixture}, mapping=WeightsBySource, plain=Literal["uniform"]),
+    ]
+    """The shares: uniform, {domain: share} or {file: PATH}."""
+
+    def describe(self) -> str:
+        return f"shares of documents, {self._shares.describe()}, times mean lengths in tokens"
+
+    def label(self) -> str:
+        return f"documents {self._shares.label()}"
+
+    @property
+    def _shares(self) -> Mixture:
+        return mixture_of(self.documents)
+
+    def weights(self, frame: MixFrame, source: str) -> Floats:
+        if frame.document_tokens is None:
+            raise InputError(
+                f"{source}: shares of documents follow the lengths of the documents, and the data set is not there to count "
+                "them. Prepare it first, or give weights by tokens."
+            )
+        tokens = self._shares.weights(frame, f"{source}, documents") * frame.document_tokens
+        return tokens / tokens.sum()
+
+
 class RunMixture(Config, Mixture):
     """Weights that a run has found."""
 
@@ -238,7 +271,13 @@ class SwarmMixture(Config, Mixture):
         return normalise_weights(found, frame.names, f"{source}, {self.describe()}")
 
 
-_ANYWHERE = {"temperature": TemperatureMixture, "file": FileMixture, "from_run": RunMixture, "from_swarm": SwarmMixture}
+_ANYWHERE = {
+    "temperature": TemperatureMixture,
+    "file": FileMixture,
+    "from_run": RunMixture,
+    "from_swarm": SwarmMixture,
+    "documents": DocumentsMixture,
+}
 
 
 class StageConfig(Config):
@@ -247,10 +286,11 @@ class StageConfig(Config):
     from_tokens: float = pydantic.Field(ge=0)
     """Tokens of the run before it."""
     weights: Annotated[
-        Word | dict[str, float] | TemperatureMixture | FileMixture | RunMixture | SwarmMixture,
-        ByKey(_ANYWHERE, mapping=dict[str, float], plain=Word),
+        Word | WeightsBySource | TemperatureMixture | FileMixture | RunMixture | SwarmMixture | DocumentsMixture,
+        ByKey(_ANYWHERE, mapping=WeightsBySource, plain=Word),
     ]
-    """uniform, natural, {domain: weight}, {temperature: POWER}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
+    """uniform, natural, {domain: weight}, {source: {weight: WEIGHT, topics: {...}}}, {documents: ...}, {temperature:
+    POWER}, {file: PATH}, {from_run: RUN} or {from_swarm: DIR}."""
     ramp: RampShape | None = None
     """How the weights get here, from the start of the stage before on: linear, or cosine (half a wave). Default: at
     once."""
@@ -307,20 +347,27 @@ class StagedMixture(Config, Mixture):
 
 MixtureConfig = Annotated[
     Word
-    | dict[str, float]
+    | WeightsBySource
+    | DocumentsMixture
     | TemperatureMixture
     | UnimaxMixture
     | FileMixture
     | RunMixture
     | SwarmMixture
     | StagedMixture,
-    ByKey({"unimax": UnimaxMixture, "stages": StagedMixture, **_ANYWHERE}, mapping=dict[str, float], plain=Word),
+    ByKey({"unimax": UnimaxMixture, "stages": StagedMixture, **_ANYWHERE}, mapping=WeightsBySource, plain=Word),
 ]
 
 
-def mixture_of(value: str | dict[str, float] | Mixture) -> Mixture:
-    """The kind of a value of ``mixture``, or of the ``weights`` of a stage."""
-    return value if isinstance(value, Mixture) else _PlainMixture(value)
+def mixture_of(value: str | WeightsBySource | Mixture) -> Mixture:
+    """The kind of a value of ``mixture``, or of the ``weights`` of a stage.
+
+    Raises:
+        InputError: a domain is given in two ways.
+    """
+    if isinstance(value, Mixture):
+        return value
+    return _PlainMixture(value if isinstance(value, str) else weights_by_domain(value, "mixture"))
 
 
 def read_bounds(key: str, value: float | Mapping[str, float], names: Names, default: float) -> Floats:

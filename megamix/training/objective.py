@@ -8,7 +8,7 @@ Legend: K domains.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import ByKey
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.sources import WeightsBySource, weights_by_domain
 
 Floats = NDArray[np.float64]
 _Word = Literal["uniform", "natural"]
@@ -28,14 +29,14 @@ def _is_one(value: object) -> object:
 
 
 ObjectiveConfig = Annotated[
-    _Word | dict[str, float],
-    ByKey({}, mapping=dict[str, float], plain=_Word),
+    _Word | WeightsBySource,
+    ByKey({}, mapping=WeightsBySource, plain=_Word),
     pydantic.BeforeValidator(_is_one),
 ]
 """The key ``objective`` of a run."""
 
 
-def objective_weights(objective: str | Mapping[str, float], names: tuple[str, ...], natural: Floats) -> Floats:
+def objective_weights(objective: str | Mapping[str, Any], names: tuple[str, ...], natural: Floats) -> Floats:
     """float64 [K], sum 1: the weights that a config's ``objective`` gives the domains.
 
     Args:
@@ -45,11 +46,11 @@ def objective_weights(objective: str | Mapping[str, float], names: tuple[str, ..
         InputError: an unknown or missing domain, or weights that cannot be used.
     """
     if isinstance(objective, Mapping):
-        return normalise_weights(objective, names, "objective")
+        return normalise_weights(weights_by_domain(objective, "objective"), names, "objective")
     return natural.copy() if objective == "natural" else np.full(len(names), 1 / len(names))
 
 
-def objective_name(objective: str | Mapping[str, float]) -> str:
+def objective_name(objective: str | Mapping[str, Any]) -> str:
     """A short name for tables and plots."""
     return objective if isinstance(objective, str) else "as given"
 

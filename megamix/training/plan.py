@@ -32,7 +32,7 @@ from megamix.engines.megatron.layout import check_megatron_layout, check_megatro
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import find_mixer
 from megamix.training.config import MixConfig, RunConfig
-from megamix.training.mix_plan import MixPlan, make_policy
+from megamix.training.mix_plan import MixPlan, document_tokens, make_policy
 from megamix.training.objective import objective_weights
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def make_data_plan(
         num_samples=num_samples,
         natural_weights=natural,
         objective_weights=objective_weights(config.objective, names, natural),
-        policy=make_policy(config, names, num_samples, natural),
+        policy=make_policy(config, names, num_samples, natural, document_tokens(entries)),
         manifest=manifest,
         data_size=data_size,
         entries=entries,

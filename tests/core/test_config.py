@@ -251,7 +251,7 @@ def test_a_misspelt_name_gets_the_nearest_right_one(override: str, expected: str
         ("mixer=3", "mixer: got 3, expected a mapping with the key 'name'"),
         (
             "mixture=natura",
-            "mixture: got 'natura', expected uniform, natural, {domain: weight}, {temperature: POWER}, {unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}.",
+            "mixture: got 'natura', expected uniform, natural, {domain: weight}, {documents: {domain: share}}, {temperature: POWER}, {unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}.",
         ),
         ("mixture=[0.5, 0.5]", "mixture: got [0.5, 0.5], expected uniform"),
         ("mixture={web: heavy}", "small.yaml: mixture.web: Input should be a valid number"),

@@ -75,6 +75,13 @@ def normalise_weights(
 
 def _in_order(weights: Mapping[str, float], domains: Sequence[str], source: str) -> list[Any]:
     """The values of a mapping in the order of ``domains``; every name must be there, and no other."""
+    known = set(domains)
+    for name in (name for name in weights if name not in known):
+        if topics := [domain for domain in domains if domain.startswith(f"{name}:")]:
+            raise InputError(
+                f"{source}: '{name}' is no domain, but a source of {listed(topics)}. Give each of these a weight, or the source "
+                "{weight: WEIGHT, topics: {TOPIC: WEIGHT, ...}}."
+            )
     check_known(weights, domains, f"{source}: there is no domain")
     missing = [domain for domain in domains if domain not in weights]
     if missing:

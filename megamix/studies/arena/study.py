@@ -352,7 +352,9 @@ def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
 
 def names_domains(mixture: object) -> bool:
     """Whether a value of ``mixture`` is of certain domains, so that it says nothing about one more."""
-    return isinstance(mixture, Mapping) and not {"temperature", "unimax"} & mixture.keys()
+    if not isinstance(mixture, Mapping) or mixture.get("documents") == "uniform":
+        return False
+    return not {"temperature", "unimax"} & mixture.keys()
 
 
 def value_at(config: Any, key: str) -> object:

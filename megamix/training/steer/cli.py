@@ -16,7 +16,10 @@ def steer(
     ] = None,
     mixture: Annotated[
         str | None,
-        typer.Option(metavar="MIXTURE", help="These weights now: natural, uniform, or a file as in a config."),
+        typer.Option(
+            metavar="MIXTURE",
+            help="These weights now: natural, uniform, {DOMAIN: W} or {documents: ...} as in a config, or a file.",
+        ),
     ] = None,
     pin: Annotated[
         list[str] | None,

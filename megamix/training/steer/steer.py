@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.config import first_problem
+from megamix.core.config import first_problem, validate
 from megamix.core.errors import InputError, MegamixError
 from megamix.core.paths import expand
 from megamix.core.text import listed
 from megamix.core.yaml_text import parse_yaml
 from megamix.mixing.mixers import RecordedConfig, StaticConfig, normalise_weights
+from megamix.mixing.sources import weights_by_domain
 from megamix.mixing.steering.command import SteerCommand
 from megamix.mixing.steering.course import Course, Place, steered
 from megamix.mixing.steering.journal import IGNORED, NOTICED, append_command, read_answers
 from megamix.mixing.steering.rule import RuleMaker
 from megamix.mixing.weight_files import read_weights
+from megamix.training.mixture import DocumentsMixture
 from megamix.training.steer.steered_run import SteeredRun
 
 POLL_SECONDS = 0.5
@@ -146,6 +148,9 @@ def _mixture(run: SteeredRun, given: str) -> NDArray[np.float64]:
         return np.full(len(run.names), 1 / len(run.names))
     if given.lstrip().startswith("{"):
         weights = parse_yaml(given, "--mixture")
+        if isinstance(weights, dict) and weights.keys() == {"documents"}:
+            return validate(DocumentsMixture, weights, "--mixture").weights(run.frame(), "--mixture")
+        weights = weights_by_domain(weights, "--mixture") if isinstance(weights, dict) else weights
     else:
         weights = read_weights(Path(expand(given)), run.names)
     return normalise_weights(weights, run.names, "--mixture")

@@ -18,7 +18,8 @@ from megamix.mixing.steering.journal import CANCELLED, IGNORED, NOTICED, read_an
 from megamix.training.checkpoints import store
 from megamix.training.config import MixConfig
 from megamix.training.job.lock import NAME as LOCK
-from megamix.training.mix_plan import read_constraints
+from megamix.training.mix_plan import document_tokens, read_constraints, read_run
+from megamix.training.mixture import MixFrame
 from megamix.training.records.lines import MetricsLine, WeightsLine, last_line
 from megamix.training.records.recorded_run import CONFIG, METRICS, MIX, WEIGHTS, read_config, read_mix
 
@@ -85,6 +86,18 @@ class SteeredRun:
             InputError: the data set is not seen from here.
         """
         return Manifest.load(self.config.data.manifest).natural_weights(self.names)
+
+    def frame(self) -> MixFrame:
+        """What shares of documents are resolved for.
+
+        Raises:
+            InputError: the data set is not seen from here.
+        """
+        manifest, train = Manifest.load(self.config.data.manifest), self.config.train
+        lengths = document_tokens([manifest.domain(name) for name in self.names])
+        batches = (train.steps, train.global_batch, self.config.data.seq_length)
+        ones = np.ones(len(self.names), np.int64)
+        return MixFrame(self.names, manifest.natural_weights(self.names), ones, *batches, read_run, lengths)
 
     def place(self) -> Place:
         """Where weights would take effect, for checks: only the bounds count, as epochs give way by themselves."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, check_known
+from megamix.mixing.sources import source_of
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import (
     SLACK,
@@ -27,11 +28,6 @@ from megamix.studies.swarm.generate.levels import (
 
 ATTEMPTS = 200
 """Draws for a member, until one is away from all others, before this is given up."""
-
-
-def source_of(domain: str) -> str:
-    """The source of a domain: its name up to the first colon."""
-    return domain.split(":", 1)[0]
 
 
 @dataclass(frozen=True)
