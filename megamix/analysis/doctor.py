@@ -29,10 +29,11 @@ from megamix.data.tokens.stream import files_line
 from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import normalise_weights
+from megamix.training.bounds import bound_of
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import job_world_size
 from megamix.training.mix_plan import MixPlan, planned_mix
-from megamix.training.mixture import bound_of, mixture_of
+from megamix.training.mixture import mixture_of
 from megamix.training.plan import Plan, check_layout, make_plan
 
 PACKAGES = (

@@ -11,7 +11,8 @@ from megamix.core.config import IS_PATH, Config, DefaultName, kinds_of
 from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import MixerConfig, StaticConfig, evaluated
-from megamix.training.mixture import BoundConfig, MixtureConfig
+from megamix.training.bounds import BoundConfig
+from megamix.training.mixture import MixtureConfig
 from megamix.training.objective import ObjectiveConfig
 
 

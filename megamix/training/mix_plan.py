@@ -13,8 +13,9 @@ from megamix.core.errors import InputError, did_you_mean
 from megamix.data.tokens.manifest import DomainEntry
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.weight_policy import Stages, WeightPolicy
+from megamix.training.bounds import bound_of, read_bounds
 from megamix.training.config import DataConfig, MixConfig
-from megamix.training.mixture import MixFrame, bound_of, mixture_of, read_bounds
+from megamix.training.mixture import MixFrame, mixture_of
 from megamix.training.objective import objective_weights
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun

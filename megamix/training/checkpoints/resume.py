@@ -16,6 +16,7 @@ from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
 from megamix.engines.config import BEFORE_THESE_KEYS, TrainConfig
 from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
+from megamix.training.bounds import bound_of
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
@@ -24,7 +25,7 @@ from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.checkpoints.train_change import train_change
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
-from megamix.training.mixture import bound_of, mixture_of
+from megamix.training.mixture import mixture_of
 from megamix.training.plan import DataPlan, Plan
 
 T = TypeVar("T")

@@ -1,0 +1,93 @@
+"""The kinds of bounds of weights: numbers, or a factor around what a swarm proposes.
+
+Legend: K domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from megamix.core.config import ByKey, Config
+from megamix.core.errors import InputError, did_you_mean
+from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.weight_files import read_swarm_weights
+
+Floats = NDArray[np.float64]
+Names = tuple[str, ...]
+
+
+def read_bounds(key: str, value: float | Mapping[str, float], names: Names, default: float) -> Floats:
+    """float64 [K]: ``value`` of the key ``data.KEY``; ``default`` for domains that a mapping leaves out.
+
+    Raises:
+        InputError: an unknown domain, or a number out of range.
+    """
+    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    for name, number in given.items():
+        if name not in names:
+            raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
+        low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
+        if not low <= number <= high or (key == "max_epochs" and number == 0):
+            where = f" of domain '{name}'" if isinstance(value, Mapping) else ""
+            wanted = "a number above 0" if key == "max_epochs" else "a number from 0 to 1"
+            raise InputError(f"data.{key}{where} is {number}, expected {wanted}.")
+    return np.array([given.get(name, default) for name in names], np.float64)
+
+
+@dataclass(frozen=True)
+class GivenBound:
+    """A bound of the weights: one number for all domains, or {domain: number}."""
+
+    value: float | dict[str, float]
+
+    def describe(self) -> str:
+        """The bound in words."""
+        return str(self.value)
+
+    def resolve(self, key: str, names: Names, default: float) -> Floats:
+        """float64 [K]; see `read_bounds`."""
+        return read_bounds(key, self.value, names, default)
+
+    def fingerprint(self, names: Names, resolved: Floats) -> object:
+        """What must not change on resume, JSON-serialisable."""
+        return self.value
+
+
+class SwarmBound(Config):
+    """Bounds around a mixture that `megamix swarm propose` has found."""
+
+    from_swarm: Path
+    """The swarm's directory; its domains must be those of this run."""
+    factor: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    """The bound of a domain is this many times its weight there, 1 at most; so 2 for max_weight, or 0.5 for
+    min_weight, keeps weights within a factor of 2 of the mixture."""
+
+    def describe(self) -> str:
+        return f"{self.factor:g} times what the swarm {self.from_swarm} proposes"
+
+    def resolve(self, key: str, names: Names, default: float) -> Floats:
+        source = f"data.{key}, proposed by the swarm {self.from_swarm}"
+        proposed = normalise_weights(read_swarm_weights(self.from_swarm), names, source)
+        return np.minimum(self.factor * proposed, 1.0)
+
+    def fingerprint(self, names: Names, resolved: Floats) -> object:
+        """The numbers rather than the path, as for a mixture."""
+        return dict(zip(names, resolved.tolist(), strict=True))
+
+
+BoundConfig = Annotated[
+    float | dict[str, float] | SwarmBound,
+    ByKey({"from_swarm": SwarmBound}, mapping=dict[str, float], plain=float),
+]
+
+
+def bound_of(value: float | dict[str, float] | SwarmBound) -> GivenBound | SwarmBound:
+    """The kind of a value of ``data.min_weight`` or ``data.max_weight``."""
+    return value if isinstance(value, SwarmBound) else GivenBound(value)
