@@ -126,17 +126,24 @@ def test_every_token_and_document(tmp_path: Path, tokenizer: Path, kind: str) ->
 
 def test_a_blend_of_globs_and_megatron_s_files(tmp_path: Path, tokenizer: Path) -> None:
     for number in range(3):
-        raw(tmp_path / f"web/part-{number}.npy", "<u2", TOKENS + 0)
+        raw(tmp_path / f"web/part-{number}.npy", "<u2")
+    raw(tmp_path / "web/labels_mask_part_0.npy", "<u2", [257] * 9)
     raw(tmp_path / "code.bin", "<u2")
     blend("adopt", f"code={tmp_path}/code.bin", "--out", tmp_path / "one", "--tokenizer", tokenizer)
     pair = tmp_path / "one/code/tokens-00000"
-    given = f"3 {tmp_path}/web/*.npy 1 {pair}.bin"
-    names = [f"web={tmp_path}/web/*.npy", f"code={pair}.bin"]
+    given = f"3 {tmp_path}/web 1 {pair}.bin"
+    names = [f"web={tmp_path}/web", f"code={pair}.bin"]
     out = tmp_path / "two"
     blend("adopt", *names, "--data-path", given, "--out", out, "--tokenizer", tokenizer, "--split", "9,1,0")
     manifest = Manifest.load(out)
     assert read_weights(out / "mixture.json", ["web", "code"]) == {"web": 0.75, "code": 0.25}
     assert manifest.domain("web").train.documents == 3 * 54
+    blend(
+        "adopt", f"w={tmp_path}/web/part*.npy", "-o", tmp_path / "three", "--tokenizer", tokenizer, "--split", "9,1,0"
+    )
+    assert Manifest.load(tmp_path / "three").domain("w").train == manifest.domain("web").train.model_copy(
+        update={"prefixes": tuple(f"w/tokens-0000{number}" for number in range(3))}
+    )
     assert manifest.domain("code").train.prefixes == (str(pair),)
 
 

@@ -61,6 +61,15 @@ def test_all_texts_once(tmp_path: Path, tokenizer: str) -> None:
         assert len(held) < len(train) or name == "web2"
 
 
+def test_shards_hold_out_documents_of_their_own(tmp_path: Path, tokenizer: str) -> None:
+    writer = TextWriter(tmp_path / "out", ["web"], tokenizer, validation_fraction=0.3)
+    for shard in ("1/2", "2/2"):
+        writer.write((("web", str(number)) for number in range(100)), shard)
+    held = texts(merge(tmp_path / "out"), "web", "validation")
+    assert 30 < len(held) < 90
+    assert len(set(held)) > 1.2 * len(held) / 2
+
+
 def test_a_step_of_datatrove(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of the chapter, with a stand-in for the executor that does as datatrove's."""
 

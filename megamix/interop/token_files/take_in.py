@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 from megamix.core.progress import ReadProgress
-from megamix.core.text import gib, plural
+from megamix.core.text import gib, listed, plural
 from megamix.data.domain_names import file_name
 from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path, pick_dtype
 from megamix.data.tokens.tokenizer import LoadedTokenizer
@@ -29,6 +31,7 @@ from megamix.interop.token_files.flat import ENDINGS, FlatFile, open_flat
 from megamix.interop.token_files.mds import INDEX, MdsFolder, is_mds, open_mds
 from megamix.prepare.done_notes import InputFile, input_files, read_note, write_note
 
+_MASK = re.compile(r"(labels?|loss)_mask")  # of OLMo's data for fine-tuning
 _SPLITS = ("train", "val", "valid", "validation", "eval", "test")
 _FOREIGN = "a Megatron prefix, a .npy, .ds or .bin file of token ids, or a folder of them or of MDS shards"
 
@@ -149,7 +152,12 @@ def _below(folder: Path) -> list[Path]:
             continue
         kinds = [ending for ending in ENDINGS if ending != ".bin"]
         found += [Path(here, each) for each in names if Path(each).suffix.lower() in kinds and each[0] != "."]
-    return sorted(found)
+    masks = [path.name for path in found if _MASK.search(path.name)]
+    if masks:
+        get_logger().warning(
+            "%s: %s passed over, which hold no token ids: %s", folder, plural(len(masks), "mask"), listed(masks, 3)
+        )
+    return sorted(path for path in found if path.name not in masks)
 
 
 def _open(path: str | Path, tokenizer: LoadedTokenizer, dtype: str | None) -> FlatFile | MdsFolder:
