@@ -1,5 +1,6 @@
 # make demo: from raw text to a mixed, trained model.  make test: all tests.  make check: lint, types, layers, spelling.
 # make evidence: mixing rules against static mixtures, over seeds, sizes and corpora.  make evidence-short: a part of it.
+# make compat: a part of the tests with the oldest and the newest packages that setup.py allows.
 # make docs: pages of the public API, in build/docs.
 # make gpu: the loss kernels' acceptance on this machine's GPU, half an hour.  make clean: removes the environments, data
 # and runs.
@@ -12,7 +13,7 @@ TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo evidence evidence-short gpu mini-pile workshop test check docs env lock newest clean
+.PHONY: demo evidence evidence-short gpu mini-pile workshop test check compat docs env lock newest clean
 
 demo: mini-pile
 	$(BIN)/megamix train configs/demo.yaml
@@ -86,6 +87,10 @@ lock:
 newest: $(READY)
 	PYTHON=$(BIN)/python .ci/newest
 
+# The oldest packages in an environment of their own, with Python 3.10 where there is one; then the newest.
+compat: newest
+	.ci/oldest
+
 # Everything that is made here: also all data and runs.
 clean:
-	rm -rf $(VENV) $(VENV)-newest data runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest data runs build *.egg-info

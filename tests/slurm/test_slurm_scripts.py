@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from cluster import Cluster
 from on_cluster import StandIn
 
@@ -132,8 +133,10 @@ def test_the_code_of_the_rank_that_failed_first_is_the_jobs(slurm: Cluster, tmp_
     assert "0: megamix: out of luck" in job.said()
 
 
+@pytest.mark.slow
 def test_when_a_node_is_lost_the_job_starts_again(slurm: Cluster, tmp_path: Path) -> None:
-    """Everything on the node is killed at once; somebody, or the timeout, tells Slurm that it is down."""
+    """Everything on the node is killed at once; somebody, or the timeout, tells Slurm that it is down. Slow, as Slurm
+    sometimes lets the requeued job wait for two minutes."""
     job = StandIn(slurm, tmp_path, MEGAMIX_PREFLIGHT="0").submit(*TWO_BY_TWO)
     job.wait_for("start", 4)
     slurm.cut_node(2)
