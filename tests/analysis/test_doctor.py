@@ -90,6 +90,19 @@ def test_what_would_run(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_attention_within_documents_is_said_with_the_memory_of_its_masks(tmp_path: Path) -> None:
+    """Two samples of 16,384 tokens: a mask takes 2 GiB."""
+    activations = []
+    for attention in ("sample", "document"):
+        data = {"attention": attention, "seq_length": 16_384}
+        config = config_of(tmp_path, tmp_path, data=data, model={"vocab_size": 320}, train={"micro_batch": 2})
+        text = doctor(config, plan_only=True).text()
+        assert ("attention    within documents" in text) == (attention == "document")
+        (stage,) = [line.split() for line in text.splitlines() if line.startswith("stage 0")]
+        activations.append(float(stage[-5]))
+    assert activations[1] - activations[0] == pytest.approx(2, abs=0.002)
+
+
 def test_an_update_has_few_samples_of_a_domain(data: Path, tmp_path: Path) -> None:
     """16 samples a step, a quarter of them of code: 4 are enough, 3 are not."""
 
