@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from interop_files import EOD, blend, error_of, write_tokenizer
 
@@ -85,6 +87,27 @@ def with_shape(sample: np.ndarray) -> bytes:
     return bytes([1 << 2, len(sample)]) + sample.astype("<u2").tobytes()
 
 
+def table(path: Path, rows: Any, kind: Any = None) -> Path:
+    """Rows of token ids, in parquet, or in arrow's stream format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = pa.table({"input_ids": pa.array(rows, kind or pa.list_(pa.int32())), "n": list(range(len(rows)))})
+    if path.suffix == ".parquet":
+        pq.write_table(rows, path, row_group_size=9)
+        return path
+    with pa.ipc.new_stream(path, rows.schema) as writer:
+        for batch in rows.to_batches(max_chunksize=7):
+            writer.write_batch(batch)
+    return path
+
+
+def saved(folder: Path) -> Path:
+    """A dataset that ``save_to_disk`` wrote, beside which ``map`` has left a file."""
+    table(folder / "data-00000-of-00001.arrow", [TOKENS[at : at + 16].tolist() for at in range(0, len(TOKENS), 16)])
+    table(folder / "cache-1.arrow", [[1, 2, EOD]])
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    return folder.parent
+
+
 LLM_C = np.array([20240520, 1, len(TOKENS), *[0] * 253], "<i4").tobytes()
 KINDS: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "olmo": (lambda at: raw(at / "part-0-00000.npy", "<u2"), True),
@@ -97,6 +120,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "mds": (lambda at: mds(at / "mds", "ndarray:uint16", with_shape), False),
     "mds, types by sample": (lambda at: mds(at / "mds", "ndarray", lambda row: b"\x10" + with_shape(row)), False),
     "mds of bytes": (lambda at: mds(at / "mds", "bytes", lambda row: row.astype("<i8").tobytes()), False),
+    "parquet": (lambda at: table(at / "a.parquet", DOCUMENTS), False),
+    "arrow": (lambda at: table(at / "a.arrow", DOCUMENTS, pa.large_list(pa.int64())), False),
+    "saved dataset": (lambda at: saved(at / "b" / "c"), False),
     "mds.gz": (lambda at: mds(at / "mds", "ndarray:uint16", with_shape, packed=True), False),
 }
 
@@ -201,6 +227,11 @@ REFUSED: list[tuple[Callable[[Path], Any], list[str], str]] = [
     (lambda at: mds(at / "x", "str", with_shape), [], "the column 'tokens' is of str, expected bytes or ndarray"),
     (lambda at: mds(at / "x", "ndarray:int32", with_shape), [], "sample 0: its 34 bytes are no token ids of ndarray:int32"),
     (lambda at: mds(at / "x", "bytes", lambda row: b"123"), [], "no token ids of bytes .* --dtype"),
+    (lambda at: table(at / "a.arrow", ["text"], pa.string()), [], "'input_ids' holds string, expected lists of integers"),
+    (lambda at: table(at / "a.parquet", [[0.5]], pa.list_(pa.float32())), [], "expected lists of integers"),
+    (lambda at: table(at / "a.parquet", [[1, None]]), [], "a token id that is null"),
+    (lambda at: pq.write_table(pa.table({"text": ["x"]}), at / "a.parquet"), [], "the columns text, expected one of token"),
+    (lambda at: (at / "a.arrow").write_bytes(b"no table"), [], "a.arrow is damaged"),
     (lambda at: None, [], "holds no token ids. Expected a Megatron prefix, a .npy"),
 ]  # fmt: skip
 

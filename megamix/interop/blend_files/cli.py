@@ -31,7 +31,7 @@ def adopt(
         list[str] | None,
         typer.Argument(
             metavar="NAME=PREFIX[,PREFIX]",
-            help="The files of a domain: Megatron prefixes, .npy, .ds or .bin files of ids, globs of these, folders of them"
+            help="The files of a domain: Megatron prefixes, .npy, .ds or .bin files of ids, tables of ids, globs, folders of these"
             " or of MDS shards. Beside a blend, names for its files; default names: the files' own.",
         ),
     ] = None,

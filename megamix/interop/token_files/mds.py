@@ -23,7 +23,7 @@ from megamix.core.files import read_json
 from megamix.prepare.kinds import DAMAGED, decompressed
 
 INDEX = "index.json"
-_COLUMNS = ("tokens", "input_ids")
+COLUMNS = ("tokens", "input_ids")
 _ENDINGS = {"zstd": ".zst", "gz": ".gz", "bz2": ".bz2"}
 _MOST_BYTES = 1 << 32  # offsets have 32 bits
 _VALUE_TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
@@ -97,10 +97,10 @@ def _shard(folder: Path, info: Mapping[str, Any]) -> _Shard:
             f"{folder / INDEX} has shards of format {info['format']}, version {info['version']}, expected mds, version 2."
         )
     names, encodings = info["column_names"], info["column_encodings"]
-    found = [number for number, name in enumerate(names) if name in _COLUMNS]
+    found = [number for number, name in enumerate(names) if name in COLUMNS]
     if len(found) != 1:
         raise InputError(
-            f"{folder} has the columns {', '.join(names)}, expected one of token ids: {' or '.join(_COLUMNS)}. Text is for"
+            f"{folder} has the columns {', '.join(names)}, expected one of token ids: {' or '.join(COLUMNS)}. Text is for"
             " `megamix prepare`, from .jsonl or .parquet."
         )
     encoding = encodings[found[0]]

@@ -29,11 +29,18 @@ from megamix.interop.blend_files.sources import Sources
 from megamix.interop.token_files.documents import Cutter
 from megamix.interop.token_files.flat import ENDINGS, FlatFile, open_flat
 from megamix.interop.token_files.mds import INDEX, MdsFolder, is_mds, open_mds
+from megamix.interop.token_files.tables import ENDINGS as TABLES
+from megamix.interop.token_files.tables import TokenTable
 from megamix.prepare.done_notes import InputFile, input_files, read_note, write_note
+from megamix.prepare.hub import saved_files
 
 _MASK = re.compile(r"(labels?|loss)_mask")  # of OLMo's data for fine-tuning
 _SPLITS = ("train", "val", "valid", "validation", "eval", "test")
-_FOREIGN = "a Megatron prefix, a .npy, .ds or .bin file of token ids, or a folder of them or of MDS shards"
+_Foreign = FlatFile | MdsFolder | TokenTable
+_EXPECTED = (
+    "a Megatron prefix, a .npy, .ds or .bin file of token ids, a table with a column of them (.parquet, .arrow), or a folder"
+    " of these or of MDS shards"
+)
 
 
 class TakenNote(Config):
@@ -108,8 +115,8 @@ def take_in(
     return taken
 
 
-def _num_bytes(one: FlatFile | MdsFolder) -> int:
-    return one.num_bytes if isinstance(one, MdsFolder) else one.num_tokens * one.dtype.itemsize
+def _num_bytes(one: _Foreign) -> int:
+    return one.num_tokens * one.dtype.itemsize if isinstance(one, FlatFile) else one.num_bytes
 
 
 def _find(name: str, path: str) -> list[str | Path]:
@@ -118,15 +125,15 @@ def _find(name: str, path: str) -> list[str | Path]:
         matches = sorted(glob.glob(path, recursive=True))
         found = [one for match in matches for one in _find(name, match) if isinstance(one, Path)]
         if not found:
-            raise InputError(f"domain '{name}': no file of token ids matches '{path}'. Expected {_FOREIGN}.")
+            raise InputError(f"domain '{name}': no file of token ids matches '{path}'. Expected {_EXPECTED}.")
         return list(dict.fromkeys(found))
     here = Path(path)
     if here.is_dir():
         found = list(_below(here))
         if not found:
-            raise InputError(f"domain '{name}': the folder {path} holds no token ids. Expected {_FOREIGN}.")
+            raise InputError(f"domain '{name}': the folder {path} holds no token ids. Expected {_EXPECTED}.")
         return list(found)
-    if here.is_file() and here.suffix.lower() in ENDINGS and not idx_path(path).exists():
+    if here.is_file() and here.suffix.lower() in (*ENDINGS, *TABLES) and not idx_path(path).exists():
         if here.suffix.lower() == ".bin" and idx_path(here.with_suffix("")).exists():
             return [str(here.with_suffix(""))]
         return [here]
@@ -137,6 +144,8 @@ def _below(folder: Path) -> list[Path]:
     """Folders of MDS shards and flat files in a folder, sorted; a .bin is a flat file only where it is named."""
     if is_mds(folder):
         return [folder]
+    if (saved := saved_files(folder)) is not None:
+        return saved
     splits = [name for name in _SPLITS if (folder / name).is_dir()]
     if len(splits) > 1:
         raise InputError(
@@ -150,7 +159,10 @@ def _below(folder: Path) -> list[Path]:
             found.append(Path(here))
             folders.clear()
             continue
-        kinds = [ending for ending in ENDINGS if ending != ".bin"]
+        if (saved := saved_files(Path(here))) is not None:
+            found += saved
+            continue
+        kinds = [ending for ending in (*ENDINGS, *TABLES) if ending != ".bin"]
         found += [Path(here, each) for each in names if Path(each).suffix.lower() in kinds and each[0] != "."]
     masks = [path.name for path in found if _MASK.search(path.name)]
     if masks:
@@ -160,8 +172,11 @@ def _below(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.name not in masks)
 
 
-def _open(path: str | Path, tokenizer: LoadedTokenizer, dtype: str | None) -> FlatFile | MdsFolder:
-    return open_mds(Path(path), dtype) if is_mds(Path(path)) else open_flat(Path(path), tokenizer, dtype)
+def _open(path: str | Path, tokenizer: LoadedTokenizer, dtype: str | None) -> _Foreign:
+    path = Path(path)
+    if path.suffix.lower() in TABLES:
+        return TokenTable(path)
+    return open_mds(path, dtype) if is_mds(path) else open_flat(path, tokenizer, dtype)
 
 
 @dataclass
@@ -177,7 +192,7 @@ class _Domain:
     ends: int = 0
     sources: list[Path] = field(default_factory=list)
 
-    def prefixes(self, held: Sequence[str | FlatFile | MdsFolder], shown: ReadProgress) -> list[str]:
+    def prefixes(self, held: Sequence[str | _Foreign], shown: ReadProgress) -> list[str]:
         """A prefix for each, made where it is not there."""
         made: list[str] = []
         for number, one in enumerate(held):
@@ -196,7 +211,7 @@ class _Domain:
             )
         return made
 
-    def _make(self, one: FlatFile | MdsFolder, prefix: Path) -> None:
+    def _make(self, one: _Foreign, prefix: Path) -> None:
         self.sources.append(one.path)
         (source,) = input_files([one.path / INDEX if isinstance(one, MdsFolder) else one.path])
         note_path = prefix.with_name(prefix.name + ".json")
@@ -214,7 +229,7 @@ class _Domain:
         else:
             self.taken.in_place += 1
 
-    def _write(self, one: FlatFile | MdsFolder, prefix: Path) -> tuple[int, bool]:
+    def _write(self, one: _Foreign, prefix: Path) -> tuple[int, bool]:
         """Writes index and, where they cannot stay, tokens; returns the ends found, and whether tokens were copied."""
         idx_path(prefix).unlink(missing_ok=True)
         bin_path(prefix).unlink(missing_ok=True)
