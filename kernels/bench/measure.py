@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -147,23 +147,55 @@ def linear(request: dict[str, Any]) -> Rows:
 
 
 def host(request: dict[str, Any]) -> Rows:
-    """Time in which the host enqueues a call, on logits so small that the device is always ahead."""
+    """Time in which the host enqueues a call, on logits so small that the device is always ahead, and the same of an
+    autograd function that does nothing. On a CPU without the launches and what only a CPU checks."""
     made = builder(request["name"], {})(DEVICE)
     source_NV = torch.randn(2, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     labels_N = torch.arange(2, device=DEVICE)
-    forward, backward = [], []
-    for _ in range(200 if ON_GPU else 2):
-        logits_NV = source_NV * 1
-        _wait()
-        marks = [time.perf_counter()]
-        value = made(logits_NV, labels_N) * INCOMING
-        marks.append(time.perf_counter())
-        value.backward()
-        marks.append(time.perf_counter())
-        forward.append((marks[1] - marks[0]) * 1e6)
-        backward.append((marks[2] - marks[1]) * 1e6)
-    warm = len(forward) // 2
-    return [figure("forward", forward[warm:], "us"), figure("backward", backward[warm:], "us")]
+    found = []
+    with contextlib.nullcontext() if ON_GPU else _without_launches():
+        for name, loss in (("", made), (" of an empty function", lambda logits_NV, _: _Empty.apply(logits_NV))):
+            forward, backward = [], []
+            for _ in range(400):
+                logits_NV = source_NV * 1
+                _wait()
+                marks = [time.perf_counter()]
+                value = loss(logits_NV, labels_N)
+                marks.append(time.perf_counter())
+                (value * INCOMING).backward()
+                marks.append(time.perf_counter())
+                forward.append((marks[1] - marks[0]) * 1e6)
+                backward.append((marks[2] - marks[1]) * 1e6)
+            found += [figure(f"forward{name}", forward[200:], "us"), figure(f"backward{name}", backward[200:], "us")]
+    ratios = [found[index]["value"] / found[index + 2]["value"] for index in (0, 1)]
+    return [
+        *found,
+        *(figure(f"{name} / empty", ratio, "") for name, ratio in zip(("forward", "backward"), ratios, strict=True)),
+    ]
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor) -> torch.Tensor:
+        ctx.logits_NV = logits_NV.detach()
+        return logits_NV.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return ctx.logits_NV
+
+
+@contextlib.contextmanager
+def _without_launches() -> Iterator[None]:
+    from megamix_kernels import checks, inputs, loss, triton_loss
+
+    launcher = mock.MagicMock(__getitem__=lambda _, grid: lambda *arguments, **options: None)
+    with contextlib.ExitStack() as stack:
+        for name in ("loss_rows", "gradient_rows"):
+            stack.enter_context(mock.patch.object(triton_loss.kernels, name, launcher))
+        for module, name in ((checks, "check_values"), (inputs, "counted_rows"), (loss, "check_promise")):
+            stack.enter_context(mock.patch.object(module, name, return_value=None))
+        yield
 
 
 def numerics(request: dict[str, Any]) -> Rows:

@@ -5,7 +5,7 @@ Shapes: N tokens, V logits a token (of this rank), K domains, T ranks that share
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,7 @@ from megamix_kernels.sums import DomainSums
 NUM_PARTIALS = 4
 
 
-@dataclass(frozen=True)
-class VocabularyShard:
+class VocabularyShard(NamedTuple):
     """Columns of the vocabulary that this rank's logits hold.
 
     Attributes:
@@ -43,8 +42,7 @@ class VocabularyShard:
         return self.group is None or self.group.rank() == 0
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Inputs of a loss call beside its logits; tensors are contiguous.
 
     Attributes:

@@ -11,7 +11,6 @@ Shapes: N tokens, H hidden, V vocabulary (of this rank), K domains, R rows of on
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -79,7 +78,7 @@ def linear_domain_cross_entropy(
             without gradient_scale.
         RuntimeError: weight_gradient_VH in a recomputation, which would add to it a second time.
     """
-    options = replace(options, **settings)
+    options = options.changed(settings)
     factors = _as_in_products(hidden_NH), _as_in_products(weight_VH)
     checks.check_projection(*factors)
     shape = (hidden_NH.shape[0], weight_VH.shape[0])
@@ -201,7 +200,7 @@ def _forward_in_chunks(
     inputs, is_promised = call.inputs, call.inputs.gradient_scale is not None
     if not is_promised:
         # Gradients of the weighted sum have size one, which fp16 can hold.
-        inputs = replace(inputs, divisor=1.0, gradient_scale=1.0)
+        inputs = inputs._replace(divisor=1.0, gradient_scale=1.0)
     grad_hidden_NH = torch.empty_like(hidden_NH) if call.want_hidden else None
     grad_weight_VH = call.weight_gradient_VH
     sum_dtype = torch.float32 if call.accumulate_fp32 and weight_VH.dtype != torch.float64 else weight_VH.dtype
@@ -239,8 +238,7 @@ def _forward_in_chunks(
 
 def _rows_of(inputs: Inputs, rows: slice) -> Inputs:
     """Inputs of some of the rows."""
-    return replace(
-        inputs,
+    return inputs._replace(
         labels_N=inputs.labels_N[rows],
         domain_N=inputs.domain_N[rows],
         mask_N=None if inputs.mask_N is None else inputs.mask_N[rows],

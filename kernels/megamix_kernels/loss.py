@@ -9,8 +9,8 @@ Shapes: N tokens, V logits a token (of this rank), K domains.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -121,7 +121,7 @@ def domain_cross_entropy(
             the implementation cannot be used here.
         RuntimeError: an earlier call has written its gradient over the logits.
     """
-    options = replace(options, **settings)
+    options = options.changed(settings)
     checks.check_logits(logits_NV)
     refuse_overwritten(logits_NV)
     backend = choose_backend(options.implementation, logits_NV)
@@ -146,17 +146,23 @@ def choose_backend(implementation: str, logits_NV: Tensor) -> ModuleType:
     """
     if implementation == "torch" or (implementation == "auto" and not logits_NV.is_cuda):
         return torch_loss
-    if importlib.util.find_spec("triton") is None:
-        reason = "the package triton is not installed"
-    else:
-        from megamix_kernels import triton_loss
-
-        reason = triton_loss.why_not(logits_NV)
-        if reason is None:
-            return triton_loss
+    triton_loss = _triton_loss()
+    reason = "the package triton is not installed" if triton_loss is None else triton_loss.why_not(logits_NV)
+    if triton_loss is not None and reason is None:
+        return triton_loss
     if implementation == "auto":
         return torch_loss
     raise ValueError(f"implementation 'triton' cannot be used: {reason}; use 'auto' or 'torch'")
+
+
+@functools.cache
+def _triton_loss() -> ModuleType | None:
+    """The module, which needs triton; None without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from megamix_kernels import triton_loss
+
+    return triton_loss
 
 
 class _Call(NamedTuple):

@@ -1,11 +1,12 @@
 """Kernels of the Triton path: one program a row of logits, in fp32, statistics included.
 
-`loss_rows` reads every row once (mode B) or, with GRADIENT, a second time to write the gradient, preferably over the
-logits (mode A). `gradient_rows` is mode B's backward pass. With a vocabulary split over ranks, `partial_rows` reads
-this rank's columns, the ranks exchange four numbers a row, and `finish_rows` merges them as `loss_rows` does.
+`loss_rows` reads every row once (mode B) or, with gradients, a second time to write them, preferably over the logits
+(mode A). `gradient_rows` is mode B's backward pass. With a vocabulary split over ranks, `partial_rows` reads this
+rank's columns, the ranks exchange four numbers a row, and `finish_rows` merges them as `loss_rows` does.
 
-Optional pointers may be None. ``scale`` and ``divisor`` are numbers that the host knows; their pointers are further
-factors that only the device knows. Row offsets are int64: 16384 rows of 131072 are 2**31 elements.
+Pointers of what is not given and settings that are off are None. ``scale`` and ``divisor`` are numbers that the host
+knows, or pointers to one that only the device knows. ``state`` [N, 2] is each row's maximum and norm. Row offsets are
+int64: 16384 rows of 131072 are 2**31 elements.
 
 Shapes: N tokens, V logits a token (of this rank), K domains, T ranks.
 """
@@ -21,10 +22,11 @@ from megamix_kernels.triton_tokens import conclude, describe
 
 
 @triton.jit
-def _times(number, pointer):
-    """Returns the number times the value at the pointer, if any."""
-    if pointer is not None:
-        number = number * tl.load(pointer).to(tl.float32)
+def _value(number):
+    """Returns a number, or the one at a pointer."""
+    number = tl.core.to_tensor(number)  # the interpreter hands over a float
+    if number.dtype.is_ptr():
+        number = tl.load(number).to(tl.float32)
     return number
 
 
@@ -32,40 +34,32 @@ def _times(number, pointer):
 def loss_rows(
     logits,
     gradients,
+    row_stride,
+    gradient_stride,
+    num_columns,
     labels,
     domains,
     mask,
     weights,
+    ignore_index,
+    vocab_size,
+    num_domains,
     references,
     sums,
     row_losses,
     token_losses,
-    maxima,
-    norms,
-    scale_pointer,
-    divisor_pointer,
+    state,
     scale,
     divisor,
-    num_columns,
-    row_stride,
-    gradient_stride,
-    ignore_index,
-    vocab_size,
-    num_domains,
     z_loss,
     softcap,
     smoothing,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    GRADIENT: tl.constexpr,
     EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     REST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Loss and statistics of one row; with GRADIENT also its gradient, else its maximum and norm."""
+    """Loss and statistics of one row; with gradients also its gradient, else its state."""
     row = tl.program_id(0).to(tl.int64)
     counted, label, domain, weight, valid = describe(
         row, True, labels, domains, mask, weights, ignore_index, vocab_size, num_domains
@@ -74,25 +68,14 @@ def loss_rows(
         tl.store(row_losses + row, 0.0)
         if token_losses is not None:
             tl.store(token_losses + row, 0.0)
-        if GRADIENT:
-            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS, CHUNK)
+        if gradients is not None:
+            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS)
         return
     logits_row = logits + row * row_stride
     # Fewer and narrower live values in the loops keep 32 warps within their 64 registers.
     column = tl.where(valid, label, -1).to(tl.int32)
     row_max, norm, target, deviation, ahead_EG = read_row(
-        logits_row,
-        column,
-        num_columns,
-        vocab_size,
-        softcap,
-        SOFTCAP,
-        SMOOTHING,
-        EDGES,
-        CHUNKS,
-        CHUNK,
-        REST,
-        AHEAD,
+        logits_row, column, num_columns, vocab_size, softcap, smoothing, EDGES, CHUNKS, REST, AHEAD
     )
     conclude(
         row,
@@ -109,16 +92,15 @@ def loss_rows(
         sums,
         row_losses,
         token_losses,
-        _times(divisor, divisor_pointer),
+        _value(divisor),
         vocab_size,
         z_loss,
         smoothing,
-        Z_LOSS,
-        SMOOTHING,
+        False,
     )
-    if GRADIENT:
+    if gradients is not None:
         if weight == 0:
-            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS, CHUNK)
+            write_zeros(gradients + row * gradient_stride, num_columns, EDGES, CHUNKS)
             return
         write_gradient(
             gradients + row * gradient_stride,
@@ -130,53 +112,44 @@ def loss_rows(
             ahead_EG,
             row_max,
             norm,
-            weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
+            weight * (_value(scale) / _value(divisor)),
             z_loss,
             softcap,
             smoothing,
-            Z_LOSS,
-            SOFTCAP,
             EDGES,
             CHUNKS,
-            CHUNK,
             REST,
             AHEAD,
         )
     else:
-        tl.store(maxima + row, row_max)
-        tl.store(norms + row, norm)
+        tl.store(state + 2 * row, row_max)
+        tl.store(state + 2 * row + 1, norm)
 
 
 @triton.jit
 def gradient_rows(
     logits,
     gradients,
+    row_stride,
+    gradient_stride,
+    num_columns,
+    valid_columns,
+    first_column,
     labels,
     domains,
     mask,
     weights,
-    maxima,
-    norms,
-    scale_pointer,
-    divisor_pointer,
-    scale,
-    divisor,
-    num_columns,
-    valid_columns,
-    first_column,
-    row_stride,
-    gradient_stride,
     ignore_index,
     vocab_size,
     num_domains,
+    state,
+    scale,
+    divisor,
     z_loss,
     softcap,
     smoothing,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     REST: tl.constexpr,
 ):
     """Gradient of one row of this rank's columns, from its maximum and norm over all columns."""
@@ -186,7 +159,7 @@ def gradient_rows(
     )
     gradient_row = gradients + row * gradient_stride
     if (counted == 0) | (weight == 0):
-        write_zeros(gradient_row, num_columns, EDGES, CHUNKS, CHUNK)
+        write_zeros(gradient_row, num_columns, EDGES, CHUNKS)
         return
     write_gradient(
         gradient_row,
@@ -196,17 +169,14 @@ def gradient_rows(
         valid_columns,
         vocab_size,
         None,
-        tl.load(maxima + row),
-        tl.load(norms + row),
-        weight * (_times(scale, scale_pointer) / _times(divisor, divisor_pointer)),
+        tl.load(state + 2 * row),
+        tl.load(state + 2 * row + 1),
+        weight * (_value(scale) / _value(divisor)),
         z_loss,
         softcap,
         smoothing,
-        Z_LOSS,
-        SOFTCAP,
         EDGES,
         CHUNKS,
-        CHUNK,
         REST,
         False,
     )
@@ -215,24 +185,22 @@ def gradient_rows(
 @triton.jit
 def partial_rows(
     logits,
-    labels,
-    domains,
-    mask,
-    partials,
-    num_rows,
+    row_stride,
     num_columns,
     valid_columns,
     first_column,
-    row_stride,
+    labels,
+    domains,
+    mask,
     ignore_index,
     vocab_size,
     num_domains,
+    partials,
+    num_rows,
     softcap,
-    SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    smoothing,
     EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     REST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -250,11 +218,9 @@ def partial_rows(
         num_columns,
         valid_columns,
         softcap,
-        SOFTCAP,
-        SMOOTHING,
+        smoothing,
         EDGES,
         CHUNKS,
-        CHUNK,
         REST,
         AHEAD,
     )
@@ -267,27 +233,23 @@ def partial_rows(
 @triton.jit
 def finish_rows(
     partials,
+    num_rows,
+    num_columns,
     labels,
     domains,
     mask,
     weights,
+    ignore_index,
+    vocab_size,
+    num_domains,
     references,
     sums,
     row_losses,
     token_losses,
-    maxima,
-    norms,
-    divisor_pointer,
+    state,
     divisor,
-    num_rows,
-    num_columns,
-    ignore_index,
-    vocab_size,
-    num_domains,
     z_loss,
     smoothing,
-    Z_LOSS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -310,13 +272,13 @@ def finish_rows(
         part = partials + rank * 4 * num_rows + row
         part_max = tl.load(part, mask=counted, other=0.0)
         norm += tl.load(part + num_rows, mask=counted, other=1.0) * tl.exp2((part_max - safe) * LOG2_E)
-        if SMOOTHING:
+        if smoothing is not None:
             columns = tl.minimum(tl.maximum(vocab_size - rank * num_columns, 0), num_columns)
             part_safe = tl.where(part_max == float("-inf"), 0.0, part_max)
             deviation += tl.load(part + 3 * num_rows, mask=counted, other=0.0) + columns * (part_safe - safe)
 
-    tl.store(maxima + row, row_max, mask=counted)
-    tl.store(norms + row, norm, mask=counted)
+    tl.store(state + 2 * row, row_max, mask=counted)
+    tl.store(state + 2 * row + 1, norm, mask=counted)
     conclude(
         row,
         here,
@@ -332,10 +294,9 @@ def finish_rows(
         sums,
         row_losses,
         token_losses,
-        _times(divisor, divisor_pointer),
+        _value(divisor),
         vocab_size,
         z_loss,
         smoothing,
-        Z_LOSS,
-        SMOOTHING,
+        True,
     )

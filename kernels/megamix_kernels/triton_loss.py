@@ -4,8 +4,8 @@ Mode A launches `loss_rows`; mode B launches it and `gradient_rows`. The scalar 
 losses: one more launch, over N floats, but a deterministic one. Float atomics inside the kernel would not be, and
 integer ones would bound the range of the objective and need a cleared buffer, which is a launch too.
 
-The launch configuration depends only on the width and dtype of the logits, never on timing, so that a row's loss is the
-same to the last bit in every run.
+The launch configuration depends only on the width, dtype and alignment of the logits, never on timing, so that a row's
+loss is the same to the last bit in every run.
 
 Shapes: N tokens, V logits a token (of this rank), K domains, T ranks that share the vocabulary.
 """
@@ -28,6 +28,7 @@ from megamix_kernels.inputs import NUM_PARTIALS, Inputs, gather_partials
 
 OVERWRITES = True  # the gradient may be written over the logits
 FINISH_ROWS = 128
+FINISH_WARPS = 4
 MAX_WARPS = 32
 # Stated, because the default is to change, and with it the last bits.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
@@ -51,17 +52,8 @@ class Launch(NamedTuple):
         row's work hides its loads."""
         return self.num_warps == MAX_WARPS
 
-    def rest(self, num_columns: int, valid_columns: int, edges: int) -> int:
-        """Returns the columns of a chunk in a row's last tile: the fewest with which one tile is enough."""
-        block = self.chunks * self.chunk
-        left = 1
-        for head in range(self.chunk if edges else 1):
-            body = (num_columns - head) // self.chunk * self.chunk
-            left = max(left, body - min(valid_columns - head, body) // block * block)
-        return min(triton.next_power_of_2(triton.cdiv(left, self.chunks)), self.chunk)
 
-
-@functools.lru_cache
+@functools.cache
 def launch_for(num_columns: int, element_size: int, *, softcap: bool = False) -> Launch:
     """Returns the launch configuration for rows of this width.
 
@@ -90,6 +82,17 @@ def _place(rows_NV: Tensor) -> tuple[int, int]:
     return rows_NV.data_ptr() % 16, rows_NV.stride(0) * rows_NV.element_size() % 16
 
 
+@functools.cache
+def rest_of(launch: Launch, num_columns: int, valid_columns: int, edges: int) -> int:
+    """Returns the columns of a chunk in a row's last tile: the fewest with which one tile is enough."""
+    block = launch.chunks * launch.chunk
+    left = 1
+    for head in range(launch.chunk if edges else 1):
+        body = (num_columns - head) // launch.chunk * launch.chunk
+        left = max(left, body - min(valid_columns - head, body) // block * block)
+    return min(int(triton.next_power_of_2(triton.cdiv(left, launch.chunks))), launch.chunk)
+
+
 def why_not(logits_NV: Tensor) -> str | None:
     """Returns the reason why these kernels cannot read the logits; None if they can."""
     if logits_NV.dtype == torch.float64:
@@ -108,25 +111,47 @@ def forward(
 
     With ``grad_NV``, which may be the logits, also writes the gradient for ``inputs.gradient_scale`` there (mode A).
     """
-    num_rows, shard = logits_NV.shape[0], inputs.shard
+    num_rows, options, shard = logits_NV.shape[0], inputs.options, inputs.shard
     row_loss_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
-    token_loss_N = torch.empty_like(row_loss_N) if inputs.options.return_token_loss else None
-    losses = {"row_losses": row_loss_N, "token_losses": token_loss_N}
-    saved = ()
-    if grad_NV is None or not shard.is_whole:
-        saved = (torch.empty_like(row_loss_N), torch.empty_like(row_loss_N))
-    if shard.group is None:
-        _launch(kernels.loss_rows, num_rows, logits_NV, inputs, saved, inputs.gradient_scale, grad_NV, **losses)
-    elif num_rows:
+    token_loss_N = torch.empty_like(row_loss_N) if options.return_token_loss else None
+    state_N2 = row_loss_N.new_empty(num_rows, 2) if grad_NV is None or not shard.is_whole else None
+    saved = () if state_N2 is None else (state_N2,)
+    if not num_rows:
+        return row_loss_N.sum(), token_loss_N, saved
+    sums = inputs.sums.buffer if inputs.adds_to_sums else None
+    outputs = (inputs.reference_loss_N, sums, row_loss_N, token_loss_N, state_N2)
+    z_loss, softcap, smoothing = _settings(inputs)
+    layout = _Layout.of(logits_NV, grad_NV if shard.is_whole else None, inputs)
+    with _device_of(logits_NV):
+        if shard.group is None:
+            layout.launch(
+                kernels.loss_rows,
+                *(logits_NV, grad_NV, layout.row_stride, layout.gradient_stride, logits_NV.shape[1]),
+                *_tokens(inputs),
+                *outputs,
+                *(inputs.gradient_scale, inputs.divisor, z_loss, softcap, smoothing),
+                *layout.constants_ahead,
+            )
+            return row_loss_N.sum(), token_loss_N, saved
         # Each rank reads its columns, exchanges four numbers a row, and merges them the same way as all others.
         partials_4N = row_loss_N.new_empty(NUM_PARTIALS, num_rows)
-        _launch(kernels.partial_rows, num_rows, logits_NV, inputs, partials=partials_4N)
+        layout.launch(
+            kernels.partial_rows,
+            *(logits_NV, layout.row_stride, logits_NV.shape[1], shard.valid_columns, shard.first_column),
+            *_tokens(inputs, weights=False),
+            *(partials_4N, num_rows, softcap, smoothing),
+            *layout.constants_ahead,
+        )
         partials_T4N = gather_partials(partials_4N, shard.group)
-        merge = {"partials": partials_T4N, "RANKS": len(partials_T4N), "ROWS": FINISH_ROWS, "num_warps": 4}
-        num_blocks = triton.cdiv(num_rows, FINISH_ROWS)
-        _launch(kernels.finish_rows, num_blocks, logits_NV, inputs, saved, **losses, **merge)
-        if grad_NV is not None:
-            gradient(logits_NV, inputs, saved, inputs.gradient_scale, grad_NV)
+        _launch(
+            *(kernels.finish_rows, triton.cdiv(num_rows, FINISH_ROWS), FINISH_WARPS),
+            *(partials_T4N, num_rows, logits_NV.shape[1]),
+            *_tokens(inputs),
+            *outputs,
+            *(inputs.divisor, z_loss, smoothing, len(partials_T4N), FINISH_ROWS),
+        )
+    if grad_NV is not None:
+        gradient(logits_NV, inputs, saved, inputs.gradient_scale, grad_NV)
     return row_loss_N.sum(), token_loss_N, saved
 
 
@@ -134,75 +159,71 @@ def gradient(
     logits_NV: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], scale: float | Tensor | None, grad_NV: Tensor
 ) -> None:
     """Writes the gradient for the incoming gradient ``scale`` into grad_NV, which may be the logits."""
-    _launch(kernels.gradient_rows, logits_NV.shape[0], logits_NV, inputs, saved, scale, grad_NV)
-
-
-def _launch(
-    kernel: Any,
-    num_programs: int,
-    logits_NV: Tensor,
-    inputs: Inputs,
-    saved: tuple[Tensor, ...] = (),
-    scale: float | Tensor | None = None,
-    grad_NV: Tensor | None = None,
-    **others: Any,
-) -> None:
-    """Launches a kernel with the arguments that its signature names."""
-    if not num_programs:
+    if not logits_NV.shape[0]:
         return
-    options, shard = inputs.options, inputs.shard
-    launch = launch_for(logits_NV.shape[1], logits_NV.element_size(), softcap=bool(options.softcap))
-    edges = edges_of(logits_NV, grad_NV)
-    maxima, norms = saved or (None, None)
-    known = {
-        "logits": logits_NV,
-        "gradients": grad_NV,
-        "labels": inputs.labels_N,
-        "domains": inputs.domain_N,
-        "mask": inputs.mask_N,
-        "weights": inputs.loss_weights_K,
-        "references": inputs.reference_loss_N,
-        "sums": inputs.sums.buffer if inputs.adds_to_sums else None,
-        "maxima": maxima,
-        "norms": norms,
-        **_number_or_pointer("scale", scale),
-        **_number_or_pointer("divisor", inputs.divisor),
-        "num_rows": logits_NV.shape[0],
-        "num_columns": logits_NV.shape[1],
-        "valid_columns": shard.valid_columns,
-        "first_column": shard.first_column,
-        "row_stride": logits_NV.stride(0),
-        "gradient_stride": 0 if grad_NV is None else grad_NV.stride(0),
-        "ignore_index": options.ignore_index,
-        "vocab_size": inputs.vocab_size,
-        "num_domains": inputs.num_domains,
-        "z_loss": options.z_loss,
-        "softcap": options.softcap,
-        "smoothing": options.label_smoothing,
-        "Z_LOSS": bool(options.z_loss),
-        "SOFTCAP": bool(options.softcap),
-        "SMOOTHING": bool(options.label_smoothing),
-        "GRADIENT": grad_NV is not None,
-        "EDGES": edges,
-        "AHEAD": launch.ahead,
-        "CHUNKS": launch.chunks,
-        "CHUNK": launch.chunk,
-        "REST": launch.rest(logits_NV.shape[1], shard.valid_columns, edges),
-        "num_warps": launch.num_warps,
-        **others,
-    }
-    arguments = {name: known[name] for name in (*kernel.arg_names, "num_warps")}
+    shard, layout = inputs.shard, _Layout.of(logits_NV, grad_NV, inputs)
     with _device_of(logits_NV):
-        kernel[(num_programs,)](**arguments, **COMPILE_OPTIONS)
+        layout.launch(
+            kernels.gradient_rows,
+            *(logits_NV, grad_NV, layout.row_stride, layout.gradient_stride),
+            *(logits_NV.shape[1], shard.valid_columns, shard.first_column),
+            *_tokens(inputs),
+            *(*saved, scale, inputs.divisor),
+            *_settings(inputs),
+            *layout.constants,
+        )
 
 
-def _number_or_pointer(name: str, value: float | Tensor | None) -> dict[str, Any]:
-    """Kernel arguments of a value that the host or only the device knows; the other one is neutral."""
-    on_device = isinstance(value, Tensor)
-    number = 1.0 if on_device or value is None else float(value)
-    return {f"{name}_pointer": value if on_device else None, name: number}
+class _Layout(NamedTuple):
+    """Where rows lie, and the launch for them; ``constants`` are EDGES, CHUNKS and REST of the kernels."""
+
+    num_rows: int
+    row_stride: int
+    gradient_stride: int | None
+    constants: tuple[int, int, int]
+    ahead: bool
+    num_warps: int
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, grad_NV: Tensor | None, inputs: Inputs) -> _Layout:
+        num_rows, num_columns = logits_NV.shape
+        launch = launch_for(num_columns, logits_NV.element_size(), softcap=bool(inputs.options.softcap))
+        edges = edges_of(logits_NV, grad_NV)
+        constants = (edges, launch.chunks, rest_of(launch, num_columns, inputs.shard.valid_columns, edges))
+        gradient_stride = None if grad_NV is None else grad_NV.stride(0)
+        return cls(num_rows, logits_NV.stride(0), gradient_stride, constants, launch.ahead, launch.num_warps)
+
+    @property
+    def constants_ahead(self) -> tuple[int, ...]:
+        """The constants, and AHEAD."""
+        return *self.constants, self.ahead
+
+    def launch(self, kernel: Any, *arguments: Any) -> None:
+        """Launches one program a row."""
+        _launch(kernel, self.num_rows, self.num_warps, *arguments)
+
+
+def _launch(kernel: Any, num_programs: int, num_warps: int, *arguments: Any) -> None:
+    kernel[(num_programs,)](*arguments, num_warps=num_warps, **COMPILE_OPTIONS)
+
+
+def _tokens(inputs: Inputs, *, weights: bool = True) -> tuple[Any, ...]:
+    """Kernel arguments of what a token is, from labels to num_domains."""
+    tensors = (inputs.labels_N, inputs.domain_N, inputs.mask_N, *((inputs.loss_weights_K,) if weights else ()))
+    return *tensors, inputs.options.ignore_index, inputs.vocab_size, inputs.num_domains
+
+
+def _settings(inputs: Inputs) -> tuple[float | None, float | None, float | None]:
+    """z_loss, softcap and smoothing; None is off."""
+    options = inputs.options
+    return options.z_loss or None, options.softcap or None, options.label_smoothing or None
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device; under its interpreter the tensors are on the host."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+_NOTHING = contextlib.nullcontext()

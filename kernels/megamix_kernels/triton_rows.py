@@ -20,8 +20,8 @@ gradients are narrow.
 Shapes: N tokens, V logits a token, E chunks of a tile, G columns of a chunk, S columns of a chunk of the rest.
 """
 
-# Arguments of jitted functions are pointers, numbers and tl.constexpr, which annotations cannot say:
-# pyright: reportArgumentType=false
+# Jitted functions take pointers, numbers and tl.constexpr and return tuples, which annotations cannot say:
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -49,10 +49,10 @@ def _tanh(x):
 
 
 @triton.jit
-def _score(logit, softcap, SOFTCAP: tl.constexpr):
+def _score(logit, softcap):
     """Returns softcap * tanh(logit / softcap), or the logit, in fp32."""
     score = logit.to(tl.float32)
-    if SOFTCAP:
+    if softcap is not None:
         score = softcap * _tanh(score * (1.0 / softcap))[0]
     return score
 
@@ -84,16 +84,16 @@ def _offsets(CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _absorb(max_E, norm_E, shifted_E, score_EG, valid_EG, shift, SMOOTHING: tl.constexpr, MASKED: tl.constexpr):
+def _absorb(max_E, norm_E, shifted_E, score_EG, valid_EG, shift, smoothing):
     """Adds a tile to the running maxima, sums of exponentials and sums of score - shift."""
     max_new_E = tl.maximum(max_E, tl.max(score_EG, axis=1))
     # -inf - -inf would be NaN: a chunk of -inf adds nothing to a row that holds something else.
     safe_E = tl.where(max_new_E == float("-inf"), 0.0, max_new_E)
     added_E = tl.sum(tl.exp2((score_EG - safe_E[:, None]) * LOG2_E), axis=1)
     norm_E = norm_E * tl.exp2((max_E - safe_E) * LOG2_E) + added_E
-    if SMOOTHING:
+    if smoothing is not None:
         shifted_EG = score_EG - shift
-        if MASKED:
+        if valid_EG is not None:
             shifted_EG = tl.where(valid_EG, shifted_EG, 0.0)
         shifted_E += tl.sum(shifted_EG, axis=1)
     return max_new_E, norm_E, shifted_E
@@ -106,11 +106,9 @@ def read_row(
     num_columns,
     valid_columns,
     softcap,
-    SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    smoothing,
     EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     REST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -120,14 +118,15 @@ def read_row(
     The sum of score - maximum is relative to 0 where the maximum is -inf, since the row may be one rank's part of a
     finite row.
     """
+    CHUNK: tl.constexpr = 128 // logits_row.dtype.element_ty.primitive_bitwidth
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     label_here = (label_column >= 0) & (label_column < valid_columns)
     target = tl.load(logits_row + label_column, mask=label_here, other=float("-inf"))
-    target = tl.where(label_here, _score(target, softcap, SOFTCAP), float("-inf"))
+    target = tl.where(label_here, _score(target, softcap), float("-inf"))
     shift = 0.0
-    if SMOOTHING:
+    if smoothing is not None:
         # Any score of the row keeps a large common offset out of the sum.
-        shift = _score(tl.load(logits_row + tl.where(label_here, label_column, 0)), softcap, SOFTCAP)
+        shift = _score(tl.load(logits_row + tl.where(label_here, label_column, 0)), softcap)
         shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
 
     head, body, tiles = _body(logits_row, num_columns, EDGES, CHUNK)
@@ -137,11 +136,11 @@ def read_row(
     if EDGES:
         column_E, valid_E = _edges(head, body, num_columns, CHUNKS, CHUNK)
         valid_E = valid_E & (column_E < valid_columns)
-        score_E = _score(tl.load(logits_row + column_E, mask=valid_E, other=0.0), softcap, SOFTCAP)
+        score_E = _score(tl.load(logits_row + column_E, mask=valid_E, other=0.0), softcap)
         max_E = tl.where(valid_E, score_E, float("-inf"))
         # exp(score - score), which is not 1 for all scores.
         norm_E = tl.exp2((max_E - tl.where(max_E == float("-inf"), 0.0, max_E)) * LOG2_E)
-        if SMOOTHING:
+        if smoothing is not None:
             shifted_E = tl.where(valid_E, score_E - shift, 0.0)
 
     valid_body = tl.minimum(tl.maximum(valid_columns - head, 0), body)
@@ -156,16 +155,16 @@ def read_row(
             ahead_EG = tl.load(tiles + tl.minimum(start + BLOCK, whole - BLOCK) + offsets_EG)
         else:
             logit_EG = tl.load(tiles + start + offsets_EG)
-        score_EG = _score(logit_EG, softcap, SOFTCAP)
-        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, True, shift, SMOOTHING, False)
+        score_EG = _score(logit_EG, softcap)
+        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_EG, None, shift, smoothing)
     offsets_ES = _offsets(CHUNKS, REST)
     for start in range(whole, valid_body, CHUNKS * REST):
         # Loads reach the allocated width, which keeps them wide whatever is valid; the mask comes after the cap, which
         # would make -inf finite.
         score_ES = tl.load(tiles + start + offsets_ES, mask=offsets_ES < body - start, other=0.0)
         valid_ES = offsets_ES < valid_body - start
-        score_ES = tl.where(valid_ES, _score(score_ES, softcap, SOFTCAP), float("-inf"))
-        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_ES, valid_ES, shift, SMOOTHING, True)
+        score_ES = tl.where(valid_ES, _score(score_ES, softcap), float("-inf"))
+        max_E, norm_E, shifted_E = _absorb(max_E, norm_E, shifted_E, score_ES, valid_ES, shift, smoothing)
 
     row_max = tl.max(max_E, axis=0)
     safe = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -175,10 +174,10 @@ def read_row(
 
 
 @triton.jit
-def _gradient_of(logit, share, row_max, peak, softcap, SOFTCAP: tl.constexpr):
+def _gradient_of(logit, share, row_max, peak, softcap):
     """Returns the gradient in fp32: (exp(s - max) * peak - share of the scaled target distribution) * ds/dlogit."""
     logit = logit.to(tl.float32)
-    if SOFTCAP:
+    if softcap is not None:
         bent, slope = _tanh(logit * (1.0 / softcap))
         gradient = (tl.exp2((softcap * bent - row_max) * LOG2_E) * peak - share) * slope
     else:
@@ -201,22 +200,23 @@ def write_gradient(
     z_loss,
     softcap,
     smoothing,
-    Z_LOSS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     EDGES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
     REST: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """Writes scale times a row's gradient, rounded once; zero in invalid columns. May overwrite the row."""
+    CHUNK: tl.constexpr = 128 // logits_row.dtype.element_ty.primitive_bitwidth
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     dtype: tl.constexpr = gradient_row.dtype.element_ty
     peak = scale / norm
-    if Z_LOSS:
+    if z_loss is not None:
         peak = peak * (1.0 + 2.0 * z_loss * (row_max + tl.log(norm)))
-    spread = scale * smoothing / vocab_size
-    at_label = scale * (1.0 - smoothing) + spread
+    spread = 0.0
+    at_label = scale
+    if smoothing is not None:
+        spread = scale * smoothing / vocab_size
+        at_label = scale * (1.0 - smoothing) + spread
     head, body, tiles = _body(logits_row, num_columns, EDGES, CHUNK)
     gradient_tiles = gradient_row + head
     if EDGES != 2:
@@ -235,30 +235,31 @@ def write_gradient(
         if (tile_label >= start) & (tile_label < start + BLOCK):
             # One tile a row; the others spare a comparison and a choice a logit.
             share_EG = tl.where(offsets_EG == tile_label - start, at_label, spread)
-            gradient_EG = _gradient_of(logit_EG, share_EG, row_max, peak, softcap, SOFTCAP)
+            gradient_EG = _gradient_of(logit_EG, share_EG, row_max, peak, softcap)
             tl.store(gradient_tiles + start + offsets_EG, gradient_EG.to(dtype))
         else:
-            gradient_EG = _gradient_of(logit_EG, spread, row_max, peak, softcap, SOFTCAP)
+            gradient_EG = _gradient_of(logit_EG, spread, row_max, peak, softcap)
             tl.store(gradient_tiles + start + offsets_EG, gradient_EG.to(dtype))
     offsets_ES = _offsets(CHUNKS, REST)
     for start in range(whole, body, CHUNKS * REST):
         exists_ES = offsets_ES < body - start
         logit_ES = tl.load(tiles + start + offsets_ES, mask=exists_ES, other=0.0)
         share_ES = tl.where(offsets_ES == tile_label - start, at_label, spread)
-        gradient_ES = _gradient_of(logit_ES, share_ES, row_max, peak, softcap, SOFTCAP)
+        gradient_ES = _gradient_of(logit_ES, share_ES, row_max, peak, softcap)
         gradient_ES = tl.where(offsets_ES < valid_body - start, gradient_ES, 0.0)
         tl.store(gradient_tiles + start + offsets_ES, gradient_ES.to(dtype), mask=exists_ES)
     if EDGES:
         column_E, exists_E = _edges(head, body, num_columns, CHUNKS, CHUNK)
         logit_E = tl.load(logits_row + column_E, mask=exists_E, other=0.0)
         share_E = tl.where(column_E == label_column, at_label, spread)
-        gradient_E = _gradient_of(logit_E, share_E, row_max, peak, softcap, SOFTCAP)
+        gradient_E = _gradient_of(logit_E, share_E, row_max, peak, softcap)
         gradient_E = tl.where(column_E < valid_columns, gradient_E, 0.0)
         tl.store(gradient_row + column_E, gradient_E.to(dtype), mask=exists_E)
 
 
 @triton.jit
-def write_zeros(gradient_row, num_columns, EDGES: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+def write_zeros(gradient_row, num_columns, EDGES: tl.constexpr, CHUNKS: tl.constexpr):
+    CHUNK: tl.constexpr = 128 // gradient_row.dtype.element_ty.primitive_bitwidth
     dtype: tl.constexpr = gradient_row.dtype.element_ty
     head, body, tiles = _body(gradient_row, num_columns, EDGES, CHUNK)
     if EDGES:

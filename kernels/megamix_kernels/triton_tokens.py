@@ -12,6 +12,7 @@ import triton.language as tl
 # A unit of the sums is 2**-24 nats, and a token of more than 2**20 nats is excluded: see sums.py.
 UNITS_PER_NAT = tl.constexpr(16777216.0)
 MAX_TOKEN_NATS = tl.constexpr(1048576.0)
+MAX_DOMAINS = tl.constexpr(65536)
 # Adding and taking away 1.5 * 2**52 rounds a float64 below 2**51 to a whole number, half to even.
 ROUND_FLOAT64 = tl.constexpr(6755399441055744.0)
 
@@ -43,6 +44,23 @@ def _units(nats):
 
 
 @triton.jit
+def _add(cell, nats, tokens, excess, non_finite, TOGETHER: tl.constexpr):
+    """Adds to the four sums of a domain, of each row or, TOGETHER, of a block of rows with one domain.
+
+    Integer atomics commute, so the sums do not depend on the order.
+    """
+    if TOGETHER:
+        nats, tokens, non_finite = tl.sum(nats, axis=0), tl.sum(tokens, axis=0), tl.sum(non_finite, axis=0)
+        if excess is not None:
+            excess = tl.sum(excess, axis=0)
+    tl.atomic_add(cell, nats, mask=tokens > 0, sem="relaxed")
+    tl.atomic_add(cell + 1, tokens, mask=tokens > 0, sem="relaxed")
+    if excess is not None:
+        tl.atomic_add(cell + 2, excess, mask=tokens > 0, sem="relaxed")
+    tl.atomic_add(cell + 3, non_finite, mask=non_finite > 0, sem="relaxed")
+
+
+@triton.jit
 def conclude(
     row,
     here,
@@ -62,19 +80,19 @@ def conclude(
     vocab_size,
     z_loss,
     smoothing,
-    Z_LOSS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Writes the losses, zero where a row is not counted, and adds them to the domain sums if ``sums`` is given.
 
-    Integer atomics commute, so the sums do not depend on the order of programs.
+    With BLOCK, of a block of rows. One whose rows are all of one domain adds to it once: neighbouring tokens mostly
+    share their domain, and atomics on one address take turns.
     """
     log_norm = tl.log(norm)
     nll = tl.where(valid, log_norm - (target - row_max), float("nan"))
     objective = nll
-    if SMOOTHING:
+    if smoothing is not None:
         objective = (1.0 - smoothing) * nll + smoothing * (log_norm - deviation / vocab_size)
-    if Z_LOSS:
+    if z_loss is not None:
         objective = objective + z_loss * (row_max + log_norm) * (row_max + log_norm)
     # A product with a weight of 0 would not make an infinite or NaN loss 0.
     tl.store(row_losses + row, tl.where(counted & (weight != 0), objective * weight / divisor, 0.0), mask=here)
@@ -83,13 +101,20 @@ def conclude(
     if sums is not None:
         # Comparisons with NaN are false, so both tests catch NaN too.
         good = counted & (tl.abs(nll) <= MAX_TOKEN_NATS)
-        cell = sums + domain * 4
+        excess = None
         if references is not None:
             reference = tl.load(references + row, mask=counted, other=0.0).to(tl.float32)
             good = good & (tl.abs(reference) <= MAX_TOKEN_NATS)
-            excess = tl.where(good, tl.maximum(nll - reference, 0.0), 0.0)
-            tl.atomic_add(cell + 2, _units(excess), mask=good, sem="relaxed")
-        tl.atomic_add(cell, _units(tl.where(good, nll, 0.0)), mask=good, sem="relaxed")
-        bad = counted & (good == 0)
-        tl.atomic_add(cell + 1, good.to(tl.int64), mask=good, sem="relaxed")
-        tl.atomic_add(cell + 3, bad.to(tl.int64), mask=bad, sem="relaxed")
+            excess = _units(tl.where(good, tl.maximum(nll - reference, 0.0), 0.0))
+        nats = _units(tl.where(good, nll, 0.0))
+        tokens = good.to(tl.int64)
+        non_finite = (counted & (good == 0)).to(tl.int64)
+        cell = sums + domain * 4
+        if BLOCK:
+            first = tl.min(tl.where(counted, domain, MAX_DOMAINS), axis=0)
+            if first == tl.max(tl.where(counted, domain, -1), axis=0):
+                _add(sums + first * 4, nats, tokens, excess, non_finite, True)
+            else:
+                _add(cell, nats, tokens, excess, non_finite, False)
+        else:
+            _add(cell, nats, tokens, excess, non_finite, False)

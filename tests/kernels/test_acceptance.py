@@ -50,7 +50,8 @@ def test_it_goes_on_and_names_what_is_missing(tmp_path: Path) -> None:
     assert "host/megamix A (triton): forward" in said
     assert "not measured" not in (tmp_path / "page.md").read_text()
     rows = [row for row in rows_of(tmp_path) if row["date"] != "2"]
-    assert {row["metric"] for row in rows} == {"forward + backward", "forward", "backward"}
+    host = {f"{name}{of}" for name in ("forward", "backward") for of in ("", " of an empty function", " / empty")}
+    assert {row["metric"] for row in rows} == {"forward + backward", *host}
     for row in rows:
         check(row)
 

@@ -87,14 +87,14 @@ def test_a_row_with_a_multiprocessor_to_itself_has_its_tiles_loaded_ahead():
 
 
 def test_the_last_tile_is_no_wider_than_what_is_left():
-    from megamix_kernels.triton_loss import launch_for
+    from megamix_kernels.triton_loss import launch_for, rest_of
 
     for width, wanted in {50304: 2, 50257: 2, 151936: 4, 128256: 8, 32000: 8, 131072: 1, 65537: 8}.items():
-        assert launch_for(width, 2).rest(width, width, int(width % 8 > 0)) == wanted
+        assert rest_of(launch_for(width, 2), width, width, int(width % 8 > 0)) == wanted
     # One tile is enough wherever a row begins.
     for width in (1, 7, 8, 9, 4100, 8191, 8192, 8193, 8199, 8200, 50264):
         launch = launch_for(width, 2)
         for valid, head in itertools.product({1, width // 2 + 1, width}, range(8)):
             body = max(width - head, 0) // 8 * 8
             left = max(min(valid - head, body), 0) % (launch.chunks * launch.chunk)
-            assert left <= launch.chunks * launch.rest(width, valid, 1) <= launch.chunks * launch.chunk
+            assert left <= launch.chunks * rest_of(launch, width, valid, 1) <= launch.chunks * launch.chunk

@@ -11,19 +11,21 @@ from typing import NamedTuple
 
 import pytest
 
-NUMBERS = {"scale", "divisor", "z_loss", "softcap", "smoothing"}
+SETTINGS = ("z_loss", "softcap", "smoothing")
 WHOLE_NUMBERS = {"labels": "i64", "domains": "i64", "sums": "i64", "mask": "i1"}
 COUNTS = {
     *("num_rows", "num_columns", "valid_columns", "first_column", "row_stride", "gradient_stride"),
     *("ignore_index", "vocab_size", "num_domains"),
 }
-OPTIONAL = {"mask", "weights", "references", "token_losses", "scale_pointer", "divisor_pointer"}
+OPTIONAL = {"mask", "weights", "references", "token_losses"}
+NUMBERS = {"scale", "divisor"}
 # Numbers that are multiples of 16 in practice, and let a row be read 16 bytes at a time.
 MULTIPLES = {"num_columns", "row_stride", "gradient_stride", "valid_columns"}
 
 
 class Variant(NamedTuple):
-    """One way to compile a kernel; ``flags`` are Z_LOSS, SOFTCAP and SMOOTHING, ``pointers`` the optional ones. With
+    """One way to compile a kernel; ``flags`` say which of z_loss, softcap and smoothing are on; with ``pointers``
+    all that may be one is given, scale and divisor too. With
     ``ones`` every count is 1, which Triton makes a constant. With ``edges``, rows begin anywhere."""
 
     kernel: str
@@ -55,41 +57,36 @@ def compile_for(architecture, variant):
     from megamix_kernels import triton_kernels, triton_loss
 
     kernel = getattr(triton_kernels, variant.kernel)
-    z_loss, softcap, smoothing = variant.flags
     launch = launch_of(variant)
     values = {
-        "Z_LOSS": z_loss,
-        "SOFTCAP": softcap,
-        "SMOOTHING": smoothing,
-        "GRADIENT": variant.gradient,
         "EDGES": variant.edges,
         "AHEAD": launch.ahead,
         "CHUNKS": launch.chunks,
-        "CHUNK": launch.chunk,
-        "REST": launch.rest(variant.width, variant.width, variant.edges),
+        "REST": triton_loss.rest_of(launch, variant.width, variant.width, variant.edges),
         "RANKS": 8,
         "ROWS": triton_loss.FINISH_ROWS,
     }
     absent = set() if variant.pointers else set(OPTIONAL)
+    absent |= {name for name, is_on in zip(SETTINGS, variant.flags, strict=True) if not is_on}
     if variant.kernel == "loss_rows":
-        absent |= {"maxima", "norms"} if variant.gradient else {"gradients"}
+        absent |= {"state"} if variant.gradient else {"gradients", "gradient_stride", "scale"}
     signature, constants, hints = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in values or name in absent:
             signature[name], constants[index,] = "constexpr", values.get(name)
         elif name in COUNTS and variant.ones:
             signature[name], constants[index,] = "constexpr", 1
-        elif name in NUMBERS:
+        elif name in SETTINGS or (name in NUMBERS and not variant.pointers):
             signature[name] = "fp32"
         elif name in COUNTS:
             signature[name] = "i32"
         else:
-            signature[name] = "*" + (
-                variant.dtype if name in ("logits", "gradients") else WHOLE_NUMBERS.get(name, "fp32")
-            )
-        if (name in MULTIPLES and not (variant.ones or variant.edges)) or signature[name].startswith("*"):
+            is_logit = name in ("logits", "gradients")
+            signature[name] = "*" + (variant.dtype if is_logit else WHOLE_NUMBERS.get(name, "fp32"))
+        multiple = name in MULTIPLES and signature[name] == "i32" and not variant.edges
+        if multiple or signature[name].startswith("*"):
             hints[index,] = [["tt.divisibility", 16]]
-    num_warps = 4 if variant.kernel == "finish_rows" else launch.num_warps
+    num_warps = triton_loss.FINISH_WARPS if variant.kernel == "finish_rows" else launch.num_warps
     source = ASTSource(kernel, signature, constants, hints)
     options = {"num_warps": num_warps, **triton_loss.COMPILE_OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]

@@ -8,6 +8,7 @@ Shapes: N tokens, V logits a token, K domains.
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -331,3 +332,30 @@ def test_order_and_micro_batches_change_no_bit_of_the_sums(width, rows_together)
         run(logits_NV[rows], labels_N[rows], domain_N[rows], 4, mode="A", sums=sums, normaliser=11)
     assert torch.equal(sums.buffer, whole.stats.buffer)
     assert whole.stats.tokens.sum() == 11
+
+
+@pytest.mark.parametrize("num_domains", [1, 3])
+@pytest.mark.skipif(not implementation.INTERPRETED, reason="counts atomics of the interpreter")
+def test_rows_of_one_domain_are_added_together_where_ranks_share_the_vocabulary(num_domains, monkeypatch):
+    """A block of rows with one domain adds once to each of its sums, else every row does."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    logits_NV, labels_N, _ = make_case(5, 40)
+    labels_N[2] = -100
+    domain_N = torch.arange(5) % num_domains
+    lanes, add = [], InterpreterBuilder.create_atomic_rmw
+
+    def counted(builder, operation, pointer, value, mask, *others):
+        lanes.append(int(mask.data.sum()))
+        return add(builder, operation, pointer, value, mask, *others)
+
+    want, _ = run(logits_NV, labels_N, domain_N, num_domains, reference_loss_N=torch.linspace(0, 9, 5))
+    monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
+    monkeypatch.setattr(implementation, "gather_partials", lambda partials_4N, group: partials_4N[None])
+    group = mock.Mock(size=lambda: 1, rank=lambda: 0)
+    out, _ = run(
+        logits_NV, labels_N, domain_N, num_domains, reference_loss_N=torch.linspace(0, 9, 5), process_group=group
+    )
+    assert torch.equal(out.stats.buffer, want.stats.buffer)
+    # Of nats, tokens and excess; none is not finite.
+    assert lanes == ([1, 1, 1, 0] if num_domains == 1 else [4, 4, 4, 0])
