@@ -209,7 +209,6 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
     losses = objective_losses(run)
     known = [(line, loss) for line, loss in zip(run.evaluations, losses, strict=True) if loss is not None]
     reached = None if target is None else first_step_at([(line["step"], loss) for line, loss in known], target)
-    per_step = run.config.train.global_batch * run.config.data.seq_length
     return RunResult(
         run_dir=run.run_dir,
         name=name,
@@ -222,7 +221,7 @@ def _result(run: RecordedRun, name: str, variant: str, target: float | None) -> 
         micro=last.get("micro_loss"),
         target=target,
         steps=reached,
-        tokens=None if reached is None else reached * per_step,
+        tokens=None if reached is None else run.config.batches.tokens_after(reached),
         curve=[(line["tokens"], loss) for line, loss in known],
     )
 

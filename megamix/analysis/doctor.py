@@ -167,8 +167,7 @@ def _mixture(shape: _Shape) -> tuple[tuple[str, ...], NDArray[np.float64]]:
 def _what_runs(shape: _Shape) -> str:
     config, model = shape.config, shape.model
     train = config.train
-    samples = train.steps * train.global_batch
-    step_tokens = train.global_batch * config.data.seq_length
+    batches, samples = config.batches, config.total_samples
     micro_batches = plural(shape.num_micro_batches, "micro-batch", "micro-batches")
     delay = plural(config.data.weight_lag + 1, "step")
     lines = (
@@ -176,8 +175,8 @@ def _what_runs(shape: _Shape) -> str:
         *_data_line(shape.plan),
         ("model", f"{model.architecture}, {model.num_layers} layers of width {model.hidden_size}, vocabulary "
                   f"{model.vocabulary:,}{' (tied)' if model.tie_word_embeddings else ''}: {model.num_parameters():,} parameters"),
-        ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {step_tokens:,} tokens"),
-        ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {train.steps * step_tokens:,} tokens"),
+        ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {batches.tokens_of(0):,} tokens"),
+        ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {batches.tokens(train.steps):,} tokens"),
         ("schedule", train.learning_rate.describe()),
         ("ranks", f"{shape.world_size} = {_factors(config.engine)} x data {shape.data_size}; {_engine(config.engine)}"),
         ("other sizes", _other_sizes(config)),

@@ -76,23 +76,23 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
     """Describes the sample at a global position of a run: domain, index, documents, bytes and text.
 
     Args:
-        position: counted from 0; step s of the run is positions [s * global_batch, (s + 1) * global_batch).
+        position: counted from 0.
 
     Raises:
         InputError: no such run or position, or its data set cannot be opened.
     """
     run = RecordedRun.open(run_dir)
     config, seq_length = run.config, run.config.data.seq_length
-    total = config.train.steps * config.train.global_batch
+    batches, total = config.batches, config.total_samples
     if not 0 <= position < total:
         raise InputError(
             f"sample {position} of {run_dir} asked for; the run has samples 0 to {total - 1} "
             f"({config.train.steps} steps of {config.train.global_batch})."
         )
-    sample = SampleReader(run, position // config.train.global_batch).sample(position)
-    step = position // config.train.global_batch
+    step = batches.step(position)
+    sample = SampleReader(run, step).sample(position)
     lines = [
-        f"position    {position}: sample {position % config.train.global_batch} of step {step}, counted from 0",
+        f"position    {position}: sample {position - batches.position(step)} of step {step}, counted from 0",
         f"domain      {sample.domain} (weight {sample.weight:.4f} there)",
         f"sample      {sample.index} of {sample.num_samples}, in epoch {sample.epoch} counted from 0",
         f"tokens      {sample.start} to {sample.start + seq_length} of the domain's training tokens",

@@ -54,17 +54,16 @@ def marks(run: RecordedRun) -> list[Mark]:
 
 
 def _resumes(run: RecordedRun) -> Iterator[Mark]:
-    per_step = run.config.train.global_batch * run.config.data.seq_length
+    batches = run.config.batches
     for line in read_lines(run.run_dir / EVENTS, EventLine):
         if line["event"] == "resumed":
-            yield Mark(line["step"] * per_step, line["step"], "resumed", f"resumed at step {line['step']:,}")
+            yield Mark(batches.tokens(line["step"]), line["step"], "resumed", f"resumed at step {line['step']:,}")
 
 
 def _changes(run: RecordedRun) -> Iterator[Mark]:
     end, jumps = recorded_tokens(run), list[tuple[float, Mark]]()
     mixture = run.config.mixture
-    per_step = run.config.train.global_batch * run.config.data.seq_length
-    stages = mixture.starts(per_step) if isinstance(mixture, StagedMixture) else []
+    stages = mixture.starts(run.config.batches) if isinstance(mixture, StagedMixture) else []
     for earlier, line in itertools.pairwise(run.ledger.lines):
         tokens = line["position"] * run.config.data.seq_length
         if tokens > end:

@@ -148,7 +148,7 @@ def _result(run: RecordedRun, ledger: Ledger, name: str, drawn_with: Floats, fol
 
 
 def _compared(name: str, ledger: Ledger, drawn_with: Floats, run: RecordedRun) -> Replayed:
-    weights = weights_by_step(ledger, len(drawn_with), run.config.train.global_batch)
+    weights = weights_by_step(ledger, len(drawn_with), run.config.batches)
     distance = float(np.abs(weights - drawn_with).sum(axis=1).mean() / 2)
     followed = replace(run, ledger=ledger)
     return Replayed(name, run_weights(followed, "final"), run_weights(followed, "mean"), distance, [])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import Config
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
 from megamix.mixing.mixers import evaluated, find_mixer
 from megamix.mixing.shadow import Shadow
@@ -62,7 +63,7 @@ class ReplayableRun:
                 f"{run_dir}: the sums of its steps are of the domains {', '.join(statistics.domain_names)}, weights.jsonl is "
                 f"of {', '.join(run.ledger.lines[0]['domain_names'])}. The files are of different runs."
             )
-        drawn_with = weights_by_step(run.ledger, statistics.num_steps, run.config.train.global_batch)
+        drawn_with = weights_by_step(run.ledger, statistics.num_steps, run.config.batches)
         return cls(run, statistics, _policy(run, statistics.domain_names), drawn_with)
 
     def check(self, config: Config) -> None:
@@ -132,9 +133,9 @@ class ReplayableRun:
         return blend
 
 
-def weights_by_step(ledger: Ledger, num_steps: int, batch: int) -> Floats:
+def weights_by_step(ledger: Ledger, num_steps: int, batches: Batches) -> Floats:
     """float64 [T, K]: the weights that the tokens of each step were drawn with."""
-    return ledger.weights[np.searchsorted(ledger.starts, np.arange(num_steps) * batch, "right") - 1]
+    return ledger.weights[np.searchsorted(ledger.starts, batches.positions(np.arange(num_steps)), "right") - 1]
 
 
 def _refuse_changed(run: RecordedRun) -> None:
@@ -171,6 +172,5 @@ def _policy(run: RecordedRun, names: tuple[str, ...]) -> WeightPolicy:
     # Only later stages are looked up in it: what the run began with is on record, whatever has become of a file.
     first = Stages((0,), np.array([run.ledger.lines[0]["domain_weights"]]))
     stages = read_stages(config, names, num_samples, natural, lengths) if staged else first
-    train = config.train
-    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
-    return WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
+    constraints = read_constraints(config.data, names, num_samples, config.total_samples)
+    return WeightPolicy(stages, constraints, config.batches, config.data.weight_lag)

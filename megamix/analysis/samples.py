@@ -56,8 +56,8 @@ class SampleReader:
 
     def __init__(self, run: RecordedRun, step: int) -> None:
         self._run = run
-        self._batch, self._seq_length = run.config.train.global_batch, run.config.data.seq_length
-        self._first = step * self._batch
+        batches, self._seq_length = run.config.batches, run.config.data.seq_length
+        self._first, self._batch = batches.position(step), batches.size(step)
         line = run.ledger.line_at(self._first)
         self._manifest = _data_at(run, line)
         self._names = line["domain_names"]

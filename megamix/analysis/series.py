@@ -280,8 +280,7 @@ def recorded_tokens(run: RecordedRun) -> int:
 def _end(run: RecordedRun) -> int:
     """The samples up to the end of a run's record."""
     # Weights are on record before the metrics of the steps they act in; the last ones of a run never act.
-    last, train = run.ledger.lines[-1]["position"], run.config.train
-    return min(max(run.position, last), train.steps * train.global_batch)
+    return min(max(run.position, run.ledger.lines[-1]["position"]), run.config.total_samples)
 
 
 def _acting(run: RecordedRun) -> list[dict[str, Any]]:

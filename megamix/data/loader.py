@@ -253,7 +253,7 @@ class Loader:
     def _read(self, samples: StepSamples) -> Batch | None:
         if self._reader is None:
             return None
-        mine = np.arange(samples.all_domain.size)[self._sampler.share.samples]
+        mine = np.arange(samples.all_domain.size)[self._sampler.share_of(samples.step).samples]
         shape = samples.domain.shape
         batch = self._reader.batch(
             samples.all_domain, samples.all_sample, mine, (shape[0], shape[1]), pin_memory=self._pin_memory

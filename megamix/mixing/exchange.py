@@ -219,7 +219,7 @@ class MixExchange:
         if kinds == 2:
             self._loss_weights = weights[1].numpy()
         if self.mixer is not None and stats is not None:
-            position, segment = effective_step * self._policy.global_batch, self._sampler.segment_at(effective_step)
+            position, segment = self._policy.effective_position(step), self._sampler.segment_at(effective_step)
             record = {} if steered is None else {**self.mixer.record(), **steered.recorded}
             notes = () if self._steering is None else self._steering.take_notes()
             updated = steered is not None

@@ -82,7 +82,6 @@ class Shadow:
         self.mixer = mixer
         self._blend = blend
         self._policy = policy
-        self._batch = policy.global_batch
         self._identity = identity
         self._steering = steering
         self._untold = self._announcements(first_step, change) if announce else []
@@ -94,7 +93,7 @@ class Shadow:
             InputError: raised by the mixer.
         """
         effective_step = self._policy.effective_step(step)
-        position = effective_step * self._batch
+        position = self._policy.effective_position(step)
         wanted = self._policy.wanted(self.mixer, stats, step)
         changes, self._untold = self._untold, []
         in_force, counts = partial(self._weights_at, position), partial(self._blend.counts_at, position)
@@ -106,7 +105,7 @@ class Shadow:
             record = {**self.mixer.record(), **steered.recorded, **statistics_record(stats)}
             changes.append(ShadowChange(self.name, step + 1, effective_step, position, segment, record))
         if step % REBASE_EVERY == 0:
-            self._blend = Blend.from_state_dict(self._blend.state_dict(at=(step + 1) * self._batch))
+            self._blend = Blend.from_state_dict(self._blend.state_dict(at=self._policy.batches.position(step + 1)))
         return changes
 
     def _weights_at(self, position: int) -> NDArray[np.float64]:
@@ -114,18 +113,19 @@ class Shadow:
 
     def state(self, step: int) -> ShadowState:
         """The state before ``step``."""
-        blend = self._blend.state_dict(at=step * self._batch)
+        blend = self._blend.state_dict(at=self._policy.batches.position(step))
         return ShadowState(self._identity, self.mixer.state_dict(), {"blend": blend})
 
     def _announcements(self, step: int, change: dict[str, Any] | None) -> list[ShadowChange]:
         """The first weights, and the changes announced for later steps."""
         extra = {} if change is None else {"change": change}
-        start = step * self._batch
+        batches = self._policy.batches
+        start = batches.position(step)
         later = [position for position, _ in self._blend.ledger if position > start]
         found = []
         for position in (start, *later):
             segment, record = self._blend.segment_at(position), {**self.mixer.record(), **extra}
-            found.append(ShadowChange(self.name, step, position // self._batch, position, segment, record))
+            found.append(ShadowChange(self.name, step, batches.step(position), position, segment, record))
         return found
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend, Sampling
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer
@@ -86,19 +87,23 @@ class WeightPolicy:
     Steps count from 0.
 
     Attributes:
-        global_batch: samples per step.
+        batches: samples of every step.
         weight_lag: steps between the one whose statistics are used and the first with the new weights, not counting
             either.
     """
 
     stages: Stages
     constraints: Constraints
-    global_batch: int
+    batches: Batches
     weight_lag: int
 
     def effective_step(self, step: int) -> int:
         """The first step that is sampled with the weights that follow from ``step``."""
         return step + 1 + self.weight_lag
+
+    def effective_position(self, step: int) -> int:
+        """The first sample of `effective_step`."""
+        return self.batches.position(self.effective_step(step))
 
     def wanted(self, mixer: Mixer, stats: DomainStats, step: int) -> Floats | None:
         """Updates ``mixer`` with the sums of ``step``; returns the weights wanted from `effective_step` on, float64 [K]
@@ -147,7 +152,7 @@ class WeightPolicy:
             self.constraints.num_samples, self.initial_weights, seed, domain_keys=domain_keys, sampling=sampling
         )
         for step in self.stages.changes(last):
-            position = step * self.global_batch
+            position = self.batches.position(step)
             blend.set_weights(self.allowed(self.stages.at(step), blend.counts_at(position), position), at=position)
         return blend
 
@@ -155,7 +160,7 @@ class WeightPolicy:
     def planned_samples(self) -> Floats:
         """float64 [K]: the samples that the run takes from each domain if no mixer changes the weights."""
         counts = np.zeros(self.constraints.num_samples.size)
-        for first, end, weights in self.stages.stretches(self.constraints.total_samples // self.global_batch):
-            start, number = first * self.global_batch, (end - first) * self.global_batch
-            counts = counts + self.allowed(weights, counts, start) * number
+        for first, end, weights in self.stages.stretches(self.batches.step(self.constraints.total_samples)):
+            start, stop = self.batches.position(first), self.batches.position(end)
+            counts = counts + self.allowed(weights, counts, start) * (stop - start)
         return counts

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from megamix.core.config import IS_PATH, Config, DefaultName, kinds_of
+from megamix.data.batches import Batches
 from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
 from megamix.mixing.mixers import MixerConfig, StaticConfig, evaluated
@@ -221,6 +222,16 @@ class MixConfig(Config):
     RUN/shadow/NAME.jsonl. They may be added, changed or left out on resume."""
     train: BatchConfig
     checkpoint: ResumeConfig = ResumeConfig()
+
+    @property
+    def batches(self) -> Batches:
+        """The global batch of every step."""
+        return Batches.equal(self.train.global_batch, self.data.seq_length)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.batches.position(self.train.steps)
 
     @pydantic.model_validator(mode="after")
     def _shadows_see_what_the_mixer_sees(self) -> MixConfig:

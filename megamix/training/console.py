@@ -63,13 +63,14 @@ class Console:
         """Says what runs, from ``step`` on."""
         plan, config = self._plan, self._plan.config
         model, train = plan.model, config.train
-        tokens = train.global_batch * config.data.seq_length
+        batches = config.batches
         parts = {
             "run": f"{config.run_dir}, step {step:,} of {train.steps:,}",
             "model": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}: "
             f"{_short(model.num_parameters())} parameters",
             "data": f"{plural(len(plan.domains), 'domain')}, {_short(sum(d.num_tokens for d in plan.domains))} tokens; "
-            f"steps of {train.global_batch} x {config.data.seq_length} = {tokens:,} tokens, {_short(tokens * train.steps)} in all",
+            f"steps of {train.global_batch} x {config.data.seq_length} = {batches.tokens_of(step):,} tokens, "
+            f"{_short(batches.tokens(train.steps))} in all",
             "mixture": f"{mixture_of(config.mixture).label()}: {self._largest(self._weights)}",
             "rule": _rule(config.mixer),
             "objective": objective_name(config.objective)

@@ -92,7 +92,7 @@ class MixedData:
         shared: list[Any] = [None]
         share = plan.share(data_rank)
         if dist.get_rank() == 0:
-            weights = blend.segment_at(self.step * plan.config.train.global_batch).weights
+            weights = blend.segment_at(plan.config.batches.position(self.step)).weights
             left_out = plan.policy.left_out if resumed is None else resumed.left_out(plan)
             make = RuleMaker(plan.config.mixer, plan.domain_names, plan.objective_weights)
             if journal_dir is not None:
@@ -107,7 +107,7 @@ class MixedData:
         group: Any = dist.new_group(backend="gloo")
         dist.broadcast_object_list(shared, src=0, group=group)
         state, loss_weights = shared[0]
-        self.sampler = Sampler.from_state_dict(state, share, plan.policy.constraints.limits)
+        self.sampler = Sampler.from_state_dict(state, share, plan.policy.constraints.limits, plan.policy.batches)
         self._reports: list[MixReport] = []
         self.exchange = MixExchange(
             mixer,
@@ -187,8 +187,8 @@ class MixedData:
         """Logs the weights that the run starts with, or continues with after a change on resume or where none are on
         record; on rank 0."""
         if self.mixer is not None and (self._is_new or self.change is not None or not record.has_weights):
-            batch = self.plan.config.train.global_batch
-            segments = [(segment.start // batch, segment) for segment in self.sampler.segments_from(self.step)]
+            batches = self.plan.config.batches
+            segments = [(batches.step(segment.start), segment) for segment in self.sampler.segments_from(self.step)]
             record.announce(self.step, segments, self.mixer.record(), self.change)
 
     def take_reports(self) -> list[MixReport]:
@@ -303,8 +303,7 @@ def open_shadows(
             out = left_out
             part, its_blend = None, Blend.from_state_dict(blend.state_dict())
             change = None if step == 0 else {"parts": ["shadow"], "domains": None}
-        start = step * plan.config.train.global_batch
-        weights = its_blend.segment_at(start).weights
+        weights = its_blend.segment_at(plan.config.batches.position(step)).weights
         mixer = make_mixer(config, plan.domain_names, weights, plan.objective_weights, left_out=out)
         if part is not None:
             part.set_mixer(mixer)

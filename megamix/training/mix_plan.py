@@ -128,10 +128,9 @@ def make_policy(
     Raises:
         InputError: see `read_stages` and `read_constraints`.
     """
-    train = config.train
     stages = read_stages(config, names, num_samples, natural, document_tokens)
-    constraints = read_constraints(config.data, names, num_samples, train.steps * train.global_batch)
-    policy = WeightPolicy(stages, constraints, train.global_batch, config.data.weight_lag)
+    constraints = read_constraints(config.data, names, num_samples, config.total_samples)
+    policy = WeightPolicy(stages, constraints, config.batches, config.data.weight_lag)
     constraints.check_without(policy.left_out)
     return policy
 
@@ -144,11 +143,8 @@ def read_stages(
     document_tokens: Floats | None = None,
 ) -> Stages:
     """Resolves ``mixture``; see `Mixture.resolve`, and `MixPlan` and `MixFrame` for the arrays."""
-    train, length = config.train, config.data.seq_length
-    batches = (train.steps, train.global_batch, length)
-    return mixture_of(config.mixture).resolve(
-        MixFrame(names, natural, num_samples, *batches, read_run, document_tokens)
-    )
+    frame = MixFrame(names, natural, num_samples, config.train.steps, config.batches, read_run, document_tokens)
+    return mixture_of(config.mixture).resolve(frame)
 
 
 def document_tokens(entries: Sequence[DomainEntry]) -> Floats:

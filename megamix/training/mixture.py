@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megamix.core.config import ByKey, Config
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.mixing.mixers import normalise_weights
 from megamix.mixing.ramps import RampShape
 from megamix.mixing.sources import WeightsBySource, weights_by_domain
@@ -42,20 +43,14 @@ class MixFrame:
     natural: Floats
     num_samples: NDArray[np.int64]
     num_steps: int
-    global_batch: int
-    seq_length: int
+    batches: Batches
     read_run: Callable[[Path, str], Mapping[str, float]]
     document_tokens: Floats | None = None
 
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
-        return self.num_steps * self.global_batch
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.global_batch * self.seq_length
+        return self.batches.position(self.num_steps)
 
 
 class Mixture:
@@ -312,12 +307,12 @@ class StagedMixture(Config, Mixture):
     def label(self) -> str:
         return "stages"
 
-    def starts(self, tokens_per_step: int) -> list[int]:
+    def starts(self, batches: Batches) -> list[int]:
         """The step that each stage starts with: the first that begins at or after its ``from_tokens``."""
-        return [-int(-stage.from_tokens // tokens_per_step) for stage in self.stages]
+        return [batches.first_step_from(stage.from_tokens) for stage in self.stages]
 
     def resolve(self, frame: MixFrame) -> Stages:
-        starts, per_step = [stage.from_tokens for stage in self.stages], frame.tokens_per_step
+        starts, batches = [stage.from_tokens for stage in self.stages], frame.batches
         if not starts or starts[0] != 0:
             first = f"starts at {starts[0]:g} tokens" if starts else "is missing"
             raise InputError(f"mixture.stages: the first stage {first}, expected from_tokens: 0.")
@@ -326,17 +321,17 @@ class StagedMixture(Config, Mixture):
                 f"mixture.stages: the first stage has ramp {self.stages[0].ramp}, and nothing before it to come from. Give the "
                 "ramp to the stage that it leads to."
             )
-        steps = self.starts(per_step)
+        steps = self.starts(batches)
         for number in range(1, len(steps)):
             if steps[number] <= steps[number - 1]:
                 raise InputError(
                     f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens and the one before it at "
-                    f"{starts[number - 1]:g}, which is not a step of {per_step} tokens earlier. Give stages in rising order."
+                    f"{starts[number - 1]:g}, which is not a step of {batches.tokens_of(steps[number - 1])} tokens earlier. Give stages in rising order."
                 )
             if steps[number] >= frame.num_steps:
                 raise InputError(
                     f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens, but the run ends after "
-                    f"{frame.num_steps * per_step} ({frame.num_steps} steps). Leave the stage out or train longer."
+                    f"{batches.tokens(frame.num_steps)} ({frame.num_steps} steps). Leave the stage out or train longer."
                 )
         rows = [
             mixture_of(stage.weights).weights(frame, f"mixture.stages, stage {number}")

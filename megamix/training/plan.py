@@ -141,7 +141,7 @@ class DataPlan(MixPlan):
         return self.manifest.tokenizer.vocab_size
 
     def share(self, data_rank: int) -> Slice:
-        """The part of every batch that a data-parallel rank reads."""
+        """The part of a global batch that a data-parallel rank reads."""
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
 

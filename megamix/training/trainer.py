@@ -325,7 +325,7 @@ class Trainer:
             self._log.reset()
             return
         self._collect_reports()
-        tokens_per_step = self.config.train.global_batch * self.config.data.seq_length
+        tokens_per_step = self.config.batches.tokens_of(self.step - 1)
         line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, tokens_per_step)
         if line is not None:
             line |= self._console.machine(line["tokens_per_second"])
@@ -351,7 +351,7 @@ class Trainer:
         torch.manual_seed(int(hash_words(self.config.train.seed, step, self.place.rank)) % 2**63)
 
     def _tokens(self) -> int:
-        return self.step * self.config.train.global_batch * self.config.data.seq_length
+        return self.config.batches.tokens(self.step)
 
 
 def _every(step: int, every: int) -> bool:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megamix.core.text import Table
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
 from megamix.data.sampler import Sampler, Slice
 from megamix.mixing.constraints import Constraints
@@ -53,7 +54,7 @@ class Run:
         everything, nothing = np.ones(num_domains), np.zeros(num_domains)
         epochs = np.full(num_domains, 4.0)
         bounds = Constraints(names, sizes, 100_000 * batch, nothing, everything, epochs, "cap")
-        policy = WeightPolicy(Stages((0,), weights[None]), bounds, batch, 1)
+        policy = WeightPolicy(Stages((0,), weights[None]), bounds, Batches.equal(batch), 1)
         self.sampler = Sampler(Blend(sizes, weights, 1234), Slice(batch, batch))
         mixer = make_mixer({"name": "doremi", "apply": "sampling"}, names, weights)
         self._reports: list[MixReport] = []

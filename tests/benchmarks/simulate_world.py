@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from megamix.core.text import Table, gib
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
 from megamix.data.loader import WindowReader
 from megamix.data.sampler import Sampler, Slice
@@ -111,7 +112,7 @@ class World:
         bounds = Constraints(
             self._names, sizes, 2 * options.steps * options.batch, zeros, ones, np.full(num_domains, 1e12), "cap"
         )
-        self._policy = WeightPolicy(Stages((0,), weights[None]), bounds, options.batch, 1)
+        self._policy = WeightPolicy(Stages((0,), weights[None]), bounds, Batches.equal(options.batch), 1)
         self._mixer = make_mixer({"name": "odm", "preset": "official", "warmup_steps": 0}, self._names, weights)
         self.sampler = Sampler(Blend(sizes, weights, SEED), self._share(0))
         self._record, self._folder = RunRecord(folder, self._names, None), folder

@@ -18,6 +18,7 @@ from simulated_world import World
 
 from megamix.analysis.replay import replay
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer, PartMixer, make_mixer
 from megamix.mixing.mixers import ado as ado_module
@@ -276,7 +277,7 @@ def test_the_prior_follows_a_mixture_that_moves() -> None:
     mixer = make_mixer({"name": "ado", **SHORT}, names, stages.at(0))
     assert isinstance(mixer, PartMixer)
     bounds = Constraints(names, np.full(4, 100), 1000, np.zeros(4), np.ones(4), np.full(4, np.inf), "cap")
-    policy = WeightPolicy(stages, bounds, 10, 1)
+    policy = WeightPolicy(stages, bounds, Batches.equal(10), 1)
     for step in range(5):
         wanted = policy.wanted(mixer, DomainStats([1.0, 1.0, 1.0, 0.0], [10, 10, 10, 0]), step)
         expected = stages.at(min(step + 2, 4))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer, OdmConfig, PartMixer, StaticConfig
 from megamix.mixing.ramps import Ramp
@@ -36,7 +37,7 @@ class Run:
 
     def __init__(self, folder: Path, own: Constraints | None = None, config: Any = None, state: Any = None) -> None:
         own = own or bounds()
-        policy = WeightPolicy(Stages((0,), np.array([FIRST])), own, BATCH, LAG)
+        policy = WeightPolicy(Stages((0,), np.array([FIRST])), own, Batches.equal(BATCH), LAG)
         make = RuleMaker(config or StaticConfig(), NAMES, None)
         self.steering = Steering(policy, Journal(folder), make, LENGTH, state)
         self.mixer: Mixer = make.first(None, FIRST, ())

@@ -14,6 +14,7 @@ from small_config import small
 from megamix.analysis.doctor import doctor
 from megamix.core.config import validate
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.interop.blend_files.export import export_blend
 from megamix.mixing.weight_policy import Stages
 from megamix.training.checkpoints.resume import data_fingerprints
@@ -79,7 +80,7 @@ def test_unimax_over_many_domains() -> None:
     sizes[[3, 9, 30]] = 77
     for epochs in (1.0, 3.0):
         for budget in (1, 40, 3000, int(sizes.sum() * epochs)):
-            frame = MixFrame(("",) * 40, sizes / sizes.sum(), sizes, 1, budget, 1, lambda path, which: {})
+            frame = MixFrame(("",) * 40, sizes / sizes.sum(), sizes, 1, Batches.equal(budget), lambda path, which: {})
             found = UnimaxMixture(unimax=UnimaxConfig(max_epochs=epochs)).weights(frame, "mixture")
             assert found == pytest.approx(unimax_by_levels(sizes.tolist(), budget, epochs), abs=1e-12)
             assert found.sum() == pytest.approx(1, abs=1e-15)

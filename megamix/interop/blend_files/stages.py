@@ -35,9 +35,9 @@ class Phase:
 
 def make_phases(run: RecordedMix, cuts: Sequence[int]) -> list[Phase]:
     """Phases between ``cuts``, rising iterations inside the run."""
-    batch, bounds = run.config.train.global_batch, [0, *cuts, run.steps]
+    batches, bounds = run.config.batches, [0, *cuts, run.steps]
     return [
-        Phase(first, end, mean_weights(run.ledger, first * batch, end * batch))
+        Phase(first, end, mean_weights(run.ledger, batches.position(first), batches.position(end)))
         for first, end in itertools.pairwise(bounds)
     ]
 
@@ -67,18 +67,18 @@ class Deviation:
 
 def deviation_of(run: RecordedMix, phases: Sequence[Phase]) -> Deviation:
     """The deviation of ``phases`` from the run that they are of."""
-    batch, names, found, total = run.config.train.global_batch, run.ledger.names, Deviation(0.0, "", 0, 0.0), 0.0
+    batches, names, found, total = run.config.batches, run.ledger.names, Deviation(0.0, "", 0, 0.0), 0.0
     for phase in phases:
-        start, end = phase.first * batch, phase.end * batch
+        start, end = batches.position(phase.first), batches.position(phase.end)
         lengths = lengths_between(run.ledger, start, end)
         rows = np.flatnonzero(lengths)
         far = np.abs(run.ledger.weights[rows] - np.array([phase.weights[name] for name in names]))
         total += float(lengths[rows] @ far.sum(axis=1)) / 2
         row, k = np.unravel_index(int(far.argmax()), far.shape)
         if far[row, k] >= found.most:
-            at = max(int(run.ledger.starts[rows[row]]), start) // batch
+            at = batches.step(max(int(run.ledger.starts[rows[row]]), start))
             found = Deviation(float(far[row, k]), names[k], at, 0.0)
-    return dataclasses.replace(found, mean=total / (phases[-1].end * batch))
+    return dataclasses.replace(found, mean=total / batches.position(phases[-1].end))
 
 
 def equal_cuts(run: RecordedMix, stages: int) -> list[int]:
@@ -100,10 +100,10 @@ def cuts_at(run: RecordedMix, tokens: str) -> list[int]:
     Raises:
         InputError: no numbers, or a phase without an iteration.
     """
-    per_step = run.config.train.global_batch * run.config.data.seq_length
+    batches = run.config.batches
     try:
         numbers = [float(word) for word in tokens.split(",")]
-        cuts = [round(number / per_step) for number in numbers]
+        cuts = [batches.nearest_step(number) for number in numbers]
     except (ValueError, OverflowError) as error:
         raise InputError(
             f"--stages-at {tokens}: expected numbers of tokens with commas, for example 1e9,2e9."
@@ -112,9 +112,9 @@ def cuts_at(run: RecordedMix, tokens: str) -> list[int]:
     for first, end in itertools.pairwise(bounds):
         if end <= first:
             raise InputError(
-                f"--stages-at {tokens} cuts at the iterations {', '.join(map(str, cuts))} ({per_step} tokens each), which"
-                f" leaves a phase from {first} to {end}. Give rising numbers between {per_step} and"
-                f" {(run.steps - 1) * per_step}: {run.run_dir} has {run.steps} iterations on record."
+                f"--stages-at {tokens} cuts at the iterations {', '.join(map(str, cuts))} ({batches.tokens_of(0)} tokens each), which"
+                f" leaves a phase from {first} to {end}. Give rising numbers between {batches.tokens(1)} and"
+                f" {batches.tokens(run.steps - 1)}: {run.run_dir} has {run.steps} iterations on record."
             )
     return cuts
 
@@ -129,7 +129,7 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
         InputError: see `render`, or a file that cannot be written.
     """
     suffix = "txt" if format == "megatron" else "json"
-    batch, seq_length = run.config.train.global_batch, run.config.data.seq_length
+    batches = run.config.batches
     data, written, entries = DataSet.of_run(run), [], []
     notes: dict[str, list[int]] = {}  # phases by note
     phases = make_phases(run, cuts)
@@ -140,19 +140,19 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
         written.append((out / f"phase_{number}.{suffix}", blend.text))
         for note in blend.notes:
             notes.setdefault(note, []).append(number)
-        samples = (phase.end - phase.first) * batch
+        start, end = batches.position(phase.first), batches.position(phase.end)
         entries.append(
             {
                 "file": f"phase_{number}.{suffix}",
                 "iterations": [phase.first, phase.end],
-                "samples": samples,
-                "tokens": samples * seq_length,
+                "samples": end - start,
+                "tokens": (end - start) * batches.seq_length,
                 "weights": phase.weights,
             }
         )
     content = {
-        "global_batch_size": batch,
-        "seq_length": seq_length,
+        "global_batch_size": run.config.train.global_batch,
+        "seq_length": batches.seq_length,
         "train_samples": run.position,
         "phase_transition_iterations": list(cuts),
         "deviation": dataclasses.asdict(deviation),

@@ -240,7 +240,7 @@ def _write_tokenizer(folder: Path, manifest: Manifest, seq_length: int) -> None:
 
 def _provenance(run: RecordedRun, state: RunState, source: Path, dtype: str) -> dict[str, Any]:
     """Origin of the model, and the blend that it was trained on."""
-    position = state.step * run.config.train.global_batch
+    position = run.config.batches.position(state.step)
     line = run.ledger.line_at(position)
     return {
         "format": "megamix-export",
@@ -249,7 +249,7 @@ def _provenance(run: RecordedRun, state: RunState, source: Path, dtype: str) -> 
         "run": str(run.config.run_dir),
         "checkpoint": source.name,
         "step": state.step,
-        "tokens": position * run.config.data.seq_length,
+        "tokens": run.config.batches.tokens(state.step),
         "dtype": dtype,
         "weights": dict(zip(line["domain_names"], line["domain_weights"], strict=True)),
         "samples": {name: int(count) for name, count in run.ledger.counts(position).items()},

@@ -139,7 +139,7 @@ class Steering:
             InputError: the constraints cannot be met.
         """
         effective_step = self._policy.effective_step(step)
-        position = effective_step * self._policy.global_batch
+        position = self._policy.effective_position(step)
         due = self._journal.due(step + 1, effective_step, self._handled)
         if self._course is None and not due:
             return follow(None, self._policy, mixer, wanted, step, in_force, counts)
@@ -239,7 +239,7 @@ def follow(
         return steering.follow(step, wanted, mixer, in_force, counts)
     if wanted is None:
         return None
-    return Steered(mixer, policy.allowed(wanted, counts(), policy.effective_step(step) * policy.global_batch))
+    return Steered(mixer, policy.allowed(wanted, counts(), policy.effective_position(step)))
 
 
 def _told(command: SteerCommand) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def plot(results: Results) -> list[Path]:
 def gains(results: Results, cell: Cell) -> Iterator[tuple[str, Curve]]:
     """The objective loss of natural less the loss of each other arm, after each evaluation: mean over the seeds that
     both have, by tokens; the one before the first step is left out."""
-    train = results.study.plan.config.train
-    per_step = train.global_batch * results.study.plan.config.data.seq_length
+    batches = results.study.plan.config.batches
     base = cell.rows.get(NATURAL, {})
     for arm, mine in cell.rows.items():
         pairs = [(dict(base[seed].curve), dict(mine[seed].curve)) for seed in mine if seed in base]
@@ -62,7 +61,7 @@ def gains(results: Results, cell: Cell) -> Iterator[tuple[str, Curve]]:
         steps = sorted(set.intersection(*(first.keys() & second.keys() for first, second in pairs)) - {0})
         if steps:
             gain = [statistics.fmean(first[step] - second[step] for first, second in pairs) for step in steps]
-            yield arm, ([step * per_step for step in steps], gain)
+            yield arm, ([batches.tokens(step) for step in steps], gain)
 
 
 def differences_figure(results: Results) -> Figure | None:

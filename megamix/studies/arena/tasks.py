@@ -162,9 +162,8 @@ def _is_collected(study: ArenaStudy) -> bool:
 
 def _tell_cost(study: ArenaStudy) -> None:
     """Says what will run before anything does."""
-    train = study.plan.config.train
-    steps = sum(entry.condition.steps for entry in study.entries)
-    tokens = steps * train.global_batch * study.plan.config.data.seq_length
+    batches = study.plan.config.batches
+    tokens = sum(batches.tokens(entry.condition.steps) for entry in study.entries)
     get_logger().info(
         "%s: %s, %s; %s tokens together", plural(len(study.entries), "member"), plural(len(study.arms), "arm"),
         plural(len(study.config.seeds), "seed"), f"{tokens:,}",

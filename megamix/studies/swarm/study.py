@@ -154,7 +154,7 @@ class SwarmStudy:
 
 def tokens_of(config: RunConfig) -> int:
     """Tokens that a run trains on."""
-    return config.train.steps * config.train.global_batch * config.data.seq_length
+    return config.batches.tokens(config.train.steps)
 
 
 def read_study(config_path: Path, overrides: list[str]) -> SwarmStudy:

@@ -87,7 +87,7 @@ def _change_of_length(state: RunState, plan: DataPlan) -> dict[str, int] | None:
     before, now = state.total_samples, plan.total_samples
     if before is None:  # a checkpoint of before they were kept; those of other trainers do not say
         steps = state.fingerprints.get("train", {}).get("steps")
-        before = now if steps is None else int(steps) * plan.config.train.global_batch
+        before = now if steps is None else plan.config.batches.position(int(steps))
     return None if before == now or plan.policy.constraints.trivial else {"before": before, "now": now}
 
 
@@ -100,7 +100,7 @@ def _of_mixture(state: RunState, plan: DataPlan) -> list[tuple[int, Floats]]:
     is_mixed = state.mixer is not None and state.mixer["num_updates"] > 0
     soon = () if is_mixed else range(state.step + 1, policy.effective_step(state.step))
     steps = [state.step, *(step for step in soon if policy.stages.changes_at(step))]
-    return [(step * policy.global_batch, policy.stages.at(step)) for step in steps]
+    return [(policy.batches.position(step), policy.stages.at(step)) for step in steps]
 
 
 def _in_effect(blend: Blend, domains: DomainChange | None) -> list[tuple[int, Floats]]:

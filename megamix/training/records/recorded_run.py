@@ -74,12 +74,12 @@ class RecordedMix:
     @property
     def position(self) -> int:
         """Samples taken."""
-        return self.steps * self.config.train.global_batch
+        return self.config.batches.position(self.steps)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on."""
-        return self.position * self.config.data.seq_length
+        return self.config.batches.tokens(self.steps)
 
     def epochs(self) -> dict[str, float]:
         """How often each of the domains that are there has been read; empty without the data set."""

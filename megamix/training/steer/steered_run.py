@@ -103,9 +103,7 @@ class SteeredRun:
         """Where weights would take effect, for checks: only the bounds count, as epochs give way by themselves."""
         data = self.config.data.model_copy(update={"max_epochs": None, "on_exhausted": "cap"})
         ones = np.ones(len(self.names), np.int64)
-        own: Constraints = read_constraints(
-            data, self.names, ones, self.config.train.steps * self.config.train.global_batch
-        )
+        own: Constraints = read_constraints(data, self.names, ones, self.config.total_samples)
         return Place(own, np.zeros(len(self.names)), 0, data.seq_length)
 
     def course(self, place: Place) -> Course:
