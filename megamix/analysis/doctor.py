@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -168,6 +169,7 @@ def _what_runs(shape: _Shape) -> str:
     config, model = shape.config, shape.model
     train = config.train
     batches, samples = config.batches, config.total_samples
+    equal = f" = {batches.tokens_of(0):,} tokens" if len(batches.sizes) == 1 else ""
     micro_batches = plural(shape.num_micro_batches, "micro-batch", "micro-batches")
     delay = plural(config.data.weight_lag + 1, "step")
     lines = (
@@ -175,7 +177,7 @@ def _what_runs(shape: _Shape) -> str:
         *_data_line(shape.plan),
         ("model", f"{model.architecture}, {model.num_layers} layers of width {model.hidden_size}, vocabulary "
                   f"{model.vocabulary:,}{' (tied)' if model.tie_word_embeddings else ''}: {model.num_parameters():,} parameters"),
-        ("step", f"{train.global_batch} samples x {config.data.seq_length} tokens = {batches.tokens_of(0):,} tokens"),
+        ("step", f"{batches.describe()} samples x {config.data.seq_length} tokens{equal}"),
         ("run", f"{plural(train.steps, 'step')}, {samples:,} samples, {batches.tokens(train.steps):,} tokens"),
         ("schedule", train.learning_rate.describe()),
         ("ranks", f"{shape.world_size} = {_factors(config.engine)} x data {shape.data_size}; {_engine(config.engine)}"),
@@ -227,9 +229,9 @@ def _engine(engine: EngineConfig) -> str:
 def _other_sizes(config: RunConfig) -> str:
     """Numbers of ranks that this layout and batch allow: multiples of the ranks of one copy of the model."""
     train, unit = config.train, config.engine.model_ranks
-    turns = train.global_batch // train.micro_batch
+    turns = math.gcd(*(size for _, size in config.batches.sizes)) // train.micro_batch
     sizes = ", ".join(str(size * unit) for size in range(1, turns + 1) if turns % size == 0)
-    return f"{sizes} ranks ({unit} for a copy of the model; {train.global_batch} samples in micro-batches of {train.micro_batch})"
+    return f"{sizes} ranks ({unit} for a copy of the model; {config.batches.describe()} samples in micro-batches of {train.micro_batch})"
 
 
 def _mixture_line(shape: _Shape) -> str:
@@ -303,13 +305,14 @@ def _start(config: RunConfig, plan: Plan | None) -> str:
     if plan is None:
         return f"start        anew in {config.run_dir}"
     resumed = open_checkpoint(plan)
+    plan = plan if resumed is None else resumed.adopted(plan)
     open_reference(plan)
     if resumed is None:
         plan.pretrained()
         return f"start        anew in {config.run_dir}"
     blend, change = resumed.blend(plan)
     lines = [f"start        from {resumed.path} (step {resumed.step} of {config.train.steps})"]
-    if (said := resumed.train_change(config.train)) is not None:
+    if (said := resumed.said_changes(plan.config)) is not None:
         lines.append(f"train        {said}")
     if change is not None:
         weights = ", ".join(f"{name} {w:.4f}" for name, w in zip(plan.domain_names, blend.weights, strict=True))

@@ -87,7 +87,7 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
     if not 0 <= position < total:
         raise InputError(
             f"sample {position} of {run_dir} asked for; the run has samples 0 to {total - 1} "
-            f"({config.train.steps} steps of {config.train.global_batch})."
+            f"({config.train.steps} steps of {batches.describe()})."
         )
     step = batches.step(position)
     sample = SampleReader(run, step).sample(position)

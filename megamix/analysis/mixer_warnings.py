@@ -31,7 +31,7 @@ def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[n
 
 def _few_samples(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
     """Domains of which an update has so few samples that a rule which rewards losses follows single ones."""
-    mixer, batch = config.mixer, config.train.global_batch
+    mixer, batch = config.mixer, min(size for _, size in config.batches.sizes)
     rewards_losses = mixer.name == "odm" or mixer.name not in MIXERS
     if not rewards_losses or evaluated(mixer) is not None:
         return []

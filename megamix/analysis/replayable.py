@@ -123,7 +123,7 @@ class ReplayableRun:
     def _blend(self) -> Blend:
         """The blend as the run began with it: the weights on record that follow from no step's statistics."""
         run, names = self.run, self.statistics.domain_names
-        announced = [line for line in run.ledger.lines if "statistics" not in line]
+        announced = [line for line in run.ledger.lines if "statistics" not in line and "change" not in line]
         # How many samples an epoch has changes which of them are taken, not how many.
         ones, keys = np.ones(len(names), np.int64), [domain_key(name) for name in names]
         first = segment_of(announced[0])
@@ -140,7 +140,7 @@ def weights_by_step(ledger: Ledger, num_steps: int, batches: Batches) -> Floats:
 
 def _refuse_changed(run: RecordedRun) -> None:
     for line in run.ledger.lines:
-        if change := line.get("change"):
+        if (change := line.get("change")) and change.get("parts") != ["batch"]:
             parts = ", ".join(change.get("parts", [])) or "domains"
             raise InputError(
                 f"the run {run.run_dir} was changed on resume after step {line['step']} ({parts}), so its steps are not those "

@@ -5,6 +5,7 @@ Step s of a run, counted from 0, is positions [position(s), position(s + 1)) of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +32,32 @@ class Batches:
     def equal(cls, size: int, seq_length: int = 1) -> Batches:
         """Batches of ``size`` samples in every step."""
         return cls(((0, size),), seq_length)
+
+    @classmethod
+    def ramp(cls, stages: Sequence[tuple[int, float]], size: int, seq_length: int = 1) -> Batches:
+        """Batches that change with the tokens trained on.
+
+        Args:
+            stages: (samples per step, tokens) in rising order of tokens: steps that begin before that many tokens.
+            size: samples of the steps after them.
+
+        Raises:
+            ValueError: a stage that no step begins in.
+        """
+        found: list[tuple[int, int]] = []
+        step, position = 0, 0
+        for number, (samples, tokens) in enumerate(stages, start=1):
+            steps = -((position - _samples(tokens, seq_length)) // samples)
+            if steps <= 0:
+                raise ValueError(
+                    f"stage {number} ({samples} samples a step until {tokens:,.0f} tokens) has no step: the one before it takes "
+                    f"the run to {position * seq_length:,} tokens. Leave it out, or give it more tokens."
+                )
+            found.append((step, samples))
+            step, position = step + steps, position + steps * samples
+        found.append((step, size))
+        kept = [each for index, each in enumerate(found) if index == 0 or each[1] != found[index - 1][1]]
+        return cls(tuple(kept), seq_length)
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int]]:
@@ -81,7 +108,7 @@ class Batches:
 
     def first_step_from(self, tokens: float) -> int:
         """The first step with at least ``tokens`` before it."""
-        position = -int(-tokens // self.seq_length)
+        position = _samples(tokens, self.seq_length)
         return self.step(position) + (not self.is_start(position))
 
     def nearest_step(self, tokens: float) -> int:
@@ -90,5 +117,15 @@ class Batches:
         step = self.step(int(tokens // self.seq_length))
         return round(step + (tokens - self.tokens(step)) / self.tokens_of(step))
 
+    def describe(self, first: int = 0) -> str:
+        """``64, from step 101 on 128``: the sizes from ``first`` on; steps count from 1 in it."""
+        later = [f"from step {step + 1:,} on {size}" for step, size in self.sizes if step > first]
+        return ", ".join([str(self.size(first)), *later])
+
     def _stretch_of(self, step: int) -> tuple[int, int, int]:
         return next(place for place in reversed(self._places) if place[0] <= max(step, 0))
+
+
+def _samples(tokens: float, seq_length: int) -> int:
+    """The fewest samples of at least ``tokens`` together."""
+    return -int(-tokens // seq_length)

@@ -73,9 +73,17 @@ class Engine(ABC):
 
     @abstractmethod
     def train_step(
-        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+        self,
+        batch: Batch | None,
+        objective: Objective,
+        lr: float,
+        on_statistics: Callable[[torch.Tensor], None],
+        num_micro_batches: int | None = None,
     ) -> bool:
         """Takes one optimizer step on this rank's part of a global batch (None where the stage reads no data).
+
+        Args:
+            num_micro_batches: of this rank; default: those of ``train.global_batch``.
 
         Calls ``on_statistics`` exactly once, with this rank's int64 [K, C] sums of the step (zeros on a rank without
         the loss), right after the last micro-batch's forward pass, so that their all-reduce overlaps the backward pass.

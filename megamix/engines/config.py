@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
 import pydantic
 
 from megamix.core.config import Config
+from megamix.data.batches import Batches
 from megamix.engines.schedule import Schedule, ScheduleName, Shape
 
 _NOT_THERE = {
@@ -166,6 +168,15 @@ DEFAULT_ENGINE = "deepspeed"
 """The engine of an ``engine`` section without a name."""
 
 
+class BatchStage(Config):
+    """Steps of another global batch."""
+
+    global_batch: int = pydantic.Field(gt=0, le=10**7)
+    """Samples per step over all ranks."""
+    until_tokens: float = pydantic.Field(gt=0, le=2.0**53)
+    """Of steps that begin before this many tokens of the run."""
+
+
 class BatchConfig(Config):
     """Training settings that decide which samples are read when."""
 
@@ -173,10 +184,32 @@ class BatchConfig(Config):
     """Optimizer steps of the whole run."""
     global_batch: int = pydantic.Field(gt=0, le=10**7)
     """Samples per step over all ranks."""
+    batch_ramp: tuple[BatchStage, ...] = ()
+    """Other global batches before that one, by rising tokens: [{global_batch: 64, until_tokens: 1.0e9}, ...]. A resume
+    with another batch records the batches so far here."""
     micro_batch: int = pydantic.Field(gt=0, le=10**7)
     """Samples a rank runs forward at once."""
     seed: int = pydantic.Field(default=1234, ge=0)
     """Fixes the initial weights, the order of the data and dropout."""
+
+    @pydantic.field_validator("batch_ramp")
+    @classmethod
+    def _rises(cls, stages: tuple[BatchStage, ...]) -> tuple[BatchStage, ...]:
+        for before, stage in itertools.pairwise(stages):
+            if stage.until_tokens <= before.until_tokens:
+                raise ValueError(
+                    f"until_tokens {stage.until_tokens:g} follows {before.until_tokens:g}. Give stages in rising order of tokens."
+                )
+        return stages
+
+    def batches(self, seq_length: int) -> Batches:
+        """The global batch of every step.
+
+        Raises:
+            ValueError: a stage of ``batch_ramp`` that no step begins in.
+        """
+        stages = [(stage.global_batch, stage.until_tokens) for stage in self.batch_ramp]
+        return Batches.ramp(stages, self.global_batch, seq_length)
 
 
 class TrainConfig(BatchConfig):
@@ -192,6 +225,9 @@ class TrainConfig(BatchConfig):
     schedule: ScheduleName = "cosine"
     """What follows the warm-up. cosine, linear: a fall to min_lr at the last step; constant: lr to the end; wsd: lr,
     and a fall over the last decay_steps steps, which can be begun late, from any checkpoint of a run that is level."""
+    schedule_over: Literal["steps", "tokens"] = "steps"
+    """What warm-up and fall go by where steps differ in size (batch_ramp): steps; or tokens, as if all steps had
+    equally many."""
     warmup: float = pydantic.Field(default=0.01, ge=0, le=1)
     """Share of the steps over which the learning rate rises to lr."""
     warmup_steps: int | None = pydantic.Field(default=None, ge=0)
@@ -247,10 +283,24 @@ class TrainConfig(BatchConfig):
         low = self.lr / 10 if self.min_lr is None else self.min_lr
         return Schedule(self.schedule, self.lr, low, self._warmup_steps, self.steps, fall_from, shape)
 
-    def lr_at(self, step: int) -> float:
-        """Returns the learning rate of ``step``, counted from 0."""
-        return self.learning_rate.at(step)
+    def lr_at(self, step: int, batches: Batches | None = None) -> float:
+        """Returns the learning rate of ``step``, counted from 0.
+
+        Args:
+            batches: of the run; default: all equal.
+        """
+        last = self.steps - 1
+        if self.schedule_over == "steps" or batches is None or last == 0:
+            return self.learning_rate.at(step)
+        # The first and the last step stay the first and the last of the schedule.
+        return self.learning_rate.at(last * batches.position(step) / batches.position(last))
 
 
-BEFORE_THESE_KEYS = {"schedule": "cosine", "warmup_steps": None, "decay_steps": None, "decay_shape": "linear"}
+BEFORE_THESE_KEYS = {
+    "schedule": "cosine",
+    "schedule_over": "steps",
+    "warmup_steps": None,
+    "decay_steps": None,
+    "decay_shape": "linear",
+}
 """What runs have that began before ``train`` had these keys."""

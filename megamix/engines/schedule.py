@@ -45,10 +45,10 @@ class Schedule:
     fall_from: int | None
     shape: Shape
 
-    def at(self, step: int) -> float:
-        """The learning rate of ``step``; past the end that of the last step."""
+    def at(self, step: float) -> float:
+        """The learning rate of ``step``, which may be broken; past the end that of the last step."""
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return self.lr * min(step + 1, self.warmup_steps) / self.warmup_steps
         if self.fall_from is None or step < self.fall_from:
             return self.lr
         done = (step - self.fall_from) / max(1, self.steps - 1 - self.fall_from)

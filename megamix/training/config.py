@@ -100,10 +100,11 @@ class ResumeConfig(Config):
     """What may differ between a run and the checkpoint that it continues from."""
 
     accept_changed: tuple[
-        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision"], ...
+        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "batch", "train", "precision"], ...
     ] = ()
     """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume. A
-    changed mixture is sampled with from there on."""
+    changed mixture is sampled with from there on, a changed batch (train.global_batch, train.batch_ramp) taken from
+    there on."""
     domains: DomainChangeConfig = DomainChangeConfig()
     """Which domains may be added, removed, split or replaced on resume."""
 
@@ -226,7 +227,7 @@ class MixConfig(Config):
     @property
     def batches(self) -> Batches:
         """The global batch of every step."""
-        return Batches.equal(self.train.global_batch, self.data.seq_length)
+        return self.train.batches(self.data.seq_length)
 
     @property
     def total_samples(self) -> int:
@@ -247,6 +248,14 @@ class MixConfig(Config):
                     f"a shadow's reference is {wanted}, but the run's mixer reads {read or 'no reference losses'}. A shadow "
                     "sees only what the run measures: set its reference to null, or give the same to the mixer."
                 )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _every_batch_has_a_step(self) -> MixConfig:
+        try:
+            _ = self.batches
+        except ValueError as problem:
+            raise ValueError(f"train.batch_ramp: {problem}") from problem
         return self
 
     @pydantic.model_validator(mode="before")

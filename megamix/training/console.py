@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megamix.core.log import get_logger, show_status
 from megamix.core.text import gib, listed, number, plural
+from megamix.data.batches import Batches
 from megamix.mixing.exchange import MixReport
 from megamix.training.mixture import mixture_of
 from megamix.training.objective import objective_name
@@ -69,7 +70,7 @@ class Console:
             "model": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}: "
             f"{_short(model.num_parameters())} parameters",
             "data": f"{plural(len(plan.domains), 'domain')}, {_short(sum(d.num_tokens for d in plan.domains))} tokens; "
-            f"steps of {train.global_batch} x {config.data.seq_length} = {batches.tokens_of(step):,} tokens, "
+            f"steps of {batches.describe(step)} x {config.data.seq_length}{_step_tokens(batches, step)}, "
             f"{_short(batches.tokens(train.steps))} in all",
             "mixture": f"{mixture_of(config.mixture).label()}: {self._largest(self._weights)}",
             "rule": _rule(config.mixer),
@@ -99,7 +100,10 @@ class Console:
             parts.insert(1, f"objective {self._last[1]:.4f}")
         if line.get("flop_utilisation") is not None:
             parts.append(f"{line['flop_utilisation']:.1%} of peak")
-        left = round((steps - step) * line["step_seconds"])
+        # As fast, by tokens, as the last steps: later ones may be larger.
+        batches = self._plan.config.batches
+        steps_left = (batches.tokens(steps) - batches.tokens(step)) / batches.tokens_of(step - 1)
+        left = round(steps_left * line["step_seconds"])
         parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         text = f"step {step}/{steps}: {', '.join(parts)}{self._moved()}"
         if not sys.stderr.isatty():
@@ -164,6 +168,11 @@ class Console:
         texts = [f"{self._plan.domain_names[k]} {self._shown[k]:.3f} -> {self._weights[k]:.3f}" for k in moved]
         self._shown = self._weights
         return f"; weights: {listed(texts, _MOST_NAMES)}" if texts else ""
+
+
+def _step_tokens(batches: Batches, step: int) -> str:
+    """``= 8,192 tokens``, where all steps from ``step`` on are equal."""
+    return f" = {batches.tokens_of(step):,} tokens" if batches.sizes[-1][0] <= step else " tokens"
 
 
 def _short(count: int) -> str:

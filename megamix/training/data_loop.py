@@ -154,6 +154,10 @@ class MixedData:
         tensor = torch.tensor(weights, dtype=torch.float32, pin_memory=self._device.type == "cuda")
         return Objective(normaliser, tensor.to(self._device, non_blocking=True))
 
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this rank in step ``step``."""
+        return self.sampler.share_of(self.step).num_micro_batches
+
     def requests(self) -> Requests:
         """Requests of any rank for the boundary before step ``step``, the same on all ranks; call once per step.
 
@@ -189,7 +193,9 @@ class MixedData:
         if self.mixer is not None and (self._is_new or self.change is not None or not record.has_weights):
             batches = self.plan.config.batches
             segments = [(batches.step(segment.start), segment) for segment in self.sampler.segments_from(self.step)]
-            record.announce(self.step, segments, self.mixer.record(), self.change)
+            # A stretch of before a resume goes on: the change begins here.
+            begin = 0 if self.change is None else batches.position(self.step)
+            record.announce(self.step, segments, self.mixer.record(), self.change, begin)
 
     def take_reports(self) -> list[MixReport]:
         """Reports of the steps since the last call, on rank 0."""

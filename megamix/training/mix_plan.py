@@ -79,6 +79,13 @@ class MixPlan:
                     f"domain '{name}': weight {weight:.4f} reads it {epochs:.1f} times; more than {MANY_EPOCHS:g} epochs add little. "
                     "Lower its weight or set data.max_epochs."
                 )
+        reached = self.policy.batches.sizes[-1][0] < self.config.train.steps
+        if self.config.train.batch_ramp and not reached:
+            found.append(
+                f"train.batch_ramp ends after {self.config.train.batch_ramp[-1].until_tokens:,.0f} tokens and the run after "
+                f"{self.policy.batches.tokens(self.config.train.steps):,}: it never has a train.global_batch of "
+                f"{self.config.train.global_batch}. Train longer, or end the ramp earlier."
+            )
         floor, wanted = self.policy.constraints.floor, self.policy.stages.weights
         for index in np.flatnonzero((wanted == 0).all(axis=0) & (floor > 0)).tolist():
             found.append(

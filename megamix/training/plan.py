@@ -141,7 +141,7 @@ class DataPlan(MixPlan):
         return self.manifest.tokenizer.vocab_size
 
     def share(self, data_rank: int) -> Slice:
-        """The part of a global batch that a data-parallel rank reads."""
+        """The part of a global batch, of ``train.global_batch`` samples, that a data-parallel rank reads."""
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
 
@@ -235,7 +235,7 @@ def make_data_plan(
         InputError: anything about data, mixture or batches that would stop the run later.
         DataChanged: the data are not those of the manifest.
     """
-    Slice(config.train.global_batch, config.train.micro_batch, 0, data_size)
+    check_batches(config, data_size)
     manifest = Manifest.load(config.data.manifest)
     entries = _entries(config, manifest)
     names = tuple(entry.name for entry in entries)
@@ -297,15 +297,16 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int,
     Raises:
         InputError: ranks, pipeline stages, parts of the model or batches that do not divide.
     """
-    engine, train = config.engine, config.train
+    engine = config.engine
     ranks = world_size or engine.world_size()
     try:
         data_size = engine.data_size(ranks)
     except ValueError as error:
         raise InputError(str(error)) from error
-    micro_batches = Slice(train.global_batch, train.micro_batch, 0, data_size).num_micro_batches
+    numbers = check_batches(config, data_size)
     if isinstance(engine, MegatronConfig):
-        check_megatron_layout(engine, config.model, config.data.seq_length, micro_batches, config.model.vocab_size)
+        for micro_batches in numbers:
+            check_megatron_layout(engine, config.model, config.data.seq_length, micro_batches, config.model.vocab_size)
         if config.data.within_documents:
             check_within_documents(engine)
     elif engine.pipeline > config.model.num_layers:
@@ -314,6 +315,16 @@ def check_layout(config: RunConfig, world_size: int | None = None) -> tuple[int,
             "Use at most one stage per layer."
         )
     return ranks, data_size
+
+
+def check_batches(config: MixConfig, data_size: int) -> list[int]:
+    """The micro-batches of a rank in a step, for each size of global batch that the run is still to have.
+
+    Raises:
+        InputError: one does not divide into ranks and micro-batches.
+    """
+    sizes = dict.fromkeys(size for _, size in config.batches.sizes)
+    return [Slice(size, config.train.micro_batch, 0, data_size).num_micro_batches for size in sizes]
 
 
 def _entries(config: MixConfig, manifest: Manifest) -> tuple[DomainEntry, ...]:

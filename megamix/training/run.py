@@ -54,6 +54,9 @@ def train(config_path: Path, overrides: list[str]) -> int:
         log.warning("%s", warning)
     with RunLock(config.run_dir) as lock:
         resumed = open_checkpoint(plan)
+        if resumed is not None:
+            plan = resumed.adopted(plan)
+            config = plan.config
         _open_sources(plan, resumed)
         if sum(domain.num_files for domain in plan.domains) > _MANY_FILES:
             log.info("token files: %s", files_line(plan.domains))
@@ -87,6 +90,7 @@ def train_rank(plan: Plan) -> None:
         watchdog.progress(0, "loading")
         group: Any = dist.new_group(backend="gloo")
         resumed = agree_on_checkpoint(plan, group)
+        plan = plan if resumed is None else resumed.adopted(plan)
         if is_main:
             _open_sources(plan, resumed)
             _prepare_run_dir(plan.config)

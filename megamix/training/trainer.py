@@ -50,6 +50,7 @@ class Trainer:
         """
         self.plan = plan
         self.config: RunConfig = plan.config
+        self._batches = plan.config.batches
         self.is_main = dist.get_rank() == 0
         # Gathering small objects must not need the accelerator.
         self._control: Any = dist.new_group(backend="gloo")
@@ -96,7 +97,7 @@ class Trainer:
         if self.is_main:
             missing = None if resumed is None else self._missing_record(resumed)
             sinks = make_sinks(self.config, self.step + 1)
-            change = None if resumed is None else resumed.train_change(self.config.train)
+            change = None if resumed is None else resumed.said_changes(self.config)
             self.record = RunRecord(
                 self.config.run_dir, plan.domain_names, self.step if resumed else None, sinks, change or ""
             )
@@ -194,7 +195,7 @@ class Trainer:
             if self._sample_log is not None and batch is not None and batch.samples is not None:
                 self._sample_log.write(batch.samples)
             self._seed_step(self.step)
-            lr = self.config.train.lr_at(self.step)
+            lr = self.config.train.lr_at(self.step, self._batches)
             with self._clock.mixing():
                 objective = self.data.objective(batch)
             is_finite = self._engine_step(None if batch is None else self._on_device(batch), objective, lr)
@@ -215,7 +216,9 @@ class Trainer:
                 self.data.submit(sums, requests=self._requests())
 
         with self._clock.engine():
-            is_finite = self.engine.train_step(batch, objective, lr, self._clock.as_mixing(on_statistics))
+            is_finite = self.engine.train_step(
+                batch, objective, lr, self._clock.as_mixing(on_statistics), self.data.num_micro_batches()
+            )
         if evaluates:
             assert self._rewards is not None
             # The mixer gets the step and the evaluation that follows it at once.
@@ -325,8 +328,8 @@ class Trainer:
             self._log.reset()
             return
         self._collect_reports()
-        tokens_per_step = self.config.batches.tokens_of(self.step - 1)
-        line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, tokens_per_step)
+        taken = self._tokens() - self._batches.tokens(self.step - times.steps)
+        line = self._log.line(self.step, self._tokens(), lr, grad_norm, times, taken)
         if line is not None:
             line |= self._console.machine(line["tokens_per_second"])
             self.record.train(line)
@@ -351,7 +354,7 @@ class Trainer:
         torch.manual_seed(int(hash_words(self.config.train.seed, step, self.place.rank)) % 2**63)
 
     def _tokens(self) -> int:
-        return self.config.batches.tokens(self.step)
+        return self._batches.tokens(self.step)
 
 
 def _every(step: int, every: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megamix.core.errors import InputError
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
 from megamix.data.sampler import Sampler, Slice, StepSamples
 
@@ -32,20 +33,25 @@ def taken(blend: Blend, number: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("data_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_slices_in_order_are_the_global_batch(data_size: int, micro_batch: int) -> None:
-    """Ranks, and micro-batches within a rank, follow one another; the layout changes nothing, weight changes or not."""
-    ranks = [Sampler(make_blend(), Slice(BATCH, micro_batch, rank, data_size)) for rank in range(data_size)]
+@pytest.mark.parametrize("sizes", [[BATCH] * 8, [16, 16, 48, 32, 32, 16, 16, 16]])
+def test_slices_in_order_are_the_global_batch(data_size: int, micro_batch: int, sizes: list[int]) -> None:
+    """Ranks, and micro-batches within a rank, follow one another; the layout changes nothing, weight changes or not,
+    nor does a batch that changes."""
+    changes = [step for step in range(8) if step == 0 or sizes[step] != sizes[step - 1]]
+    batches = Batches(tuple((step, sizes[step]) for step in changes))
+    shares = [Slice(BATCH, micro_batch, rank, data_size) for rank in range(data_size)]
+    ranks = [Sampler(make_blend(), share, batches=batches) for share in shares]
     reference = make_blend()
-    for step in range(8):
+    for step, size in enumerate(sizes):
         dealt = [sampler.deal() for sampler in ranks]
         assert {samples.step for samples in dealt} == {step}
-        assert {samples.position for samples in dealt} == {step * BATCH}
-        assert {samples.domain.shape for samples in dealt} == {(BATCH // micro_batch // data_size, micro_batch)}
-        assert [pair for samples in dealt for pair in pairs(samples)] == taken(reference, BATCH)
+        assert {samples.position for samples in dealt} == {sum(sizes[:step])}
+        assert {samples.domain.shape for samples in dealt} == {(size // micro_batch // data_size, micro_batch)}
+        assert [pair for samples in dealt for pair in pairs(samples)] == taken(reference, size)
         if step == 3:
             for sampler in ranks:
                 sampler.set_weights(SECOND, step=6)
-            reference.set_weights(SECOND, at=6 * BATCH)
+            reference.set_weights(SECOND, at=sum(sizes[:6]))
 
 
 def test_change_takes_effect_at_its_step() -> None:

@@ -46,6 +46,11 @@ MIXERS = {
     "doremi": {"name": "doremi", "reference": None, "eta": 0.3},
 }
 REFERENCE = "deepspeed"
+# Twice as many samples in steps 5 and 6; runs that move to another layout do so where that ends.
+RAMP = [
+    {"global_batch": BATCH, "until_tokens": 4 * BATCH * SEQ},
+    {"global_batch": 2 * BATCH, "until_tokens": 8 * BATCH * SEQ},
+]
 # Stopped under the first layout and resumed under the second.
 MOVES = [
     ("deepspeed pp2", "deepspeed pp2"),
@@ -91,6 +96,7 @@ class Runs:
             "train": {
                 "steps": steps, "global_batch": BATCH, "micro_batch": micro_batch,
                 "lr": 3.0e-3, "warmup": 0.1, "clip": 0.5, "seed": 7,
+                "batch_ramp": RAMP if mixer == "odm" else [],
             },
             "evaluate": {"every": 12, "batches": BATCH // micro_batch},  # the same windows
             "checkpoint": {"every": 0, "keep": 4},
@@ -131,6 +137,8 @@ def test_every_layout_trains_the_same_run(runs: Runs, name: str, mixer: str) -> 
     """The same samples in the same order; the same losses, and weights of samples and losses, up to rounding."""
     run, reference = runs.path(name, mixer), runs.path(REFERENCE, mixer)
     assert sorted(samples(run)) == list(range(1, STEPS + 1))
+    larger = [step for step, taken in samples(run).items() if len(taken) == 2 * BATCH]
+    assert larger == ([5, 6] if mixer == "odm" else [])
     assert samples(run) == samples(reference)
     loss, weight = largest_difference(reference, run)
     assert loss < tolerance(STEPS)

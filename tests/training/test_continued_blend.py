@@ -93,6 +93,8 @@ COURSE = {
         ("fingerprints.data.domains", [], r"fingerprints.data.domains"),
         ("fingerprints.mixer.mixer", ["odm"], r"fingerprints.mixer.mixer"),
         ("fingerprints.train.steps", "many", r"fingerprints.train.steps"),
+        ("fingerprints.batch", {"sizes": [[0, "x"]]}, r"fingerprints.batch.sizes.0.1"),
+        ("fingerprints.batch", {"sizes": [[0, 8], [0, 4]]}, r"its batches begin at the steps \[0, 0\]"),
         ("sampler", {}, r"sampler.blend"),
         ("sampler.blend.counts", [1, 2], r"counts has 2 numbers for 3 domains"),
         ("sampler.blend.position", -1, r"sampler.blend.position"),

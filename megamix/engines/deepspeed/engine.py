@@ -110,6 +110,8 @@ class DeepSpeedEngine(Engine):
             num_stages=engine.pipeline,
             device=device,
         )
+        self._micro_batch = train.micro_batch
+        self._num_micro_batches = self._engine.gradient_accumulation_steps()
         if engine.zero == 0 and train.clip > 0:
             self._engine.clip_fp32_gradients = self._clip_gradients
         self._is_finite = True
@@ -118,9 +120,16 @@ class DeepSpeedEngine(Engine):
         self.optimizer_steps = 0
 
     def train_step(
-        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+        self,
+        batch: Batch | None,
+        objective: Objective,
+        lr: float,
+        on_statistics: Callable[[torch.Tensor], None],
+        num_micro_batches: int | None = None,
     ) -> bool:
-        micro_batches = self._engine.gradient_accumulation_steps()
+        micro_batches = num_micro_batches or self._num_micro_batches
+        if micro_batches != self._engine.gradient_accumulation_steps():
+            self._engine.set_train_batch_size(micro_batches * self._micro_batch * self.place.data_size)
         if self.place.has_loss:
             # Undoes DeepSpeed's averages over micro-batches and data-parallel ranks: the objective is one sum.
             scaled = replace(objective, normaliser=objective.normaliser / (micro_batches * self.place.data_size))

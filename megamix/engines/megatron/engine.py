@@ -109,11 +109,17 @@ class MegatronEngine(Engine, OwnFormat):
         self.optimizer_steps = 0
 
     def train_step(
-        self, batch: Batch | None, objective: Objective, lr: float, on_statistics: Callable[[torch.Tensor], None]
+        self,
+        batch: Batch | None,
+        objective: Objective,
+        lr: float,
+        on_statistics: Callable[[torch.Tensor], None],
+        num_micro_batches: int | None = None,
     ) -> bool:
+        micro_batches = num_micro_batches or self._num_micro_batches
         if self.place.has_loss:
             # Gradients are summed without scaling over micro-batches, and over data- and context-parallel ranks.
-            self._loss.start_step(self._num_micro_batches, objective, 1.0, on_statistics)
+            self._loss.start_step(micro_batches, objective, 1.0, on_statistics)
         else:
             on_statistics(self._empty_sums)
         with cpu_stand_ins():
@@ -121,7 +127,7 @@ class MegatronEngine(Engine, OwnFormat):
             for chunk in self._wrapped:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
-            self._run(batch, self._num_micro_batches, forward_only=False)
+            self._run(batch, micro_batches, forward_only=False)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             is_finite = self._step_optimizer()

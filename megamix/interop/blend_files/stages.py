@@ -128,6 +128,11 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
     Raises:
         InputError: see `render`, or a file that cannot be written.
     """
+    if len(run.config.batches.sizes) > 1:
+        raise InputError(
+            f"{run.run_dir} has steps of {run.config.batches.describe()} samples, and Megatron's phases need one batch size. "
+            "Export one blend of the whole run instead: leave out --stages."
+        )
     suffix = "txt" if format == "megatron" else "json"
     batches = run.config.batches
     data, written, entries = DataSet.of_run(run), [], []

@@ -27,8 +27,10 @@ from megamix.core.paths import expand
 from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.step_loss import Objective, StepLoss
+from megamix.training.checkpoints.batch_change import saved_batches
 from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
 from megamix.training.checkpoints.state import RunState
+from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.config import KINDS, MixConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import DataPlan, make_data_plan
@@ -279,5 +281,12 @@ def check_state(saved: Mapping[str, Any], plan: DataPlan, path: Path, step: int)
         raise ResumeRefused(
             f"{path} holds the data's state after step {state.step}, but the checkpoint is of step {step}. Continue "
             "from a checkpoint whose parts belong together."
+        )
+    check_parts(state, path)
+    before, now = saved_batches(state.fingerprints, plan.config.data.seq_length), plan.config.batches
+    if before != now:
+        raise ResumeRefused(
+            f"{path} is of a run with a global batch of {before.describe()}, now it is {now.describe()}. Only `megamix train` "
+            "goes on with another batch; keep the one that the run was started with."
         )
     return resume_from(state, plan, path, data_fingerprints(plan))

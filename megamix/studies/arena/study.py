@@ -34,8 +34,8 @@ MEMBERS, RUNS, TRAPS = "members", "runs", "traps"
 BEGIN, ARMS, FROZEN_ARMS = "begin", "arms", "frozen"
 STATIC = {"name": "static"}
 SETTLED = (
-    "run_dir", "objective", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.micro_batch",
-    "data.manifest", "data.domains", "data.seq_length", "data.attention", "data.eod_mask_loss",
+    "run_dir", "objective", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.batch_ramp",
+    "train.micro_batch", "data.manifest", "data.domains", "data.seq_length", "data.attention", "data.eod_mask_loss",
     "data.reset_position_ids", "evaluate", "checkpoint.domains",
 )  # fmt: skip
 """Keys that no arm may change: the arena sets them, or losses would not be comparable."""

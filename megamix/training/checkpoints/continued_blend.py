@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.data.blend.blend import Blend
+from megamix.training.checkpoints.batch_change import saved_batches
 from megamix.training.checkpoints.state import RunState
 from megamix.training.domain_change import DomainChange
 from megamix.training.plan import DataPlan
@@ -29,7 +30,7 @@ def continued_blend(
     """
     saved = state.sampler["blend"]
     blend = Blend.from_state_dict(saved)
-    parts = [part for part in ("mixture", "constraints", "data") if part in accepted]
+    parts = [part for part in ("mixture", "constraints", "data", "batch") if part in accepted]
     length = _change_of_length(state, plan)
     if domains is None and not parts and length is None:
         return blend, None
@@ -39,7 +40,15 @@ def continued_blend(
         (_, weights), *later = _of_mixture(state, plan)
     else:
         (_, weights), *later = _in_effect(blend, domains)
+        if "batch" in parts:
+            # What was announced for a step holds from that step on, of whatever size the steps before it are.
+            before = saved_batches(state.fingerprints, policy.batches.seq_length)
+            later = [(policy.batches.position(before.step(position)), wanted) for position, wanted in later]
     present = Blend.from_state_dict({**saved, "segments": saved["segments"][:1]})
+    if domains is None and parts == ["batch"] and length is None:
+        for position, wanted in later:
+            present.set_weights(wanted, at=position)
+        return present, {"parts": parts, "domains": None, "manifest": state.manifest}
     result = present.with_domains(
         plan.num_samples,
         plan.domain_keys,
@@ -87,7 +96,8 @@ def _change_of_length(state: RunState, plan: DataPlan) -> dict[str, int] | None:
     before, now = state.total_samples, plan.total_samples
     if before is None:  # a checkpoint of before they were kept; those of other trainers do not say
         steps = state.fingerprints.get("train", {}).get("steps")
-        before = now if steps is None else plan.config.batches.position(int(steps))
+        batches = saved_batches(state.fingerprints, plan.config.data.seq_length)
+        before = now if steps is None else batches.position(int(steps))
     return None if before == now or plan.policy.constraints.trivial else {"before": before, "now": now}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +12,14 @@ import numpy as np
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
+from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import digest
-from megamix.engines.config import BEFORE_THESE_KEYS, TrainConfig
+from megamix.engines.config import BEFORE_THESE_KEYS
 from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
 from megamix.training.bounds import bound_of
 from megamix.training.checkpoints import store
+from megamix.training.checkpoints.batch_change import batch_change, continued_plan, saved_batches
 from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
@@ -25,10 +27,11 @@ from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.checkpoints.train_change import train_change
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
-from megamix.training.mixture import mixture_of
+from megamix.training.mixture import StagedMixture, mixture_of
 from megamix.training.plan import DataPlan, Plan
 
 T = TypeVar("T")
+P = TypeVar("P", bound=DataPlan)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,27 @@ class Resumed:
         return self.state.step
 
     def blend(self, plan: DataPlan) -> tuple[Blend, dict[str, Any] | None]:
-        """See `continued_blend`."""
+        """See `continued_blend`; of the `adopted` plan."""
         return continued_blend(self.state, plan, self.domains, self.changed)
 
-    def train_change(self, train: TrainConfig) -> str | None:
-        """See `train_change`."""
-        return train_change(self.state.fingerprints["train"], train, self.step) if "train" in self.changed else None
+    def adopted(self, plan: P) -> P:
+        """``plan`` with the batches that the run has had so far; see `continued_plan`."""
+        saved = saved_batches(self.state.fingerprints, plan.config.data.seq_length)
+        return continued_plan(plan, saved, self.step)
+
+    def said_changes(self, config: RunConfig) -> str | None:
+        """What another batch, or other settings of training, change; None: nothing.
+
+        Args:
+            config: of the `adopted` plan.
+        """
+        saved, found = self.state.fingerprints, []
+        batches = saved_batches(saved, config.data.seq_length), config.batches
+        if "batch" in self.changed:
+            found.append(batch_change(saved, config.train, batches, self.step))
+        if {"batch", "train"} & set(self.changed):
+            found.append(train_change(saved["train"], config.train, self.step, batches))
+        return "; ".join(filter(None, found)) or None
 
     def left_out(self, plan: DataPlan) -> tuple[str, ...]:
         """The domains whose weight stays 0: those of the checkpoint, unless mixture or domains changed."""
@@ -231,7 +249,16 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     saved = state.fingerprints
     check_parts(state, path)
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
+    batches = saved_batches(saved, plan.config.data.seq_length)
+    plan = continued_plan(plan, batches, state.step)
     saved = _comparable(saved, present["mixer"], domains is not None)
+    # The sizes from here on, in words; and stages by the steps that they had.
+    saved["batch"] = {"global_batch": _sizes(batches, state.step)}
+    present = {
+        **present,
+        "batch": {"global_batch": _sizes(plan.config.batches, state.step)},
+        "mixture": _mixture(plan, batches),
+    }
     changed = _changed_parts(saved, present)
     if domains is not None:
         # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
@@ -246,7 +273,9 @@ def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
     """Settings that must not change on resume, by the names that ``checkpoint.accept_changed`` takes;
     JSON-serialisable."""
     data = data_fingerprints(plan)
-    train = plan.config.train.model_dump(mode="json", exclude={"stop_after", "micro_batch", "global_batch", "seed"})
+    train = plan.config.train.model_dump(
+        mode="json", exclude={"stop_after", "micro_batch", "global_batch", "batch_ramp", "seed"}
+    )
     return {
         **data,
         "model": plan.model.identity(),
@@ -261,22 +290,35 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
     return {
         "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
         "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
-        "mixture": {"mixture": mixture_of(config.mixture).fingerprint(plan.domain_names, plan.policy.stages)},
+        "mixture": _mixture(plan, plan.policy.batches),
         "mixer": plan.mixer_fingerprint(config.mixer),
         "constraints": _constraints(plan),
         "order": {
             "seed": config.train.seed,
-            "global_batch": config.train.global_batch,
             "seq_length": data.seq_length,
             "weight_lag": data.weight_lag,
             "sampling": data.sampling,
         },
+        "batch": {"sizes": [list(each) for each in plan.policy.batches.sizes]},
         "train": {
             "attention": data.attention,
             "eod_mask_loss": data.eod_mask_loss,
             "reset_position_ids": data.positions_restart,
         },
     }
+
+
+def _sizes(batches: Batches, step: int) -> int | str:
+    """The global batch from ``step`` on."""
+    return batches.size(step) if batches.sizes[-1][0] <= step else batches.describe(step)
+
+
+def _mixture(plan: DataPlan, batches: Batches) -> dict[str, Any]:
+    """The part of the mixture; of stages, the steps that they begin with under ``batches``."""
+    mixture, stages = mixture_of(plan.config.mixture), plan.policy.stages
+    if isinstance(mixture, StagedMixture):
+        stages = replace(stages, steps=tuple(mixture.starts(batches)))
+    return {"mixture": mixture.fingerprint(plan.domain_names, stages)}
 
 
 def _constraints(plan: DataPlan) -> dict[str, Any]:
@@ -306,7 +348,8 @@ def _comparable(
     train = saved.get("train", {})
     if "lr" in train:  # not of another trainer than megamix's
         train = {**BEFORE_THESE_KEYS, **train}
-    return {**saved, "mixer": before, "train": {"attention": "sample", **train}}
+    order = {key: value for key, value in saved.get("order", {}).items() if key != "global_batch"}
+    return {**saved, "mixer": before, "train": {"attention": "sample", **train}, "order": order}
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -339,7 +382,7 @@ def _refuse_changes(
         )
 
 
-ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "train", "precision")
+ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "batch", "train", "precision")
 """Parts that may change in mid-run; the model's shape and what fixes the order of the data may not."""
 
 

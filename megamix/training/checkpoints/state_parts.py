@@ -20,6 +20,7 @@ from megamix.mixing.mixers import rule_state
 from megamix.training.checkpoints.state import RunState
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
+BatchSize = Annotated[int, Field(ge=1, le=10**7)]
 Share = Annotated[float, Field(ge=0)]
 P = TypeVar("P", bound="_Part")
 
@@ -42,8 +43,26 @@ class _Train(_Part):
     steps: Count | None = None
 
 
+class _Batch(_Part):
+    sizes: Annotated[list[Annotated[tuple[Count, BatchSize], Field(strict=False)]], Field(min_length=1)]
+
+    @pydantic.field_validator("sizes")
+    @classmethod
+    def _rise_from_the_first_step(cls, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        steps = [step for step, _ in sizes]
+        if steps[0] != 0 or sorted(set(steps)) != steps:
+            raise ValueError(f"its batches begin at the steps {steps}, expected rising ones from 0")
+        return sizes
+
+
+class _Order(_Part):
+    global_batch: BatchSize | None = None
+
+
 class _Fingerprints(_Part):
     data: _Data
+    order: _Order = _Order()
+    batch: _Batch | None = None
     mixer: _MixerSettings = _MixerSettings()
     train: _Train = _Train()
 

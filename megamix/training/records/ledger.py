@@ -42,8 +42,8 @@ class Ledger:
     def read(cls, path: Path, seed: int, sampling: Sampling) -> Ledger | None:
         """Reads weights.jsonl; None where it has no line yet.
 
-        A line with ``change`` (a resume with other domains, mixture or constraints) takes the place of every line
-        before it that begins at its position or later: those were announced and never came to be.
+        A line with ``change`` (a resume with other domains, mixture, constraints or batch) takes the place of every
+        line before it that begins at its position or later: those were announced and never came to be.
 
         Raises:
             InputError: a damaged line.

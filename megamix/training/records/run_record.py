@@ -19,9 +19,9 @@ statistics were used, ``timestamp``, ``effective_step`` and ``position`` it take
 ``ramp``), ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
 from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
 mixer shows of itself. Of more than 256 domains the arrays are in ``weights.bin``
-(`megamix.training.records.wide_lines`). After a resume that changed domains, mixture or constraints there are lines
-with ``change``, which says what changed; they take the place of all lines before them that begin at their position or
-later (`megamix.training.records.ledger`).
+(`megamix.training.records.wide_lines`). After a resume that changed domains, mixture, constraints or batch there are
+lines with ``change``, which says what changed; they take the place of all lines before them that begin at their
+position or later (`megamix.training.records.ledger`).
 
 ``events.jsonl`` says when the run was started, resumed, stopped (`megamix.training.records.events`).
 
@@ -121,6 +121,7 @@ class RunRecord:
         segments: Sequence[tuple[int, Segment]],
         mixer_record: Mapping[str, object],
         change: Mapping[str, Any] | None = None,
+        begin: int = 0,
     ) -> None:
         """Logs weights that a run starts or continues with and that follow from no step's statistics.
 
@@ -128,10 +129,11 @@ class RunRecord:
             step: steps taken.
             segments: (effective step, stretch), rising.
             change: difference from the run before, on resume.
+            begin: position that no line holds before.
         """
         extra = {} if change is None else {"change": dict(change)}
         for effective_step, segment in segments:
-            self._write_weights(step, effective_step, segment.start, segment, {**mixer_record, **extra})
+            self._write_weights(step, effective_step, max(segment.start, begin), segment, {**mixer_record, **extra})
 
     def step(self, report: MixReport) -> None:
         """Logs the sums of a step, new weights and the changes of shadows; called for every step in turn."""
@@ -293,13 +295,14 @@ class IntervalLog:
         self._tokens = self._tokens + stats.tokens
 
     def line(
-        self, step: int, tokens: int, lr: float, grad_norm: float | None, times: StepTimes, tokens_per_step: int
+        self, step: int, tokens: int, lr: float, grad_norm: float | None, times: StepTimes, new_tokens: int
     ) -> dict[str, Any] | None:
         """The ``train`` line for the interval that ends at ``step``; starts the next interval. None where no token of
         the interval had a finite loss.
 
         Args:
             times: of the steps of the interval that this process took.
+            new_tokens: tokens of these steps.
         """
         if not self._tokens.any():
             return None
@@ -318,7 +321,7 @@ class IntervalLog:
             "lr": lr,
             "grad_norm": grad_norm,
             **times.record(),
-            "tokens_per_second": tokens_per_step * times.steps / times.total if times.total else 0.0,
+            "tokens_per_second": new_tokens / times.total if times.total else 0.0,
         }
         self.reset()
         return line

@@ -1,0 +1,83 @@
+"""Another global batch on resume: steps before the checkpoint stay what they were, later ones are of the config.
+
+Position, optimizer and mixer stay. The run's resolved config then says all of it, as a ``train.batch_ramp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from megamix.core.errors import InputError
+from megamix.data.batches import Batches
+from megamix.engines.config import BatchStage, TrainConfig
+from megamix.training.config import MixConfig
+from megamix.training.mix_plan import make_policy
+from megamix.training.plan import DataPlan
+
+P = TypeVar("P", bound=DataPlan)
+Fingerprints = Mapping[str, Mapping[str, Any]]
+
+
+def saved_batches(saved: Fingerprints, seq_length: int) -> Batches:
+    """The batches of the run that wrote a checkpoint with these fingerprints."""
+    sizes = saved.get("batch", {}).get("sizes")
+    if sizes is None:  # of before they could change
+        return Batches.equal(saved["order"]["global_batch"], seq_length)
+    return Batches(tuple((first, size) for first, size in sizes), seq_length)
+
+
+def continued_plan(plan: P, saved: Batches, step: int) -> P:
+    """``plan`` with the batches ``saved`` up to ``step``, and those of its config from there on.
+
+    Raises:
+        InputError: a stage of ``train.batch_ramp`` that no step is left for; or see `make_policy`.
+    """
+    config = _continued(plan.config, saved, step)
+    if config is plan.config:
+        return plan
+    policy = make_policy(config, plan.domain_names, plan.num_samples, plan.natural_weights)
+    return replace(plan, config=config, policy=policy)
+
+
+def _continued(config: MixConfig, saved: Batches, step: int) -> MixConfig:
+    here = saved.tokens(step)
+    ends = [first for first, _ in saved.sizes[1:] if first < step]
+    past = [
+        BatchStage(global_batch=saved.size(end - 1), until_tokens=saved.tokens(end)) for end in (*ends, step) if end > 0
+    ]
+    ahead = [stage for stage in config.train.batch_ramp if stage.until_tokens > here]
+    stages = [*past, *ahead]
+    sizes = [*(stage.global_batch for stage in stages), config.train.global_batch]
+    # One that goes on as the next is a part of it.
+    ramp = tuple(stage for stage, size, then in zip(stages, sizes, sizes[1:], strict=False) if size != then)
+    train = config.train.model_copy(update={"batch_ramp": ramp})
+    found = config.model_copy(update={"train": train})
+    try:
+        return config if found.batches == config.batches else found
+    except ValueError as problem:
+        raise InputError(f"train.batch_ramp, after the {step:,} steps that the run has taken: {problem}") from problem
+
+
+def batch_change(saved: Fingerprints, train: TrainConfig, batches: tuple[Batches, Batches], step: int) -> str:
+    """What another global batch changes: what is left of the run, and where it ends.
+
+    Args:
+        saved: `fingerprints` of the checkpoint.
+        batches: of the run before and now.
+        step: steps taken.
+    """
+    was, now = batches
+    steps_before = int(saved.get("train", {}).get("steps", train.steps))
+    ends = was.tokens(steps_before), now.tokens(train.steps)
+    left = [
+        f"{end_step - step:,} steps of {each.describe(step)} samples"
+        for end_step, each in ((steps_before, was), (train.steps, now))
+    ]
+    text = f"another batch from step {step + 1} on: {left[1]} are left, before {left[0]}; the run ends after {ends[1]:,} tokens"
+    if ends[0] == ends[1]:
+        return f"{text}, as before"
+    text += f", before after {ends[0]:,}"
+    steps = now.nearest_step(ends[0])
+    return f"{text} (as near as can be with train.steps={steps})" if steps > step else text
