@@ -65,8 +65,13 @@ class _Kept:
     """Samples and counts of a step on a rank with the loss, until its sums are there."""
 
     samples: StepSamples
-    first: int
+    data_rank: int
     counts_MB: torch.Tensor
+
+    @property
+    def first(self) -> int:
+        """The position of this rank's first sample: the ranks before it have as many."""
+        return self.samples.position + self.data_rank * self.samples.domain.size
 
 
 class Guard:
@@ -77,7 +82,7 @@ class Guard:
         domains: K names.
         vocab_size: a uniform guess has the loss ln(vocab_size).
         run: the config, for messages and the record; None in another trainer than megamix's.
-        first: this rank's first sample within a global batch.
+        data_rank: which of the data-parallel slices of every global batch this rank reads.
         state: of the run so far.
 
     Attributes:
@@ -91,14 +96,14 @@ class Guard:
         vocab_size: int,
         *,
         run: RunConfig | None = None,
-        first: int = 0,
+        data_rank: int = 0,
         state: GuardState | None = None,
     ) -> None:
         self._config = config
         self._domains = domains
         self._limit = config.explosion * math.log(vocab_size) if config.explosion else math.inf
         self._run = run
-        self._first = first
+        self._data_rank = data_rank
         self._kept: dict[int, _Kept] = {}
         self._found: dict[int, str] = {}
         self._end: BadStep | None = None
@@ -113,7 +118,7 @@ class Guard:
             plan.domain_names,
             plan.vocab_size,
             run=run,
-            first=plan.share(data_rank).samples.start,
+            data_rank=data_rank,
             state=state,
         )
 
@@ -129,7 +134,7 @@ class Guard:
             counts_MB: int32, on the device: tokens of each that are not finite; None where it has no loss.
         """
         if samples is not None and counts_MB is not None:
-            self._kept[step] = _Kept(samples, self._first, counts_MB)
+            self._kept[step] = _Kept(samples, self._data_rank, counts_MB)
 
     def judge(self, step: int, sums_KC: torch.Tensor, evaluated_KC: torch.Tensor, group: Any) -> None:
         """Judges the sums of ``step`` over all ranks, in step order; every rank calls it with the same.
@@ -274,9 +279,8 @@ def _gather(kept: _Kept | None, domains: tuple[str, ...], group: Any) -> list[Ba
     mine: list[BadSample] = []
     if kept is not None:
         rows = zip(kept.samples.domain.ravel().tolist(), kept.samples.sample.ravel().tolist(), strict=True)
-        start = kept.samples.position + kept.first
         mine = [
-            BadSample(start + row, domains[domain], sample, count)
+            BadSample(kept.first + row, domains[domain], sample, count)
             for row, ((domain, sample), count) in enumerate(zip(rows, kept.counts_MB.flatten().tolist(), strict=True))
             if count
         ]

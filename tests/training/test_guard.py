@@ -69,16 +69,23 @@ def test_finite_steps_leave_nothing_behind(group: Any, tmp_path: Path) -> None:
     assert guard.state() == GuardState(skips=0, in_a_row=0)
 
 
-def test_stop_names_domains_samples_and_tokens(group: Any, tmp_path: Path) -> None:
-    """This rank's part of the batch begins at its fourth sample; the second micro-batch of step 2 is bad."""
-    guard = make(tmp_path, first=4)
-    guard.keep(2, samples(2, [0, 1, 2, 1]), torch.tensor([[0, 0], [1, 2]], dtype=torch.int32))
+@pytest.mark.parametrize("more", [0, 2])
+def test_stop_names_domains_samples_and_tokens(group: Any, tmp_path: Path, more: int) -> None:
+    """This rank's part of the batch begins at its fourth sample, or of a larger batch at its sixth; the last
+    micro-batch of step 2 is bad."""
+    guard = make(tmp_path, data_rank=1)
+    counts = torch.tensor([[0, 0]] * (more // 2) + [[0, 0], [1, 2]], dtype=torch.int32)
+    guard.keep(2, samples(2, [0] * more + [0, 1, 2, 1]), counts)
+    at, sample = 22 + 2 * more, 102 + more
     with pytest.raises(BadStep) as error:
         guard.judge(2, sums((0, 2.0), (2, math.nan), (1, math.inf), (1, -math.inf)), NOTHING, group)
     text = str(error.value)
     assert "step 3: the loss is not finite in 'code' (2 tokens), 'law' (1 tokens);" in text
-    assert "at position 22 (sample 102 of 'law', 1 tokens), 23 (sample 103 of 'code', 2 tokens);" in text
-    assert f"`megamix inspect {tmp_path} --sample 22`" in text
+    assert (
+        f"at position {at} (sample {sample} of 'law', 1 tokens), {at + 1} (sample {sample + 1} of 'code', 2 tokens);"
+        in text
+    )
+    assert f"`megamix inspect {tmp_path} --sample {at}`" in text
     assert "guard.non_finite=skip" in text
     assert error.value.exit_code == 1
     assert lines(tmp_path / RECORD) == [
@@ -87,8 +94,8 @@ def test_stop_names_domains_samples_and_tokens(group: Any, tmp_path: Path) -> No
             "policy": "stop",
             "tokens": {"code": 2, "law": 1},
             "samples": [
-                {"position": 22, "domain": "law", "sample": 102, "tokens": 1},
-                {"position": 23, "domain": "code", "sample": 103, "tokens": 2},
+                {"position": at, "domain": "law", "sample": sample, "tokens": 1},
+                {"position": at + 1, "domain": "code", "sample": sample + 1, "tokens": 2},
             ],
         }
     ]
