@@ -73,7 +73,8 @@ class Run:
     """A run of one rank without a model, in parts; its losses are drawn by chance, by the step."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.state = folder, None
+        self.folder = folder
+        self.state: RunState | None = None
         self.order: list[tuple[int, int]] = []
         self.weights: list[list[float]] = []
 
@@ -187,11 +188,12 @@ def test_what_a_changed_batch_does_is_said(manifest: Path, tmp_path: Path) -> No
     with job(tmp_path):
         run = Run(tmp_path)
         run.go(plan_of(manifest, 4), 3)
-    assert run.state is not None
+    state = run.state
+    assert state is not None
 
     def said(**train: Any) -> str | None:
         plan = plan_of(manifest, 8, train=train)
-        found = resumed(run.state, plan)
+        found = resumed(state, plan)
         return found.said_changes(found.adopted(plan).config)
 
     text = said()
