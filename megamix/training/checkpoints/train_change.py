@@ -21,7 +21,8 @@ def train_change(
         batches: of the run before and now, where they differ.
     """
     known = {**BEFORE_THESE_KEYS, **saved}
-    keys = [key for key in TrainConfig.model_fields if key in known and known[key] != getattr(train, key)]
+    present = train.model_dump(mode="json")
+    keys = [key for key in present if key in known and known[key] != present[key]]
     old_batches, new_batches = batches or (None, None)
     if not keys and old_batches == new_batches:
         return None
