@@ -13,7 +13,7 @@ from megamix.core.errors import InputError
 from megamix.data.batches import Batches
 from megamix.engines.config import BatchStage, TrainConfig
 from megamix.training.config import MixConfig
-from megamix.training.mix_plan import make_policy
+from megamix.training.mix_plan import document_tokens, make_policy
 from megamix.training.plan import DataPlan
 
 P = TypeVar("P", bound=DataPlan)
@@ -37,7 +37,8 @@ def continued_plan(plan: P, saved: Batches, step: int) -> P:
     config = _continued(plan.config, saved, step)
     if config is plan.config:
         return plan
-    policy = make_policy(config, plan.domain_names, plan.num_samples, plan.natural_weights)
+    lengths = document_tokens(plan.entries)
+    policy = make_policy(config, plan.domain_names, plan.num_samples, plan.natural_weights, lengths)
     return replace(plan, config=config, policy=policy)
 
 

@@ -93,11 +93,10 @@ class SteeredRun:
         Raises:
             InputError: the data set is not seen from here.
         """
-        manifest, train = Manifest.load(self.config.data.manifest), self.config.train
+        manifest, config = Manifest.load(self.config.data.manifest), self.config
         lengths = document_tokens([manifest.domain(name) for name in self.names])
-        batches = (train.steps, train.global_batch, self.config.data.seq_length)
-        ones = np.ones(len(self.names), np.int64)
-        return MixFrame(self.names, manifest.natural_weights(self.names), ones, *batches, read_run, lengths)
+        natural, ones = manifest.natural_weights(self.names), np.ones(len(self.names), np.int64)
+        return MixFrame(self.names, natural, ones, config.train.steps, config.batches, read_run, lengths)
 
     def place(self) -> Place:
         """Where weights would take effect, for checks: only the bounds count, as epochs give way by themselves."""
