@@ -78,17 +78,20 @@ def _own_columns(pred: torch.Tensor) -> tuple[torch.Tensor, Any]:
     Raises:
         InputError: they are divided in another way, or the ranks' parts differ in size.
     """
-    is_by_columns = isinstance(pred, DTensor) and pred.placements == (Shard(pred.ndim - 1),)
-    if not is_by_columns or pred.shape[-1] % pred.device_mesh.size():
-        shape = f" of {pred.placements} and {pred.shape[-1]} columns" if isinstance(pred, DTensor) else ""
-        raise InputError(
-            f"{HOST}'s logits are a {type(pred).__name__}{shape}; expected a tensor, or columns that are divided equally over "
-            "the tensor-parallel ranks. Set parallelism.tensor_parallel_degree to a divisor of the vocabulary size, or to "
-            "1, and spmd_backend to its default."
-        )
-    if not torch.is_grad_enabled():
-        return pred.full_tensor(), None
-    return pred.to_local(), pred.device_mesh.get_group()
+    shape = ""
+    if isinstance(pred, DTensor):
+        if pred.placements == (Shard(pred.ndim - 1),) and pred.shape[-1] % pred.device_mesh.size() == 0:
+            return (
+                (pred.to_local(), pred.device_mesh.get_group())
+                if torch.is_grad_enabled()
+                else (pred.full_tensor(), None)
+            )
+        shape = f" of {pred.placements} and {pred.shape[-1]} columns"
+    raise InputError(
+        f"{HOST}'s logits are a {type(pred).__name__}{shape}; expected a tensor, or columns that are divided equally over "
+        "the tensor-parallel ranks. Set parallelism.tensor_parallel_degree to a divisor of the vocabulary size, or to 1, and "
+        "spmd_backend to its default."
+    )
 
 
 class MixDataLoader(BaseDataLoader):
