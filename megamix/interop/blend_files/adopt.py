@@ -34,7 +34,7 @@ from megamix.data.tokens.manifest import (
 )
 from megamix.data.tokens.tokenizer import given_tokenizer
 from megamix.interop.blend_files.scan import FileJob, FileScan, scan_files
-from megamix.interop.blend_files.sources import Sources
+from megamix.interop.token_files.sources import Sources
 from megamix.interop.token_files.take_in import take_in
 from megamix.mixing.megatron_blend import DEFAULT_SPLIT, split_bounds, validation_share
 from megamix.prepare.merge import unigram_nats

@@ -58,7 +58,7 @@ def adopt(
     0.7 /data/code_text_document" --split 98,2
     """
     from megamix.interop.blend_files.adopt import adopt as run
-    from megamix.interop.blend_files.sources import find_sources
+    from megamix.interop.token_files.sources import find_sources
 
     sources = find_sources(
         named or [],

@@ -25,10 +25,10 @@ from megamix.data.domain_names import file_name
 from megamix.data.tokens.indexed import IndexedTokens, bin_path, idx_path, pick_dtype
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.data.tokens.writer import IndexedWriter, write_index
-from megamix.interop.blend_files.sources import Sources
 from megamix.interop.token_files.documents import Cutter
 from megamix.interop.token_files.flat import ENDINGS, FlatFile, open_flat
 from megamix.interop.token_files.mds import INDEX, MdsFolder, is_mds, open_mds
+from megamix.interop.token_files.sources import Sources
 from megamix.interop.token_files.tables import ENDINGS as TABLES
 from megamix.interop.token_files.tables import TokenTable
 from megamix.prepare.done_notes import InputFile, input_files, read_note, write_note
