@@ -259,6 +259,7 @@ def test_installed_beside_hugging_face_s_kernels(site: Path, hugging_face: Path,
     assert f"kernels available: True megamix_kernels: {site}" in printed
 
 
+@pytest.mark.slow
 def test_installed_without_hugging_face_s_kernels(site: Path, tmp_path: Path) -> None:
     assert f"megamix_kernels: {site}" in python(BUILD_LLAMA, tmp_path, [site])
 
@@ -272,7 +273,10 @@ def test_the_folder_kernels_is_no_package(tracked: list[str]) -> None:
     assert not (ROOT / "configs" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("present", [True, False], ids=["with kernels", "without kernels"])
+@pytest.mark.parametrize(
+    "present",
+    [pytest.param(True, id="with kernels"), pytest.param(False, id="without kernels", marks=pytest.mark.slow)],
+)
 def test_checkout_and_hugging_face_s_kernels(present: bool, hugging_face: Path) -> None:
     """From the checkout's root, where a folder called kernels lies in the way."""
     path = [ROOT, ROOT / "kernels", *([hugging_face] if present else [])]

@@ -35,9 +35,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "deepspeed pp2 dp2": {"name": "deepspeed", "pipeline": 2, "data": 2},
-        "megatron pp2 dp2": {"name": "megatron", "pipeline": 2, "data": 2},
         "megatron pp2 tp2": {"name": "megatron", "pipeline": 2, "tensor": 2},
-        "megatron tp2 dp2": {"name": "megatron", "tensor": 2, "data": 2},
     },
 }
 ENGINES = {name: engine for layouts in LAYOUTS.values() for name, engine in layouts.items()}
@@ -67,7 +65,7 @@ MOVES = [
 OTHER_SIZES = [
     ("deepspeed dp2", "deepspeed"),
     ("megatron dp2", "megatron"),
-    ("megatron dp2", "megatron tp2 dp2"),
+    ("megatron dp2", "megatron pp2 tp2"),
     ("deepspeed dp2", "deepspeed pp2 dp2"),
 ]
 

@@ -33,6 +33,7 @@ def test_triton_without_a_gpu_is_refused_before_any_step(megamix: Run, tiny_conf
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_kernel_trains_what_torch_trains(tiny_config: Write, tmp_path: Path) -> None:
     """Two stages and two micro-batches, so that the promised gradient is not 1."""
     pytest.importorskip("triton")
@@ -100,10 +101,17 @@ def test_megatrons_hook_gets_a_gradient_that_takes_no_memory() -> None:
 
 
 SEQ, BATCH, STEPS = 20, 8, 3
-LINEAR: dict[str, dict[str, Any]] = {
-    "deepspeed": {"engine": {"name": "deepspeed", "pipeline": 2, "data": 2}},
-    "megatron": {"engine": {"name": "megatron", "pipeline": 2, "tensor": 2}},
-    "megatron bf16": {"engine": {"name": "megatron", "pipeline": 2, "tensor": 2, "precision": "bf16"}},
+LINEAR: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "deepspeed pp2": {"name": "deepspeed", "pipeline": 2},
+        "megatron tp2": {"name": "megatron", "tensor": 2},
+        "megatron tp2 bf16": {"name": "megatron", "tensor": 2, "precision": "bf16"},
+    },
+    4: {
+        "deepspeed pp2 dp2": {"name": "deepspeed", "pipeline": 2, "data": 2},
+        "megatron pp2 tp2": {"name": "megatron", "pipeline": 2, "tensor": 2},
+        "megatron pp2 tp2 bf16": {"name": "megatron", "pipeline": 2, "tensor": 2, "precision": "bf16"},
+    },
 }
 
 
@@ -113,11 +121,12 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in tensors.items() if key.startswith("weight/")}
 
 
-def test_the_linear_form_trains_what_torch_trains(tiny_config: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_linear_form_trains_what_torch_trains(tiny_config: Write, tmp_path: Path, ranks: int) -> None:
     """Micro-batches of 40 tokens, whose logits exist for 16, 16 and 8 tokens at a time."""
     pytest.importorskip("megatron.core")
     runs = []
-    for name, changes in LINEAR.items():
+    for name, engine in LINEAR[ranks].items():
         for form in ("torch", "linear"):
             written = tiny_config(
                 run_dir=str(tmp_path / f"{name} {form}"),
@@ -130,11 +139,11 @@ def test_the_linear_form_trains_what_torch_trains(tiny_config: Write, tmp_path: 
                 evaluate={"every": 2, "batches": 2},
                 checkpoint={"every": 0},
                 loss={"implementation": form},
-                **changes,
+                engine=engine,
             )  # fmt: skip
             runs.append((written.rename(tmp_path / f"{name} {form}.yaml"), ()))
-    run_job(4, runs, SUPPORT / "small_chunks.py")
-    for name in LINEAR:
+    run_job(ranks, runs, SUPPORT / "small_chunks.py")
+    for name in LINEAR[ranks]:
         found, wanted = (tmp_path / f"{name} {form}" for form in ("linear", "torch"))
         is_bf16 = name.endswith("bf16")
         # In bf16 a gradient is rounded to 2^-8 of itself, once or twice.

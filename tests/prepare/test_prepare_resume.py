@@ -101,6 +101,7 @@ def newest_mark(out: Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     """The whole process group gets SIGKILL, again and again, until a call lives long enough."""
     out, chance = tmp_path / "out", random.Random(3)

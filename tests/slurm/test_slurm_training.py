@@ -103,6 +103,7 @@ def stop(cluster: Cluster, job: int, run: Path, step: int) -> None:
     cluster.run("scancel", "--signal=USR1", "--batch", job)
 
 
+@pytest.mark.slow
 def test_preempted_and_cancelled_a_run_is_the_undisturbed_one(real: Cluster, config: Callable[..., Path]) -> None:
     """Two nodes with a rank each: the warning of a preemption, a requeue, scancel, and the job submitted again."""
     path = config(engine={"pipeline": 2})
@@ -214,6 +215,7 @@ def test_of_a_swarm_only_the_run_that_failed_runs_again(
             assert float(row[f"loss:{name}"]) == loss
 
 
+@pytest.mark.slow
 def test_doremi_submits_its_next_round_and_goes_on_after_scancel(
     real: Cluster, config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

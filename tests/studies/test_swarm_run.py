@@ -51,6 +51,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole")
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_when_members_are_stopped_killed_and_fail(
     megamix: Megamix, tiny_config: Write, tmp_path: Path, undisturbed: Path
 ) -> None:

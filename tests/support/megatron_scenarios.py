@@ -65,7 +65,6 @@ SCENARIOS: dict[str, Scenario] = {
     "llama dp2": Scenario("llama", {"data": 2}),
     "bf16 dp2": Scenario("neox", {"data": 2, "precision": "bf16"}),
     "positions pp2": Scenario("neox", {"pipeline": 2}, positions="any"),
-    "positions recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions="any"),
     "documents interleaved": Scenario("llama", {"pipeline": 2, "virtual_pipeline": 2}, positions="documents"),
     "documents recomputed": Scenario("llama", {"tensor": 2, "activation_checkpointing": True}, positions="documents"),
     "documents packed": Scenario(

@@ -66,7 +66,7 @@ def write(tiny_config: Write, run: Path, layout: str, steps: int, checkpoint_eve
     return own
 
 
-@pytest.mark.parametrize("layout", SHORT)
+@pytest.mark.parametrize("layout", ["deepspeed pp2", pytest.param("megatron dp2", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     megamix: Run, tiny_config: Write, tmp_path: Path, data_dir: Path, layout: str
 ) -> None:
@@ -159,6 +159,7 @@ def test_a_job_that_hangs_ends_itself(megamix: Run, tiny_config: Write, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_while_the_first_goes_on(megamix: Run, tiny_config: Write, tmp_path: Path) -> None:
     """With exit code 2, by its starter or, where there is none, by its ranks; nothing of the first run is touched."""
     run = tmp_path / "run"

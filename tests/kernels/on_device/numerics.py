@@ -19,7 +19,7 @@ from megamix_kernels import triton_loss as implementation
 from megamix_kernels.sums import MAX_TOKEN_NATS
 
 DEVICE = "cpu" if implementation.INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 MODES = ["A", "B"]
 # Every option at once; labels below 250 and 57 or more columns of padding.
 ALL_OPTIONS = {
@@ -107,6 +107,7 @@ def test_all_options_at_once(dtype, mode):
     assert not grad_NV[[1, 3]].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("names", list(itertools.combinations(["z_loss", "softcap", "label_smoothing"], 2)))
 def test_options_two_at_a_time(names, mode):
