@@ -56,6 +56,7 @@ def test_one_rank_asked_stops_all_where_its_step_takes_effect(
     assert samples(stopped) == samples(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_signals_lose_nothing(megamix: Run, tiny_config: Write, tmp_path: Path, two_stages: dict[str, object]) -> None:
     """USR1 to the starter, then TERM to one rank alone: 75 each time, and the same command finishes the run."""
     sections = {**two_stages, "train": {"steps": 90}, "checkpoint": {"every": 0}, "evaluate": {"every": 50}}
