@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from megamix.core.errors import RankFailed
 from megamix.data.blend.permute import GOLDEN, mix64
 from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.prepare.blocks import Block
+from megamix.prepare.done_notes import PrepareSettings
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ class EncodeJob:
     """Keep documents without text, as Megatron does."""
     skip_bad: bool
     """Pass over what is no document."""
+
+    @classmethod
+    def of(cls, settings: PrepareSettings, tokenizer: Path, domain: str, text_key: str) -> EncodeJob:
+        """The options of ``settings`` for one domain, with the tokenizer.json of the output."""
+        return cls(
+            path=str(tokenizer),
+            sha256=settings.tokenizer_sha256,
+            eod_id=settings.eod_id,
+            dtype=settings.dtype,
+            text_key=text_key,
+            domain=domain,
+            seed=settings.seed,
+            validation_fraction=settings.validation_fraction,
+            keep_empty=settings.keep_empty,
+            skip_bad=settings.skip_bad,
+        )
 
 
 class Nearest(NamedTuple):

@@ -263,19 +263,7 @@ class _Work:
     def _write(
         self, writer: PartWriter, name: str, shares: Sequence[Share], encoders: Encoders, shown: PrepareProgress
     ) -> PartNote:
-        settings = self._settings
-        job = EncodeJob(
-            path=str(self._out / TOKENIZER_FILE),
-            sha256=settings.tokenizer_sha256,
-            eod_id=settings.eod_id,
-            dtype=settings.dtype,
-            text_key=self._keys.of(name),
-            domain=name,
-            seed=settings.seed,
-            validation_fraction=settings.validation_fraction,
-            keep_empty=settings.keep_empty,
-            skip_bad=settings.skip_bad,
-        )
+        job = EncodeJob.of(self._settings, self._out / TOKENIZER_FILE, name, self._keys.of(name))
         with writer:
             shown.begin(name, writer.mark.file_bytes)
             for encoded in encoders.encode(job, self._blocks(name, shares, writer.mark)):

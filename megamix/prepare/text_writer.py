@@ -169,19 +169,7 @@ class _Shard:
             return
         texts = [text.encode("utf-8", "surrogatepass") for text in self._held[name]]  # refused by the block
         first = self._places[name]
-        settings = self._settings
-        job = EncodeJob(
-            path=str(self._out / TOKENIZER_FILE),
-            sha256=settings.tokenizer_sha256,
-            eod_id=settings.eod_id,
-            dtype=settings.dtype,
-            text_key=settings.text_key,
-            domain=name,
-            seed=settings.seed,
-            validation_fraction=settings.validation_fraction,
-            keep_empty=settings.keep_empty,
-            skip_bad=False,
-        )
+        job = EncodeJob.of(self._settings, self._out / TOKENIZER_FILE, name, self._settings.text_key)
         writer.add(
             encode_block(
                 job,
