@@ -81,6 +81,8 @@ class StepLoss:
 
     def share_vocabulary(self, process_group: Any) -> None:
         """From now on the logits hold a part of the vocabulary, as if ``process_group`` had been given at first."""
+        if process_group is self._process_group:
+            return
         self._process_group = process_group
         self._options = replace(self._options, process_group=process_group)
 

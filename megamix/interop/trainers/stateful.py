@@ -95,7 +95,6 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         self._calls = 0  # of the loss, in the step in progress
         self._made_group = False
         self._group: Any = None
-        self._vocabulary_group: Any = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Micro-batches from the next step on: int64 [B, S] ``input`` and ``positions``, and the labels [B, S]."""
@@ -147,9 +146,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         label_BS, domain_BS = decoded_labels(labels, self.plan.vocab_size)
         if torch.is_grad_enabled():
             self._calls += 1
-            if process_group is not self._vocabulary_group:
-                self._run.loss.share_vocabulary(process_group)
-                self._vocabulary_group = process_group
+            self._run.loss.share_vocabulary(process_group)
             return self._run.loss(logits, (label_BS, domain_BS))
         logits_NV = logits[..., : self.plan.vocab_size].flatten(0, 1).float()
         loss = F.cross_entropy(logits_NV, label_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
@@ -205,7 +202,7 @@ class MixBatches(IterableDataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
             self._run = self._loaded = None
             if self._made_group:
                 dist.destroy_process_group()
-            self._group, self._made_group, self._vocabulary_group = None, False, None
+            self._group, self._made_group = None, False
 
     def _open(self) -> HostRun:
         if self._run is None:
