@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TRITON_INTERPRET": "0",
 }
-RUN_SECONDS = int(os.environ.get("MEGAMIX_RUN_SECONDS", "300"))
+RUN_SECONDS = int(os.environ.get("MEGAMIX_RUN_SECONDS", "900"))
 """Limit of every wait that a defect would make endless. No test is about time: a busy machine may take minutes, and one
 with more work than cores needs another limit."""
 LAUNCH_VARIABLES = {

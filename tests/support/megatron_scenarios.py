@@ -1,6 +1,6 @@
 """Training a tiny model a few steps: through a Megatron engine, as a script of ranks, and in plain PyTorch.
 
-    python megatron_scenarios.py FOLDER    one of two ranks; runs every scenario into FOLDER/NAME
+    python megatron_scenarios.py FOLDER NAME...    one of two ranks; runs these scenarios, each into FOLDER/NAME
 
 Legend: M micro-batches, B samples, S tokens, K domains.
 """
@@ -97,6 +97,12 @@ SCENARIOS: dict[str, Scenario] = {
     "dropout tp2": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}),
     "dropout tp2 again": Scenario("neox", {"tensor": 2}, {"dropout": 0.3}, resumed={"tensor": 2}),
 }
+
+# What each of these shows, others show in another pair of things.
+LONG = [
+    "parallel residual pp2", "documents recomputed", "bf16 tp2", "dist vpp2 to dp2", "bf16 dist tp2 to pp2",
+    "bf16 distributed optimizer dp2 to pp2",
+]  # fmt: skip
 
 
 def batch(step: int, data_rank: int, data_size: int, *, positions: str) -> Batch:
@@ -358,12 +364,13 @@ def _own_weights(engine: Any) -> dict[str, torch.Tensor]:
     return {name: state.weight.clone() for layer in engine.layers() for name, state in engine.layer_state(layer)}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     from megamix.engines.megatron.engine import start_distributed
 
     torch.set_num_threads(1)
     start_distributed()
-    for name, scenario in SCENARIOS.items():
+    for name in names:
+        scenario = SCENARIOS[name]
         if dist.get_rank() == 0:
             (folder / name).mkdir()
         dist.barrier()
@@ -375,4 +382,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
