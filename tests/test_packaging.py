@@ -273,10 +273,8 @@ def test_the_folder_kernels_is_no_package(tracked: list[str]) -> None:
     assert not (ROOT / "configs" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize(
-    "present",
-    [pytest.param(True, id="with kernels"), pytest.param(False, id="without kernels", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [True, False], ids=["with kernels", "without kernels"])
 def test_checkout_and_hugging_face_s_kernels(present: bool, hugging_face: Path) -> None:
     """From the checkout's root, where a folder called kernels lies in the way."""
     path = [ROOT, ROOT / "kernels", *([hugging_face] if present else [])]

@@ -241,6 +241,7 @@ def test_a_longer_lag(config: Path, tmp_path: Path) -> None:
     assert losses(resumed) == losses(trainer)
 
 
+@pytest.mark.slow
 def test_two_ranks(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     """The same run under torchrun and DistributedDataParallel, with and without the Trainer's own scaling by the
     ranks."""

@@ -109,7 +109,7 @@ def steps(number: int, k: int, seed: int = 0, noise: float = 0.01) -> list[Domai
     return found
 
 
-@pytest.mark.parametrize(("k", "delay"), [(1, 0), (3, 0), (3, 7)])
+@pytest.mark.parametrize(("k", "delay"), [(1, 0), pytest.param(3, 0, marks=pytest.mark.slow), (3, 7)])
 def test_the_published_formulas(k: int, delay: int) -> None:
     """With a delay: but for the steps that curves are in force."""
     initial = [1.0 + i for i in range(k)]

@@ -170,7 +170,8 @@ def test_a_node_is_killed_and_the_run_goes_on(config: Callable[..., Path], told:
             own.close()
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
 def test_of_a_swarm_only_the_run_that_failed_runs_again(
     real: Cluster, tiny_config: Callable[..., Path], tmp_path: Path, number: int
 ) -> None:

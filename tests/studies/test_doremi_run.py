@@ -93,6 +93,7 @@ def kill_in_the_cache(run_dir: Path) -> None:
     assert not (run_dir / "cache" / "reference.json").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_asked_to_stop(run_dir: Path, tmp_path: Path) -> None:
     """USR1 to the command while it computes whole domains: exit code 75, what was computed is kept although no safe
     point was due."""

@@ -106,10 +106,15 @@ def _whole(folder: Path) -> list[int]:
 
 
 def at_random(folder: Path, times: int, seed: int) -> list[dict[str, Any]]:
-    """A saver that is killed after a random time and started again; what is found each time."""
+    """A saver that is killed after a random time and started again; what is found each time.
+
+    ``times`` times or, on a machine that is too busy to write a checkpoint within that time, more: up to step 4, and
+    until a kill has met a checkpoint in writing.
+    """
     checkpoints, numbers, size = folder / "checkpoints", random.Random(seed), 100_000
-    found, last = [], 0
-    for _ in range(times):
+    found: list[dict[str, Any]] = []
+    last = 0
+    while len(found) < 20 * times and (len(found) < times or last < 4 or not any(each["under_way"] for each in found)):
         pid = forked(lambda last=last: saver(checkpoints, itertools.count(last + 1), size=size))
         # From before the first file of the first start to some checkpoints on.
         time.sleep(numbers.uniform(0.0, 0.3))

@@ -45,7 +45,7 @@ def test_killed_at_every_step_of_two_checkpoints(found: dict[str, Any]) -> None:
 
 def test_killed_at_random_moments(found: dict[str, Any]) -> None:
     kills = found["random"]
-    assert len(kills) == 20
+    assert len(kills) >= 20
     assert all(each["killed"] and each["whole"] for each in kills)
     steps = [each["step"] for each in kills]
     assert steps == sorted(steps)
