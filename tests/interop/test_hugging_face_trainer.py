@@ -26,7 +26,9 @@ from megamix.data.tokens.manifest import Manifest
 from megamix.interop.blend_files.export import export_blend
 from megamix.interop.trainers.hugging_face import MixCallback
 from megamix.mixing.mixers import DomainStats, make_mixer
+from megamix.mixing.steering.journal import append_command, read_answers
 from megamix.training.plan import domain_key
+from megamix.training.steer.steer import Wishes, steer
 
 STEPS, BATCH, SEQ, RATE = 6, 8, 32, 0.5
 # An embedding, a layer and a head. A mean loss is over at least one sample, and weights follow such means.
@@ -215,6 +217,23 @@ def test_goes_on_where_it_stopped(
         assert torch.equal(resumed.model.state_dict()[name], value), name
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["MixCallback"]["attributes"]["mix"]["step"] == 3
+
+
+def test_is_steered_from_the_folder_of_its_record(config: Path, data_dir: Path, tmp_path: Path) -> None:
+    """A pin for a step to come, and one that is asked for while nobody trains: both hold, and outlive the stop."""
+    first, second, *_ = Manifest.load(data_dir).domain_names
+    folder = tmp_path / "megamix"
+    folder.mkdir()
+    append_command(folder, {"pin": {first: 0.7}, "at_step": 3})
+    train(config, make_args(tmp_path), stop_after=3)
+    said = list(steer(folder, Wishes(pin=[f"{second}=0.2"]), timeout=None))
+    assert any(f"{second} " in line and "-> 0.2000" in line for line in said)
+    train(config, make_args(tmp_path), resume=True)
+    held = weights(tmp_path)
+    assert held[2][0] != pytest.approx(0.7, abs=1e-6)
+    assert [held[step][0] for step in (3, 4, 5, 6)] == pytest.approx([0.7] * 4, abs=1e-12)
+    assert [held[step][1] for step in (5, 6)] == pytest.approx([0.2] * 2, abs=1e-12)
+    assert [answer["outcome"] for answer in read_answers(folder)] == ["noticed", "applied", "applied"]
 
 
 def test_weights_on_the_loss(config: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -33,9 +33,11 @@ from ranks import run_ranks
 from tolerance import rounding
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.data.tokens.manifest import Manifest
 from megamix.engines.megatron.cpu import cpu_stand_ins
 from megamix.interop.blend_files.export import export_blend
 from megamix.interop.trainers.megatron_lm import MegatronMix
+from megamix.mixing.steering.journal import append_command
 
 COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
 # Embedding and head are two more layers. A mean loss is over one sample of 32 tokens or more, and weights follow it.
@@ -144,6 +146,18 @@ def test_stops_and_goes_on_in_another_layout(config: Path, reference: dict[str, 
     check_weights(second, reference)
     kept = sorted(path.name for path in (tmp_path / "megamix").glob("iter_*.json"))
     assert kept == ["iter_0000003.json", "iter_0000006.json"]
+
+
+def test_is_steered_from_the_folder_of_its_record(config: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Under two pipeline stages, of which the second has the losses and the first the mixer."""
+    first = Manifest.load(data_dir).domain_names[0]
+    (tmp_path / "megamix").mkdir()
+    append_command(tmp_path / "megamix", {"pin": {first: 0.7}, "at_step": 3})
+    job(config, tmp_path, 2, pipeline_model_parallel_size=2, save=str(tmp_path), eval_iters=0)
+    lines = [json.loads(line) for line in (tmp_path / "megamix" / "weights.jsonl").read_text().splitlines()]
+    held = {line["effective_step"]: line["domain_weights"][0] for line in lines}
+    assert held[2] != pytest.approx(0.7, abs=1e-6)
+    assert [held[step] for step in (3, 4, 5)] == pytest.approx([0.7] * 3, abs=1e-12)
 
 
 def installed(batch: dict[str, Any], cp_group: Any = None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Runs that are killed again and again, at random moments, and started again with the same command."""
+"""Runs that are killed and steered again and again, at random moments, and started again with the same command."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -19,12 +20,23 @@ from records import lines, record, samples
 
 from megamix.core import locks
 from megamix.data.tokens.manifest import Manifest
+from megamix.mixing.steering.journal import ANSWERS, JOURNAL, append_command
 
 PHASES = ("locking", "loading", "started", "step", "evaluation", "checkpoint", "sealing", "naming")
 """Of a run's life, each as it begins: the lock is taken, ranks load, the record goes on, a step, an evaluation, the
 first file of a checkpoint, its last one, its final name (older ones are removed then)."""
 MOMENTS = ("loading", "step", "step", "checkpoint", "checkpoint")
 VICTIMS = ("rank", "rank", "all", "starter")
+COMMANDS: tuple[dict[str, Any], ...] = (
+    {"set": {"code": 0.4}},
+    {"pin": {"topics": 0.2}, "ramp_tokens": 4e3},
+    {"unpin": ("topics",)},
+    {"bounds": {"tables": (0.1, 0.3)}},
+    {"hold": True},
+    {"hold": False},
+    {"mixer": {"name": "odm", "preset": "paper"}},
+)
+"""What the runs are told. A command that cannot be done where it comes is ignored, which is recorded too."""
 
 
 @dataclass
@@ -35,6 +47,7 @@ class Disturbed:
         fork: whether processes are forked from one that has imported everything; else they are real ones. While forked
             ranks load, they cannot be told from processes in reserve, and are not chosen.
         evaluate_every: steps between evaluations, as in the config.
+        is_steered: whether each start is given commands: one as its ranks load, one as something is killed.
         is_patient: whether to wait until nothing of a killed job is left; else the next start meets what is.
         kills: what was done, for the messages of failures.
     """
@@ -45,6 +58,7 @@ class Disturbed:
     fork: bool = True
     is_patient: bool = True
     evaluate_every: int = 10
+    is_steered: bool = False
     kills: list[str] = field(default_factory=list)
 
     def kill_once(
@@ -68,11 +82,13 @@ class Disturbed:
         waiter.start()
         starter = self._wait_for_starter(before, waiter)
         ranks = children(starter) if starter else []
+        self.steer()
         if starter and self._wait_for(moment, wanted, waiter):
             ranks = [rank for rank in children(starter) if not self.fork or num_threads(rank) > 1]
             rank = [self.chance.choice(ranks)] if ranks else [starter]
             chosen = {"rank": rank, "all": [*ranks, starter], "starter": [starter]}[victim]
             self.kills.append(f"{victim} at {moment} {wanted or ''} ({number.name})")
+            self.steer()
             for process in chosen:
                 with suppress(ProcessLookupError):
                     os.kill(process, number)
@@ -81,6 +97,17 @@ class Disturbed:
         if self.is_patient:
             self.nobody_is_left(ranks)
         return done[0] != 0
+
+    def steer(self) -> None:
+        """Gives the run a command, where it is steered."""
+        if self.is_steered:
+            append_command(self.run, self.chance.choice(COMMANDS))
+
+    def tell(self, other: Path) -> None:
+        """Gives another run, before its start, the same commands, and the steps of their effects."""
+        other.mkdir()
+        for name in (JOURNAL, ANSWERS):
+            shutil.copy(self.run / name, other / name)
 
     def finish(self) -> None:
         """The same command once more, undisturbed."""

@@ -1,4 +1,4 @@
-"""A run that is killed at random moments and started again ends as if nobody had disturbed it.
+"""A run that is killed and steered at random moments and started again ends as if nobody had disturbed it.
 
 By default a few kills, of processes forked from one that has imported everything; with ``-m slow`` many, of real ones.
 """
@@ -33,6 +33,7 @@ from disturbed import (
 from forked import run_processes
 
 from megamix.core.processes import free_port
+from megamix.mixing.steering.journal import read_answers, read_commands
 from megamix.training.job.lock import RunLock
 
 Write = Callable[..., Path]
@@ -70,17 +71,30 @@ def write(tiny_config: Write, run: Path, layout: str, steps: int, checkpoint_eve
 def test_a_run_that_is_killed_ends_as_one_that_is_not(
     megamix: Run, tiny_config: Write, tmp_path: Path, data_dir: Path, layout: str
 ) -> None:
-    """A rank, all, or the starter; in a step, while a checkpoint is written, or while ranks load."""
+    """A rank, all, or the starter; in a step, while a checkpoint is written, or while ranks load. It is steered all the
+    while, and the other is told when it had each command."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    megamix("train", write(tiny_config, whole, layout, STEPS, 5))
-    disturbed = Disturbed(write(tiny_config, killed, layout, STEPS, 5), killed, random.Random(7))
+    disturbed = Disturbed(write(tiny_config, killed, layout, STEPS, 5), killed, random.Random(7), is_steered=True)
     for moment, victim in SHORT[layout]:
         assert disturbed.kill_once(moment, victim), f"the run was done before: {disturbed.kills}"
     disturbed.finish()
+    assert_all_answered(killed)
+    disturbed.tell(whole)
+    megamix("train", write(tiny_config, whole, layout, STEPS, 5))
     assert_same(killed, whole, STEPS, disturbed.kills)
     assert_no_sample_lost_or_doubled(killed, STEPS, 8, data_dir, 64)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in killed.rglob("*") if path.is_file()}
     assert {path: mode for path, mode in modes.items() if mode != modes[killed / "metrics.jsonl"]} == {}, "the umask's"
+
+
+def assert_all_answered(run: Path) -> None:
+    """Every command had its effect or is ignored, with one answer that counts."""
+    commands, problems = read_commands(run)
+    assert not problems
+    final = {answer["id"]: answer["outcome"] for answer in read_answers(run)}
+    assert final.keys() == commands.keys()
+    assert set(final.values()) <= {"applied", "ignored"}
+    assert "applied" in final.values()
 
 
 # A job whose ranks nobody watches but they themselves
@@ -223,11 +237,15 @@ def test_a_run_that_is_killed_many_times(
     steps, kills, seed = 400, 15, random.randrange(10**6)
     print(f"{layout}: seed {seed}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    megamix("train", write(tiny_config, whole, layout, steps, 7))
-    disturbed = Disturbed(write(tiny_config, killed, layout, steps, 7), killed, random.Random(seed), fork=False)
+    disturbed = Disturbed(
+        write(tiny_config, killed, layout, steps, 7), killed, random.Random(seed), fork=False, is_steered=True
+    )
     for _ in range(kills):
         assert disturbed.kill_once(), f"the run was done before: {disturbed.kills}, seed {seed}"
     print("\n".join(disturbed.kills))
     disturbed.finish()
+    assert_all_answered(killed)
+    disturbed.tell(whole)
+    megamix("train", write(tiny_config, whole, layout, steps, 7))
     assert_same(killed, whole, steps, (seed, disturbed.kills))
     assert_no_sample_lost_or_doubled(killed, steps, 8, data_dir, 64)
