@@ -12,7 +12,7 @@ import itertools
 import os
 from dataclasses import dataclass
 
-from megamix.engines.config import DeepSpeedConfig, EngineConfig, MegatronConfig
+from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConfig, EngineConfig, MegatronConfig
 from megamix.engines.models.config import ModelConfig
 
 FP32 = 4
@@ -30,6 +30,9 @@ class StageMemory:
     - ``gradients``: 4 P; in bf16 another 2 P, the gradients of a micro-batch before they are added to the fp32 sum.
     - ``optimizer``: Adam's moments, 8 P, and an fp32 copy of the weights, 4 P. ZeRO 1 and the bf16 optimizer spread
       both over the D data-parallel ranks; fp32 without ZeRO needs no copy.
+    - ZeRO 2 spreads ``gradients``, too: 4 P / D for the sum of a step and as much again for what is added to it or
+      taken from it, and, before they are reduced, 4 min(P, 5 10^8) for those of a micro-batch. ZeRO 3 also spreads
+      ``weights``: e P / D, and e for each parameter of the two largest layers, which are gathered.
     - ``activations``: per token and decoder layer e (11 H + 2 F) for neox (with dropout 2 H more; with a parallel
       residual H less, also under Megatron) and e (6 H + 2 H_kv + 4 F) + 8 H for llama (its norms work in fp32). Stage s
       of p holds min(m, p - s) micro-batches at once (1F1B; s from 0). With activation checkpointing e H per token and
@@ -200,8 +203,8 @@ def estimate_memory(
                 stage=stage,
                 chunks=chunks,
                 parameters=count,
-                weights=size * present,
-                gradients=FP32 * present + (size * present if megatron is None and engine.precision == "bf16" else 0),
+                weights=_weight_bytes(engine, present, data_size, parameters),
+                gradients=_gradient_bytes(engine, present, data_size),
                 optimizer=_optimizer_bytes(engine, count, data_size * context),
                 activations=kept,
                 logits=logits if is_last else 0,
@@ -234,11 +237,24 @@ def _loss_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, micro
     return 2 * size * tokens * width, 2 * size * min(tokens, default_chunk_rows(width)) * width + gradients
 
 
+def _weight_bytes(engine: EngineConfig, count: int, sharers: int, layers: list[int]) -> int:
+    if isinstance(engine, DeepSpeedConfig) and engine.zero == 3:
+        count = -(-count // sharers) + sum(sorted(layers)[-GATHERED_LAYERS:])
+    return _bytes(engine) * count
+
+
+def _gradient_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
+    if isinstance(engine, DeepSpeedConfig) and not engine.has_pipeline:
+        return 2 * FP32 * -(-count // sharers) + FP32 * min(count, REDUCE_BUCKET)
+    of_micro_batch = isinstance(engine, DeepSpeedConfig) and engine.precision == "bf16"
+    return FP32 * count + (_bytes(engine) * count if of_micro_batch else 0)
+
+
 def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
     moments, copy = FP32 * ADAM_MOMENTS * count, FP32 * count
     bf16 = engine.precision == "bf16"
     if isinstance(engine, DeepSpeedConfig):
-        return -(-(moments + copy) // sharers) if engine.zero == 1 or bf16 else moments
+        return -(-(moments + copy) // sharers) if engine.zero or bf16 else moments
     state = moments + (copy if bf16 else 0)
     return -(-state // sharers) if engine.distributed_optimizer else state
 

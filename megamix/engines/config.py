@@ -15,12 +15,18 @@ from megamix.engines.schedule import Schedule, ScheduleName, Shape
 _NOT_THERE = {
     "compile": "neither engine compiles the model: what DeepSpeed's and Megatron's schedules hand on between stages has not been "
     "tried with it. Leave it out; the domain loss is a fused kernel without it.",
-    "fsdp": "no engine shards by FSDP. Leave it out: zero: 1 (deepspeed) or distributed_optimizer (megatron) spreads the "
-    "optimizer's state, more pipeline stages or tensor-parallel ranks the weights.",
+    "fsdp": "no engine shards by FSDP. Leave it out: zero: 3 (deepspeed) spreads weights, gradients and optimizer state over "
+    "the data-parallel ranks as FSDP does, distributed_optimizer (megatron) the optimizer's state.",
     "zero": "ZeRO is of engine deepspeed. Leave it out: distributed_optimizer: true spreads the optimizer's state here.",
     "distributed_optimizer": "it is of engine megatron. Leave it out: zero: 1 spreads the optimizer's state here.",
 }
 """Keys that people look for, and why there is no such thing."""
+
+
+REDUCE_BUCKET = 500_000_000
+"""Gradients that ZeRO 2 and 3 reduce at once, at most."""
+GATHERED_LAYERS = 2
+"""Layers whose weights ZeRO 3 holds whole on a rank: the one that computes, and the next one."""
 
 
 class _LayoutConfig(Config):
@@ -87,14 +93,15 @@ class _LayoutConfig(Config):
 
 
 class DeepSpeedConfig(_LayoutConfig):
-    """DeepSpeed: pipeline x data parallelism, ZeRO stage 0 or 1."""
+    """DeepSpeed: pipeline x data parallelism with ZeRO stage 0 or 1, data parallelism with stage 2 or 3."""
 
     name: Literal["deepspeed"] = "deepspeed"
     """The engine."""
     tensor: Literal[1] = 1
     """Tensor-parallel ranks: this engine has none. Use name: megatron for more than 1."""
-    zero: Literal[0, 1] = 1
-    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks, 2 also the gradients, 3 also the
+    weights, which every layer then gathers for its forward and its backward pass. 2 and 3 need pipeline 1."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
@@ -102,7 +109,20 @@ class DeepSpeedConfig(_LayoutConfig):
             raise ValueError(
                 "precision bf16 with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at data 1)."
             )
+        if self.pipeline > 1 and not self.has_pipeline:
+            parts = "gradients" if self.zero == 2 else "gradients and weights"
+            raise ValueError(
+                f"zero is {self.zero}, which spreads {parts} over the data-parallel ranks, and pipeline is {self.pipeline}: a "
+                "pipeline sums gradients over its micro-batches before it reduces them, and DeepSpeed refuses the two together. "
+                "Set pipeline to 1, or zero to 1; for less memory a rank there are more pipeline stages, "
+                "activation_checkpointing and name: megatron with tensor-parallel ranks."
+            )
         return self
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether DeepSpeed's pipeline runs the model, if with one stage; else its plain engine does."""
+        return self.zero < 2
 
     @pydantic.field_validator("tensor", mode="before")
     @classmethod
@@ -110,19 +130,6 @@ class DeepSpeedConfig(_LayoutConfig):
         if value != 1:
             raise ValueError(
                 f"tensor is {value}, but engine deepspeed has no tensor parallelism. Set it to 1, or use name: megatron."
-            )
-        return value
-
-    @pydantic.field_validator("zero", mode="before")
-    @classmethod
-    def _pipeline_keeps_gradients(cls, value: object) -> object:
-        if str(value) in ("2", "3"):
-            parts = "gradients" if str(value) == "2" else "gradients and weights"
-            raise ValueError(
-                f"zero is {value}, which spreads {parts} over the data-parallel ranks, but a pipeline sums gradients over its "
-                "micro-batches, and DeepSpeed refuses the two together; this engine runs its pipeline with one stage, too. Use "
-                "zero: 1, and for less memory a rank more pipeline stages, activation_checkpointing, or name: megatron with "
-                "tensor-parallel ranks."
             )
         return value
 

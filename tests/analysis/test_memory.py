@@ -133,6 +133,24 @@ def test_bf16_and_zero_0() -> None:
     assert estimate(NEOX, DeepSpeedConfig(zero=0), data_size=4)[0].optimizer == 8 * count
 
 
+def test_zero_2_and_3_spread_gradients_and_weights() -> None:
+    """Rajbhandari et al., 2020 (arXiv 1910.02054), figure 1: of 2 + 2 + 12 bytes in half precision for weights,
+    gradients and optimizer state, stage 2 leaves 2 + 14 / D and stage 3 16 / D; here gradients are fp32."""
+    count, largest = NEOX.num_parameters(), sorted(real_parameters(NEOX))[-2:]
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        two = estimate(NEOX, DeepSpeedConfig(zero=2, precision=precision), data_size=4)[0]
+        three = estimate(NEOX, DeepSpeedConfig(zero=3, precision=precision), data_size=4)[0]
+        assert two.optimizer == three.optimizer == 12 * count // 4
+        # The sum of a step, as much again in passing, and a bucket of a micro-batch's.
+        assert two.gradients == three.gradients == 8 * count // 4 + 4 * count
+        assert two.weights == size * count
+        assert three.weights == size * (count // 4 + sum(largest))
+    # 5 10^8 gradients at most wait for their reduction.
+    wide = NEOX.model_copy(update={"hidden_size": 8192, "ffn_size": 32768})
+    huge = estimate(wide, DeepSpeedConfig(zero=2, precision="bf16"), data_size=8)[0]
+    assert huge.gradients == wide.num_parameters() + 2 * 10**9
+
+
 def test_a_tied_matrix_has_one_optimizer_state_under_deepspeed() -> None:
     matrix = TIED.vocabulary * TIED.hidden_size
     (whole,) = estimate(TIED, DeepSpeedConfig())

@@ -28,6 +28,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "deepspeed pp2": {"name": "deepspeed", "pipeline": 2},
         "deepspeed dp2": {"name": "deepspeed", "data": 2},
         "deepspeed pp2 without ZeRO": {"name": "deepspeed", "pipeline": 2, "zero": 0},
+        "deepspeed ZeRO 2": {"name": "deepspeed", "data": 2, "zero": 2},
+        "deepspeed ZeRO 3": {"name": "deepspeed", "data": 2, "zero": 3, "activation_checkpointing": True},
         "megatron pp2": {"name": "megatron", "pipeline": 2},
         "megatron pp2 in four chunks": {"name": "megatron", "pipeline": 2, "virtual_pipeline": 2},
         "megatron tp2": {"name": "megatron", "tensor": 2},
@@ -61,9 +63,12 @@ MOVES = [
     ("deepspeed dp2", "deepspeed pp2 without ZeRO"),
     ("deepspeed dp2", "megatron pp2 in four chunks"),
     ("megatron pp2", "deepspeed dp2"),
+    ("deepspeed ZeRO 2", "deepspeed ZeRO 2"),
+    ("deepspeed ZeRO 3", "deepspeed ZeRO 3"),
 ]
 OTHER_SIZES = [
     ("deepspeed dp2", "deepspeed"),
+    ("deepspeed ZeRO 3", "deepspeed"),
     ("megatron dp2", "megatron"),
     ("megatron dp2", "megatron pp2 tp2"),
     ("deepspeed dp2", "deepspeed pp2 dp2"),
@@ -111,7 +116,7 @@ def tolerance(steps: int) -> float:
 
 
 # Other splits of the same layers, where loss weights take no other path; and four ranks share two cores.
-ODM_ONLY = {"deepspeed pp2 without ZeRO", "megatron pp2", *LAYOUTS[4]}
+ODM_ONLY = {"deepspeed pp2 without ZeRO", "deepspeed ZeRO 2", "megatron pp2", *LAYOUTS[4]}
 CASES = [(name, mixer) for name in ENGINES for mixer in MIXERS if mixer == "odm" or name not in ODM_ONLY]
 
 

@@ -56,6 +56,9 @@ LAYOUTS = {
     "deepspeed pp2": Layout({"pipeline": 2}),
     "deepspeed zero0 dp2": Layout({"data": 2, "zero": 0}, tells=False),
     "deepspeed zero0 pp2 unclipped": Layout({"pipeline": 2, "zero": 0}, {"clip": 0.0}, tells=False),
+    "deepspeed zero2 dp2": Layout({"data": 2, "zero": 2}),
+    # It takes the norm in float64.
+    "deepspeed zero3 bf16 dp2": Layout({"data": 2, "zero": 3, "precision": "bf16"}, tells=False),
     "deepspeed bf16 dp2": Layout({"data": 2, "precision": "bf16"}),
     "deepspeed bf16 pp2": Layout({"pipeline": 2, "precision": "bf16"}),
     "megatron dp2": Layout({"name": "megatron", "data": 2}),

@@ -59,6 +59,9 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "megatron tp2 to interleaved, linear": Layout(
             megatron(tensor=2), megatron(pipeline=2, virtual_pipeline=2), loss="linear"
         ),
+        "deepspeed ZeRO 2 to 3, linear": Layout(deepspeed(data=2, zero=2), deepspeed(data=2, zero=3), loss="linear"),
+        "megatron tp2 to deepspeed ZeRO 3": Layout(megatron(tensor=2), deepspeed(data=2, zero=3), model="neox"),
+        "bf16 deepspeed ZeRO 2, linear": Layout(deepspeed(data=2, zero=2, **BF16), loss="linear"),
         "bf16 deepspeed pp2, linear": Layout(deepspeed(pipeline=2, **BF16), loss="linear"),
     },
     4: {
@@ -139,7 +142,9 @@ def _matrix(engine: Any) -> torch.Tensor | None:
         return None
     if hasattr(engine, "_module"):
         tied = engine._module.tied
-        return (engine._module.own_layer(0).embedding.weight if tied is None else tied.weight).detach().clone()
+        if tied is None:  # ZeRO 3 has a part of it on every rank
+            return next(state.weight for _, state in engine.layer_state(0)).clone()
+        return tied.weight.detach().clone()
     chunk = engine._chunks[0 if place.stage == 0 else -1]
     return chunk.shared_embedding_or_output_weight().detach().clone()
 

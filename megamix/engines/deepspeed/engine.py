@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,9 @@ import torch.distributed as dist
 
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
-from megamix.engines.config import DeepSpeedConfig, TrainConfig
+from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConfig, TrainConfig
+from megamix.engines.deepspeed.state import gradients, inner_adam, reset_adam, set_whole_state, whole_state
+from megamix.engines.deepspeed.whole import WholeModule, evaluation_passes, train_passes
 from megamix.engines.loss_form import kernel_of, takes_linear_form
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
@@ -42,7 +45,8 @@ def start_distributed() -> None:
 
 
 class DeepSpeedEngine(Engine):
-    """Pipeline and data parallelism with ZeRO 0 or 1, by DeepSpeed's `PipelineEngine`."""
+    """Pipeline and data parallelism with ZeRO 0 or 1, by DeepSpeed's `PipelineEngine`; data parallelism alone with ZeRO
+    2 or 3, by its `DeepSpeedEngine`."""
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         import deepspeed
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+        from deepspeed.utils import groups
 
         from megamix.engines.deepspeed.module import MixPipelineModule
 
@@ -75,17 +80,25 @@ class DeepSpeedEngine(Engine):
             device=device,
         )
         self._empty_sums = torch.zeros_like(self._loss.evaluation_sums)
-        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level
-            self._module = MixPipelineModule(
-                model,
-                seed=train.seed,
-                seq_length=seq_length,
-                loss=self._loss,
-                linear=linear,
-                topology=PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size),
-                checkpoint_layers=engine.activation_checkpointing,
-                within_documents=within_documents,
-            )
+        if engine.zero == 3:
+            # DeepSpeed's gathers, at every layer, in the words of an older PyTorch.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        options: dict[str, Any] = {
+            "seed": train.seed,
+            "seq_length": seq_length,
+            "loss": self._loss,
+            "linear": linear,
+            "checkpoint_layers": engine.activation_checkpointing,
+            "within_documents": within_documents,
+        }
+        self._is_whole = not engine.has_pipeline
+        if self._is_whole:
+            groups.mpu = None  # an earlier engine's pipeline in this process; its groups are not those of all ranks
+            self._module: Any = WholeModule(model, **options)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level
+                topology = PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size)
+                self._module = MixPipelineModule(model, topology=topology, **options)
         optimizer = torch.optim.AdamW(
             _parameter_groups(self._module, train.weight_decay),
             lr=train.lr,
@@ -95,18 +108,17 @@ class DeepSpeedEngine(Engine):
         )
         # Untyped: the class that DeepSpeed returns depends on its config.
         self._engine: Any = deepspeed.initialize(
-            model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size)
+            model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size, self._module)
         )[0]
         self._optimizer: Any = self._engine.optimizer
         if model.tie_word_embeddings:
             self._module.tie()
-        grid = self._engine.grid
         self.place = Place(
             rank=dist.get_rank(),
             world_size=world_size,
-            data_rank=grid.get_data_parallel_rank(),
+            data_rank=dist.get_rank() if self._is_whole else self._engine.grid.get_data_parallel_rank(),
             data_size=data_size,
-            stage=grid.get_stage_id(),
+            stage=0 if self._is_whole else self._engine.grid.get_stage_id(),
             num_stages=engine.pipeline,
             device=device,
         )
@@ -142,7 +154,11 @@ class DeepSpeedEngine(Engine):
         if self._module.tied is not None:
             self._module.tied.refresh()
             self._module.tied.changed()
-        self._engine.train_batch(_micro_batches(batch) if batch is not None else None)
+        data = _micro_batches(batch) if batch is not None else None
+        if data is not None and self._is_whole:
+            train_passes(self._engine, data, micro_batches)
+        else:
+            self._engine.train_batch(data)
         # Under ZeRO, DeepSpeed always skips a step whose norm is not finite.
         is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
         self._steps += is_finite
@@ -152,40 +168,32 @@ class DeepSpeedEngine(Engine):
         data = _micro_batches(batch) if batch is not None else None
         if self._module.tied is not None:
             self._module.tied.refresh()
+        if data is not None and self._is_whole:
+            evaluation_passes(self._engine, data)
+            return
         self._engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches)
 
     def grad_norm(self) -> float | None:
+        if not self._is_finite:
+            return None  # ZeRO 3 takes the norm in float64, and that may be finite
         norm = self._engine.get_global_grad_norm()
         return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def _take_step_if_finite(self, lr_kwargs: Any = None) -> None:
         """Replaces `DeepSpeedEngine._take_model_step`: does the same, but skips the optimizer's step unless it is
         finite."""
-        self._is_finite = is_finite_everywhere(self._gradients(), self._loss.non_finite_tokens)
-        with contextlib.nullcontext() if self._is_finite else _at_rest(self._adam):
+        self._is_finite = is_finite_everywhere(gradients(self._optimizer, self._module), self._loss.non_finite_tokens)
+        with contextlib.nullcontext() if self._is_finite else _at_rest(inner_adam(self._optimizer)):
             type(self._engine)._take_model_step(self._engine, lr_kwargs)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        """Gradients that this rank's optimizer is about to apply."""
-        if hasattr(self._optimizer, "averaged_gradients"):  # ZeRO: this rank's share of every group
-            return [gradient for group in self._optimizer.averaged_gradients.values() for gradient in group]
-        if hasattr(self._optimizer, "fp32_groups_gradients_flat"):  # the same in bf16
-            return self._optimizer.fp32_groups_gradients_flat
-        return [p.grad for p in self._module.parameters() if p.grad is not None]
-
-    @property
-    def _adam(self) -> torch.optim.AdamW:
-        """Optimizer that DeepSpeed was given, without its wrapper."""
-        return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def _clip_gradients(self) -> None:
         """Replaces `DeepSpeedEngine.clip_fp32_gradients`, which takes each pipeline stage's norm alone."""
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        held = gradients(self._optimizer, self._module)
+        squares = torch.stack([gradient.float().square().sum() for gradient in held]).sum()
         dist.all_reduce(squares, group=self._engine.grid.get_pipe_parallel_group())
         norm = squares.sqrt()
         scale = torch.clamp(self._engine.gradient_clipping() / (norm + 1e-6), max=1.0)
-        for gradient in gradients:
+        for gradient in held:
             gradient.mul_(scale)
         self._engine._global_grad_norm = norm
 
@@ -196,33 +204,15 @@ class DeepSpeedEngine(Engine):
         module = self._module.own_layer(layer)
         names = module.hugging_face_names()
         for name, parameter in module.named_parameters():
-            if hasattr(parameter, "_hp_mapping"):
-                # As in deepspeed.utils.safe_get_full_..., whose types allow None.
-                whole: Any = vars(parameter)["get_full_hp_param"]
-                yield names[name], ParameterState(whole(), whole("exp_avg"), whole("exp_avg_sq"))
-            else:
-                state = self._optimizer.state[parameter]
-                yield names[name], ParameterState(parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            yield names[name], whole_state(self._optimizer, parameter)
 
     def load_layer_state(self, layer: int, state: dict[str, ParameterState]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         module = self._module.own_layer(layer)
         names = module.hugging_face_names()
         if self._module.tied is not None:
             self._module.tied.changed()
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                whole = state[names[name]]
-                parameter.copy_(whole.weight)
-                if hasattr(parameter, "_hp_mapping"):
-                    safe_set_full_fp32_param(parameter, whole.weight)
-                    safe_set_full_optimizer_state(parameter, whole.exp_avg, "exp_avg")
-                    safe_set_full_optimizer_state(parameter, whole.exp_avg_sq, "exp_avg_sq")
-                else:
-                    held = self._optimizer.state[parameter]
-                    held["exp_avg"].copy_(whole.exp_avg)
-                    held["exp_avg_sq"].copy_(whole.exp_avg_sq)
+        for name, parameter in module.named_parameters():
+            set_whole_state(self._optimizer, parameter, state[names[name]])
 
     @property
     def optimizer_steps(self) -> int:
@@ -231,19 +221,7 @@ class DeepSpeedEngine(Engine):
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         self._steps = steps
-        inner = self._adam
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(float(steps), device=parameter.device if group["fused"] else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        if inner is not self._optimizer:
-            # ZeRO links parameters to their fragments of Adam's state once, after the first parameter group's step,
-            # when the other groups have no state yet; linking here, all groups have it, and a resumed run can fill it.
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+        reset_adam(self._optimizer, steps)
 
 
 @contextlib.contextmanager
@@ -272,7 +250,25 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: int) -> dict[str, Any]:
+def _zero_config(engine: DeepSpeedConfig, module: Any) -> dict[str, Any]:
+    """ZeRO's settings; buffers and gathered weights as `megamix.analysis.memory` counts them."""
+    if engine.has_pipeline:
+        return {"stage": engine.zero}
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.own_layers()]
+    return {
+        "stage": engine.zero,
+        # Otherwise it takes as much for a model of any size.
+        "reduce_bucket_size": min(REDUCE_BUCKET, sum(sizes)),
+        # By default a model of up to a billion parameters stays whole on every rank.
+        "stage3_max_live_parameters": GATHERED_LAYERS * max(sizes),
+        "stage3_max_reuse_distance": max(sizes),
+        "stage3_prefetch_bucket_size": max(sizes),
+        # Norms and biases stay on every rank, whatever the size of the model.
+        "stage3_param_persistence_threshold": max(sizes) // 100,
+    }
+
+
+def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: int, module: Any) -> dict[str, Any]:
     bf16 = engine.precision == "bf16"
     return {
         "train_batch_size": train.global_batch,
@@ -281,9 +277,11 @@ def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: in
         "gradient_clipping": train.clip,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": engine.zero},
+        "zero_optimization": _zero_config(engine, module),
         "bf16": {"enabled": bf16},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        # ZeRO 2 and 3 reduce the gradients of every micro-batch: in bf16 they would be rounded before they are summed.
+        **({} if engine.has_pipeline else {"communication_data_type": "fp32"}),
         # Reentrant checkpointing rejects inputs without a gradient, such as integer tokens.
         "pipeline": {"use_reentrant": False},
         "wall_clock_breakdown": False,
