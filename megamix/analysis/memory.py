@@ -3,7 +3,7 @@
 Legend: P parameters on a rank (of its stage; with tensor parallelism its shard), p pipeline stages, v chunks per stage,
 t tensor-parallel ranks, c context-parallel ranks, D ranks that share the optimizer's state, m micro-batches of a rank
 per step, B samples in a micro-batch, S tokens in a sample, H hidden size, H_kv width of the keys, F inner size of the
-feed-forward layer, V vocabulary, e bytes of a number in the precision of the forward pass (fp32: 4, bf16: 2).
+feed-forward layer, V vocabulary, e bytes of a number in the precision of the forward pass (fp32: 4, bf16 and fp16: 2).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class StageMemory:
     DeepSpeed (counted on transformers' layers with fused attention, which keeps no [S, S] matrix):
 
     - ``weights``: e P.
-    - ``gradients``: 4 P; in bf16 another 2 P, the gradients of a micro-batch before they are added to the fp32 sum.
-    - ``optimizer``: Adam's moments, 8 P, and an fp32 copy of the weights, 4 P. ZeRO 1 and the bf16 optimizer spread
-      both over the D data-parallel ranks; fp32 without ZeRO needs no copy.
+    - ``gradients``: 4 P; in bf16 and fp16 another 2 P, the gradients of a micro-batch before they are added to the
+      fp32 sum.
+    - ``optimizer``: Adam's moments, 8 P, and an fp32 copy of the weights, 4 P. ZeRO spreads both over the D
+      data-parallel ranks; fp32 without ZeRO needs no copy.
     - ZeRO 2 spreads ``gradients``, too: 4 P / D for the sum of a step and as much again for what is added to it or
       taken from it, and, before they are reduced, 4 min(P, 5 10^8) for those of a micro-batch. ZeRO 3 also spreads
       ``weights``: e P / D, and e for each parameter of the two largest layers, which are gathered.
@@ -246,18 +247,18 @@ def _weight_bytes(engine: EngineConfig, count: int, sharers: int, layers: list[i
 def _gradient_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
     if isinstance(engine, DeepSpeedConfig) and not engine.has_pipeline:
         return 2 * FP32 * -(-count // sharers) + FP32 * min(count, REDUCE_BUCKET)
-    of_micro_batch = isinstance(engine, DeepSpeedConfig) and engine.precision == "bf16"
+    of_micro_batch = isinstance(engine, DeepSpeedConfig) and engine.precision != "fp32"
     return FP32 * count + (_bytes(engine) * count if of_micro_batch else 0)
 
 
 def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
     moments, copy = FP32 * ADAM_MOMENTS * count, FP32 * count
-    bf16 = engine.precision == "bf16"
+    is_half = engine.precision != "fp32"
     if isinstance(engine, DeepSpeedConfig):
-        return -(-(moments + copy) // sharers) if engine.zero or bf16 else moments
-    state = moments + (copy if bf16 else 0)
+        return -(-(moments + copy) // sharers) if engine.zero or is_half else moments
+    state = moments + (copy if is_half else 0)
     return -(-state // sharers) if engine.distributed_optimizer else state
 
 
 def _bytes(engine: EngineConfig) -> int:
-    return 2 if engine.precision == "bf16" else FP32
+    return engine.number_bytes

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megamix.data.loader import Batch
+from megamix.engines.loss_scale import LossScale
 from megamix.engines.step_loss import Objective, StepLoss
 
 # Long enough for a slow file system at start-up; a dead rank is noticed earlier, by its closed connections and by the
@@ -69,6 +70,10 @@ class Engine(ABC):
     place: Place
     micro_batch_multiple: int = 1
     """Divisor of the number of micro-batches in a step or an evaluation."""
+    loss_scale: LossScale | None = None
+    """Scale of the loss in fp16; `train_step` uses and updates it."""
+    scaling: str | None = None
+    """What to say of the last step where it was left out for the loss scale alone, or may have been."""
     _loss: StepLoss
 
     @abstractmethod

@@ -37,8 +37,9 @@ class _LayoutConfig(Config):
     data: int | None = pydantic.Field(default=None, gt=0, le=10**6)
     """Data-parallel ranks; default: the ranks of the job divided by the model's, or 1 when megamix starts its own
     ranks."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights and gradients."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and gradients. fp16, for devices without bf16 and engine deepspeed alone,
+    scales the loss, and leaves out the steps that show that the scale is too large."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     threads: int | None = pydantic.Field(default=None, gt=0)
@@ -52,15 +53,10 @@ class _LayoutConfig(Config):
                 raise ValueError(f"{key} is {value!r}, but {_NOT_THERE[key]}")
         return data
 
-    @pydantic.field_validator("precision", mode="before")
-    @classmethod
-    def _without_loss_scaling(cls, value: object) -> object:
-        if str(value).lower() in ("fp16", "float16", "half", "16", "fp8", "float8"):
-            raise ValueError(
-                f"precision is {value}, whose range is so small that gradients vanish or overflow unless the loss is scaled, and "
-                "neither engine scales it. Use bf16, which has the range of fp32, or fp32 where a device has no bf16."
-            )
-        return value
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 4 if self.precision == "fp32" else 2
 
     @property
     def layout(self) -> dict[str, int]:
@@ -105,9 +101,10 @@ class DeepSpeedConfig(_LayoutConfig):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
-        if self.precision == "bf16" and self.zero == 0:
+        if self.precision != "fp32" and self.zero == 0:
             raise ValueError(
-                "precision bf16 with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at data 1)."
+                f"precision {self.precision} with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at "
+                "data 1)."
             )
         if self.pipeline > 1 and not self.has_pipeline:
             parts = "gradients" if self.zero == 2 else "gradients and weights"
@@ -162,6 +159,16 @@ class MegatronConfig(_LayoutConfig):
     """layers: megamix's own files, which both engines read in any layout; dist: model and optimizer through
     megatron.core.dist_checkpointing, which only this engine reads as a whole, in any layout. Megatron-LM can take the
     weights of it, not resume it: iteration, arguments and random states are not in it."""
+
+    @pydantic.field_validator("precision", mode="after")
+    @classmethod
+    def _without_loss_scaling(cls, value: str) -> str:
+        if value == "fp16":
+            raise ValueError(
+                "precision is fp16, whose range is so small that the loss must be scaled, and engine megatron does not scale it "
+                "here. Use bf16, which has the range of fp32, or name: deepspeed where a device has no bf16."
+            )
+        return value
 
     @property
     def layout(self) -> dict[str, int]:

@@ -37,7 +37,7 @@ def takes_linear_form(
         return implementation == "linear"
     total = smallest_memory(device)
     tokens, width = logits_shape(model, engine, seq_length=seq_length, micro_batch=micro_batch)
-    num_bytes = (2 if engine.precision == "bf16" else 4) * tokens * width
+    num_bytes = engine.number_bytes * tokens * width
     is_linear = num_bytes > LINEAR_SHARE * total
     if is_linear and dist.get_rank() == 0:
         get_logger().info(

@@ -164,6 +164,17 @@ class Guard:
         """The step was taken."""
         self._in_a_row = 0
 
+    def scaled(self, step: int, scaling: str | None) -> str | None:
+        """Counts ``step``, after it was judged, if the engine left it out for its loss scale alone; returns the reason.
+
+        Args:
+            scaling: of the engine; None where the loss scale is not at fault.
+        """
+        if scaling is None or step in self._found:
+            return None
+        self.skips += 1
+        return f"step {step + 1} left out: {scaling}"
+
     def left_out(self, step: int) -> str:
         """Counts ``step``, which the engine found not finite on all ranks, after it was judged; returns the reason.
 

@@ -70,6 +70,8 @@ class Trainer:
         self.place = self.engine.place
         if resumed is not None:
             saving.load_engine(resumed.path, self.engine, resumed.state.optimizer_steps, verified=True)
+            if self.engine.loss_scale is not None and resumed.state.loss_scale is not None:
+                self.engine.loss_scale.load_state_dict(resumed.state.loss_scale)
         elif (pretrained := plan.pretrained()) is not None:
             saving.load_weights(pretrained, self.engine)
         left_out = plan.policy.left_out if resumed is None else resumed.left_out(plan)
@@ -232,11 +234,11 @@ class Trainer:
             self.guard.took()
             return
         self.data.settle()
-        text = self.guard.left_out(step)
+        text = self.guard.scaled(step, self.engine.scaling) or self.guard.left_out(step)
         if self.record is not None:
             get_logger().warning("%s", text)
             self._note("skipped", text)
-            if self._alerts is not None:
+            if self._alerts is not None and self.engine.scaling is None:
                 self._alerts.skipped(step, text)
 
     def evaluate(self) -> None:
@@ -263,6 +265,7 @@ class Trainer:
             fingerprints=fingerprints(self.plan),
             seed=self.config.train.seed,
             interval=self._log.state_dict(),
+            loss_scale=None if self.engine.loss_scale is None else self.engine.loss_scale.state_dict(),
         )
         self._writer.save(self.step, state.to_json())
 

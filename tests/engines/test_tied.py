@@ -73,7 +73,7 @@ def plain() -> Callable[[Layout], Trained]:
     return of
 
 
-@pytest.mark.parametrize("name", cases(lambda name: "bf16" not in name))
+@pytest.mark.parametrize("name", cases(lambda name: "16" not in name))
 def test_losses_norms_and_weights_are_those_of_one_parameter(jobs: Jobs, plain: Any, name: str) -> None:
     """The norm, by which clipping scales, would be another if it counted the matrix twice, or if its two gradients were
     not summed, or summed twice."""
@@ -96,8 +96,8 @@ def test_losses_norms_and_weights_are_those_of_one_parameter(jobs: Jobs, plain: 
         assert difference.norm() <= 2 * LR, key
 
 
-@pytest.mark.parametrize("name", cases(lambda name: "bf16" in name))
-def test_bf16_follows_fp32(jobs: Jobs, plain: Any, name: str) -> None:
+@pytest.mark.parametrize("name", cases(lambda name: "16" in name))
+def test_half_precision_follows_fp32(jobs: Jobs, plain: Any, name: str) -> None:
     for rank in jobs.ranks(name):
         assert rank["losses"] == pytest.approx(plain(ALL[name]).losses, abs=0.02)
         assert rank["grad_norms"] == pytest.approx(plain(ALL[name]).grad_norms, rel=0.05)

@@ -47,7 +47,7 @@ def megatron(**layout: Any) -> dict[str, Any]:
     return {"name": "megatron", **layout}
 
 
-BF16 = {"precision": "bf16"}
+BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 LAYOUTS: dict[int, dict[str, Layout]] = {
     2: {
         "deepspeed pp2": Layout(deepspeed(pipeline=2)),
@@ -61,6 +61,8 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         ),
         "deepspeed ZeRO 2 to 3, linear": Layout(deepspeed(data=2, zero=2), deepspeed(data=2, zero=3), loss="linear"),
         "megatron tp2 to deepspeed ZeRO 3": Layout(megatron(tensor=2), deepspeed(data=2, zero=3), model="neox"),
+        "fp16 deepspeed pp2, linear": Layout(deepspeed(pipeline=2, **FP16), loss="linear"),
+        "fp16 deepspeed ZeRO 3": Layout(deepspeed(data=2, zero=3, **FP16)),
         "bf16 deepspeed ZeRO 2, linear": Layout(deepspeed(data=2, zero=2, **BF16), loss="linear"),
         "bf16 deepspeed pp2, linear": Layout(deepspeed(pipeline=2, **BF16), loss="linear"),
     },

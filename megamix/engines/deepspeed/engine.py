@@ -21,6 +21,7 @@ from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConf
 from megamix.engines.deepspeed.state import gradients, inner_adam, reset_adam, set_whole_state, whole_state
 from megamix.engines.deepspeed.whole import WholeModule, evaluation_passes, train_passes
 from megamix.engines.loss_form import kernel_of, takes_linear_form
+from megamix.engines.loss_scale import LossScale
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.step_loss import Objective, StepLoss, is_finite_everywhere
 
@@ -33,6 +34,7 @@ def start_distributed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
@@ -40,6 +42,8 @@ def start_distributed() -> None:
     else:
         # Building it takes 40 s and a compiler, and a build that was killed leaves a lock that hangs the next one.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # pyright: ignore[reportAttributeAccessIssue]
+        # PyTorch has fp16 on every CPU, if slowly; DeepSpeed asks whether the CPU has it.
+        vars(get_accelerator())["is_fp16_supported"] = lambda: True
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
@@ -127,6 +131,10 @@ class DeepSpeedEngine(Engine):
         if engine.zero == 0 and train.clip > 0:
             self._engine.clip_fp32_gradients = self._clip_gradients
         self._is_finite = True
+        self.loss_scale = LossScale() if engine.precision == "fp16" else None
+        if self.loss_scale is not None:
+            # DeepSpeed's own scaler would be one more state, and ends the run where the scale cannot fall.
+            vars(self._optimizer.loss_scaler)["update_scale"] = lambda overflow: None
         if skip_non_finite:
             self._engine._take_model_step = self._take_step_if_finite
         self.optimizer_steps = 0
@@ -145,10 +153,13 @@ class DeepSpeedEngine(Engine):
         if self.place.has_loss:
             # Undoes DeepSpeed's averages over micro-batches and data-parallel ranks: the objective is one sum.
             scaled = replace(objective, normaliser=objective.normaliser / (micro_batches * self.place.data_size))
-            # DeepSpeed divides each loss by the number of micro-batches before the backward pass.
-            self._loss.start_step(micro_batches, scaled, 1.0 / micro_batches, on_statistics)
+            # DeepSpeed divides each loss by the number of micro-batches before the backward pass, and scales it.
+            scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+            self._loss.start_step(micro_batches, scaled, scale / micro_batches, on_statistics)
         else:
             on_statistics(self._empty_sums)
+        if self.loss_scale is not None:
+            self._optimizer.loss_scaler.cur_scale = self.loss_scale.scale
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._module.tied is not None:
@@ -162,6 +173,8 @@ class DeepSpeedEngine(Engine):
         # Under ZeRO, DeepSpeed always skips a step whose norm is not finite.
         is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
         self._steps += is_finite
+        if self.loss_scale is not None:
+            self.scaling = self.loss_scale.update(is_finite)
         return is_finite
 
     def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
@@ -269,7 +282,7 @@ def _zero_config(engine: DeepSpeedConfig, module: Any) -> dict[str, Any]:
 
 
 def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: int, module: Any) -> dict[str, Any]:
-    bf16 = engine.precision == "bf16"
+    is_half = engine.precision != "fp32"
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -278,10 +291,13 @@ def _deepspeed_config(engine: DeepSpeedConfig, train: TrainConfig, data_size: in
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero_config(engine, module),
-        "bf16": {"enabled": bf16},
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
-        # ZeRO 2 and 3 reduce the gradients of every micro-batch: in bf16 they would be rounded before they are summed.
-        **({} if engine.has_pipeline else {"communication_data_type": "fp32"}),
+        "bf16": {"enabled": engine.precision == "bf16"},
+        # The scale is set before every step.
+        "fp16": {"enabled": engine.precision == "fp16", "loss_scale": 1.0},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if is_half else {}),
+        # ZeRO 2 and 3 reduce the gradients of every micro-batch, which would be rounded before they are summed; and
+        # DeepSpeed would reduce in fp16 by itself.
+        **({} if engine.has_pipeline and engine.precision != "fp16" else {"communication_data_type": "fp32"}),
         # Reentrant checkpointing rejects inputs without a gradient, such as integer tokens.
         "pipeline": {"use_reentrant": False},
         "wall_clock_breakdown": False,

@@ -80,8 +80,10 @@ class TiedMatrix:
             dist.reduce(self._gradient, self._owner, group=self._group)
             self._gradient.zero_()
             return
-        # DeepSpeed's bf16 optimizer sums in fp32 beside the parameter.
+        # DeepSpeed sums in fp32 beside the parameter in bf16, and under another name in fp16.
         gradient: Any = getattr(self.weight, "_hp_grad", None)
+        if gradient is None:
+            gradient = getattr(self.weight, "grad_accum", None)
         if gradient is None:
             gradient = self.weight.grad
         dist.reduce(gradient, self._owner, group=self._group)

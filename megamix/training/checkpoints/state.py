@@ -46,6 +46,7 @@ class RunState:
         total_samples: of the whole run, as its weights were bounded by; None in checkpoints of before it was kept.
         record, record_ends: sizes and ends of the files of the record (`megamix.training.records.wholeness`); None
             where there is none, or in checkpoints of before they were kept.
+        loss_scale: of `LossScale.state_dict`; None without fp16.
         seed, interval: ``train.seed`` and the sums of the log's interval; None in another trainer than megamix's.
     """
 
@@ -62,6 +63,7 @@ class RunState:
     record_ends: dict[str, str] | None = None
     seed: int | None = None
     interval: dict[str, Any] | None = None
+    loss_scale: dict[str, Any] | None = None
 
     @property
     def optimizer_steps(self) -> int:
