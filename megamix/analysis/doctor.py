@@ -169,7 +169,7 @@ def _what_runs(shape: _Shape) -> str:
     config, model = shape.config, shape.model
     train = config.train
     batches, samples = config.batches, config.total_samples
-    equal = f" = {batches.tokens_of(0):,} tokens" if len(batches.sizes) == 1 else ""
+    equal = f" = {batches.tokens_of(0):,} tokens" if len(batches.sizes) == 1 and not batches.past else ""
     micro_batches = plural(shape.num_micro_batches, "micro-batch", "micro-batches")
     delay = plural(config.data.weight_lag + 1, "step")
     lines = (

@@ -82,7 +82,7 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
         InputError: no such run or position, or its data set cannot be opened.
     """
     run = RecordedRun.open(run_dir)
-    config, seq_length = run.config, run.config.data.seq_length
+    config = run.config
     batches, total = config.batches, config.total_samples
     if not 0 <= position < total:
         raise InputError(
@@ -95,10 +95,14 @@ def inspect_sample(run_dir: Path, position: int) -> Report:
         f"position    {position}: sample {position - batches.position(step)} of step {step}, counted from 0",
         f"domain      {sample.domain} (weight {sample.weight:.4f} there)",
         f"sample      {sample.index} of {sample.num_samples}, in epoch {sample.epoch} counted from 0",
-        f"tokens      {sample.start} to {sample.start + seq_length} of the domain's training tokens",
+        *(f"tokens      {start} to {end} of the domain's training tokens" for start, end in sample.pieces),
         *(f"bytes       {place}" for place in sample.bytes),
-        f"documents   {sample.documents}",
+        *(f"documents   {documents}" for documents in sample.documents),
     ]
+    if sample.index >= sample.num_samples:
+        lines.append(
+            "The epoch was begun with samples of another length; this is one of those that its rest was cut into."
+        )
     if position >= run.position:
         lines.append(
             f"Not on record as trained yet ({run.steps} steps are): "

@@ -63,9 +63,10 @@ def _resumes(run: RecordedRun) -> Iterator[Mark]:
 def _changes(run: RecordedRun) -> Iterator[Mark]:
     end, jumps = recorded_tokens(run), list[tuple[float, Mark]]()
     mixture = run.config.mixture
-    stages = mixture.starts(run.config.batches) if isinstance(mixture, StagedMixture) else []
+    batches = run.config.batches
+    stages = mixture.starts(batches) if isinstance(mixture, StagedMixture) else []
     for earlier, line in itertools.pairwise(run.ledger.lines):
-        tokens = line["position"] * run.config.data.seq_length
+        tokens = batches.tokens_at(line["position"])
         if tokens > end:
             break
         step = line["effective_step"] if "effective_step" in line else line["step"]

@@ -139,8 +139,10 @@ def weights_by_step(ledger: Ledger, num_steps: int, batches: Batches) -> Floats:
 
 
 def _refuse_changed(run: RecordedRun) -> None:
+    # Bounds by epochs depend on where each domain stands, and an epoch has another number of samples of another length.
+    may_change = {"batch"} if run.config.data.max_epochs is not None else {"batch", "sequence"}
     for line in run.ledger.lines:
-        if (change := line.get("change")) and change.get("parts") != ["batch"]:
+        if (change := line.get("change")) and (not change.get("parts") or set(change["parts"]) - may_change):
             parts = ", ".join(change.get("parts", [])) or "domains"
             raise InputError(
                 f"the run {run.run_dir} was changed on resume after step {line['step']} ({parts}), so its steps are not those "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
+from megamix.data.cut_samples import CutSamples
 from megamix.data.tokens.indexed import bin_path
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.stream import DomainTokens
@@ -26,10 +27,11 @@ class Sample:
 
     Attributes:
         weight: sampling weight of its domain there.
-        index: which of the domain's ``num_samples``, in ``epoch`` (counted from 0).
-        start: its first token, of the domain's training tokens.
+        index: which of the domain's ``num_samples``, in ``epoch`` (counted from 0); one that is no window (see
+            `CutSamples`) has a number from there on.
+        pieces: its tokens, as stretches of the domain's training tokens: (first, end).
         bytes: the places of its tokens in .bin files.
-        documents: the documents that it is cut from.
+        documents: the documents that each of the pieces is cut from.
     """
 
     position: int
@@ -38,9 +40,9 @@ class Sample:
     index: int
     num_samples: int
     epoch: int
-    start: int
+    pieces: list[tuple[int, int]]
     bytes: list[str]
-    documents: str
+    documents: list[str]
     text: str
 
 
@@ -56,7 +58,8 @@ class SampleReader:
 
     def __init__(self, run: RecordedRun, step: int) -> None:
         self._run = run
-        batches, self._seq_length = run.config.batches, run.config.data.seq_length
+        batches = run.config.batches
+        self._seq_length = batches.length(step)
         self._first, self._batch = batches.position(step), batches.size(step)
         line = run.ledger.line_at(self._first)
         self._manifest = _data_at(run, line)
@@ -79,20 +82,23 @@ class SampleReader:
         """The sample at ``position``."""
         line = self._run.ledger.line_at(position)
         blend = self._run.ledger.blend_at(position, self._sizes, self._keys)
-        (domain,), (index,) = blend.window(position, 1)
-        stream, start = self._streams[domain], int(index) * self._seq_length
-        stop = start + self._seq_length
+        (domain,), (index,) = (each.tolist() for each in blend.window(position, 1))
+        stream, cut = self._streams[domain], CutSamples(self._streams, self._seq_length, blend.rests)
+        pieces = [(first, first + number) for first, number in cut.pieces(domain, index)]
+        tokens = np.empty(self._seq_length + 1, stream.dtype)
+        cut.read(domain, index, tokens)
+        epoch = int(blend.counts_at(position)[domain]) // self._sizes[domain]
         return Sample(
             position=position,
             domain=stream.name,
             weight=float(line["domain_weights"][domain]),
-            index=int(index),
+            index=index,
             num_samples=self._sizes[domain],
-            epoch=int(blend.counts_at(position)[domain]) // self._sizes[domain],
-            start=start,
-            bytes=list(_bytes(stream, start, stop)),
-            documents=_documents(stream, start, stop),
-            text=self._tokenizer.decode(stream.window(int(index), self._seq_length)[:-1].tolist()),
+            epoch=blend.rests[domain].epoch if cut.is_cut(domain, index) else epoch,
+            pieces=pieces,
+            bytes=[place for start, stop in pieces for place in _bytes(stream, start, stop)],
+            documents=[_documents(stream, start, stop) for start, stop in pieces],
+            text=self._tokenizer.decode(tokens[:-1].tolist()),
         )
 
 

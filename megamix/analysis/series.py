@@ -274,7 +274,7 @@ def _mean(lines: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def recorded_tokens(run: RecordedRun) -> int:
     """The tokens up to the end of a run's record."""
-    return _end(run) * run.config.data.seq_length
+    return run.config.batches.tokens_at(_end(run))
 
 
 def _end(run: RecordedRun) -> int:
@@ -290,4 +290,5 @@ def _acting(run: RecordedRun) -> list[dict[str, Any]]:
 
 
 def _tokens(run: RecordedRun, lines: Sequence[dict[str, Any]]) -> Ints:
-    return np.array([line["position"] for line in lines], np.int64) * run.config.data.seq_length
+    tokens_at = run.config.batches.tokens_at
+    return np.array([tokens_at(line["position"]) for line in lines], np.int64)

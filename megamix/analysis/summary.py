@@ -161,7 +161,7 @@ class RunTable:
 
 
 def run_table(run: RecordedRun) -> RunTable:
-    counts = run.ledger.counts(run.position)
+    counts = run.tokens_read()
     total = sum(counts.values())
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
     last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}

@@ -285,7 +285,7 @@ def _samples(run: RecordedRun, domain: str, causes: Causes) -> Iterator[str | Ta
     if len(positions) > len(samples):
         head += f"; the first {len(samples)}"
     lines = [
-        f"  position {sample.position}, documents {sample.documents}\n"
+        f"  position {sample.position}, documents {'; '.join(sample.documents)}\n"
         f"    {shortened(' '.join(sample.text.split()), _EXCERPT)}"
         for sample in samples
     ]

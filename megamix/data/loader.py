@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
+from megamix.data.blend.rest import Rest
+from megamix.data.cut_samples import CutSamples
 from megamix.data.reference_losses import ReferenceLosses
 from megamix.data.sampler import Sampler, StepSamples
 from megamix.data.tokens.stream import DomainTokens
@@ -80,6 +82,7 @@ class WindowReader:
         eod_mask_loss: a label that is a document's first token becomes ``IGNORED_LABEL``.
         reset_position_ids: batches have ``positions``, which restart at 0 with every document in a sample.
         reference: source of the batches' ``reference``.
+        rests: of domains of which some samples are no windows, see `Blend`.
     """
 
     def __init__(
@@ -91,8 +94,10 @@ class WindowReader:
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
         reference: ReferenceLosses | None = None,
+        rests: Mapping[int, Rest] | None = None,
     ) -> None:
         self._domains = domains
+        self._cut = CutSamples(domains, seq_length, rests or {})
         self._seq_length = seq_length
         self._vocab_size = vocab_size
         self._eod_mask_loss = eod_mask_loss
@@ -109,23 +114,34 @@ class WindowReader:
         window_nt = np.empty((domain_n.size, self._seq_length + 1), self._dtype)
         # Faster than a gather of all rows of a domain at once from 4096 tokens on, and 20 % slower at 1024.
         for row_t, domain, sample in zip(window_nt, domain_n.tolist(), sample_n.tolist(), strict=True):
-            self._domains[domain].read_window(sample, row_t)
+            if self._cut.is_cut(domain, sample):
+                self._cut.read(domain, sample, row_t)
+            else:
+                self._domains[domain].read_window(sample, row_t)
         if window_nt.size and (window_nt.max() >= self._vocab_size or window_nt.min() < 0):
             self._refuse(window_nt, domain_n, sample_n)
         return window_nt
 
-    def document_starts(self, domain_n: Ints, sample_n: Ints) -> tuple[Ints, Ints]:
-        """Row in ``domain_n`` and place in the window, 0 to S, of every token that begins a document; int64 [m] each,
-        ascending."""
-        rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for domain in np.unique(domain_n):
+    def document_starts(self, domain_n: Ints, sample_n: Ints) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Where positions in documents begin: row in ``domain_n`` and place in the sample, 0 to S, int64 [m] each,
+        ascending; and for each whether the label before it is a document's first token, bool [m]."""
+        rows, tokens, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+        for domain in np.unique(domain_n).tolist():
             row_n = np.flatnonzero(domain_n == domain)
+            is_cut_n = np.array([self._cut.is_cut(domain, sample) for sample in sample_n[row_n].tolist()], np.bool_)
+            for row in row_n[is_cut_n].tolist():
+                token_m, is_first_m = self._cut.starts(domain, int(sample_n[row]))
+                rows.append(np.full(token_m.size, row))
+                tokens.append(token_m)
+                firsts.append(is_first_m)
+            row_n = row_n[~is_cut_n]
             row_m, token_m = self._domains[domain].document_starts(sample_n[row_n], self._seq_length)
             rows.append(row_n[row_m])
             tokens.append(token_m)
-        row_m, token_m = np.concatenate(rows), np.concatenate(tokens)
+            firsts.append(token_m > 0)  # token 0 of a window is no label
+        row_m, token_m, is_first_m = np.concatenate(rows), np.concatenate(tokens), np.concatenate(firsts)
         order_m = np.argsort(row_m, kind="stable")
-        return row_m[order_m], token_m[order_m]
+        return row_m[order_m], token_m[order_m], is_first_m[order_m]
 
     def batch(
         self, domain_n: Ints, sample_n: Ints, mine: Ints, shape: tuple[int, int], *, pin_memory: bool = False
@@ -149,16 +165,19 @@ class WindowReader:
             return made
 
         tokens, labels = tensor(window_nt[:, :-1], torch.int64), tensor(window_nt[:, 1:], torch.int64)
+        if self._cut.rests:
+            self._set_joints(labels.view(-1, self._seq_length).numpy(), domain_n[mine], sample_n[mine])
         domains = tensor(domain_n[mine][:, None], torch.int32)
         domain_tokens = np.bincount(domain_n, minlength=len(self._domains)) * self._seq_length
         positions = None
         if self._eod_mask_loss or self._reset_position_ids:
-            row_m, token_m = self.document_starts(domain_n, sample_n)
-            own_m, own_token_m = _rows_of(mine, row_m, token_m)
+            row_m, token_m, is_first_m = self.document_starts(domain_n, sample_n)
+            own_m, place_m = _rows_of(mine, row_m)
+            own_token_m = token_m[place_m]
             if self._eod_mask_loss:
-                masked_m = row_m[token_m > 0]  # token 0 of a window is no label
+                masked_m = row_m[is_first_m]
                 domain_tokens -= np.bincount(domain_n[masked_m], minlength=len(self._domains))
-                is_label_m = own_token_m > 0
+                is_label_m = is_first_m[place_m]
                 label_ns = labels.view(-1, self._seq_length).numpy()
                 label_ns[own_m[is_label_m], own_token_m[is_label_m] - 1] = IGNORED_LABEL
             if self._reset_position_ids:
@@ -172,21 +191,33 @@ class WindowReader:
                 self._reference.read_window(int(domain_n[row]), int(sample_n[row]), loss_s)
         return Batch(tokens, labels, domains, domain_tokens, positions, reference)
 
+    def _set_joints(self, label_ns: np.ndarray, domain_n: Ints, sample_n: Ints) -> None:
+        """Sets the labels that are not the sample's next token; see `CutSamples`."""
+        for label_s, domain, sample in zip(label_ns, domain_n.tolist(), sample_n.tolist(), strict=True):
+            if self._cut.is_cut(domain, sample):
+                for place, label in self._cut.joints(domain, sample):
+                    if not 0 <= label < self._vocab_size:
+                        raise self._refusal(domain, sample, label)
+                    label_s[place] = label
+
     def _refuse(self, window_nt: np.ndarray, domain_n: Ints, sample_n: Ints) -> None:
         row, column = np.argwhere((window_nt >= self._vocab_size) | (window_nt < 0))[0]
-        raise InputError(
-            f"domain '{self._domains[int(domain_n[row])].name}', sample {sample_n[row]}: token id {window_nt[row, column]} is outside the model's "
-            f"vocabulary of {self._vocab_size}. The data was prepared with another tokenizer, or the model's vocab_size is too small."
+        raise self._refusal(int(domain_n[row]), int(sample_n[row]), int(window_nt[row, column]))
+
+    def _refusal(self, domain: int, sample: int, token: int) -> InputError:
+        return InputError(
+            f"domain '{self._domains[domain].name}', sample {sample}: token id {token} is outside the model's vocabulary of "
+            f"{self._vocab_size}. The data was prepared with another tokenizer, or the model's vocab_size is too small."
         )
 
 
-def _rows_of(mine: Ints, row_m: Ints, token_m: Ints) -> tuple[Ints, Ints]:
-    """The entries of (row_m, token_m), int64 [m] and ascending, whose row is in ``mine``, with the index in ``mine`` as
-    row; ``mine`` may hold rows in any order and more than once."""
+def _rows_of(mine: Ints, row_m: Ints) -> tuple[Ints, Ints]:
+    """The entries of ``row_m``, int64 [m] and ascending, whose row is in ``mine``: the index in ``mine``, and the place
+    in ``row_m``; ``mine`` may hold rows in any order and more than once."""
     first_n, end_n = np.searchsorted(row_m, mine), np.searchsorted(row_m, mine, side="right")
     count_n = end_n - first_n
     place = np.arange(count_n.sum()) + np.repeat(end_n - np.cumsum(count_n), count_n)
-    return np.repeat(np.arange(mine.size), count_n), token_m[place]
+    return np.repeat(np.arange(mine.size), count_n), place
 
 
 def count_positions(position_ns: Ints, row_m: Ints, token_m: Ints) -> None:

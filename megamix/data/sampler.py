@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from megamix.core.errors import InputError
 from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend, Segment
+from megamix.data.blend.rest import Rest
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Sampler:
                 f"the data position {blend.position} is not at the start of a step of global_batch {share.global_batch} samples. "
                 "Resume with the global batch the run was started with."
             )
+
+    @property
+    def rests(self) -> Mapping[int, Rest]:
+        """See `Blend`."""
+        return self._blend.rests
 
     @property
     def num_domains(self) -> int:

@@ -216,14 +216,17 @@ class BatchConfig(Config):
                 )
         return stages
 
-    def batches(self, seq_length: int) -> Batches:
+    def batches(self, seq_length: int, past: tuple[tuple[int, int], ...] = ()) -> Batches:
         """The global batch of every step.
+
+        Args:
+            past: of steps that had samples of another length, see `Batches`.
 
         Raises:
             ValueError: a stage of ``batch_ramp`` that no step begins in.
         """
         stages = [(stage.global_batch, stage.until_tokens) for stage in self.batch_ramp]
-        return Batches.ramp(stages, self.global_batch, seq_length)
+        return Batches.ramp(stages, self.global_batch, seq_length, past)
 
 
 class TrainConfig(BatchConfig):
@@ -307,7 +310,7 @@ class TrainConfig(BatchConfig):
         if self.schedule_over == "steps" or batches is None or last == 0:
             return self.learning_rate.at(step)
         # The first and the last step stay the first and the last of the schedule.
-        return self.learning_rate.at(last * batches.position(step) / batches.position(last))
+        return self.learning_rate.at(last * batches.tokens(step) / batches.tokens(last))
 
 
 BEFORE_THESE_KEYS = {

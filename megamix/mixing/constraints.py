@@ -42,6 +42,8 @@ class Constraints:
         floor, cap: float64 [K], ``min_weight`` and ``max_weight``.
         max_epochs: float64 [K], infinite by default.
         on_exhausted: cap, repeat or stop.
+        more: where earlier steps of the run had samples of another length: by how many samples of today's length its
+            tokens are more than the samples that it counts.
     """
 
     names: tuple[str, ...]
@@ -51,6 +53,7 @@ class Constraints:
     cap: Floats
     max_epochs: Floats
     on_exhausted: str
+    more: int = 0
 
     @property
     def limits(self) -> Ints | None:
@@ -165,20 +168,20 @@ class Constraints:
             self._check_epochs()
 
     def _check_epochs(self) -> None:
-        allowed = self.max_epochs * self.num_samples
+        allowed, asked = self.max_epochs * self.num_samples, self.total_samples + self.more
         for name, least, most, epochs, weight in zip(
-            self.names, self.floor * self.total_samples, allowed, self.max_epochs, self.floor, strict=True
+            self.names, self.floor * asked, allowed, self.max_epochs, self.floor, strict=True
         ):
             if least > most + 1:
                 raise InputError(
                     f"domain '{name}': data.min_weight {weight:g} asks for {least:.0f} samples of the run's "
-                    f"{self.total_samples}, but data.max_epochs {epochs:g} allows {most:.0f}. Lower the one or raise the other."
+                    f"{asked}, but data.max_epochs {epochs:g} allows {most:.0f}. Lower the one or raise the other."
                 )
-        available = self._available(np.zeros(len(self.names)), self.total_samples)
-        if available < self.total_samples - 1e-6 * self.total_samples:
+        available = self._available(np.zeros(len(self.names)), asked)
+        if available < asked - 1e-6 * asked:
             raise InputError(
                 f"{self._which_allow} {available:.0f} samples of the {len(self.names)} domains together, but train.steps x "
-                f"train.global_batch asks for {self.total_samples}. Allow more epochs, train for fewer steps, or add data."
+                f"train.global_batch asks for {asked}. Allow more epochs, train for fewer steps, or add data."
             )
 
     def _available(self, counts: Floats, ahead: int) -> float:

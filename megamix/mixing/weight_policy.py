@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -158,9 +158,12 @@ class WeightPolicy:
 
     @cached_property
     def planned_samples(self) -> Floats:
-        """float64 [K]: the samples that the run takes from each domain if no mixer changes the weights."""
-        counts = np.zeros(self.constraints.num_samples.size)
-        for first, end, weights in self.stages.stretches(self.batches.step(self.constraints.total_samples)):
-            start, stop = self.batches.position(first), self.batches.position(end)
-            counts = counts + self.allowed(weights, counts, start) * (stop - start)
+        """float64 [K]: the samples, of the present length, that the run takes from each domain if no mixer changes the
+        weights."""
+        counts, batches = np.zeros(self.constraints.num_samples.size), self.batches
+        total = self.constraints.total_samples
+        constraints = replace(self.constraints, total_samples=total + self.constraints.more, more=0)
+        for first, end, weights in self.stages.stretches(batches.step(total)):
+            start, stop = batches.tokens(first) / batches.seq_length, batches.tokens(end) / batches.seq_length
+            counts = counts + constraints.apply(weights, counts, start) * (stop - start)
         return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,15 @@ from megamix.training.mixture import MixtureConfig
 from megamix.training.objective import ObjectiveConfig
 
 
+class EarlierLength(Config):
+    """Steps of a resumed run whose samples had another length."""
+
+    seq_length: int = pydantic.Field(gt=0, le=2**30)
+    """Tokens per sample."""
+    until_step: int = pydantic.Field(gt=0)
+    """Of the steps up to this one."""
+
+
 class DataConfig(Config):
     """What is read, and in which pieces."""
 
@@ -28,7 +38,10 @@ class DataConfig(Config):
     domains: tuple[str, ...] | None = None
     """The domains to train on, in this order; default: all of the manifest."""
     seq_length: int = pydantic.Field(gt=0, le=2**30)
-    """Tokens per sample."""
+    """Tokens per sample. A resume with checkpoint.accept_changed=[sequence] may have another."""
+    seq_length_before: tuple[EarlierLength, ...] = ()
+    """The lengths that a resumed run had before, which its resolved config is filled in with; not to be given to a new
+    run."""
     token_counts: dict[str, float] | None = None
     """{domain: training tokens} that the data set is to have. `megamix doctor --plan-only` works out the epochs from
     them; a data set with other domains is refused."""
@@ -59,6 +72,21 @@ class DataConfig(Config):
     weight_lag: int = pydantic.Field(default=1, ge=1, le=10_000)
     """Steps between the one whose losses change the weights and the first that is sampled with them; what loading ahead
     hides behind."""
+
+    @pydantic.field_validator("seq_length_before")
+    @classmethod
+    def _rises(cls, lengths: tuple[EarlierLength, ...]) -> tuple[EarlierLength, ...]:
+        for before, after in itertools.pairwise(lengths):
+            if after.until_step <= before.until_step:
+                raise ValueError(
+                    f"until_step {after.until_step} follows {before.until_step}. Use what a resume has filled in."
+                )
+        return lengths
+
+    @property
+    def past_lengths(self) -> tuple[tuple[int, int], ...]:
+        """(tokens of a sample, end step) of the steps before that had another length."""
+        return tuple((each.seq_length, each.until_step) for each in self.seq_length_before)
 
     @property
     def positions_restart(self) -> bool:
@@ -100,11 +128,11 @@ class ResumeConfig(Config):
     """What may differ between a run and the checkpoint that it continues from."""
 
     accept_changed: tuple[
-        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "batch", "train", "precision"], ...
+        Literal["data", "tokenizer", "mixture", "mixer", "constraints", "batch", "sequence", "train", "precision"], ...
     ] = ()
     """What may differ from the run that wrote the checkpoint; everything else that differs refuses the resume. A
-    changed mixture is sampled with from there on, a changed batch (train.global_batch, train.batch_ramp) taken from
-    there on."""
+    changed mixture is sampled with from there on, a changed batch (train.global_batch, train.batch_ramp) or sequence
+    (data.seq_length) taken from there on."""
     domains: DomainChangeConfig = DomainChangeConfig()
     """Which domains may be added, removed, split or replaced on resume."""
 
@@ -227,7 +255,7 @@ class MixConfig(Config):
     @property
     def batches(self) -> Batches:
         """The global batch of every step."""
-        return self.train.batches(self.data.seq_length)
+        return self.train.batches(self.data.seq_length, self.data.past_lengths)
 
     @property
     def total_samples(self) -> int:

@@ -121,7 +121,12 @@ class MixedData:
             on_report=self._report,
             steering=self._steering,
         )
-        reader = plan.reader(plan.domains, open_reference(plan)) if reads_data else None
+        if self.sampler.rests and reference_folder(plan) is not None:
+            raise InputError(
+                f"mixer {plan.config.mixer.name} reads reference losses of whole samples, but data.seq_length was changed on resume and "
+                "the rest of an epoch is cut anew. Use a mixer without a reference until every domain has begun its next epoch."
+            )
+        reader = plan.reader(plan.domains, open_reference(plan), self.sampler.rests) if reads_data else None
         self.loader = Loader(self.sampler, reader, device.type == "cuda")
         for _ in range(plan.config.data.weight_lag + 1):
             self.loader.request()
@@ -195,7 +200,10 @@ class MixedData:
             segments = [(batches.step(segment.start), segment) for segment in self.sampler.segments_from(self.step)]
             # A stretch of before a resume goes on: the change begins here.
             begin = 0 if self.change is None else batches.position(self.step)
-            record.announce(self.step, segments, self.mixer.record(), self.change, begin)
+            names = self.plan.domain_names
+            rests = {names[domain]: rest.to_json() for domain, rest in self.sampler.rests.items()}
+            extra = {"rests": rests} if rests else {}
+            record.announce(self.step, segments, {**self.mixer.record(), **extra}, self.change, begin)
 
     def take_reports(self) -> list[MixReport]:
         """Reports of the steps since the last call, on rank 0."""

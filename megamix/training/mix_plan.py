@@ -58,7 +58,8 @@ class MixPlan:
     def warnings(self) -> list[str]:
         """Settings that work and are probably not meant."""
         found = []
-        weights, limits = self.policy.planned_samples / self.total_samples, self.policy.constraints.max_epochs
+        constraints = self.policy.constraints
+        weights, limits = self.policy.planned_samples / (self.total_samples + constraints.more), constraints.max_epochs
         used_up = self.epochs > limits * (1 + 1e-9)
         for name, epochs, weight, limit, over in zip(
             self.domain_names, self.epochs, weights, limits, used_up, strict=True
@@ -136,7 +137,10 @@ def make_policy(
         InputError: see `read_stages` and `read_constraints`.
     """
     stages = read_stages(config, names, num_samples, natural, document_tokens)
-    constraints = read_constraints(config.data, names, num_samples, config.total_samples)
+    total, batches = config.total_samples, config.batches
+    # In samples of today's length, where earlier steps had others.
+    more = batches.tokens_at(total) // batches.seq_length - total
+    constraints = read_constraints(config.data, names, num_samples, total, more)
     policy = WeightPolicy(stages, constraints, config.batches, config.data.weight_lag)
     constraints.check_without(policy.left_out)
     return policy
@@ -165,9 +169,9 @@ def read_run(run_dir: Path, which: str) -> dict[str, float]:
 
 
 def read_constraints(
-    config: DataConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], total_samples: int
+    config: DataConfig, names: tuple[str, ...], num_samples: NDArray[np.int64], total_samples: int, more: int = 0
 ) -> Constraints:
-    """The constraints of a config; a run can keep them.
+    """The constraints of a config, see `Constraints`; a run can keep them.
 
     Raises:
         InputError: an unknown domain, a value out of range, or bounds that no weights satisfy.
@@ -180,6 +184,7 @@ def read_constraints(
         cap=bound_of(config.max_weight).resolve("max_weight", names, 1.0),
         max_epochs=read_bounds("max_epochs", {} if config.max_epochs is None else config.max_epochs, names, np.inf),
         on_exhausted=config.on_exhausted,
+        more=more,
     )
     found.check()
     return found

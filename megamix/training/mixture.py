@@ -49,8 +49,8 @@ class MixFrame:
 
     @property
     def total_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.batches.position(self.num_steps)
+        """Samples of the whole run, in the length that they have now."""
+        return self.batches.tokens(self.num_steps) // self.batches.seq_length
 
 
 class Mixture:

@@ -6,7 +6,7 @@ the data files and needs neither torch nor a GPU. `megamix doctor` prints a plan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from megamix.training.mix_plan import MixPlan, document_tokens, make_policy
 from megamix.training.objective import objective_weights
 
 if TYPE_CHECKING:
+    from megamix.data.blend.rest import Rest
     from megamix.data.loader import WindowReader
     from megamix.data.reference_losses import ReferenceLosses
     from megamix.engines.models.pretrained import PretrainedWeights
@@ -145,8 +146,13 @@ class DataPlan(MixPlan):
         train = self.config.train
         return Slice(train.global_batch, train.micro_batch, data_rank, self.data_size)
 
-    def reader(self, streams: Sequence[DomainTokens], reference: ReferenceLosses | None = None) -> WindowReader:
-        """Reader of the samples of a split: `domains` or `validation`."""
+    def reader(
+        self,
+        streams: Sequence[DomainTokens],
+        reference: ReferenceLosses | None = None,
+        rests: Mapping[int, Rest] | None = None,
+    ) -> WindowReader:
+        """Reader of the samples of a split: `domains` or `validation`; for the other arguments see `WindowReader`."""
         from megamix.data.loader import WindowReader
 
         data = self.config.data
@@ -157,6 +163,7 @@ class DataPlan(MixPlan):
             eod_mask_loss=data.eod_mask_loss,
             reset_position_ids=data.positions_restart,
             reference=reference,
+            rests=rests,
         )
 
     def blend(self, through_step: int | None = None) -> Blend:

@@ -28,6 +28,7 @@ from megamix.core.errors import InputError
 from megamix.data.blend.iid import Draws
 from megamix.data.blend.order import Order
 from megamix.data.blend.permute import MAX_SIZE, divide, epoch_keys, grid, hash_words, permute
+from megamix.data.blend.rest import Rest
 from megamix.data.blend.segment import Segment
 
 Ints = NDArray[np.int64]
@@ -48,6 +49,8 @@ class Blend:
             are added or removed.
         sampling: ``"low_discrepancy"``: counts stay within a bound of the weights; ``"iid"``: the domain of every
             position is drawn independently.
+        rests: by domain, the rest of an epoch begun with samples of another length; its sample i is ``num_samples`` +
+            i.
 
     Raises:
         InputError: a length, weight or count that cannot be used, or another kind of sampling.
@@ -61,6 +64,7 @@ class Blend:
         *,
         domain_keys: Sequence[int] | None = None,
         sampling: Sampling = "low_discrepancy",
+        rests: Mapping[int, Rest] | None = None,
     ) -> None:
         self.num_samples = np.array(num_samples, np.int64)
         if self.num_samples.ndim != 1 or self.num_samples.size == 0:
@@ -78,11 +82,15 @@ class Blend:
         if len(words) != self.num_domains or len(set(words)) != self.num_domains:
             raise InputError(f"domain_keys must be {self.num_domains} different integers, got {self.domain_keys}.")
         key_words = np.array(words, np.uint64)
-        self._domain_hashes = hash_words(np.uint64(self.seed & (2**64 - 1)), key_words)
+        self.domain_hashes = hash_words(np.uint64(self.seed & (2**64 - 1)), key_words)
         grids = np.array([grid(int(number)) for number in self.num_samples], np.int64)
         self._rows, self._columns = grids[:, 0], grids[:, 1]
         zeros = np.zeros(self.num_domains)
         counts = zeros.astype(np.int64)
+        self.rests = dict(rests or {})
+        self._rest_starts, self._rest_ends, self._extra = counts.copy(), counts.copy(), counts.copy()
+        for domain, rest in self.rests.items():
+            self._rest_starts[domain], self._rest_ends[domain], self._extra[domain] = rest.start, rest.end, rest.extra
         self._orders: dict[int, Order | Draws] = {}  # by the start of their segment
         self._stand([Segment(0, self._checked(weights), zeros, counts)], 0, counts)
 
@@ -206,7 +214,12 @@ class Blend:
         """
         kept = [None if new in restarted else source for new, source in enumerate(sources)]
         blend = Blend(
-            num_samples, np.ones(len(num_samples)), self.seed, domain_keys=domain_keys, sampling=self.sampling
+            num_samples,
+            np.ones(len(num_samples)),
+            self.seed,
+            domain_keys=domain_keys,
+            sampling=self.sampling,
+            rests={new: self.rests[old] for new, old in enumerate(kept) if old in self.rests},
         )
         self._check_kept(blend, kept)
         counts, deficits = np.zeros(len(kept), np.int64), np.zeros(len(kept))
@@ -232,6 +245,11 @@ class Blend:
         now)."""
         position = self._position if at is None else int(at)
         counts = self._counts if position == self._position else self.counts_at(position)
+        rests = [
+            {"domain": domain, **rest.to_json()}
+            for domain, rest in self.rests.items()
+            if rest.extra or counts[domain] < rest.end
+        ]
         return {
             "position": position,
             "counts": counts.tolist(),
@@ -240,6 +258,7 @@ class Blend:
             "num_samples": self.num_samples.tolist(),
             "domain_keys": list(self.domain_keys),
             "segments": [segment.to_json() for segment in self._segments[self._index_at(position) :]],
+            **({"rests": rests} if rests else {}),
         }
 
     @classmethod
@@ -256,6 +275,7 @@ class Blend:
             state["seed"],
             domain_keys=state["domain_keys"],
             sampling=state["sampling"],
+            rests={rest["domain"]: Rest.from_json(rest) for rest in state.get("rests", ())},
         )
         blend._stand(segments, int(state["position"]), np.asarray(state["counts"], np.int64))
         return blend
@@ -269,13 +289,14 @@ class Blend:
         *,
         domain_keys: Sequence[int] | None = None,
         sampling: Sampling = "low_discrepancy",
+        rests: Mapping[int, Rest] | None = None,
     ) -> Blend:
         """A run's blend at the start of a recorded segment (`segment_at`), in O(K); other arguments as in `Blend`.
 
         Raises:
             InputError: the segment has another number of domains, or an argument is unusable.
         """
-        blend = cls(num_samples, segment.weights, seed, domain_keys=domain_keys, sampling=sampling)
+        blend = cls(num_samples, segment.weights, seed, domain_keys=domain_keys, sampling=sampling, rests=rests)
         # As recorded, not as the constructor has it: normalising again could move the last bit of a weight.
         blend._stand([segment], segment.start, segment.counts)
         return blend
@@ -340,8 +361,14 @@ class Blend:
     def _samples(self, domain: Ints, ordinal: Ints) -> Ints:
         """int64 [number]: the sample of the domain at each ordinal."""
         size = self.num_samples[domain]
+        if not self.rests:
+            return self._windows(domain, ordinal, size)
+        is_rest, own = ordinal < self._rest_ends[domain], np.maximum(ordinal - self._extra[domain], 0)
+        return np.where(is_rest, size + ordinal - self._rest_starts[domain], self._windows(domain, own, size))
+
+    def _windows(self, domain: Ints, ordinal: Ints, size: Ints) -> Ints:
         epoch = divide(ordinal, size)
-        key = epoch_keys(self._domain_hashes[domain], epoch)
+        key = epoch_keys(self.domain_hashes[domain], epoch)
         return permute(ordinal - epoch * size, size, self._rows[domain], self._columns[domain], key)
 
     def _index_at(self, position: int) -> int:

@@ -126,6 +126,13 @@ class DomainTokens:
         new_m[1:] = (row_m[1:] != row_m[:-1]) | (start_m[1:] != start_m[:-1])
         return row_m[new_m], start_m[new_m]
 
+    def starts_within(self, start: int, length: int) -> np.ndarray:
+        """First tokens of documents in tokens [start, start + length), int64 [m], ascending, counted from ``start``."""
+        found = [
+            file.starts_between(begin, end) + (skip - begin) for skip, file, begin, end in self.spans(start, length)
+        ]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+
     def num_windows(self, seq_length: int) -> int:
         """Number of samples of ``seq_length`` tokens plus the label of the last one."""
         return max(0, (self.num_tokens - 1) // seq_length)

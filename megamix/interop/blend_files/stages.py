@@ -133,8 +133,13 @@ def export_phases(run: RecordedMix, cuts: Sequence[int], format: str, out: Path)
             f"{run.run_dir} has steps of {run.config.batches.describe()} samples, and Megatron's phases need one batch size. "
             "Export one blend of the whole run instead: leave out --stages."
         )
-    suffix = "txt" if format == "megatron" else "json"
     batches = run.config.batches
+    if batches.past:
+        raise InputError(
+            f"{run.run_dir} has had samples of {batches.length(0)} tokens and now of {batches.seq_length}, and Megatron's phases need one "
+            "sequence length. Export one blend of the whole run instead: leave out --stages."
+        )
+    suffix = "txt" if format == "megatron" else "json"
     data, written, entries = DataSet.of_run(run), [], []
     notes: dict[str, list[int]] = {}  # phases by note
     phases = make_phases(run, cuts)

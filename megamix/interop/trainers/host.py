@@ -283,7 +283,12 @@ def check_state(saved: Mapping[str, Any], plan: DataPlan, path: Path, step: int)
             "from a checkpoint whose parts belong together."
         )
     check_parts(state, path)
-    before, now = saved_batches(state.fingerprints, plan.config.data.seq_length), plan.config.batches
+    before, now = saved_batches(state.fingerprints), plan.config.batches
+    if before.seq_length != now.seq_length:
+        raise ResumeRefused(
+            f"{path} is of a run with data.seq_length {before.seq_length}, now it is {now.seq_length}. Only `megamix train` goes on with "
+            "another length; keep the one that the run was started with."
+        )
     if before != now:
         raise ResumeRefused(
             f"{path} is of a run with a global batch of {before.describe()}, now it is {now.describe()}. Only `megamix train` "

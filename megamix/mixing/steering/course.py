@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megamix.core.errors import InputError, check_known
 from megamix.core.text import listed
+from megamix.data.batches import Batches
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import normalise_weights
 from megamix.mixing.ramps import Ramp
@@ -33,12 +34,22 @@ class Place:
         own: the constraints of the run.
         counts: int64 [K], samples taken from each domain before ``position``.
         seq_length: tokens of a sample.
+        batches: of the run; None: its samples have one length.
     """
 
     own: Constraints
     counts: ArrayLike
     position: int
     seq_length: int
+    batches: Batches | None = None
+
+    def on_the_way(self, ramp: Ramp) -> float:
+        """The position, if all samples since the start of ``ramp`` had the length of the first of them."""
+        batches, start = self.batches, ramp.start
+        if batches is None or not batches.past:
+            return self.position
+        tokens = batches.tokens_at(self.position) - batches.tokens_at(start)
+        return start + tokens / batches.length(batches.step(start))
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Course:
         target = bounded(place.own, self.pins, self.bounds).apply(self.free, place.counts, place.position)
         if self.ramp is None:
             return target
-        return place.own.apply(self.ramp.towards(target, place.position), place.counts, place.position)
+        return place.own.apply(self.ramp.towards(target, place.on_the_way(self.ramp)), place.counts, place.position)
 
     def record(self) -> dict[str, Any]:
         """What is in force, for a line of weights.jsonl."""

@@ -152,9 +152,11 @@ class Steering:
         self._course = course = replace(course, left_out=left_out_of(mixer))
         if not moves and wanted is None and not due:
             return None
-        place = Place(self._policy.constraints, counts(), position, self._seq_length)
+        batches = self._policy.batches
+        length = batches.length(effective_step) if batches.past else self._seq_length
+        place = Place(self._policy.constraints, counts(), position, length, batches)
         current = course.weights(place) if moves else in_force()
-        if course.ramp is not None and course.ramp.share(position) >= 1:
+        if course.ramp is not None and course.ramp.share(place.on_the_way(course.ramp)) >= 1:
             self._course = replace(course, ramp=None)
         applied = []
         for command in due:

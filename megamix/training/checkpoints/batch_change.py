@@ -1,6 +1,8 @@
-"""Another global batch on resume: steps before the checkpoint stay what they were, later ones are of the config.
+"""Another global batch, or other lengths of samples, on resume: steps before the checkpoint stay what they were, later
+ones are of the config.
 
-Position, optimizer and mixer stay. The run's resolved config then says all of it, as a ``train.batch_ramp``.
+Position, optimizer and mixer stay. The run's resolved config then says all of it, as a ``train.batch_ramp`` and a
+``data.seq_length_before``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, TypeVar
 from megamix.core.errors import InputError
 from megamix.data.batches import Batches
 from megamix.engines.config import BatchStage, TrainConfig
-from megamix.training.config import MixConfig
+from megamix.training.config import EarlierLength, MixConfig
 from megamix.training.mix_plan import document_tokens, make_policy
 from megamix.training.plan import DataPlan
 
@@ -20,12 +22,19 @@ P = TypeVar("P", bound=DataPlan)
 Fingerprints = Mapping[str, Mapping[str, Any]]
 
 
-def saved_batches(saved: Fingerprints, seq_length: int) -> Batches:
+def saved_batches(saved: Fingerprints) -> Batches:
     """The batches of the run that wrote a checkpoint with these fingerprints."""
-    sizes = saved.get("batch", {}).get("sizes")
+    length, sizes = int(saved["order"]["seq_length"]), saved.get("batch", {}).get("sizes")
     if sizes is None:  # of before they could change
-        return Batches.equal(saved["order"]["global_batch"], seq_length)
-    return Batches(tuple((first, size) for first, size in sizes), seq_length)
+        return Batches.equal(saved["order"]["global_batch"], length)
+    past = saved["batch"].get("past_lengths", ())
+    return Batches(tuple((first, size) for first, size in sizes), length, tuple((length, end) for length, end in past))
+
+
+def batch_fingerprint(batches: Batches) -> dict[str, Any]:
+    """What `saved_batches` reads, JSON-serialisable."""
+    found: dict[str, Any] = {"sizes": [list(each) for each in batches.sizes]}
+    return {**found, "past_lengths": [list(each) for each in batches.past]} if batches.past else found
 
 
 def continued_plan(plan: P, saved: Batches, step: int) -> P:
@@ -54,7 +63,12 @@ def _continued(config: MixConfig, saved: Batches, step: int) -> MixConfig:
     # One that goes on as the next is a part of it.
     ramp = tuple(stage for stage, size, then in zip(stages, sizes, sizes[1:], strict=False) if size != then)
     train = config.train.model_copy(update={"batch_ramp": ramp})
-    found = config.model_copy(update={"train": train})
+    lengths = list(saved.past)
+    if saved.seq_length != config.data.seq_length and step > (lengths[-1][1] if lengths else 0):
+        lengths.append((saved.seq_length, step))
+    before = tuple(EarlierLength(seq_length=length, until_step=end) for length, end in lengths)
+    data = config.data.model_copy(update={"seq_length_before": before})
+    found = config.model_copy(update={"train": train, "data": data})
     try:
         return config if found.batches == config.batches else found
     except ValueError as problem:
@@ -62,7 +76,7 @@ def _continued(config: MixConfig, saved: Batches, step: int) -> MixConfig:
 
 
 def batch_change(saved: Fingerprints, train: TrainConfig, batches: tuple[Batches, Batches], step: int) -> str:
-    """What another global batch changes: what is left of the run, and where it ends.
+    """What another global batch, or another length, changes: what is left of the run, and where it ends.
 
     Args:
         saved: `fingerprints` of the checkpoint.
@@ -72,11 +86,17 @@ def batch_change(saved: Fingerprints, train: TrainConfig, batches: tuple[Batches
     was, now = batches
     steps_before = int(saved.get("train", {}).get("steps", train.steps))
     ends = was.tokens(steps_before), now.tokens(train.steps)
+    lengths = (
+        ("", "") if was.seq_length == now.seq_length else tuple(f" of {each.seq_length} tokens" for each in batches)
+    )
     left = [
-        f"{end_step - step:,} steps of {each.describe(step)} samples"
-        for end_step, each in ((steps_before, was), (train.steps, now))
+        f"{end_step - step:,} steps of {each.describe(step)} samples{length}"
+        for end_step, each, length in ((steps_before, was, lengths[0]), (train.steps, now, lengths[1]))
     ]
-    text = f"another batch from step {step + 1} on: {left[1]} are left, before {left[0]}; the run ends after {ends[1]:,} tokens"
+    what = "another batch" if was.seq_length == now.seq_length else "another sequence length"
+    text = (
+        f"{what} from step {step + 1} on: {left[1]} are left, before {left[0]}; the run ends after {ends[1]:,} tokens"
+    )
     if ends[0] == ends[1]:
         return f"{text}, as before"
     text += f", before after {ends[0]:,}"

@@ -1,5 +1,6 @@
 """Continued blend: where a resumed run samples on, and the weights that change there.
 
+With another sequence length, each domain goes on where it stands in tokens (`megamix.data.blend.another_length`).
 Weights follow from those in effect by the rules of `megamix.training.domain_change`, or are the mixture's where that
 was changed and accepted. Then the constraints are applied, where they, the data or the length of the run changed.
 """
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megamix.core.errors import InputError
+from megamix.data.blend.another_length import with_length
 from megamix.data.blend.blend import Blend
 from megamix.training.checkpoints.batch_change import saved_batches
 from megamix.training.checkpoints.state import RunState
@@ -18,6 +21,10 @@ from megamix.training.domain_change import DomainChange
 from megamix.training.plan import DataPlan
 
 Floats = NDArray[np.float64]
+SAID_OF_LENGTH = (
+    "every domain goes on where it stands in tokens: the rest of its epoch in the old order, cut anew, so nothing is lost "
+    "and less than one sample a domain is read twice; its next epoch has samples of the new length"
+)
 
 
 def continued_blend(
@@ -28,9 +35,8 @@ def continued_blend(
     Args:
         accepted: parts of the fingerprints that differ.
     """
-    saved = state.sampler["blend"]
-    blend = Blend.from_state_dict(saved)
-    parts = [part for part in ("mixture", "constraints", "data", "batch") if part in accepted]
+    blend = _standing(state, plan, accepted)
+    parts = [part for part in ("mixture", "constraints", "data", "batch", "sequence") if part in accepted]
     length = _change_of_length(state, plan)
     if domains is None and not parts and length is None:
         return blend, None
@@ -42,10 +48,12 @@ def continued_blend(
         (_, weights), *later = _in_effect(blend, domains)
         if "batch" in parts:
             # What was announced for a step holds from that step on, of whatever size the steps before it are.
-            before = saved_batches(state.fingerprints, policy.batches.seq_length)
+            before = saved_batches(state.fingerprints)
             later = [(policy.batches.position(before.step(position)), wanted) for position, wanted in later]
-    present = Blend.from_state_dict({**saved, "segments": saved["segments"][:1]})
-    if domains is None and parts == ["batch"] and length is None:
+    here = blend.state_dict()
+    present = Blend.from_state_dict({**here, "segments": here["segments"][:1]})
+    moves = ["sequence"] if policy.constraints.trivial else []
+    if domains is None and not set(parts) - {"batch", *moves} and length is None:
         for position, wanted in later:
             present.set_weights(wanted, at=position)
         return present, {"parts": parts, "domains": None, "manifest": state.manifest}
@@ -76,8 +84,36 @@ def check_rest(state: RunState, plan: DataPlan, domains: DomainChange | None, ac
     same = domains is None and not accepted and _change_of_length(state, plan) is None
     if same or plan.policy.constraints.trivial:
         return  # to the last sample it goes on as it was planned, and whole samples may differ from the weights
-    blend = Blend.from_state_dict(state.sampler["blend"])
+    blend = _standing(state, plan, accepted)
     plan.policy.constraints.check_from(_kept_counts(blend, domains), blend.position)
+
+
+def _standing(state: RunState, plan: DataPlan, accepted: tuple[str, ...]) -> Blend:
+    """The blend of a state, with samples of the length that they have from here on."""
+    blend = Blend.from_state_dict(state.sampler["blend"])
+    if "sequence" not in accepted:
+        return blend
+    tokens = [stream.num_tokens - 1 for stream in plan.domains]
+    return with_length(blend, tokens, saved_batches(state.fingerprints).seq_length, plan.config.data.seq_length)
+
+
+def check_length(state: RunState, plan: DataPlan, domains: DomainChange | None) -> None:
+    """Checks that a run can go on with another sequence length.
+
+    Raises:
+        InputError: it cannot.
+    """
+    before, now = saved_batches(state.fingerprints).seq_length, plan.config.data.seq_length
+    if domains is not None:
+        raise InputError(
+            f"data.seq_length changes from {before} to {now} and the domains or their data change, too: where each stands in tokens "
+            "is then not known. Make one change, train a step, and make the other."
+        )
+    if getattr(plan.config.mixer, "reference", None) is not None:
+        raise InputError(
+            f"data.seq_length changes from {before} to {now}, but mixer {plan.config.mixer.name} reads reference losses of whole "
+            "samples, and the rest of an epoch is cut anew. Keep data.seq_length, or start a new run_dir."
+        )
 
 
 def _kept_counts(blend: Blend, domains: DomainChange | None) -> NDArray[np.int64]:
@@ -96,7 +132,7 @@ def _change_of_length(state: RunState, plan: DataPlan) -> dict[str, int] | None:
     before, now = state.total_samples, plan.total_samples
     if before is None:  # a checkpoint of before they were kept; those of other trainers do not say
         steps = state.fingerprints.get("train", {}).get("steps")
-        batches = saved_batches(state.fingerprints, plan.config.data.seq_length)
+        batches = saved_batches(state.fingerprints)
         before = now if steps is None else batches.position(int(steps))
     return None if before == now or plan.policy.constraints.trivial else {"before": before, "now": now}
 

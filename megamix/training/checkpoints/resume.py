@@ -19,8 +19,13 @@ from megamix.engines.config import BEFORE_THESE_KEYS
 from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
 from megamix.training.bounds import bound_of
 from megamix.training.checkpoints import store
-from megamix.training.checkpoints.batch_change import batch_change, continued_plan, saved_batches
-from megamix.training.checkpoints.continued_blend import check_rest, continued_blend
+from megamix.training.checkpoints.batch_change import (
+    batch_change,
+    batch_fingerprint,
+    continued_plan,
+    saved_batches,
+)
+from megamix.training.checkpoints.continued_blend import SAID_OF_LENGTH, check_length, check_rest, continued_blend
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
 from megamix.training.checkpoints.state_parts import check_parts
@@ -59,20 +64,22 @@ class Resumed:
 
     def adopted(self, plan: P) -> P:
         """``plan`` with the batches that the run has had so far; see `continued_plan`."""
-        saved = saved_batches(self.state.fingerprints, plan.config.data.seq_length)
+        saved = saved_batches(self.state.fingerprints)
         return continued_plan(plan, saved, self.step)
 
     def said_changes(self, config: RunConfig) -> str | None:
-        """What another batch, or other settings of training, change; None: nothing.
+        """What another batch or length, or other settings of training, change; None: nothing.
 
         Args:
             config: of the `adopted` plan.
         """
         saved, found = self.state.fingerprints, []
-        batches = saved_batches(saved, config.data.seq_length), config.batches
-        if "batch" in self.changed:
+        batches = saved_batches(saved), config.batches
+        if {"batch", "sequence"} & set(self.changed):
             found.append(batch_change(saved, config.train, batches, self.step))
-        if {"batch", "train"} & set(self.changed):
+        if "sequence" in self.changed:
+            found.append(SAID_OF_LENGTH)
+        if {"batch", "sequence", "train"} & set(self.changed):
             found.append(train_change(saved["train"], config.train, self.step, batches))
         return "; ".join(filter(None, found)) or None
 
@@ -249,13 +256,16 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     saved = state.fingerprints
     check_parts(state, path)
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
-    batches = saved_batches(saved, plan.config.data.seq_length)
+    batches = saved_batches(saved)
     plan = continued_plan(plan, batches, state.step)
     saved = _comparable(saved, present["mixer"], domains is not None)
     # The sizes from here on, in words; and stages by the steps that they had.
     saved["batch"] = {"global_batch": _sizes(batches, state.step)}
+    saved["sequence"] = {"seq_length": batches.seq_length}
     present = {
         **present,
+        "order": _without(present["order"], "seq_length"),
+        "sequence": {"seq_length": plan.config.data.seq_length},
         "batch": {"global_batch": _sizes(plan.config.batches, state.step)},
         "mixture": _mixture(plan, batches),
     }
@@ -265,6 +275,8 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
         accepted = (*accepted, "data")
         changed = {part: key for part, key in changed.items() if part != "mixture" or part in accepted}
     _refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
+    if "sequence" in changed:
+        check_length(state, plan, domains)
     check_rest(state, plan, domains, tuple(changed))
     return Resumed(path, state, domains, tuple(changed))
 
@@ -299,7 +311,7 @@ def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
             "weight_lag": data.weight_lag,
             "sampling": data.sampling,
         },
-        "batch": {"sizes": [list(each) for each in plan.policy.batches.sizes]},
+        "batch": batch_fingerprint(plan.policy.batches),
         "train": {
             "attention": data.attention,
             "eod_mask_loss": data.eod_mask_loss,
@@ -348,8 +360,12 @@ def _comparable(
     train = saved.get("train", {})
     if "lr" in train:  # not of another trainer than megamix's
         train = {**BEFORE_THESE_KEYS, **train}
-    order = {key: value for key, value in saved.get("order", {}).items() if key != "global_batch"}
+    order = _without(saved.get("order", {}), "global_batch", "seq_length")
     return {**saved, "mixer": before, "train": {"attention": "sample", **train}, "order": order}
+
+
+def _without(part: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in keys}
 
 
 def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -382,7 +398,7 @@ def _refuse_changes(
         )
 
 
-ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "batch", "train", "precision")
+ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "batch", "sequence", "train", "precision")
 """Parts that may change in mid-run; the model's shape and what fixes the order of the data may not."""
 
 
@@ -392,7 +408,13 @@ def _short(value: object) -> str:
 
 
 def check_starts_anew(config: RunConfig) -> None:
-    """Raises InputError where the config asks for a change of domains, and there is no checkpoint to change."""
+    """Raises InputError where the config asks for a change of domains, or has the lengths of a resumed run, and there
+    is no checkpoint to change."""
+    if config.data.seq_length_before:
+        raise InputError(
+            f"data.seq_length_before is what a resume with another data.seq_length fills in, but {config.run_dir} has no "
+            "checkpoint. Leave it out: a new run has one length."
+        )
     asked = [key for key, value in config.checkpoint.domains if value]
     if asked:
         raise InputError(

@@ -21,6 +21,7 @@ from megamix.training.checkpoints.state import RunState
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 BatchSize = Annotated[int, Field(ge=1, le=10**7)]
+Length = Annotated[int, Field(ge=1, le=2**30)]
 Share = Annotated[float, Field(ge=0)]
 P = TypeVar("P", bound="_Part")
 
@@ -45,6 +46,7 @@ class _Train(_Part):
 
 class _Batch(_Part):
     sizes: Annotated[list[Annotated[tuple[Count, BatchSize], Field(strict=False)]], Field(min_length=1)]
+    past_lengths: list[Annotated[tuple[Length, Annotated[int, Field(ge=1)]], Field(strict=False)]] = []
 
     @pydantic.field_validator("sizes")
     @classmethod
@@ -54,14 +56,23 @@ class _Batch(_Part):
             raise ValueError(f"its batches begin at the steps {steps}, expected rising ones from 0")
         return sizes
 
+    @pydantic.field_validator("past_lengths")
+    @classmethod
+    def _rise(cls, lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        ends = [end for _, end in lengths]
+        if sorted(set(ends)) != ends:
+            raise ValueError(f"its earlier lengths end with the steps {ends}, expected rising ones")
+        return lengths
+
 
 class _Order(_Part):
     global_batch: BatchSize | None = None
+    seq_length: Length
 
 
 class _Fingerprints(_Part):
     data: _Data
-    order: _Order = _Order()
+    order: _Order
     batch: _Batch | None = None
     mixer: _MixerSettings = _MixerSettings()
     train: _Train = _Train()
@@ -80,6 +91,26 @@ class _Segment(_Part):
         return self
 
 
+class _Rest(_Part):
+    domain: Count
+    tokens: Count
+    window: Annotated[int, Field(ge=1)]
+    epoch: Count
+    key: Annotated[int, Field(ge=0, lt=2**64)]
+    place: Count
+    seq_length: Annotated[int, Field(ge=1)]
+    start: Count
+    extra: Annotated[int, Field(ge=0, le=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _lies_in_its_epoch(self) -> _Rest:
+        if not (self.window <= self.tokens and 0 < self.place < self.tokens):
+            raise ValueError(
+                f"the rest of an epoch of {self.tokens} tokens begins at {self.place}, in windows of {self.window}"
+            )
+        return self
+
+
 class _Blend(_Part):
     position: Count
     counts: list[Count]
@@ -88,12 +119,15 @@ class _Blend(_Part):
     num_samples: list[Annotated[int, Field(ge=1, le=2**52)]]
     domain_keys: list[int]
     segments: Annotated[list[_Segment], Field(min_length=1)]
+    rests: list[_Rest] = []
 
     @pydantic.model_validator(mode="after")
     def _stands_in_its_first_segment(self) -> _Blend:
         starts = [segment.start for segment in self.segments]
         if starts[0] > self.position or sorted(set(starts)) != starts:
             raise ValueError(f"its segments start at {starts}, and it stands at {self.position}")
+        if any(rest.domain >= len(self.num_samples) for rest in self.rests):
+            raise ValueError(f"it has {len(self.num_samples)} domains, and the rest of an epoch of another")
         return self
 
     def lists(self) -> Iterator[tuple[str, list[Any]]]:

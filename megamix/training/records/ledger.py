@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError
 from megamix.data.blend.blend import Blend, Sampling, Segment
+from megamix.data.blend.rest import Rest
 from megamix.training.records.lines import WeightsLine, read_lines
 
 Ints = NDArray[np.int64]
@@ -42,8 +43,8 @@ class Ledger:
     def read(cls, path: Path, seed: int, sampling: Sampling) -> Ledger | None:
         """Reads weights.jsonl; None where it has no line yet.
 
-        A line with ``change`` (a resume with other domains, mixture, constraints or batch) takes the place of every
-        line before it that begins at its position or later: those were announced and never came to be.
+        A line with ``change`` (a resume with other domains, mixture, constraints, batch or sequence length) takes the
+        place of every line before it that begins at its position or later: those were announced and never came to be.
 
         Raises:
             InputError: a damaged line.
@@ -109,9 +110,24 @@ class Ledger:
         Args:
             num_samples, domain_keys: [K], of the domains of that line.
         """
+        line = self.line_at(position)
+        rests = self._rests(line)
         return Blend.from_segment(
-            num_samples, segment_of(self.line_at(position)), self.seed, domain_keys=domain_keys, sampling=self.sampling
+            num_samples,
+            segment_of(line),
+            self.seed,
+            domain_keys=domain_keys,
+            sampling=self.sampling,
+            rests={domain: rests[name] for domain, name in enumerate(line["domain_names"]) if name in rests},
         )
+
+    def _rests(self, line: dict[str, Any]) -> dict[str, Rest]:
+        """By domain, the rests of epochs that were cut anew (`megamix.data.blend.rest`), as a start of the run, or what
+        a resume changed, has put them on record at or before a line."""
+        for before in reversed(self.lines[: self.lines.index(line) + 1]):
+            if "rests" in before or before.get("change"):
+                return {name: Rest.from_json(rest) for name, rest in before.get("rests", {}).items()}
+        return {}
 
     def counts(self, position: int) -> dict[str, int]:
         """Samples before ``position`` that each of the N domains gave, whatever data it had; also where the first lines

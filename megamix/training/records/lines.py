@@ -88,6 +88,17 @@ class _StatisticsPart(_Part):
     tokens: list[Share]
 
 
+class _RestPart(_Part):
+    tokens: Count
+    window: Annotated[int, Field(ge=1)]
+    epoch: Count
+    key: Annotated[int, Field(ge=0, lt=2**64)]
+    place: Count
+    seq_length: Annotated[int, Field(ge=1)]
+    start: Count
+    extra: Count
+
+
 class _ChangePart(_Part):
     parts: list[str] = []
     domains: Any = None
@@ -110,6 +121,7 @@ class _AnyWeightsLine(StepLine):
     position: Count
     effective_step: Count = 0
     change: _ChangePart | None = None
+    rests: dict[str, _RestPart] = {}
     steering: _SteeringPart = _SteeringPart()
     left_out: list[str] = []
     exploration_rate: float | None = None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from megamix.core.errors import InputError, did_you_mean
 from megamix.core.text import by_name
+from megamix.data.batches import Batches
 from megamix.training.records.ledger import Ledger
 from megamix.training.records.recorded_run import RecordedMix
 
@@ -22,7 +23,7 @@ def run_weights(run: RecordedMix, which: str) -> dict[str, float]:
     mean is that, and its final weights are the ``loss_weights`` beside it, where there are such.
 
     Args:
-        which: mean: the mean of the weights over the samples trained on; realised: the shares of the samples, which the
+        which: mean: the mean of the weights over the tokens trained on; realised: the shares of the tokens, which the
             mean determines within a few samples; final: the last weights the mixer computed; initial: those the run
             began with.
 
@@ -47,12 +48,13 @@ def run_weights(run: RecordedMix, which: str) -> dict[str, float]:
     if which == "mean":
         if "average_weights" in last:
             return by_name(last["domain_names"], last["average_weights"])
-        return mean_weights(run.ledger, 0, run.position)
-    return {name: count / run.position for name, count in run.ledger.counts(run.position).items()}
+        return mean_weights(run.ledger, 0, run.position, run.config.batches)
+    return {name: tokens / run.tokens for name, tokens in run.tokens_read().items()}
 
 
-def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:
-    """The mean of the weights over the positions [start, end), by domain.
+def mean_weights(ledger: Ledger, start: int, end: int, batches: Batches | None = None) -> dict[str, float]:
+    """The mean of the weights over the positions [start, end), by domain: over their tokens where ``batches`` says that
+    samples had several lengths.
 
     A line's weights hold from its position to the next line's. A domain that was not in the run for a while has weight
     0 there. Sums are rounded once (`math.fsum`), so the mean does not depend on how many changes there were.
@@ -66,10 +68,13 @@ def mean_weights(ledger: Ledger, start: int, end: int) -> dict[str, float]:
     if not 0 <= start < end:
         raise InputError(f"no weights between the positions {start} and {end}: the run has to be trained first.")
     lengths = lengths_between(ledger, start, end)
+    if batches is not None and batches.past:
+        # A change of length has a line of its own, so the samples of a line are equal.
+        lengths *= np.array([batches.length(batches.step(at)) for at in np.maximum(ledger.starts, start).tolist()])
     rows = lengths > 0
     terms = ledger.weights[rows] * lengths[rows, None]
     sums = [math.fsum(column) for column in terms.T.tolist()]
-    return {name: total / (end - start) for name, total in zip(ledger.names, sums, strict=True)}
+    return {name: total / int(lengths.sum()) for name, total in zip(ledger.names, sums, strict=True)}
 
 
 def lengths_between(ledger: Ledger, start: int, end: int) -> NDArray[np.int64]:

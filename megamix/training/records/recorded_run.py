@@ -90,6 +90,18 @@ class RecordedMix:
             for name, given in self.ledger.read_so_far(self.position).items()
         }
 
+    def tokens_read(self) -> dict[str, int]:
+        """Tokens trained on of each domain that ever was there."""
+        batches, found = self.config.batches, dict.fromkeys(self.ledger.names, 0)
+        start = 0
+        for length, end in (*batches.past, (batches.seq_length, self.steps)):
+            stop = min(batches.position(end), self.position)
+            before, after = self.ledger.counts(start) if start else {}, self.ledger.counts(stop)
+            for name, count in after.items():
+                found[name] += (count - before.get(name, 0)) * length
+            start = stop
+        return found
+
     def natural_shares(self) -> dict[str, float]:
         """Shares of the training tokens of the domains that are there; empty without the data set."""
         if self.manifest is None:

@@ -17,11 +17,12 @@
 statistics were used, ``timestamp``, ``effective_step`` and ``position`` it takes effect at, ``domain_names``,
 ``domain_weights``, ``steering`` where some is in force (its ``commands`` of this step, ``pins``, ``bounds``, ``held``,
 ``ramp``), ``segment`` (where the stretch of these weights starts, and the blend's counts and deficits there,
-from which any position after it can be read), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
+from which any position after it can be read), ``rests`` (after a resume with another sequence length: by domain, the
+rest of its epoch, see `megamix.data.blend.rest`), ``statistics`` (sums of the step: ``nats``, ``tokens``), and what the
 mixer shows of itself. Of more than 256 domains the arrays are in ``weights.bin``
-(`megamix.training.records.wide_lines`). After a resume that changed domains, mixture, constraints or batch there are
-lines with ``change``, which says what changed; they take the place of all lines before them that begin at their
-position or later (`megamix.training.records.ledger`).
+(`megamix.training.records.wide_lines`). After a resume that changed domains, mixture, constraints,
+batch or sequence length there are lines with ``change``, which says what changed; they take the place of all lines
+before them that begin at their position or later (`megamix.training.records.ledger`).
 
 ``events.jsonl`` says when the run was started, resumed, stopped (`megamix.training.records.events`).
 
