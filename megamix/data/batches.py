@@ -176,4 +176,5 @@ class Batches:
         return next(each for each in reversed(self._stretches) if each.position <= max(position, 0))
 
     def _stretch_with(self, tokens: float) -> _Stretch:
-        return next(each for each in reversed(self._stretches) if each.tokens <= max(tokens, 0))
+        # Of what is no number, the first one: whoever asks makes an error of the step.
+        return next((each for each in reversed(self._stretches) if each.tokens <= tokens), self._stretches[0])
