@@ -214,7 +214,7 @@ def _engine(engine: EngineConfig) -> str:
     """The engine and its options, in words."""
     said = [engine.name]
     if isinstance(engine, DeepSpeedConfig):
-        said.append(f"ZeRO {engine.zero}")
+        said += [f"ZeRO {engine.zero}", *(["compiled layers"] if engine.compile else [])]
     else:
         if engine.virtual_pipeline > 1:
             said.append(f"{engine.virtual_pipeline} chunks a stage")

@@ -13,8 +13,8 @@ from megamix.data.batches import Batches
 from megamix.engines.schedule import Schedule, ScheduleName, Shape
 
 _NOT_THERE = {
-    "compile": "neither engine compiles the model: what DeepSpeed's and Megatron's schedules hand on between stages has not been "
-    "tried with it. Leave it out; the domain loss is a fused kernel without it.",
+    "compile": "engine megatron takes the fused layers of Transformer Engine, which torch.compile leaves as they are, or "
+    "megatron.core's own, with which it has not been tried. Leave it out, or use name: deepspeed.",
     "fsdp": "no engine shards by FSDP. Leave it out: zero: 3 (deepspeed) spreads weights, gradients and optimizer state over "
     "the data-parallel ranks as FSDP does, distributed_optimizer (megatron) the optimizer's state.",
     "zero": "ZeRO is of engine deepspeed. Leave it out: distributed_optimizer: true spreads the optimizer's state here.",
@@ -98,6 +98,9 @@ class DeepSpeedConfig(_LayoutConfig):
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 1 spreads the optimizer's state over the data-parallel ranks, 2 also the gradients, 3 also the
     weights, which every layer then gathers for its forward and its backward pass. 2 and 3 need pipeline 1."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile, at the first step; the loss is a fused kernel without it. Not with
+    zero 3."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
@@ -105,6 +108,11 @@ class DeepSpeedConfig(_LayoutConfig):
             raise ValueError(
                 f"precision {self.precision} with zero 0 has no fp32 gradients in DeepSpeed. Set zero to 1 (it costs nothing at "
                 "data 1)."
+            )
+        if self.compile and self.zero == 3:
+            raise ValueError(
+                "compile is true and zero is 3, which gathers the weights of each module by hooks inside of a layer: "
+                "torch.compile would break the layer apart at each of them. Set zero to 2, or leave compile out."
             )
         if self.pipeline > 1 and not self.has_pipeline:
             parts = "gradients" if self.zero == 2 else "gradients and weights"

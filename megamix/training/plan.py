@@ -27,6 +27,7 @@ from megamix.data.tokens.manifest import DomainEntry, Manifest
 from megamix.data.tokens.stream import DomainTokens
 from megamix.data.tokens.verify import verify_all, verify_sample
 from megamix.data.verify_losses import verify_losses
+from megamix.engines.compilation import check_compiler
 from megamix.engines.config import MegatronConfig
 from megamix.engines.megatron.layout import check_megatron_layout, check_megatron_machine, check_within_documents
 from megamix.engines.models.config import ModelConfig
@@ -223,6 +224,7 @@ def make_plan(
         DataChanged: the data are not those of the manifest.
     """
     _, data_size = check_layout(config, world_size)
+    check_compiler(config.engine)
     if isinstance(config.engine, MegatronConfig):
         check_megatron_machine(config.engine)
     data = make_data_plan(config, data_size, verify=verify, share=share)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
+from megamix.engines.compilation import compile_decoders
 from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConfig, TrainConfig
 from megamix.engines.deepspeed.state import gradients, inner_adam, reset_adam, set_whole_state, whole_state
 from megamix.engines.deepspeed.whole import WholeModule, evaluation_passes, train_passes
@@ -115,6 +116,8 @@ class DeepSpeedEngine(Engine):
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size, self._module)
         )[0]
         self._optimizer: Any = self._engine.optimizer
+        if engine.compile:
+            compile_decoders(self._module.own_layers())
         if model.tie_word_embeddings:
             self._module.tie()
         self.place = Place(
