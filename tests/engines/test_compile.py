@@ -24,11 +24,11 @@ STEPS, SEQ, BATCH, LAYERS, VOCABULARY = 6, 32, 8, 6, 512
 TOLERANCE = math.log(VOCABULARY) * rounding(terms=BATCH * SEQ, layers=LAYERS + 2, steps=STEPS, mean_of=SEQ)
 
 
-def config(folder: Path, data: Path, name: str, **engine: Any) -> Path:
+def config(folder: Path, manifest: Path, name: str, **engine: Any) -> Path:
     sizes = {"hidden_size": 32, "num_layers": LAYERS, "num_heads": 4, "ffn_size": 64}
     settings = {
         "run_dir": str(folder / name),
-        "data": {"manifest": str(data), "seq_length": SEQ, "attention": "document"},
+        "data": {"manifest": str(manifest), "seq_length": SEQ, "attention": "document"},
         "model": {"architecture": "neox", "dropout": 0.0, **sizes},
         "mixer": {"name": "odm", "preset": "official", "warmup_steps": 3},
         "engine": {"name": "deepspeed", **engine},
