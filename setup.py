@@ -19,9 +19,9 @@ REQUIRES = [
 ]
 TORCH = ["torch>=2.6"]
 # deepspeed imports torch while it is being built, so the Makefile installs torch before this package.
-DEEPSPEED = ["deepspeed>=0.19.8", "safetensors>=0.5", "transformers>=4.51", *TORCH]
+DEEPSPEED = ["deepspeed>=0.16.9", "safetensors>=0.5", "transformers>=4.51", *TORCH]
 MEGATRON = ["megatron-core>=0.16.1", "safetensors>=0.5", *TORCH]
-HUGGING_FACE = ["accelerate", "safetensors>=0.5", "tokenizers>=0.21", "transformers>=5.17", *TORCH]
+HUGGING_FACE = ["accelerate", "safetensors>=0.5", "tokenizers>=0.21", "transformers>=4.51", *TORCH]
 PREPARE = ["pyarrow", "regex", "tokenizers>=0.21", "zstandard"]
 REMOTE = ["fsspec"]
 SWARM = ["cvxpy>=1.9", "lightgbm>=4.6", "scikit-learn>=1.7"]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ SEQ_LENGTH = 64
 # The widest sum, attention's, has 64 terms; an embedding, three layers and a head; a loss is the mean over two samples.
 FORWARD = rounding(terms=SEQ_LENGTH, layers=5)
 OF_LOSSES = rounding(terms=SEQ_LENGTH, layers=5, mean_of=SEQ_LENGTH)
+SINCE_5 = int(version("transformers").split(".")[0]) >= 5
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+ROTARY: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": ROPE} if SINCE_5 else {"rope_theta": 500.0},
+    "neox": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
+    if SINCE_5
+    else {"rotary_emb_base": 500, "rotary_pct": 0.5},
+}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -159,9 +168,12 @@ def test_older_programs_find_the_rotary_embedding(name: str, run_of: Make, tmp_p
     path = tmp_path / "out" / "config.json"
     before, dimensions = AutoConfig.from_pretrained(path.parent), read_pretrained_config(path.parent).dimensions
     config = json.loads(path.read_text())
-    del config["rope_parameters"]
+    rope = config.pop("rope_parameters")
     path.write_text(json.dumps({**config, "rope_scaling": None}))
-    assert AutoConfig.from_pretrained(path.parent).rope_parameters == before.rope_parameters
+    assert rope == {**ROPE, **({"partial_rotary_factor": 0.5} if name == "neox" else {})}
+    after = AutoConfig.from_pretrained(path.parent)
+    for key in ROTARY[name]:
+        assert getattr(after, key) == getattr(before, key)
     assert read_pretrained_config(path.parent).dimensions == dimensions
     assert dimensions == {key: getattr(model_of(name), key) for key in dimensions}
 
@@ -205,21 +217,21 @@ def test_bf16(run_of: Make, tmp_path: Path) -> None:
     layer = dict(layers[1].named_parameters())
     for own, name in layers[1].hugging_face_names().items():
         assert torch.equal(tensors[name], layer[own].detach().bfloat16())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    # Since 5 by default; "auto" was there before, under the older name, which 5 takes as well.
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto").dtype == torch.bfloat16
 
 
 def upstream(name: str, **changes: Any) -> Any:
     """A model of transformers' own making, with random weights that are all unlike each other."""
     shared = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    rope = {"rope_type": "default", "rope_theta": 500.0}
     if name.startswith("llama"):
         changes = {"tie_word_embeddings": name == "llama-tied", **changes}
-        rope_parameters = {"num_key_value_heads": 2, "rms_norm_eps": 1e-3, "rope_parameters": rope}
-        config = LlamaConfig(**{**shared, "intermediate_size": 56, **rope_parameters, **changes})
+        other = {"num_key_value_heads": 2, "rms_norm_eps": 1e-3, **ROTARY["llama"]}
+        config = LlamaConfig(**{**shared, "intermediate_size": 56, **other, **changes})
     else:
-        rope_parameters = {"layer_norm_eps": 1e-3, "rope_parameters": {**rope, "partial_rotary_factor": 0.5}}
+        other = {"layer_norm_eps": 1e-3, **ROTARY["neox"]}
         residual = {"use_parallel_residual": name == "neox-parallel"}
-        config = GPTNeoXConfig(**{**shared, "intermediate_size": 48, **rope_parameters, **residual, **changes})
+        config = GPTNeoXConfig(**{**shared, "intermediate_size": 48, **other, **residual, **changes})
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -269,7 +281,8 @@ def test_half_precision_old_names_and_constants(tmp_path: Path) -> None:
     tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     _, layers = imported(tmp_path)
-    names = dict(model.named_parameters())
+    # Transformers before 5 calls the output as the file does.
+    names = {name.replace("embed_out", "lm_head"): value for name, value in model.named_parameters()}
     for layer in layers:
         for own, parameter in layer.named_parameters():
             wanted = names[layer.hugging_face_names()[own]]

@@ -19,6 +19,7 @@ from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
 from megamix.engines.compilation import compile_decoders
 from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConfig, TrainConfig
+from megamix.engines.deepspeed.division import divides_loss
 from megamix.engines.deepspeed.state import gradients, inner_adam, reset_adam, set_whole_state, whole_state
 from megamix.engines.deepspeed.whole import WholeModule, evaluation_passes, train_passes
 from megamix.engines.loss_form import kernel_of, takes_linear_form
@@ -116,6 +117,7 @@ class DeepSpeedEngine(Engine):
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size, self._module)
         )[0]
         self._optimizer: Any = self._engine.optimizer
+        self._divides_loss = divides_loss(self._engine)
         if engine.compile:
             compile_decoders(self._module.own_layers())
         if model.tie_word_embeddings:
@@ -155,10 +157,10 @@ class DeepSpeedEngine(Engine):
             self._engine.set_train_batch_size(micro_batches * self._micro_batch * self.place.data_size)
         if self.place.has_loss:
             # Undoes DeepSpeed's averages over micro-batches and data-parallel ranks: the objective is one sum.
-            scaled = replace(objective, normaliser=objective.normaliser / (micro_batches * self.place.data_size))
-            # DeepSpeed divides each loss by the number of micro-batches before the backward pass, and scales it.
+            divisor = micro_batches if self._divides_loss else 1
+            scaled = replace(objective, normaliser=objective.normaliser / (divisor * self.place.data_size))
             scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-            self._loss.start_step(micro_batches, scaled, scale / micro_batches, on_statistics)
+            self._loss.start_step(micro_batches, scaled, scale / divisor, on_statistics)
         else:
             on_statistics(self._empty_sums)
         if self.loss_scale is not None:

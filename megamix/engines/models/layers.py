@@ -58,14 +58,24 @@ def hugging_face_config(config: ModelConfig, seq_length: int) -> GPTNeoXConfig |
 
 
 def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
-    """The rotary embedding as the installed transformers takes it: before version 5, keys of each architecture."""
-    is_neox = config.architecture == "neox"
-    if "rope_parameters" not in inspect.signature(LlamaConfig).parameters:
-        if is_neox:
-            return {"rotary_pct": config.rotary_percent, "rotary_emb_base": config.rotary_base}
-        return {"rope_theta": config.rotary_base}
-    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
-    return {"rope_parameters": {**rope, "partial_rotary_factor": config.rotary_percent} if is_neox else rope}
+    """The rotary embedding as the installed transformers takes it."""
+    takes_one_key = "rope_parameters" in inspect.signature(LlamaConfig).parameters
+    return rope_parameters(config) if takes_one_key else rotary_keys_before_5(config)
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding as transformers 5 writes it."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rotary_base}
+    if config.architecture == "neox":
+        rope["partial_rotary_factor"] = config.rotary_percent
+    return {"rope_parameters": rope}
+
+
+def rotary_keys_before_5(config: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding as transformers before 5, and programs made for it, write it: keys of each architecture."""
+    if config.architecture == "neox":
+        return {"rotary_pct": config.rotary_percent, "rotary_emb_base": config.rotary_base}
+    return {"rope_theta": config.rotary_base}
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, torch.Size]:

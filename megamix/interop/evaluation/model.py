@@ -103,10 +103,11 @@ def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
 
 
 def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
+    dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # before 4.56
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **{dtype: torch.float32})
     except Exception as error:  # transformers raises a dozen kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: transformers cannot open the model: {reason}") from error

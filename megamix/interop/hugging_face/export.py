@@ -32,7 +32,7 @@ from megamix.core.errors import InputError, MegamixError, ResumeRefused, check_k
 from megamix.core.files import sync_folder
 from megamix.data.tokens.manifest import TOKENIZER_FILE, Manifest
 from megamix.engines.models import ModelConfig
-from megamix.engines.models.layers import hugging_face_config, layer_shapes
+from megamix.engines.models.layers import hugging_face_config, layer_shapes, rope_parameters, rotary_keys_before_5
 from megamix.engines.models.pretrained_config import CLASSES, OUTPUT_NAMES
 from megamix.interop.hugging_face.tensor_files import TensorSpec, write_tensors
 from megamix.training.checkpoints import store
@@ -210,16 +210,13 @@ def read_layer(
 def _write_config(folder: Path, model: ModelConfig, seq_length: int, vocab_size: int, eod: int, dtype: str) -> None:
     upstream = hugging_face_config(model.model_copy(update={"vocab_size": vocab_size}), seq_length)
     upstream.architectures = [CLASSES[model.architecture]]
-    upstream.dtype = DTYPES[dtype]
     upstream.use_cache = True
     # A document follows the end-of-document token of the previous one, so that token also begins a document.
     upstream.bos_token_id = upstream.eos_token_id = eod
     config = json.loads(upstream.to_json_string())
-    # Keys that transformers before 5, and programs made for it, read instead of rope_parameters.
-    if model.architecture == "neox":
-        config.update(rotary_pct=model.rotary_percent, rotary_emb_base=model.rotary_base)
-    else:
-        config.update(rope_theta=model.rotary_base)
+    # In the words of every transformers, whichever writes them: 4.56 renamed the type, 5 the rotary embedding.
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    config.update(dtype=name, torch_dtype=name, **rope_parameters(model), **rotary_keys_before_5(model))
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod})
 
@@ -233,6 +230,8 @@ def _write_tokenizer(folder: Path, manifest: Manifest, seq_length: int) -> None:
         "bos_token": name,
         "eos_token": name,
         "clean_up_tokenization_spaces": False,
+        # By default transformers before 5 adds token types, which the models refuse.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": seq_length,
     }
     _write_json(folder / "tokenizer_config.json", described)

@@ -5,7 +5,8 @@
     trainer = Trainer(model, args, train_dataset=mix.dataset, compute_loss_func=mix.loss, callbacks=[mix])
     trainer.train(resume_from_checkpoint=...)
 
-Conforms to transformers 5.17 and later with accelerate. The Trainer's arguments set steps, batches and seed. A label
+Conforms to transformers 4.51 and later with accelerate. Before version 5 the Trainer has no ``train_sampling_strategy``,
+which is left out there: it shuffles its indices, and the data set passes over them. The Trainer's arguments set steps, batches and seed. A label
 carries the domain of its token, as ``label + domain * vocabulary``, so that the Trainer handles labels as usual. Every
 checkpoint holds the state of data and mixer in ``trainer_state.json``.
 
@@ -47,6 +48,8 @@ from megamix.training.plan import DataPlan
 HOST = "the Trainer"
 FOLDER = "megamix"
 """Folder of weights.jsonl in ``output_dir``."""
+ORDER = "train_sampling_strategy"
+"""The Trainer's argument for the order of samples; before transformers 5 there is none, and they are shuffled."""
 
 
 class MixCallback(TrainerCallback, ExportableState):
@@ -89,7 +92,7 @@ class MixCallback(TrainerCallback, ExportableState):
         self._run: HostRun | None = None
         self._made_group = False
         self._label_check: Any = None
-        self.dataset = MixDataset(self._plan, args.process_index)
+        self.dataset = MixDataset(self._plan, args.process_index, in_order=hasattr(args, ORDER))
 
     def validation(self, samples: int | None = None) -> dict[str, Dataset[dict[str, torch.Tensor]]]:
         """For ``eval_dataset``: validation samples by domain name, at most ``samples`` of each; without
@@ -183,12 +186,15 @@ class MixCallback(TrainerCallback, ExportableState):
 class MixDataset(Dataset[dict[str, torch.Tensor]]):
     """Samples of a run in the Trainer's order: micro-batch i goes to rank i mod R of R.
 
-    The sample of an index is known only when its step is due, so the indices must be read in order.
+    The sample of an index is known only when its step is due. So the indices must be read in order; or, where the
+    Trainer has no order but a shuffled one, they mean nothing, and every call has this rank's next sample.
     """
 
-    def __init__(self, plan: DataPlan, rank: int) -> None:
+    def __init__(self, plan: DataPlan, rank: int, *, in_order: bool) -> None:
         self._plan = plan
         self._rank = rank
+        self._in_order = in_order
+        self._num_read = 0  # samples of this rank
         self._run: HostRun | None = None
         self._batches: deque[Batch] = deque()
         self._first = 0  # step of the first of these batches
@@ -197,6 +203,7 @@ class MixDataset(Dataset[dict[str, torch.Tensor]]):
         """Reads from ``run`` from now on."""
         self._run, self._first = run, run.step
         self._batches.clear()
+        self._num_read = run.step * run.num_micro_batches * self._plan.config.train.micro_batch
 
     def batch(self, step: int) -> Batch:
         """This rank's part of a step; drops the steps before it.
@@ -213,9 +220,13 @@ class MixDataset(Dataset[dict[str, torch.Tensor]]):
         return self._plan.total_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        train = self._plan.config.train
-        number, row = divmod(index, train.micro_batch)
-        own, rank = divmod(number, self._plan.data_size)
+        micro_batch = self._plan.config.train.micro_batch
+        if self._in_order:
+            number, row = divmod(index, micro_batch)
+            own, rank = divmod(number, self._plan.data_size)
+        else:
+            rank, (own, row) = self._rank, divmod(self._num_read, micro_batch)
+            self._num_read += 1
         if rank != self._rank:
             raise MegamixError(
                 f"sample {index} was asked for on rank {self._rank}, but it is rank {rank}'s: micro-batches must go round "
@@ -280,8 +291,9 @@ def _check_args(args: TrainingArguments) -> None:
             f"{HOST}'s max_steps is {args.max_steps}, expected the steps of the run: an online mixture has no epochs."
         )
     accelerator: Any = args.accelerator_config
+    order = (ORDER, "sequential") if hasattr(args, ORDER) else ("group_by_length", False)
     for option, seen, wanted, remedy in (
-        ("train_sampling_strategy", args.train_sampling_strategy, "sequential", "The blend has shuffled already."),
+        (order[0], getattr(args, order[0]), order[1], "The blend has shuffled already."),
         ("dataloader_num_workers", args.dataloader_num_workers, 0, "Samples are read in the background as it is."),
         ("ignore_data_skip", args.ignore_data_skip, False, "A resumed run goes on in the data."),
         ("auto_find_batch_size", args.auto_find_batch_size, False, "A step is one global batch, always of one size."),
