@@ -5,10 +5,11 @@
     trainer = Trainer(model, args, train_dataset=mix.dataset, compute_loss_func=mix.loss, callbacks=[mix])
     trainer.train(resume_from_checkpoint=...)
 
-Conforms to transformers 4.51 and later with accelerate. Before version 5 the Trainer has no ``train_sampling_strategy``,
-which is left out there: it shuffles its indices, and the data set passes over them. The Trainer's arguments set steps, batches and seed. A label
-carries the domain of its token, as ``label + domain * vocabulary``, so that the Trainer handles labels as usual. Every
-checkpoint holds the state of data and mixer in ``trainer_state.json``.
+Conforms to transformers 4.51 and later with accelerate. Before version 5 the Trainer has no
+``train_sampling_strategy``, which is left out there: it shuffles its indices, and the data set passes over them. The
+Trainer's arguments set steps, batches and seed. A label carries the domain of its token, as ``label + domain *
+vocabulary``, so that the Trainer handles labels as usual. Every checkpoint holds the state of data and mixer in
+``trainer_state.json``.
 
 The Trainer reads one micro-batch ahead. At ``data.weight_lag: 1`` each step therefore waits for the mixer's answer to
 the previous step; 2 hides the wait.
