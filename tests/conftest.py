@@ -22,7 +22,7 @@ from megamix.core.log import get_logger
 # Files that take tens of seconds, the longest first: begun last, one of them would keep one of two workers idle.
 LONGEST = [
     "test_engines", "test_survival", "test_doremi_run", "test_checkpoint_kills", "test_slurm_scripts",
-    "test_slurm_launch", "test_slurm_training", "test_swarm_run", "test_train", "test_guard_run", "test_preemption",
+    "test_slurm_launch", "test_slurm_studies", "test_slurm_training", "test_swarm_run", "test_train", "test_guard_run", "test_preemption",
     "test_swarm_job", "test_arena_run", "test_watchdog", "test_swarm_fit", "test_swarm_law", "test_swarm_propose", "test_swarm_generate",
     "test_checkpoint_bad_days", "test_loss_implementation", "test_megatron_engine", "test_tied", "test_triton", "test_packaging",
     "test_guard_engines", "test_domain_change", "test_bad_input", "test_hugging_face", "test_prepare_resume",

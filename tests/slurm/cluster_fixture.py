@@ -1,12 +1,14 @@
-"""The fixture of the tests on Slurm; a plugin of each of their files."""
+"""The fixtures of the tests on Slurm; a plugin of each of their files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import Cluster, NoCluster
+from on_cluster import STAND_IN, Launch, command
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,14 @@ def slurm(running_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator
         monkeypatch.delenv(name)
     yield running_cluster
     running_cluster.cancel_all()
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
+    """``megamix launch ARGUMENTS``, in a folder of its own: what it prints. Jobs run the stand-in, until told."""
+    monkeypatch.setenv("MEGAMIX_PYTHON", str(STAND_IN))
+    monkeypatch.setenv("MEGAMIX_PREFLIGHT", "0")
+    monkeypatch.setenv("STAND_IN", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    return lambda *arguments: command("launch", *arguments)

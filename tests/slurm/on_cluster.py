@@ -1,8 +1,10 @@
-"""Jobs in which a stand-in takes the place of Python."""
+"""Jobs in which a stand-in takes the place of Python, and the commands that submit them."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
+from typer.testing import CliRunner
+
+from megamix.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"
 STAND_IN = Path(__file__).parent / "stand_in.py"
+Launch = Callable[..., str]
 SECONDS = 300.0  # a job that is requeued may wait for two minutes before Slurm begins it again
 
 
@@ -86,3 +92,21 @@ class StandIn:
         state = self.slurm.wait(self.job)
         code = self.slurm.field(self.job, "ExitCode").split(":")[0]
         return state, code, int(self.slurm.field(self.job, "Restarts"))
+
+
+def command(*arguments: object) -> str:
+    """What ``megamix ARGUMENTS`` prints."""
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def commands(printed: str) -> dict[str, list[str]]:
+    """The words of each sbatch command of a dry run, by its step."""
+    lines = printed.splitlines()
+    found = {}
+    for title, line in itertools.pairwise(lines):
+        if " sbatch " in line and not line.startswith("#"):
+            words = shlex.split(line)
+            found[title.removeprefix("# ")] = words[words.index("sbatch") :]
+    return found
