@@ -73,7 +73,8 @@ class Engine(ABC):
     loss_scale: LossScale | None = None
     """Scale of the loss in fp16; `train_step` uses and updates it."""
     scaling: str | None = None
-    """What to say of the last step where it was left out for the loss scale alone, or may have been."""
+    """What to say of the last step where it was left out and the loss scale fell; None where it did not. A loss that is
+    not finite makes it fall, too."""
     _loss: StepLoss
 
     @abstractmethod

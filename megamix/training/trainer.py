@@ -234,11 +234,12 @@ class Trainer:
             self.guard.took()
             return
         self.data.settle()
-        text = self.guard.scaled(step, self.engine.scaling) or self.guard.left_out(step)
+        scaled = self.guard.scaled(step, self.engine.scaling)
+        text = scaled or self.guard.left_out(step)
         if self.record is not None:
             get_logger().warning("%s", text)
             self._note("skipped", text)
-            if self._alerts is not None and self.engine.scaling is None:
+            if self._alerts is not None and scaled is None:
                 self._alerts.skipped(step, text)
 
     def evaluate(self) -> None:

@@ -126,10 +126,11 @@ def test_the_first_stage_holds_most_micro_batches() -> None:
     assert activations(1, 8, activation_checkpointing=True) == [9 * hidden + layer]
 
 
-def test_bf16_and_zero_0() -> None:
+def test_half_precision_and_zero_0() -> None:
     count = NEOX.num_parameters()
-    half = estimate(NEOX, DeepSpeedConfig(precision="bf16"), data_size=4)[0]
-    assert (half.weights, half.gradients, half.optimizer) == (2 * count, 6 * count, 3 * count)
+    for precision in ("bf16", "fp16"):
+        half = estimate(NEOX, DeepSpeedConfig(precision=precision), data_size=4)[0]
+        assert (half.weights, half.gradients, half.optimizer) == (2 * count, 6 * count, 3 * count)
     assert estimate(NEOX, DeepSpeedConfig(zero=0), data_size=4)[0].optimizer == 8 * count
 
 

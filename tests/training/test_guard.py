@@ -166,6 +166,21 @@ def test_skip_counts_and_gives_up(group: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_step_left_out_for_the_loss_scale_is_counted_and_no_fault(group: Any, tmp_path: Path) -> None:
+    """Unless a loss was not finite, which lowers the scale, too."""
+    guard = make(tmp_path)
+    assert guard.scaled(3, None) is None
+    for step in range(4, 20):
+        guard.judge(step, sums((0, 3.0)), NOTHING, group)
+        assert guard.scaled(step, "its gradients exceed fp16") == f"step {step + 1} left out: its gradients exceed fp16"
+    assert guard.state() == GuardState(skips=16, in_a_row=0)
+    assert not (tmp_path / RECORD).exists()
+    guard = make(tmp_path, "guard.non_finite=skip")
+    guard.judge(4, sums((0, math.nan)), NOTHING, group)
+    assert guard.scaled(4, "its gradients exceed fp16") is None
+    assert "step 5 left out, 1 in a row: the loss is not finite in" in guard.left_out(4)
+
+
 def test_after_a_row_of_steps_left_out_the_checkpoint_before_it_is_named(group: Any, tmp_path: Path) -> None:
     """Those of steps 2 and 3 were saved in the row; that of step 1 is the last one before it."""
     for step in (0, 1, 2, 3):
