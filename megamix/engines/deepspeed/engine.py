@@ -176,10 +176,12 @@ class DeepSpeedEngine(Engine):
         else:
             self._engine.train_batch(data)
         # Under ZeRO, DeepSpeed always skips a step whose norm is not finite.
-        is_finite = self._is_finite and not getattr(self._optimizer, "overflow", False)
+        overflows = getattr(self._optimizer, "overflow", False)
+        is_finite = self._is_finite and not overflows
         self._steps += is_finite
         if self.loss_scale is not None:
-            self.scaling = self.loss_scale.update(is_finite)
+            # Of a step with a bad reference loss the gradients are finite, and the scale is right.
+            self.scaling = self.loss_scale.update(not overflows)
         return is_finite
 
     def _forward(self, batch: Batch | None, num_micro_batches: int) -> None:
