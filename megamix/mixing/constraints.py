@@ -5,6 +5,9 @@ a domain falls as it is used up:
 
     cap_i = min(max_weight_i, (max_epochs_i * samples_i - given_i) / samples left in the run)
 
+Where sources have bounds of their own, the sum of their domains' weights is held within these, too
+(`megamix.mixing.source_bounds`).
+
 A domain that is sampled at no more than its cap keeps or raises the cap, so constraints that can be met at the start
 can be met to the end, up to the K samples by which the blend's whole samples differ from its weights.
 
@@ -26,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from megamix.core.errors import InputError
 from megamix.core.text import listed
 from megamix.mixing.mixers import project_to_capped_simplex
+from megamix.mixing.source_bounds import SourceBound, check_sources, project_within_sources, room
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,6 +48,7 @@ class Constraints:
         on_exhausted: cap, repeat or stop.
         more: where earlier steps of the run had samples of another length: by how many samples of today's length its
             tokens are more than the samples that it counts.
+        sources: bounds on the summed weights of a source's domains.
     """
 
     names: tuple[str, ...]
@@ -54,6 +59,7 @@ class Constraints:
     max_epochs: Floats
     on_exhausted: str
     more: int = 0
+    sources: tuple[SourceBound, ...] = ()
 
     @property
     def limits(self) -> Ints | None:
@@ -66,7 +72,8 @@ class Constraints:
     @property
     def trivial(self) -> bool:
         """Whether every mixture is allowed."""
-        return not self.depends_on_length and not self.floor.any() and bool((self.cap >= 1.0).all())
+        unbounded = not self.floor.any() and bool((self.cap >= 1.0).all()) and not self.sources
+        return unbounded and not self.depends_on_length
 
     @property
     def depends_on_length(self) -> bool:
@@ -87,14 +94,28 @@ class Constraints:
         # little under 1, and a cap may fall below the floor of a domain that has given its share. What is missing goes
         # to the domains that were asked for.
         wanted_cap = np.where(weights > 0, cap, np.minimum(self.floor, cap))
-        total = float(wanted_cap.sum())
-        fits_at_first = float(np.where(weights > 0, self.cap, self.floor).sum()) >= 1.0
+        for source in self.sources:  # one that must have more than was asked for
+            if wanted_cap[source.members].sum() < source.low:
+                wanted_cap[source.members] = cap[source.members]
+        total = room(wanted_cap, self.sources)
+        fits_at_first = room(np.where(weights > 0, self.cap, self.floor), self.sources) >= 1.0
         ahead = self.total_samples - position if position < self.total_samples else self.total_samples
         if fits_at_first and total > 0 and (1.0 - total) * ahead <= len(self.names):
             cap = wanted_cap
-        total = float(cap.sum())
+        total = room(cap, self.sources)
         cap = np.minimum(cap / min(1.0, total), 1.0) if total > 0 else self.cap
-        return project_to_capped_simplex(weights, np.minimum(self.floor, cap), cap, self.names)
+        floor = np.minimum(self.floor, cap)
+        if not self.sources:
+            return project_to_capped_simplex(weights, floor, cap, self.names)
+        return project_within_sources(weights, floor, cap, self._sources_within(floor, cap, total), self.names)
+
+    def _sources_within(self, floor: Floats, cap: Floats, total: float) -> list[SourceBound]:
+        """The sources, their bounds given way to what is left of their domains, as those of domains are."""
+        found = []
+        for source in self.sources:
+            high = max(source.high / min(1.0, total) if total > 0 else 1.0, float(floor[source.members].sum()))
+            found.append(replace(source, low=min(source.low, float(cap[source.members].sum())), high=min(high, 1.0)))
+        return found
 
     def _caps_by_epochs(self, counts: Floats, position: float) -> Floats:
         if self.on_exhausted != "cap":
@@ -157,6 +178,7 @@ class Constraints:
                 f"data.max_weight sums to {self.cap.sum():.6g} over {len(self.names)} domains, less than 1: they cannot "
                 f"fill the mixture. Raise it to at least {1 / len(self.names):.6g} for all."
             )
+        check_sources(self.floor, self.cap, self.sources)
         if np.isinf(self.max_epochs).all():
             if self.on_exhausted == "stop":
                 raise InputError(
@@ -177,6 +199,13 @@ class Constraints:
                     f"domain '{name}': data.min_weight {weight:g} asks for {least:.0f} samples of the run's "
                     f"{asked}, but data.max_epochs {epochs:g} allows {most:.0f}. Lower the one or raise the other."
                 )
+        for source in self.sources:
+            least, most = source.low * asked, float(allowed[source.members].sum())
+            if least > most + 1:
+                raise InputError(
+                    f"source '{source.name}': data.min_weight {source.low:g} asks for {least:.0f} samples of the run's {asked}, but "
+                    f"data.max_epochs allows {most:.0f} of its domains. Lower the one or raise the other."
+                )
         available = self._available(np.zeros(len(self.names)), asked)
         if available < asked - 1e-6 * asked:
             raise InputError(
@@ -189,7 +218,7 @@ class Constraints:
         most = self.cap * ahead
         if self.on_exhausted == "cap":
             most = np.minimum(most, np.maximum(self.max_epochs * self.num_samples - counts, 0.0))
-        return float(most.sum())
+        return room(most, self.sources, ahead)
 
     @property
     def _which_allow(self) -> str:

@@ -17,19 +17,55 @@ from numpy.typing import NDArray
 from megamix.core.config import ByKey, Config
 from megamix.core.errors import InputError, did_you_mean
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.source_bounds import SourceBound
+from megamix.mixing.sources import source_of
 from megamix.mixing.weight_files import read_swarm_weights
 
 Floats = NDArray[np.float64]
 Names = tuple[str, ...]
 
 
+def bound_sources(value: object, names: Names) -> dict[str, float]:
+    """The bounds in ``value`` that are of a source, not of a domain: {source: number}."""
+    if not isinstance(value, Mapping):
+        return {}
+    sources = {source_of(name) for name in names if name != source_of(name)} - set(names)
+    return {name: number for name, number in value.items() if name in sources}
+
+
+def read_source_bounds(least: object, largest: object, names: Names) -> tuple[SourceBound, ...]:
+    """The bounds of sources in the values of ``data.min_weight`` and ``data.max_weight``.
+
+    Raises:
+        InputError: a number out of range.
+    """
+    low, high = bound_sources(least, names), bound_sources(largest, names)
+    for key, given in (("min_weight", low), ("max_weight", high)):
+        for name, number in given.items():
+            if not 0 <= number <= 1:
+                raise InputError(f"data.{key} of source '{name}' is {number}, expected a number from 0 to 1.")
+    return tuple(
+        SourceBound(
+            source,
+            np.array([k for k, name in enumerate(names) if name != source and source_of(name) == source], np.int64),
+            float(low.get(source, 0.0)),
+            float(high.get(source, 1.0)),
+        )
+        for source in dict.fromkeys((*low, *high))
+    )
+
+
 def read_bounds(key: str, value: float | Mapping[str, float], names: Names, default: float) -> Floats:
-    """float64 [K]: ``value`` of the key ``data.KEY``; ``default`` for domains that a mapping leaves out.
+    """float64 [K]: ``value`` of the key ``data.KEY``; ``default`` for domains that a mapping leaves out. Sources in it
+    are passed over, see `read_source_bounds`.
 
     Raises:
         InputError: an unknown domain, or a number out of range.
     """
-    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    given = dict(value) if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    if key != "max_epochs":
+        for source in bound_sources(value, names):
+            del given[source]
     for name, number in given.items():
         if name not in names:
             raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
@@ -43,7 +79,7 @@ def read_bounds(key: str, value: float | Mapping[str, float], names: Names, defa
 
 @dataclass(frozen=True)
 class GivenBound:
-    """A bound of the weights: one number for all domains, or {domain: number}."""
+    """A bound of the weights: one number for all domains, or {domain or source: number}."""
 
     value: float | dict[str, float]
 

@@ -57,10 +57,11 @@ class DataConfig(Config):
     that would read a domain once more."""
     min_weight: BoundConfig = 0.0
     """No weight falls below this: one number for all, {domain: number} (the others: 0), or {from_swarm: DIR, factor:
-    NUMBER}, the weights that a swarm proposes times the factor. Default: 0."""
+    NUMBER}, the weights that a swarm proposes times the factor. A source in a domain's place (`web` of `web:news` and
+    `web:forums`) bounds the sum of its domains' weights. Default: 0."""
     max_weight: BoundConfig = 1.0
     """No weight rises above this: one number for all, {domain: number} (the others: 1), or {from_swarm: DIR, factor:
-    NUMBER}. Default: 1."""
+    NUMBER}; a source in a domain's place as for min_weight. Default: 1."""
     eod_mask_loss: bool = False
     """Leave the first token of every document out of the loss: it follows the end of another document, which says
     nothing about it."""

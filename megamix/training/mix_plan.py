@@ -13,7 +13,7 @@ from megamix.core.errors import InputError, did_you_mean
 from megamix.data.tokens.manifest import DomainEntry
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.weight_policy import Stages, WeightPolicy
-from megamix.training.bounds import bound_of, read_bounds
+from megamix.training.bounds import bound_of, read_bounds, read_source_bounds
 from megamix.training.config import DataConfig, MixConfig
 from megamix.training.mixture import MixFrame, mixture_of
 from megamix.training.objective import objective_weights
@@ -185,6 +185,7 @@ def read_constraints(
         max_epochs=read_bounds("max_epochs", {} if config.max_epochs is None else config.max_epochs, names, np.inf),
         on_exhausted=config.on_exhausted,
         more=more,
+        sources=read_source_bounds(config.min_weight, config.max_weight, names),
     )
     found.check()
     return found

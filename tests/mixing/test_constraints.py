@@ -181,3 +181,105 @@ def test_limits_of_a_run_that_stops() -> None:
 def test_what_cannot_be_met_is_refused_with_its_numbers(data: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         constraints(**data)
+
+
+TOPICS = ("web:news", "web:forums", "web:blogs", "code", "wiki:en", "wiki:fr", "mail")
+GROUPS = {"web": [0, 1, 2], "wiki": [4, 5]}
+
+
+def of_topics(samples: Any = None, total: int = 400, **data: Any) -> Constraints:
+    config = DataConfig.model_validate({"manifest": "data", "seq_length": 16, **data})
+    return read_constraints(config, TOPICS, np.full(7, 100) if samples is None else np.array(samples), total)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bounds_of_sources_give_the_nearest_weights(seed: int) -> None:
+    """Against a general solver, with bounds of sources and domains that can be met together."""
+    rng = np.random.default_rng(seed)
+    weights, inside = rng.dirichlet(np.full(7, 0.7)) + 1e-5, rng.dirichlet(np.full(7, 2.0))
+    weights /= weights.sum()
+    floor = inside * rng.choice([0.0, 0.5, 0.9], 7)
+    cap = np.minimum(inside * rng.choice([1.05, 2.0, 20.0], 7), 1.0)
+    low = {name: inside[own].sum() * rng.choice([0.5, 0.98]) for name, own in GROUPS.items()}
+    high = {name: min(inside[own].sum() * rng.choice([1.02, 2.0]), 1.0) for name, own in GROUPS.items()}
+    bounds = of_topics(
+        min_weight={**dict(zip(TOPICS, floor.tolist(), strict=True)), **low},
+        max_weight={**dict(zip(TOPICS, cap.tolist(), strict=True)), **high},
+    )
+    result = bounds.apply(weights, np.zeros(7), 0)
+    limits = [
+        {"type": "ineq", "fun": lambda x, own=own, sign=sign, bound=bound: sign * (x[own].sum() - bound)}
+        for name, own in GROUPS.items()
+        for sign, bound in ((1, low[name]), (-1, high[name]))
+    ]
+    found = minimize(
+        lambda x: float((x * np.log(np.maximum(x, 1e-300) / weights)).sum()),
+        inside,
+        jac=lambda x: np.log(np.maximum(x, 1e-300) / weights) + 1,
+        bounds=list(zip(floor, cap, strict=True)),
+        constraints=[{"type": "eq", "fun": lambda x: x.sum() - 1}, *limits],
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    assert result == pytest.approx(found.x, abs=5e-6)
+    assert result.sum() == pytest.approx(1, abs=1e-12)
+    assert ((result >= floor - 1e-12) & (result <= cap + 1e-12)).all()
+    for name, own in GROUPS.items():
+        assert low[name] - 1e-12 <= result[own].sum() <= high[name] + 1e-12
+    assert bounds.apply(result, np.zeros(7), 0) == pytest.approx(result, abs=1e-12)
+
+
+def test_a_source_at_its_bound_keeps_the_ratios_of_its_topics_and_the_others_theirs() -> None:
+    weights = np.array([0.3, 0.2, 0.1, 0.2, 0.1, 0.05, 0.05])
+    result = of_topics(max_weight={"web": 0.3}).apply(weights, np.zeros(7), 0)
+    assert result == pytest.approx([0.15, 0.1, 0.05, 0.35, 0.175, 0.0875, 0.0875], rel=1e-12)
+    result = of_topics(min_weight={"wiki": 0.6}).apply(weights, np.zeros(7), 0)
+    assert result == pytest.approx([*weights[:4] * (0.4 / 0.85), 0.4, 0.2, 0.05 * 0.4 / 0.85], rel=1e-12)
+    # A source that nothing was asked for has its least weight all the same.
+    none = np.array([0.4, 0.2, 0.1, 0.2, 0.0, 0.0, 0.1])
+    result = of_topics(min_weight={"wiki": 0.5}).apply(none, np.zeros(7), 0)
+    assert result == pytest.approx([*none[:4] / 2, 0.25, 0.25, 0.05], rel=1e-12)
+    within = np.full(7, 1 / 7)
+    assert of_topics(min_weight={"wiki": 0.1}, max_weight={"web": 0.5}).apply(within, np.zeros(7), 0) is within
+
+
+def test_epochs_of_topics_bound_their_source_over_a_whole_run() -> None:
+    """The topics of a source that must have half of the samples are used up one after the other, and no other limit is
+    left by more than whole samples."""
+    bounds = of_topics(
+        [20, 30, 400, 400, 400, 400, 400], 400, max_epochs=1.0, min_weight={"web": 0.5}, max_weight={"wiki": 0.1}
+    )
+    weights = np.array([0.3, 0.1, 0.001, 0.2, 0.2, 0.1, 0.099])
+    blend = Blend(bounds.num_samples, bounds.apply(weights, np.zeros(7), 0), 1)
+    for position in range(0, 400, 10):
+        blend.set_weights(bounds.apply(weights, blend.counts, position), at=position)
+        blend.take(10)
+    assert (blend.counts <= bounds.num_samples + 1).all()
+    assert blend.counts[:3].sum() >= 0.5 * 400 - 3
+    assert blend.counts[4:6].sum() <= 0.1 * 400 + 3
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"min_weight": {"web": 0.6}, "max_weight": {"web": 0.5}}, "source 'web': data.min_weight 0.6 is above data.max_weight 0.5"),
+        ({"max_weight": {"web": 1.5}}, "data.max_weight of source 'web' is 1.5, expected a number from 0 to 1"),
+        ({"max_weight": {"wob": 0.5}}, "data.max_weight: there is no domain 'wob'"),
+        ({"max_epochs": {"web": 2}}, "data.max_epochs: there is no domain 'web'"),
+        ({"max_weight": {"web": 0.3}, "min_weight": {"web:news": 0.2, "web:blogs": 0.15}}, "its domains have at least 0.35 together"),
+        ({"min_weight": {"wiki": 0.5}, "max_weight": {"wiki:en": 0.2, "wiki:fr": 0.2}}, "its domains have at most 0.4 together"),
+        ({"min_weight": {"wiki": 0.5, "web": 0.4, "code": 0.2}}, "sum to 1.1, more than 1"),
+        ({"max_weight": {"wiki": 0.3, "web": 0.3, "code": 0.1, "mail": 0.1}}, "sum to 0.8, less than 1"),
+        ({"min_weight": {"wiki": 0.9}, "max_epochs": 1.0}, "asks for 360 samples of the run's 400, but data.max_epochs allows 200"),
+    ],
+)  # fmt: skip
+def test_bounds_of_sources_that_cannot_be_met(data: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem.replace(".", r"\.")):
+        of_topics(**data)
+
+
+def test_a_source_left_out_cannot_have_a_least_weight() -> None:
+    with pytest.raises(
+        InputError, match=r"without wiki:en, wiki:fr.*source 'wiki': data\.min_weight is 0\.2, but its domains"
+    ):
+        of_topics(min_weight={"wiki": 0.2}).check_without(["wiki:en", "wiki:fr"])

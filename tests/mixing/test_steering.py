@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megamix.data.batches import Batches
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import DomainStats, Mixer, OdmConfig, PartMixer, StaticConfig
 from megamix.mixing.ramps import Ramp
+from megamix.mixing.source_bounds import SourceBound
 from megamix.mixing.steering.command import SteerCommand
 from megamix.mixing.steering.course import Course, Place, steered
 from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal, append_command, read_answers, read_commands
@@ -207,6 +209,26 @@ def test_another_rule(run: Run) -> None:
     run.steer(mixer={"name": "aioli"})
     run.go()
     assert read_answers(run.folder)[-1]["outcome"] == "ignored"
+
+
+def test_pins_are_within_the_bounds_of_a_source_and_its_other_domains_give_way() -> None:
+    web_and_code = SourceBound("text", np.array([0, 1]), 0.0, 0.6)
+    place = Place(replace(bounds(cap=[1.0, 1.0, 1.0]), sources=(web_and_code,)), np.zeros(3), 0, LENGTH)
+    current = np.array([0.3, 0.3, 0.4])
+    with pytest.raises(InputError, match=r"source 'text': data.max_weight is 0.6, but its domains have at least 0.7"):
+        steered(Course(current), SteerCommand(id="1", pin={"web": 0.7}), current, place)
+    course = steered(Course(current), SteerCommand(id="1", pin={"web": 0.5}), current, place)
+    assert course.weights(place) == pytest.approx([0.5, 0.1, 0.4], abs=1e-12)
+
+
+def test_a_ramp_goes_by_tokens_where_samples_become_longer() -> None:
+    """240 tokens from position 10 on: 20 samples of 4 tokens, then 20 of 8."""
+    batches = Batches(((0, 10),), 8, ((4, 3),))
+    ramp = Ramp(10, 60.0, np.array([1.0, 0.0, 0.0]))
+    for position, share in ((10, 0.0), (20, 1 / 6), (30, 1 / 3), (40, 2 / 3), (50, 1.0)):
+        place = Place(bounds(), np.zeros(3), position, 8, batches)
+        assert ramp.share(place.on_the_way(ramp)) == pytest.approx(share, abs=1e-12)
+    assert Place(bounds(), np.zeros(3), 40, 8, Batches.equal(10, 8)).on_the_way(ramp) == 40
 
 
 @pytest.mark.parametrize(

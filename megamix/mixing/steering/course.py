@@ -20,6 +20,7 @@ from megamix.data.batches import Batches
 from megamix.mixing.constraints import Constraints
 from megamix.mixing.mixers import normalise_weights
 from megamix.mixing.ramps import Ramp
+from megamix.mixing.source_bounds import check_sources
 from megamix.mixing.steering.command import SteerCommand, shares_text
 
 Floats = NDArray[np.float64]
@@ -253,6 +254,7 @@ def _check(
         raise InputError(
             f"pins and upper bounds sum to {sum(most.values()):.6g}, less than 1: {shares_text(most)}{out}. Raise some of them."
         )
+    check_sources(whole.floor, np.array([most.get(name, 0.0) for name in own.names]), own.sources)
 
 
 def _interval(pair: tuple[float, float]) -> str:
