@@ -153,7 +153,7 @@ def _joined(
     found = np.zeros(wanted.size)
     for group, total in zip(groups, share.tolist(), strict=True):
         if group.size and total > 0:
-            own = [names[k] for k in group.tolist()]
+            own = [names[int(k)] for k in group.tolist()]
             found[group] = total * project_to_capped_simplex(
                 wanted[group], floor[group] / total, cap[group] / total, own
             )

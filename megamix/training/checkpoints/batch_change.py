@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from megamix.core.errors import InputError
+from megamix.core.errors import InputError, ResumeRefused
 from megamix.data.batches import Batches
 from megamix.engines.config import BatchStage, TrainConfig
 from megamix.training.config import EarlierLength, MixConfig
@@ -23,8 +23,16 @@ Fingerprints = Mapping[str, Mapping[str, Any]]
 
 
 def saved_batches(saved: Fingerprints) -> Batches:
-    """The batches of the run that wrote a checkpoint with these fingerprints."""
-    length, sizes = int(saved["order"]["seq_length"]), saved.get("batch", {}).get("sizes")
+    """The batches of the run that wrote a checkpoint with these fingerprints.
+
+    Raises:
+        ResumeRefused: they do not say how long its samples are.
+    """
+    length, sizes = saved.get("order", {}).get("seq_length"), saved.get("batch", {}).get("sizes")
+    if length is None:
+        raise ResumeRefused(
+            "the checkpoint's fingerprints have no order.seq_length, so it is not of this run. Continue from another checkpoint."
+        )
     if sizes is None:  # of before they could change
         return Batches.equal(saved["order"]["global_batch"], length)
     past = saved["batch"].get("past_lengths", ())

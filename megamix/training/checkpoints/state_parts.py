@@ -67,12 +67,12 @@ class _Batch(_Part):
 
 class _Order(_Part):
     global_batch: BatchSize | None = None
-    seq_length: Length
+    seq_length: Length | None = None
 
 
 class _Fingerprints(_Part):
     data: _Data
-    order: _Order
+    order: _Order = _Order()
     batch: _Batch | None = None
     mixer: _MixerSettings = _MixerSettings()
     train: _Train = _Train()
