@@ -93,7 +93,9 @@ def sizes_of(manifest: Manifest) -> Sizes:
     tokens = min(TOKENS_PER_PARAMETER * models[preset], MOST_EPOCHS * sum(train))
     wanted = _power_of_two(min(tokens / WANTED_STEPS, LARGEST_BATCH) / seq_length)
     global_batch = max(SMALLEST_BATCH, wanted)
-    steps = max(1, tokens // (global_batch * seq_length))
+    # A domain's last tokens that fill no sample are not read.
+    most = MOST_EPOCHS * sum((each - 1) // seq_length for each in train)
+    steps = max(1, min(tokens // seq_length, most) // global_batch)
     return Sizes(preset, models[preset], seq_length, global_batch, steps, _learning_rate(models[preset]))
 
 

@@ -14,7 +14,8 @@ SUPPORT = ROOT / "tests" / "support"
 """Scripts that tests start as processes of their own, and what several tests share."""
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    # Packages laid over the environment reach every process.
+    "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "kernels")])),
     "HF_HUB_OFFLINE": "1",
     # Two ranks on two cores: more threads than that only get in each other's way.
     "OMP_NUM_THREADS": "1",

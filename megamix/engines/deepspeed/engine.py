@@ -19,7 +19,7 @@ from megamix.data.loader import Batch
 from megamix.engines.base import COLLECTIVE_TIMEOUT, Engine, ParameterState, Place, local_device
 from megamix.engines.compilation import compile_decoders
 from megamix.engines.config import GATHERED_LAYERS, REDUCE_BUCKET, DeepSpeedConfig, TrainConfig
-from megamix.engines.deepspeed.division import divides_loss
+from megamix.engines.deepspeed.division import UndividedLoss, leave_outputs_undivided
 from megamix.engines.deepspeed.state import gradients, inner_adam, reset_adam, set_whole_state, whole_state
 from megamix.engines.deepspeed.whole import WholeModule, evaluation_passes, train_passes
 from megamix.engines.loss_form import kernel_of, takes_linear_form
@@ -77,6 +77,7 @@ class DeepSpeedEngine(Engine):
         data_size = engine.data_size(world_size)
         device = local_device()
         self._loss = StepLoss(num_domains, vocab_size, device, kernel_of(loss_implementation))
+        self._undivided = UndividedLoss(self._loss)
         linear = takes_linear_form(
             loss_implementation,
             model,
@@ -92,7 +93,7 @@ class DeepSpeedEngine(Engine):
         options: dict[str, Any] = {
             "seed": train.seed,
             "seq_length": seq_length,
-            "loss": self._loss,
+            "loss": self._undivided,
             "linear": linear,
             "checkpoint_layers": engine.activation_checkpointing,
             "within_documents": within_documents,
@@ -117,7 +118,7 @@ class DeepSpeedEngine(Engine):
             model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size, self._module)
         )[0]
         self._optimizer: Any = self._engine.optimizer
-        self._divides_loss = divides_loss(self._engine)
+        leave_outputs_undivided(self._engine)
         if engine.compile:
             compile_decoders(self._module.own_layers())
         if model.tie_word_embeddings:
@@ -156,11 +157,10 @@ class DeepSpeedEngine(Engine):
         if micro_batches != self._engine.gradient_accumulation_steps():
             self._engine.set_train_batch_size(micro_batches * self._micro_batch * self.place.data_size)
         if self.place.has_loss:
-            # Undoes DeepSpeed's averages over micro-batches and data-parallel ranks: the objective is one sum.
-            divisor = micro_batches if self._divides_loss else 1
-            scaled = replace(objective, normaliser=objective.normaliser / (divisor * self.place.data_size))
-            scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-            self._loss.start_step(micro_batches, scaled, scale / divisor, on_statistics)
+            # Undoes DeepSpeed's average over data-parallel ranks: the objective is one sum.
+            scaled = replace(objective, normaliser=objective.normaliser / self.place.data_size)
+            scale = self._undivided.gradient = 1.0 if self.loss_scale is None else self.loss_scale.scale
+            self._loss.start_step(micro_batches, scaled, scale, on_statistics)
         else:
             on_statistics(self._empty_sums)
         if self.loss_scale is not None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
 
+from megamix.engines.deepspeed.division import UndividedLoss
 from megamix.engines.deepspeed.tied import TiedMatrix
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import Decoder, Embedding, Head, PipelineLayer, tie_ends
-from megamix.engines.step_loss import StepLoss
 
 
 class MixPipelineModule(PipelineModule):
@@ -32,7 +32,7 @@ class MixPipelineModule(PipelineModule):
         *,
         seed: int,
         seq_length: int,
-        loss: StepLoss,
+        loss: UndividedLoss,
         linear: bool,
         topology: Any,
         checkpoint_layers: bool,

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megamix.engines.deepspeed.division import UndividedLoss
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.documents import DocumentMasks
 from megamix.engines.models.layers import Decoder, Embedding, Flow, Head, PipelineLayer, tie_ends
-from megamix.engines.step_loss import StepLoss
 
 
 class WholeModule(nn.Module):
@@ -39,7 +39,7 @@ class WholeModule(nn.Module):
         *,
         seed: int,
         seq_length: int,
-        loss: StepLoss,
+        loss: UndividedLoss,
         linear: bool,
         checkpoint_layers: bool,
         within_documents: bool,
