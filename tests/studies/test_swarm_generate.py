@@ -16,6 +16,8 @@ from tiny_swarm import swarm_config
 from megamix.core.config import load_config, validate
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.mixing.sources import weights_by_domain
+from megamix.studies.swarm.config import SwarmStudyConfig
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.generate.levels import Floats, strength_of
 from megamix.studies.swarm.generate.mixtures import MixtureSpace, draw_mixtures
@@ -385,6 +387,18 @@ def test_a_key_that_is_wrong_is_named(tiny_config: Callable[..., Path], change: 
 def test_the_config_of_a_swarm_is_not_that_of_a_run(tiny_config: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"the key swarm is for `megamix swarm all`"):
         load_config(RunConfig, swarm_config(tiny_config))
+
+
+def test_a_prior_by_source_and_topic_is_that_of_its_domains() -> None:
+    given = {"web": {"weight": 0.6, "topics": {"news": 3, "forums": 1}}, "code": 0.4}
+    priors = validate(SwarmStudyConfig, {"priors": given}, "test").priors
+    assert isinstance(priors, dict)
+    assert weights_by_domain(priors, "swarm.priors") == pytest.approx(
+        {"web:news": 0.45, "web:forums": 0.15, "code": 0.4}
+    )
+    with pytest.raises(InputError, match=r"topics"):
+        validate(SwarmStudyConfig, {"priors": {"web": {"weight": 0.6, "topics": {"news": 0}}}}, "test")
+    assert validate(SwarmStudyConfig, {"priors": "shares.json"}, "test").priors == Path("shares.json")
 
 
 def test_shares_from_a_file_or_the_config_are_those_of_the_first_member(

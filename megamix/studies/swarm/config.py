@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from megamix.core.config import IS_PATH, Config
+from megamix.mixing.sources import WeightsBySource
 from megamix.studies.swarm.fit.config import FitConfig
 from megamix.studies.swarm.generate.config import GenerateConfig
 from megamix.studies.swarm.propose.config import ProposeConfig, UpdateConfig
@@ -44,9 +45,10 @@ class SwarmStudyConfig(Config):
     proxy: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of a run that differ in the proxies, for example {model: ..., train: {steps: 500}}. Their mixer is static;
     mixture and run_dir (RUN_DIR/runs/NNNN) are settled."""
-    priors: Literal["natural"] | dict[str, float] | Path = "natural"
-    """What members are drawn around: natural, each domain's share of the training tokens; {domain: share}; or a file of
-    such shares, or with the keys token_counts and relative_sizes."""
+    priors: Literal["natural"] | WeightsBySource | Path = "natural"
+    """What members are drawn around: natural, each domain's share of the training tokens; {domain: share}, or by source
+    as in a run's mixture ({web: {weight: 0.4, topics: {news: 3, forums: 1}}}); or a file of such shares, or with the
+    keys token_counts and relative_sizes."""
     generate: GenerateConfig = GenerateConfig()
     """The mixtures of the members."""
     run: LocalConfig = LocalConfig()

@@ -19,6 +19,7 @@ from megamix.core.errors import InputError
 from megamix.core.files import replace_file, writing
 from megamix.core.paths import literal
 from megamix.mixing.mixers import normalise_weights
+from megamix.mixing.sources import weights_by_domain
 from megamix.studies.runs import read_section, write_yaml
 from megamix.studies.swarm.collect import CONFIG, FOLDER
 from megamix.studies.swarm.config import SwarmStudyConfig
@@ -134,7 +135,9 @@ class SwarmStudy:
     def _given_shares(self) -> Mapping[str, float] | None:
         """The prior as the config gives it; None: natural."""
         given = self.config.priors
-        return None if given == "natural" else read_amounts(given).shares if isinstance(given, Path) else given
+        if given == "natural":
+            return None
+        return read_amounts(given).shares if isinstance(given, Path) else weights_by_domain(given, "swarm.priors")
 
     @property
     def _real_shares(self) -> Mapping[str, float]:
