@@ -104,7 +104,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
     if not plan_only:
         check_extra(config.engine.name, f"engine {config.engine.name}")
     ranks = world_size or job_world_size()
-    shape = _shape_without_data(config, ranks) if plan_only else _shape(make_plan(config, ranks))
+    shape = _shape_without_data(config, ranks) if plan_only else _shape(_plan(config, ranks))
     memory = estimate_memory(
         shape.model,
         config.engine,
@@ -295,6 +295,12 @@ def _machine(config: RunConfig | None) -> str:
     if config is not None:
         lines.append(f"disk         {gib(shutil.disk_usage(_existing(config.run_dir)).free)} free at {config.run_dir}")
     return "\n".join(lines)
+
+
+def _plan(config: RunConfig, ranks: int | None) -> Plan:
+    from megamix.training.checkpoints.resume import begun
+
+    return make_plan(config, ranks, begun=begun)
 
 
 def _start(config: RunConfig, plan: Plan | None) -> str:

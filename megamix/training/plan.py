@@ -6,9 +6,9 @@ the data files and needs neither torch nor a GPU. `megamix doctor` prints a plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -211,13 +211,20 @@ def domain_key(name: str) -> int:
 
 
 def make_plan(
-    config: RunConfig, world_size: int | None = None, *, verify: bool = True, share: tuple[int, int] = (0, 1)
+    config: RunConfig,
+    world_size: int | None = None,
+    *,
+    verify: bool = True,
+    share: tuple[int, int] = (0, 1),
+    begun: Callable[[RunConfig], RunConfig] | None = None,
 ) -> Plan:
     """Resolves ``config`` for a job of ``world_size`` ranks (default: the fewest that its layout needs).
 
     Args:
         verify: also check every index (`IndexedTokens`) and verify the data; on one rank of a job.
         share: number of this rank, and of ranks, that do ``data.verify: all`` together, also without ``verify``.
+        begun: the config with the batches that the run has had so far; asked where the weights that ``config`` wants
+            cannot be with its own batches from the first step on.
 
     Raises:
         InputError: anything that would stop the run later.
@@ -227,7 +234,8 @@ def make_plan(
     check_compiler(config.engine)
     if isinstance(config.engine, MegatronConfig):
         check_megatron_machine(config.engine)
-    data = make_data_plan(config, data_size, verify=verify, share=share)
+    earlier = None if begun is None else partial(begun, config)
+    data = make_data_plan(config, data_size, verify=verify, share=share, begun=earlier)
     model = config.model.with_vocabulary(data.vocab_size)
     # Once more: now the rows of the embedding are known.
     ranks, _ = check_layout(config.model_copy(update={"model": model}), world_size)
@@ -236,7 +244,12 @@ def make_plan(
 
 
 def make_data_plan(
-    config: MixConfig, data_size: int, *, verify: bool = True, share: tuple[int, int] = (0, 1)
+    config: MixConfig,
+    data_size: int,
+    *,
+    verify: bool = True,
+    share: tuple[int, int] = (0, 1),
+    begun: Callable[[], MixConfig] | None = None,
 ) -> DataPlan:
     """Resolves the data side of ``config`` for ``data_size`` data-parallel ranks; see `make_plan`.
 
@@ -252,14 +265,21 @@ def make_data_plan(
     domains = [manifest.open_domain(name, "train", verify=verify) for name in names]
     validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
-    natural = manifest.natural_weights(names)
+    natural, lengths = manifest.natural_weights(names), document_tokens(entries)
+    try:
+        policy = make_policy(config, names, num_samples, natural, lengths)
+    except InputError:
+        earlier = config if begun is None else begun()
+        if earlier is config:
+            raise
+        policy = make_policy(earlier, names, num_samples, natural, lengths)
     plan = DataPlan(
         config=config,
         domain_names=names,
         num_samples=num_samples,
         natural_weights=natural,
         objective_weights=objective_weights(config.objective, names, natural),
-        policy=make_policy(config, names, num_samples, natural, document_tokens(entries)),
+        policy=policy,
         manifest=manifest,
         data_size=data_size,
         entries=entries,

@@ -17,7 +17,7 @@ from megamix.data.tokens.stream import files_line
 from megamix.engines.config import MegatronConfig
 from megamix.training.alerts import check_alerts
 from megamix.training.checkpoints import store
-from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, open_checkpoint
+from megamix.training.checkpoints.resume import Resumed, agree_on_checkpoint, begun, open_checkpoint
 from megamix.training.config import RunConfig
 from megamix.training.job.local_ranks import data_checks, job_world_size, run_local
 from megamix.training.job.lock import RunLock
@@ -45,10 +45,10 @@ def train(config_path: Path, overrides: list[str]) -> int:
     check_sinks(config)
     check_alerts(config.alerts)
     if world_size is not None:
-        plan = make_plan(config, world_size, **data_checks(world_size))
+        plan = make_plan(config, world_size, begun=begun, **data_checks(world_size))
         run_rank(config.engine, lambda: train_rank(plan))
         return EXIT_OK
-    plan = make_plan(config)
+    plan = make_plan(config, begun=begun)
     log = get_logger()
     for warning in plan.warnings():
         log.warning("%s", warning)

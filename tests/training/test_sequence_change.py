@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from megamix.data.sampler import Sampler
 from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.tokens.tokenizer import train_tokenizer
 from megamix.data.tokens.writer import IndexedWriter
+from megamix.mixing.steering.journal import append_command
+from megamix.training.checkpoints import resume
 from megamix.training.checkpoints.resume import Resumed, check_starts_anew, fingerprints, resume_from
 from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
@@ -40,6 +43,7 @@ from megamix.training.records.recorded_run import CONFIG, RecordedRun
 from megamix.training.records.run_record import RunRecord
 from megamix_kernels import DomainSums
 
+Begun = Callable[[RunConfig], RunConfig]
 NAMES, TOKENS = ("web", "code", "books"), (701, 404, 150)
 BASE = 1000  # token id = BASE * domain + place
 BATCH, OLD = 4, 16
@@ -73,7 +77,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.json"
 
 
-def plan_of(manifest: Path, length: int, accepted: tuple[str, ...] = ("sequence",), **sections: Any) -> Plan:
+def plan_of(
+    manifest: Path,
+    length: int,
+    accepted: tuple[str, ...] = ("sequence",),
+    *,
+    begun: Begun | None = None,
+    **sections: Any,
+) -> Plan:
     content = {
         "run_dir": "run",
         "data": {"manifest": str(manifest), "seq_length": length, **sections.pop("data", {})},
@@ -87,7 +98,7 @@ def plan_of(manifest: Path, length: int, accepted: tuple[str, ...] = ("sequence"
         },
         **sections,
     }  # fmt: skip
-    return make_plan(validate(RunConfig, content, "test"), 1)
+    return make_plan(validate(RunConfig, content, "test"), 1, begun=begun)
 
 
 def resumed(state: RunState, plan: Plan) -> Resumed:
@@ -107,7 +118,9 @@ class Run:
     def go(self, plan: Plan, steps: int) -> Plan:
         found = None if self.state is None else resumed(self.state, plan)
         plan = plan if found is None else found.adopted(plan)
-        data = MixedData(plan, data_rank=0, reads_data=True, device=torch.device("cpu"), resumed=found)
+        data = MixedData(
+            plan, data_rank=0, reads_data=True, device=torch.device("cpu"), resumed=found, journal_dir=self.folder
+        )
         record = RunRecord(self.folder, plan.domain_names, None if found is None else found.step)
         data.announce(record)
         for _ in range(steps):
@@ -318,6 +331,54 @@ def test_what_cannot_be_is_refused_and_the_rest_is_said(manifest: Path, tmp_path
     # As checkpoints were before: one length, in the part of the order.
     assert state.fingerprints["order"]["seq_length"] == OLD
     assert "past_lengths" not in state.fingerprints["batch"]
+
+
+def test_stages_and_bounds_count_what_the_run_has_had(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of 64 tokens and 10 of 32 are 1,600 tokens and pass a stage at 1,400, which 30 of 32, the config alone,
+    never reach; and 30 steps of 2 x 64 tokens alone are more than two epochs, 10 of them are not."""
+    last = {"from_tokens": 1400, "weights": {"web": 0.6, "code": 0.2, "books": 0.2}}
+    sections = {"mixer": {"name": "static"}, "shadow": []}
+    staged = {**sections, "mixture": {"stages": [{"from_tokens": 0, "weights": "uniform"}, last]}}
+    with job(tmp_path):
+        run = Run(tmp_path)
+        run.go(plan_of(manifest, OLD, **staged), 20)
+        assert run.state is not None
+        with pytest.raises(InputError, match="stage 2 starts at 1400 tokens, but the run ends after 960"):
+            plan_of(manifest, 8, **staged)
+        monkeypatch.setattr(resume, "find_checkpoint", lambda config: tmp_path)
+        monkeypatch.setattr(resume, "read_state", lambda path: run.state)
+        plan = run.go(plan_of(manifest, 8, begun=resume.begun, **staged), 10)
+    assert plan.config.batches.tokens(30) == 1600
+    assert run.weights[23] == pytest.approx([1 / 3] * 3)
+    assert run.weights[24] == pytest.approx([0.6, 0.2, 0.2])
+    plans = {"mixture": "natural", **sections}
+    (folder := tmp_path / "bounded").mkdir()
+    with job(folder):
+        run = Run(folder)
+        run.go(bounded(manifest, OLD, **plans), 20)
+        with pytest.raises(InputError, match="max_epochs"):
+            bounded(manifest, 64, **plans)
+        plan = run.go(bounded(manifest, 64, begun=resume.begun, **plans), 10)
+    assert plan.config.batches.tokens(30) == 20 * 32 + 10 * 128
+
+
+def test_a_ramp_of_steering_that_is_yet_to_begin_keeps_its_tokens(manifest: Path, tmp_path: Path) -> None:
+    """384 tokens from step 9 on, announced at length 16: three steps of 128 tokens at length 32, not six."""
+    sections: dict[str, Any] = {"mixer": {"name": "static"}, "shadow": []}
+    with job(tmp_path):
+        run = Run(tmp_path)
+        append_command(tmp_path, {"set": {"web": 0.6}, "ramp_tokens": 384, "at_step": 8})
+        run.go(plan_of(manifest, OLD, data={"weight_lag": 3}, **sections), 6)
+        run.go(plan_of(manifest, 32, data={"weight_lag": 3}, **sections), 8)
+    done = [(weights[0] - 1 / 3) / (0.6 - 1 / 3) for weights in run.weights[8:]]
+    # The weight of step 10 was announced before, for 64 tokens of the ramp.
+    assert done == pytest.approx([0, 64 / 384, 256 / 384, 1, 1, 1], abs=1e-12)
+
+
+def bounded(manifest: Path, length: int, **sections: Any) -> Plan:
+    return plan_of(manifest, length, data={"max_epochs": 2.0}, train={"global_batch": 2}, **sections)
 
 
 def test_bounds_and_rates_follow_the_tokens_of_both_lengths(manifest: Path, tmp_path: Path) -> None:

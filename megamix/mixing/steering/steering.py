@@ -100,6 +100,8 @@ class Steering:
         Args:
             changed: parts of the fingerprints that differ.
         """
+        if "sequence" in changed:
+            self._keep_tokens()
         changed = {"mixture", "mixer", "constraints"} & set(changed)
         if self._course is None or not (changed or other_domains):
             return
@@ -113,6 +115,16 @@ class Steering:
             ramp=None,
         )
         self._past, self._is_stirred = (), True
+
+    def _keep_tokens(self) -> None:
+        """A ramp that begins after a change of the samples' length, and was announced before it, keeps its tokens."""
+        course, batches = self._course, self._policy.batches
+        if course is None or course.ramp is None or not batches.past:
+            return
+        length, end_step = batches.past[-1]
+        if course.ramp.start >= batches.position(end_step):
+            samples = course.ramp.samples * length / batches.seq_length
+            self._course = replace(course, ramp=replace(course.ramp, samples=samples))
 
     def take_notes(self) -> tuple[str, ...]:
         """What people may want to know, since the last call."""

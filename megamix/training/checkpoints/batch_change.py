@@ -18,6 +18,7 @@ from megamix.training.config import EarlierLength, MixConfig
 from megamix.training.mix_plan import document_tokens, make_policy
 from megamix.training.plan import DataPlan
 
+C = TypeVar("C", bound=MixConfig)
 P = TypeVar("P", bound=DataPlan)
 Fingerprints = Mapping[str, Mapping[str, Any]]
 
@@ -51,7 +52,7 @@ def continued_plan(plan: P, saved: Batches, step: int) -> P:
     Raises:
         InputError: a stage of ``train.batch_ramp`` that no step is left for; or see `make_policy`.
     """
-    config = _continued(plan.config, saved, step)
+    config = continued_config(plan.config, saved, step)
     if config is plan.config:
         return plan
     lengths = document_tokens(plan.entries)
@@ -59,7 +60,12 @@ def continued_plan(plan: P, saved: Batches, step: int) -> P:
     return replace(plan, config=config, policy=policy)
 
 
-def _continued(config: MixConfig, saved: Batches, step: int) -> MixConfig:
+def continued_config(config: C, saved: Batches, step: int) -> C:
+    """``config`` with the batches ``saved`` up to ``step``; itself where these are its own.
+
+    Raises:
+        InputError: a stage of ``train.batch_ramp`` that no step is left for.
+    """
     here = saved.tokens(step)
     ends = [first for first, _ in saved.sizes[1:] if first < step]
     past = [

@@ -22,6 +22,7 @@ from megamix.training.checkpoints import store
 from megamix.training.checkpoints.batch_change import (
     batch_change,
     batch_fingerprint,
+    continued_config,
     continued_plan,
     saved_batches,
 )
@@ -114,6 +115,19 @@ class Resumed:
             adopt_state(mixer, state, range(mixer.num_domains), mixer.weights)
         else:
             mixer.load_state_dict(state)
+
+
+def begun(config: RunConfig) -> RunConfig:
+    """``config`` with the batches that its run has had so far, by the checkpoint that it would continue from; itself
+    where that has the same, or there is none that can be read: `open_checkpoint` says why."""
+    try:
+        path = find_checkpoint(config)
+        if path is None:
+            return config
+        state = read_state(path)
+        return continued_config(config, saved_batches(state.fingerprints), state.step)
+    except MegamixError:
+        return config
 
 
 def open_checkpoint(plan: Plan) -> Resumed | None:
