@@ -63,6 +63,7 @@ class Alerts:
         constraints: of the run: the bounds that weights may stand at, and how often a domain may be read.
         tell: called with each alert and the step.
         evaluations: lines of evaluations before a resume.
+        weights: float64 [K], the last ones before those that it is told of; None: not known.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Alerts:
         *,
         tell: Callable[[Alert, int], None],
         evaluations: Sequence[Mapping[str, Any]] = (),
+        weights: Floats | None = None,
     ) -> None:
         self._config = config
         self._constraints = constraints
@@ -80,7 +82,7 @@ class Alerts:
         self._past: dict[tuple[str, str | None], int] = {}  # step of the last alert
         self._losses = {name: list[float]() for name in constraints.names}
         self._speeds: deque[float] = deque(maxlen=_MOST_INTERVALS)
-        self._weights: Floats | None = None
+        self._weights = weights
         self._bound_since: dict[str, int] = {}
         self._commands: list[subprocess.Popen[bytes]] = []
         for line in evaluations:

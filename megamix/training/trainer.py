@@ -289,6 +289,7 @@ class Trainer:
             self.plan.policy.constraints,
             tell=self._tell,
             evaluations=[line for line in before if line["event"] == "evaluate"],
+            weights=self.data.sampler.segments_from(self.step)[-1].weights,
         )
 
     def _tell(self, alert: Alert, step: int) -> None:

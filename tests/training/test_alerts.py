@@ -30,7 +30,12 @@ class Told:
     """Alerts of a run of 1,000 samples in batches of 10, and what they told."""
 
     def __init__(
-        self, *, before: list[dict[str, Any]] | None = None, bounds: dict[str, Any] | None = None, **config: Any
+        self,
+        *,
+        before: list[dict[str, Any]] | None = None,
+        bounds: dict[str, Any] | None = None,
+        first: Any = None,
+        **config: Any,
     ):
         self.found: list[tuple[int, str, str | None]] = []
         self.last: Alert | None = None
@@ -45,7 +50,11 @@ class Told:
             **(bounds or {}),
         }
         self.alerts = Alerts(
-            AlertsConfig(**{**OFF, **config}), Constraints(**given), tell=self.tell, evaluations=before or []
+            AlertsConfig(**{**OFF, **config}),
+            Constraints(**given),
+            tell=self.tell,
+            evaluations=before or [],
+            weights=first,
         )
 
     def tell(self, alert: Alert, step: int) -> None:
@@ -85,6 +94,12 @@ def test_evaluations_before_a_resume_count() -> None:
     told = Told(forgetting=2, before=[evaluated(3.0, 1.0), evaluated(3.1, 1.0)])
     told.alerts.evaluation(30, evaluated(3.2, 1.0))
     assert told.found == [(30, "forgetting", "web")]
+
+
+def test_the_first_change_of_a_start_can_be_a_jump() -> None:
+    told = Told(jump=0.125, first=np.array([0.75, 0.25]))
+    told.weights(1, 0.5)
+    assert told.found == [(1, "jump", name) for name in NAMES]
 
 
 def test_a_jump_is_above_the_limit_and_waits_to_come_again() -> None:
@@ -143,6 +158,9 @@ def test_a_run_tells_and_starts_the_program(tiny_config: Callable[..., Path], tm
     for event in events:
         k = weights[event["step"]]["domain_names"].index(event["domain"])
         assert event["after"] == weights[event["step"]]["domain_weights"][k]
+    # The first change counts, from the mixture that the run starts with.
+    first = min(events, key=lambda event: event["step"])
+    assert first["before"] == weights[0]["domain_weights"][weights[0]["domain_names"].index(first["domain"])]
     end = time.monotonic() + 60
     told: list[dict[str, Any]] = []
     while len(told) < len(events) and time.monotonic() < end:
