@@ -102,6 +102,7 @@ class Alerts:
 
     def interval(self, step: int, line: Mapping[str, Any]) -> None:
         """Looks at a ``train`` line of metrics.jsonl."""
+        self._see_to_commands()
         config = self._config
         if config.data_wait is not None:
             waited, whole = line["data_wait_seconds"], line["step_seconds"]
@@ -205,7 +206,7 @@ class Alerts:
 
     def _run_command(self, alert: Alert, step: int) -> None:
         """Starts the command of ``alerts.run``, with the alert as one line of JSON on its standard input."""
-        self._commands = [command for command in self._commands if command.poll() is None]
+        self._see_to_commands()
         if not self._config.run:
             return
         line = {"step": step, "alert": alert.kind, "domain": alert.domain, "text": alert.text, **alert.numbers}
@@ -219,6 +220,14 @@ class Alerts:
             get_logger().warning("alerts.run: %s cannot be run: %s", self._config.run[0], error.strerror or error)
             return
         self._commands.append(command)
+
+    def _see_to_commands(self) -> None:
+        """Says which of the commands that have ended have failed."""
+        ended = [command for command in self._commands if command.poll() is not None]
+        self._commands = [command for command in self._commands if command not in ended]
+        for command in ended:
+            if command.returncode:
+                get_logger().warning("alerts.run: %s ended with %d", self._config.run[0], command.returncode)
 
 
 def _rises(losses: Sequence[float], number: int) -> _Found | None:

@@ -330,8 +330,8 @@ class StagedMixture(Config, Mixture):
                 )
             if steps[number] >= frame.num_steps:
                 raise InputError(
-                    f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens, but the run ends after "
-                    f"{batches.tokens(frame.num_steps)} ({frame.num_steps} steps). Leave the stage out or train longer."
+                    f"mixture.stages: stage {number + 1} starts at {starts[number]:g} tokens, but the last of {frame.num_steps} steps "
+                    f"begins at {batches.tokens(frame.num_steps - 1)}. Leave the stage out or train longer."
                 )
         rows = [
             mixture_of(stage.weights).weights(frame, f"mixture.stages, stage {number}")

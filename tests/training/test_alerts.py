@@ -142,6 +142,17 @@ def test_intervals() -> None:
     assert told.found == [(2, "data_wait", None), (6, "slowdown", None)]
 
 
+def test_a_command_that_fails_is_said(logged: list[str]) -> None:
+    told = Told(jump=0.1, first=np.array([0.5, 0.5]), run=(sys.executable, "-c", "raise SystemExit(3)"))
+    told.weights(1, 0.9)
+    for command in told.alerts._commands:
+        command.wait()
+    told.alerts.interval(2, {"tokens_per_second": 1, "step_seconds": 1.0, "data_wait_seconds": 0})
+    assert [line for line in logged if line.startswith("alerts.run")] == 2 * [
+        f"alerts.run: {sys.executable} ended with 3"
+    ]
+
+
 def test_a_run_tells_and_starts_the_program(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     code = f"import sys; open({str(tmp_path / 'told')!r}, 'a').write(sys.stdin.readline())"
     config = tiny_config(

@@ -327,7 +327,7 @@ def test_a_resume_compares_the_weights_not_the_path(tmp_path: Path, data_dir: Pa
         ),
         (
             [{"from_tokens": 0, "weights": "uniform"}, {"from_tokens": 1e5, "weights": "natural"}],
-            r"stage 2 starts at 100000 tokens, but the run ends after 100000 \(100 steps\)",
+            r"stage 2 starts at 100000 tokens, but the last of 100 steps begins at 99000",
         ),
         ([{"from_tokens": 0, "weights": {"web": 1}}], r"mixture\.stages, stage 1: no weight for code"),
         ([{"from_tokens": 0, "weights": {"web": 1, "cod": 1}}], r"no domain 'cod'\. Did you mean 'code'"),

@@ -345,7 +345,7 @@ def test_stages_and_bounds_count_what_the_run_has_had(
         run = Run(tmp_path)
         run.go(plan_of(manifest, OLD, **staged), 20)
         assert run.state is not None
-        with pytest.raises(InputError, match="stage 2 starts at 1400 tokens, but the run ends after 960"):
+        with pytest.raises(InputError, match="stage 2 starts at 1400 tokens, but the last of 30 steps begins at 928"):
             plan_of(manifest, 8, **staged)
         monkeypatch.setattr(resume, "find_checkpoint", lambda config: tmp_path)
         monkeypatch.setattr(resume, "read_state", lambda path: run.state)

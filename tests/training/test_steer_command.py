@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from recorded_runs import STEPS, write_data, write_run
+from recorded_runs import BATCH, SEQ, STEPS, write_data, write_run
 from typer.testing import CliRunner, Result
 
 from megamix.cli import app
@@ -93,6 +93,13 @@ def test_nobody_trains(run: Path) -> None:
 def test_an_online_rule_is_named_beside_a_set(run: Path) -> None:
     assert "the rule odm goes on from there" in steer(run, "--mixture", "uniform").output
     assert "the rule" not in steer(run, "--set", "web=0.1", "--hold").output
+
+
+def test_a_ramp_that_the_run_does_not_finish_is_said(run: Path) -> None:
+    left = BATCH * SEQ * STEPS
+    assert "the run ends within" not in steer(run, "--set", "web=0.1", "--ramp", str(left)).output
+    said = f"the run ends within the ramp: of its {left + 1:g} tokens about {left:,} are left"
+    assert said in steer(run, "--set", "web=0.1", "--ramp", str(left + 1)).output
 
 
 def answered(run: Path, outcome: str) -> threading.Thread:

@@ -177,6 +177,9 @@ def _checked(run: SteeredRun, parts: Mapping[str, Any]) -> Iterator[str]:
     _check_rule(run, command, before, after)
     if command.mixer is None:
         yield _moves(run, after, place)
+    left = run.config.batches.tokens(steps) - run.config.batches.tokens(command.at_step or first)
+    if command.ramp_tokens > left:
+        yield f"the run ends within the ramp: of its {command.ramp_tokens:g} tokens about {max(left, 0):,} are left"
     rule = command.mixer or before.mixer or {"name": getattr(run.config.mixer, "name", "")}
     if (command.set or command.mixture) and not after.held and rule.get("name") != StaticConfig().name:
         yield (
