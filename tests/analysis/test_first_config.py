@@ -98,6 +98,14 @@ def test_sizes_fit_the_tokens(tokens: tuple[int, ...], vocab_size: int, preset: 
     assert yaml.safe_load(text)["mixer"]["name"] == ("recommended" if len(tokens) > 1 else "static")
 
 
+def test_tokens_that_fill_no_sample_are_not_counted() -> None:
+    """Else the run would ask for more epochs than its own max_epochs allows."""
+    tokens = (10_000,) * 40
+    sizes = sizes_of(a_manifest(*tokens, validation=9_000, vocab_size=1024))
+    samples = sum((each - 1) // sizes.seq_length for each in tokens)
+    assert sizes.steps * sizes.global_batch <= 4 * samples < 4 * sum(tokens) // sizes.seq_length - sizes.global_batch
+
+
 def test_of_many_domains_the_largest_are_listed() -> None:
     text = first_config(a_manifest(*range(100, 1100)), Path("data"), Path("runs/mine"))
     listed = [line.split()[1] for line in text.splitlines() if line.startswith("#   d")]
