@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +41,7 @@ from megamix.interop.blend_files.export import export_blend
 from megamix.interop.trainers.megatron_lm import MegatronMix
 from megamix.mixing.steering.journal import append_command
 
+INSTALLED = "core_v" + re.escape(version("megatron-core"))
 COMMON = {"train_iters": 6, "eval_interval": 3, "eval_iters": 2}
 # Embedding and head are two more layers. A mean loss is over one sample of 32 tokens or more, and weights follow it.
 TOLERANCE = rounding(terms=8 * 32, layers=LAYERS + 2, steps=COMMON["train_iters"], mean_of=32)
@@ -313,12 +316,12 @@ def test_pretrain_of_every_version(config: Path) -> None:
         call(megatron_forms.pretrain_of_019, cfg_container="cfg", args_defaults={})
     with pytest.raises(InputError, match=r"takes no cfg_container\. It takes train_valid_test_dataset_provider"):
         call(megatron_loop.pretrain, cfg_container="cfg", model_provider="model", record=[])
-    with pytest.raises(InputError, match="needs model_provider, which was not given"):
+    with pytest.raises(InputError, match=rf"needs model_provider, which was not given.*Installed: {INSTALLED}"):
         call(megatron_forms.pretrain_of_018, cfg_container="cfg")
 
     def pretrain_of_later(everything: Any, train_valid_test_dataset_provider: Any, **more: Any) -> None: ...
 
-    with pytest.raises(InputError, match=r"takes no model_type\. It takes everything"):
+    with pytest.raises(InputError, match=rf"takes no model_type\. It takes everything.*Installed: {INSTALLED}"):
         call(pretrain_of_later)
 
 
@@ -327,7 +330,9 @@ def test_a_slicing_function_of_an_unknown_form(one_rank: None, config: Path, mon
 
     monkeypatch.setattr(core_utils, "get_batch_on_this_cp_rank", split)
     mix = provide(config)
-    with pytest.raises(InputError, match=r"split\(batch, plan, cp_group\) needs plan, which .* Versions seen to train"):
+    with pytest.raises(
+        InputError, match=rf"split\(batch, plan, cp_group\) needs plan, .*Installed: {INSTALLED}\. Versions seen"
+    ):
         mix.get_batch(mix.train_valid_test_datasets_provider((48, 0, 0))[0])
     mix.close()
 

@@ -59,7 +59,9 @@ def call_pretrain(pretrain: Callable[..., Any], given: Mapping[str, Any], option
         )
     for name in arguments:
         if name not in names:
-            raise InputError(f"this {HOST}'s pretrain() takes no {name}. It takes {', '.join(names)}.")
+            raise InputError(
+                f"this {HOST}'s pretrain() takes no {name}. It takes {', '.join(names)}. Installed: {_installed()}."
+            )
     _refuse_missing(pretrain, arguments.keys())
     return pretrain(**arguments)
 
@@ -78,5 +80,12 @@ def _refuse_missing(function: Callable[..., Any], given: Any) -> None:
     if missing:
         raise InputError(
             f"{HOST}'s {function.__name__}({', '.join(parameters)}) needs {', '.join(missing)}, which was not given or is "
-            f"not known here. Versions seen to train: {SEEN}."
+            f"not known here. Installed: {_installed()}. Versions seen to train: {SEEN}."
         )
+
+
+def _installed() -> str:
+    """Name and version of the installed Megatron-LM, which has those of its core."""
+    from megatron.core import __version__
+
+    return f"core_v{__version__}"
