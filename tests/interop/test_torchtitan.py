@@ -1,13 +1,15 @@
 """The adapter for torchtitan, in a stand-in for its trainer, against the loop in plain PyTorch of the Trainer's test.
 
-`titan_stand_in` says what the stand-in is; torchtitan itself needs packages that the tests do without. As a script this
-is one rank: ``test_torchtitan.py CONFIG FOLDER STEPS KIND``.
+`titan_stand_in` says what the stand-in is; torchtitan itself needs packages that the tests do without. Where it is
+installed, one test has its own base classes. As a script this is one rank: ``test_torchtitan.py CONFIG FOLDER STEPS
+KIND``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
+from megamix.interop import trainers
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,11 @@ def one_rank() -> Any:
     dist.destroy_process_group()
 
 
-def loop(config: Path, folder: Path, *, data_size: int = 1, rank: int = 0, **given: Any) -> TitanLoop:
-    """A trainer over this data: micro-batches of two samples."""
-    with installed():
+def loop(
+    config: Path, folder: Path, *, data_size: int = 1, rank: int = 0, classes: Any = installed, **given: Any
+) -> TitanLoop:
+    """A trainer over this data: micro-batches of two samples. ``classes``: context with torchtitan's base classes."""
+    with classes():
         from megamix.interop.trainers.torchtitan import MixDataLoader, MixLoss
     options = {"mix": str(config), "steps": STEPS, "global_batch_size": BATCH, "seed": 1234, "record": str(folder)}
     data = MixDataLoader.Config(**{**options, **given})
@@ -93,6 +98,23 @@ def test_is_the_training_that_it_says(one_rank: None, config: Path, reference: d
     second.dataloader.state_dict()
     second.close()
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_is_one_of_torchtitan_s_own_classes(
+    one_rank: None, config: Path, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and weights with the real package's dataloader, loss and configs as bases (seen with 0.3.0)."""
+    loss = pytest.importorskip("torchtitan.components.loss")
+    data = pytest.importorskip("torchtitan.components.dataloader")
+    monkeypatch.delitem(sys.modules, "megamix.interop.trainers.torchtitan", raising=False)
+    monkeypatch.delattr(trainers, "torchtitan", raising=False)
+    run = loop(config, tmp_path, classes=nullcontext)
+    assert isinstance(run.loss_fn, loss.BaseLoss)
+    assert isinstance(run.dataloader, data.BaseDataLoader)
+    np.testing.assert_allclose(run.train(STEPS), reference["losses"], rtol=OF_MEANS)
+    run.dataloader.state_dict()
+    run.close()
+    check_weights(tmp_path, reference)
 
 
 def test_other_ranks_and_a_stage_without_a_loss(config: Path, reference: dict[str, Any], tmp_path: Path) -> None:
