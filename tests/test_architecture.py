@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import grimp
 import pytest
@@ -22,6 +22,12 @@ def test_nine_packages_and_no_other_module_at_the_root() -> None:
     root = ROOT / "megamix"
     assert sorted(path.parent.name for path in root.glob("*/__init__.py")) == PACKAGES
     assert sorted(path.name for path in root.glob("*.py")) == ["__init__.py", "__main__.py", "cli.py"]
+
+
+def test_every_file_of_the_tests_has_a_name_of_its_own() -> None:
+    """They are in no packages, so that pytest takes two of one name for the same, where it collects both."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert [name for name, number in Counter(names).items() if number > 1] in ([], ["conftest.py"])
 
 
 def test_the_contracts_make_no_exception() -> None:
