@@ -29,7 +29,8 @@ from megamix.mixing.shadow import Shadow, shadow_names
 from megamix.mixing.steering.journal import ANSWERS, JOURNAL, Journal
 from megamix.mixing.steering.rule import RuleMaker
 from megamix.mixing.steering.steering import Steering
-from megamix.training.checkpoints.resume import Resumed, data_fingerprints
+from megamix.training.checkpoints.fingerprints import data_fingerprints
+from megamix.training.checkpoints.resume import Resumed
 from megamix.training.checkpoints.state import RunState
 from megamix.training.guard import BadStep, Guard
 from megamix.training.plan import DataPlan

@@ -22,7 +22,8 @@ from megamix.engines.step_loss import Objective
 from megamix.mixing.exchange import Requests
 from megamix.training.alerts import Alert, Alerts
 from megamix.training.checkpoints import saving, store
-from megamix.training.checkpoints.resume import Resumed, fingerprints
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import Resumed
 from megamix.training.config import RunConfig
 from megamix.training.console import Console
 from megamix.training.data_loop import MixedData

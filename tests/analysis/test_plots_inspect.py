@@ -23,7 +23,7 @@ from megamix.data.sampler import Sampler
 from megamix.data.tokens.manifest import Manifest
 from megamix.engines.base import ParameterState
 from megamix.engines.models.layers import Decoder, Embedding, Head
-from megamix.training.checkpoints.resume import fingerprints
+from megamix.training.checkpoints.fingerprints import fingerprints
 from megamix.training.checkpoints.saving import CheckpointWriter
 from megamix.training.config import CheckpointConfig
 from megamix.training.plan import make_plan

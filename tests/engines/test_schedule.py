@@ -10,7 +10,7 @@ import pytest
 from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.engines.config import TrainConfig
-from megamix.training.checkpoints.resume import _changed_parts, _comparable
+from megamix.training.checkpoints.fingerprints import changed_parts, comparable
 from megamix.training.checkpoints.train_change import train_change
 
 LR, LOW = 3e-3, 2e-4
@@ -156,6 +156,6 @@ def test_settings_of_before_these_keys_are_those_of_a_cosine() -> None:
     assert train_change(older, train, 5) is None
     for changed, parts in (({}, {}), ({"schedule": "constant"}, {"train": "schedule"})):
         present = {"train": saved(settings(warmup_steps=None, **changed)), "mixer": {}}
-        assert _changed_parts(_comparable({"train": older}, {}, False), present) == parts
+        assert changed_parts(comparable({"train": older}, {}, False), present) == parts
     of_another_trainer = {"train": {"attention": "sample", "eod_mask_loss": False}}
-    assert _comparable(of_another_trainer, {}, False)["train"] == of_another_trainer["train"]
+    assert comparable(of_another_trainer, {}, False)["train"] == of_another_trainer["train"]

@@ -17,7 +17,7 @@ from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.mixing.constraints import Constraints
 from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
-from megamix.training.checkpoints.resume import data_fingerprints
+from megamix.training.checkpoints.fingerprints import data_fingerprints
 from megamix.training.config import DataConfig, RunConfig
 from megamix.training.mix_plan import read_constraints, read_stages
 from megamix.training.plan import make_data_plan

@@ -12,7 +12,8 @@ import pytest
 
 from megamix.core.config import load_config
 from megamix.core.errors import InputError, ResumeRefused
-from megamix.training.checkpoints.resume import fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import resume_from
 from megamix.training.checkpoints.state import GuardState, RunState
 from megamix.training.config import RunConfig
 from megamix.training.plan import Plan, make_plan

@@ -21,7 +21,8 @@ from megamix.core.config import validate
 from megamix.core.errors import InputError, ResumeRefused
 from megamix.data.batches import Batches
 from megamix.engines.config import BatchStage, TrainConfig
-from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import Resumed, resume_from
 from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData

@@ -12,7 +12,7 @@ from checkpoint_files import FILES, flip, job, write
 from checkpoint_ranks import run
 
 from megamix.core.config import load_config
-from megamix.training.checkpoints.resume import fingerprints
+from megamix.training.checkpoints.fingerprints import fingerprints
 from megamix.training.config import RunConfig
 from megamix.training.plan import make_plan
 

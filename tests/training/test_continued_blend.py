@@ -20,7 +20,8 @@ from megamix.core.config import validate
 from megamix.core.errors import InputError, ResumeRefused
 from megamix.data.blend.blend import Blend
 from megamix.mixing.mixers import DomainStats, make_mixer
-from megamix.training.checkpoints.resume import Resumed, fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import Resumed, resume_from
 from megamix.training.checkpoints.state import GuardState, RunState
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData

@@ -17,7 +17,7 @@ from megamix.core.errors import InputError
 from megamix.data.batches import Batches
 from megamix.interop.blend_files.export import export_blend
 from megamix.mixing.weight_policy import Stages
-from megamix.training.checkpoints.resume import data_fingerprints
+from megamix.training.checkpoints.fingerprints import data_fingerprints
 from megamix.training.config import RunConfig
 from megamix.training.mix_plan import read_stages
 from megamix.training.mixture import MixFrame, StagedMixture, UnimaxConfig, UnimaxMixture, mixture_of

@@ -15,7 +15,8 @@ from small_config import SMALL, small
 from megamix.core.config import load_config
 from megamix.core.errors import InputError, ResumeRefused
 from megamix.mixing.mixers import MIXERS, Mixer, make_mixer
-from megamix.training.checkpoints.resume import fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import resume_from
 from megamix.training.checkpoints.state import GuardState, RunState
 from megamix.training.config import RunConfig
 from megamix.training.mix_plan import planned_mix

@@ -34,7 +34,8 @@ from megamix.data.tokens.tokenizer import train_tokenizer
 from megamix.data.tokens.writer import IndexedWriter
 from megamix.mixing.steering.journal import append_command
 from megamix.training.checkpoints import resume
-from megamix.training.checkpoints.resume import Resumed, check_starts_anew, fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import fingerprints
+from megamix.training.checkpoints.resume import Resumed, check_starts_anew, resume_from
 from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData

@@ -18,7 +18,7 @@ from megamix.data.tokens.manifest import Manifest
 from megamix.mixing.sources import weights_by_domain
 from megamix.mixing.weight_files import read_weights
 from megamix.studies.arena.study import names_domains
-from megamix.training.checkpoints.resume import data_fingerprints
+from megamix.training.checkpoints.fingerprints import data_fingerprints
 from megamix.training.config import RunConfig
 from megamix.training.mix_plan import planned_mix, read_stages
 from megamix.training.mixture import mixture_of

@@ -28,7 +28,8 @@ from megamix.data.loader import IGNORED_LABEL, Batch
 from megamix.data.sampler import StepSamples
 from megamix.engines.step_loss import Objective, StepLoss
 from megamix.training.checkpoints.batch_change import saved_batches
-from megamix.training.checkpoints.resume import Resumed, data_fingerprints, resume_from
+from megamix.training.checkpoints.fingerprints import data_fingerprints
+from megamix.training.checkpoints.resume import Resumed, resume_from
 from megamix.training.checkpoints.state import RunState
 from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.config import KINDS, MixConfig

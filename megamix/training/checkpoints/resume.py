@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,28 +12,31 @@ import numpy as np
 
 from megamix.core.errors import InputError, MegamixError, ResumeRefused
 from megamix.core.log import get_logger
-from megamix.data.batches import Batches
 from megamix.data.blend.blend import Blend
-from megamix.data.tokens.manifest import digest
-from megamix.engines.config import BEFORE_THESE_KEYS
-from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains, with_later_keys
-from megamix.training.bounds import bound_of
+from megamix.mixing.mixers import Mixer, adopt_state, mixed_domains
 from megamix.training.checkpoints import store
 from megamix.training.checkpoints.batch_change import (
     batch_change,
-    batch_fingerprint,
     continued_config,
     continued_plan,
     saved_batches,
 )
 from megamix.training.checkpoints.continued_blend import SAID_OF_LENGTH, check_length, check_rest, continued_blend
+from megamix.training.checkpoints.fingerprints import (
+    changed_parts,
+    comparable,
+    fingerprints,
+    mixture_print,
+    refuse_changes,
+    sizes_ahead,
+    without_keys,
+)
 from megamix.training.checkpoints.keeping import mend
 from megamix.training.checkpoints.state import RunState, read_state
 from megamix.training.checkpoints.state_parts import check_parts
 from megamix.training.checkpoints.train_change import train_change
 from megamix.training.config import RunConfig
 from megamix.training.domain_change import DomainChange, find_change
-from megamix.training.mixture import StagedMixture, mixture_of
 from megamix.training.plan import DataPlan, Plan
 
 T = TypeVar("T")
@@ -272,153 +275,27 @@ def resume_from(state: RunState, plan: DataPlan, path: Path, present: Mapping[st
     domains = find_change(saved["data"]["domains"], plan, "data" in accepted, str(path))
     batches = saved_batches(saved)
     plan = continued_plan(plan, batches, state.step)
-    saved = _comparable(saved, present["mixer"], domains is not None)
+    saved = comparable(saved, present["mixer"], domains is not None)
     # The sizes from here on, in words; and stages by the steps that they had.
-    saved["batch"] = {"global_batch": _sizes(batches, state.step)}
+    saved["batch"] = {"global_batch": sizes_ahead(batches, state.step)}
     saved["sequence"] = {"seq_length": batches.seq_length}
     present = {
         **present,
-        "order": _without(present["order"], "seq_length"),
+        "order": without_keys(present["order"], "seq_length"),
         "sequence": {"seq_length": plan.config.data.seq_length},
-        "batch": {"global_batch": _sizes(plan.config.batches, state.step)},
-        "mixture": _mixture(plan, batches),
+        "batch": {"global_batch": sizes_ahead(plan.config.batches, state.step)},
+        "mixture": mixture_print(plan, batches),
     }
-    changed = _changed_parts(saved, present)
+    changed = changed_parts(saved, present)
     if domains is not None:
         # A mixture by name cannot stay what it was when the names change; the rules say what the weights become.
         accepted = (*accepted, "data")
         changed = {part: key for part, key in changed.items() if part != "mixture" or part in accepted}
-    _refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
+    refuse_changes(saved, present, {part: key for part, key in changed.items() if part not in accepted}, path)
     if "sequence" in changed:
         check_length(state, plan, domains)
     check_rest(state, plan, domains, tuple(changed))
     return Resumed(path, state, domains, tuple(changed))
-
-
-def fingerprints(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Settings that must not change on resume, by the names that ``checkpoint.accept_changed`` takes;
-    JSON-serialisable."""
-    data = data_fingerprints(plan)
-    train = plan.config.train.model_dump(
-        mode="json", exclude={"stop_after", "micro_batch", "global_batch", "batch_ramp", "seed"}
-    )
-    return {
-        **data,
-        "model": plan.model.identity(),
-        "train": {**train, **data["train"]},
-        "precision": {"precision": plan.config.engine.precision},
-    }
-
-
-def data_fingerprints(plan: DataPlan) -> dict[str, dict[str, Any]]:
-    """The part of `fingerprints` that decides which samples are read when."""
-    config, data = plan.config, plan.config.data
-    return {
-        "data": {"domains": {entry.name: digest(entry) for entry in plan.entries}},
-        "tokenizer": {"sha256": plan.manifest.tokenizer.sha256},
-        "mixture": _mixture(plan, plan.policy.batches),
-        "mixer": plan.mixer_fingerprint(config.mixer),
-        "constraints": _constraints(plan),
-        "order": {
-            "seed": config.train.seed,
-            "seq_length": data.seq_length,
-            "weight_lag": data.weight_lag,
-            "sampling": data.sampling,
-        },
-        "batch": batch_fingerprint(plan.policy.batches),
-        "train": {
-            "attention": data.attention,
-            "eod_mask_loss": data.eod_mask_loss,
-            "reset_position_ids": data.positions_restart,
-        },
-    }
-
-
-def _sizes(batches: Batches, step: int) -> int | str:
-    """The global batch from ``step`` on."""
-    return batches.size(step) if batches.sizes[-1][0] <= step else batches.describe(step)
-
-
-def _mixture(plan: DataPlan, batches: Batches) -> dict[str, Any]:
-    """The part of the mixture; of stages, the steps that they begin with under ``batches``."""
-    mixture, stages = mixture_of(plan.config.mixture), plan.policy.stages
-    if isinstance(mixture, StagedMixture):
-        stages = replace(stages, steps=tuple(mixture.starts(batches)))
-    return {"mixture": mixture.fingerprint(plan.domain_names, stages)}
-
-
-def _constraints(plan: DataPlan) -> dict[str, Any]:
-    data, constraints = plan.config.data, plan.policy.constraints
-    found = data.model_dump(mode="json", include={"max_epochs", "on_exhausted"})
-    for key, resolved in (("min_weight", constraints.floor), ("max_weight", constraints.cap)):
-        found[key] = bound_of(getattr(data, key)).fingerprint(plan.domain_names, resolved)
-    return found
-
-
-def _comparable(
-    saved: Mapping[str, Mapping[str, Any]], mixer: Mapping[str, Any], other_domains: bool
-) -> dict[str, Mapping[str, Any]]:
-    """Saved `fingerprints` that can be compared with those of now: with the keys that came later, and a mixer as
-    ``mixer``, the same part now.
-
-    An objective that was not saved counts as unchanged: the mixer did not follow it, or there was none yet. So does one
-    that names domains, where these differ: it cannot stay what it was.
-    """
-    before = dict(saved.get("mixer", {}))
-    if "mixer" in before:
-        before["mixer"] = with_later_keys(before["mixer"])
-    was, now = before.pop("objective", None), mixer.get("objective")
-    if now is not None:
-        by_name = isinstance(was, Mapping) and isinstance(now, Mapping)
-        before["objective"] = now if was is None or (other_domains and by_name) else was
-    train = saved.get("train", {})
-    if "lr" in train:  # not of another trainer than megamix's
-        train = {**BEFORE_THESE_KEYS, **train}
-    order = _without(saved.get("order", {}), "global_batch", "seq_length")
-    return {**saved, "mixer": before, "train": {"attention": "sample", **train}, "order": order}
-
-
-def _without(part: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key not in keys}
-
-
-def _changed_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Part -> the first key that differs."""
-    found = {}
-    for part, values in present.items():
-        before = saved.get(part, {})
-        differing = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
-        if differing:
-            found[part] = differing[0]
-    return found
-
-
-def _refuse_changes(
-    saved: Mapping[str, Mapping[str, Any]],
-    present: Mapping[str, Mapping[str, Any]],
-    changed: Mapping[str, str],
-    path: Path,
-) -> None:
-    for part, key in changed.items():
-        override = (
-            f"add checkpoint.accept_changed=[{part}] to continue all the same"
-            if part in ACCEPTABLE
-            else "start a new run_dir"
-        )
-        before, now = saved.get(part, {}).get(key), present[part].get(key)
-        raise ResumeRefused(
-            f"the checkpoint {path} was made with another {part}: {key} was {_short(before)}, now {_short(now)}. "
-            f"Use what the run was started with, or {override}."
-        )
-
-
-ACCEPTABLE = ("data", "tokenizer", "mixture", "mixer", "constraints", "batch", "sequence", "train", "precision")
-"""Parts that may change in mid-run; the model's shape and what fixes the order of the data may not."""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_starts_anew(config: RunConfig) -> None:

@@ -37,7 +37,7 @@ class RunState:
 
     Attributes:
         step: steps taken.
-        fingerprints: settings that must not change, see `megamix.training.checkpoints.resume.fingerprints`.
+        fingerprints: settings that must not change, see `megamix.training.checkpoints.fingerprints.fingerprints`.
         sampler: of `Sampler.state_dict`.
         mixer: of `Mixer.state_dict`; None on other ranks.
         shadow: by name.
