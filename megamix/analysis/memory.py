@@ -139,7 +139,7 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, 
     Args:
         local_layers: under Megatron, its own layers instead of Transformer Engine's.
     """
-    size, hidden, ffn = _bytes(engine), model.hidden_size, model.ffn_size
+    size, hidden, ffn = engine.number_bytes, model.hidden_size, model.ffn_size
     neox, key_value = model.architecture == "neox", hidden // model.num_heads * model.key_value_heads
     # A parallel residual has no sum of input and attention that the second norm would keep.
     whole = (3 if model.parallel_residual else 4) * hidden
@@ -180,7 +180,7 @@ def estimate_memory(
     tensor, context, chunks_per_stage = (
         (megatron.tensor, megatron.context, megatron.virtual_pipeline) if megatron else (1, 1, 1)
     )
-    size, tokens = _bytes(engine), micro_batch * seq_length // context
+    size, tokens = engine.number_bytes, micro_batch * seq_length // context
     parameters = layer_parameters(model, tensor)
     layer = activation_bytes(model, engine, seq_length, local_layers)
     boundary = size * model.hidden_size // (tensor if megatron and megatron.sequence_parallel else 1)
@@ -232,7 +232,7 @@ def _loss_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, micro
     from megamix.engines.loss_form import logits_shape
     from megamix_kernels.linear import default_chunk_rows
 
-    size, hidden = _bytes(engine), model.hidden_size
+    size, hidden = engine.number_bytes, model.hidden_size
     tokens, width = logits_shape(model, engine, seq_length=seq_length, micro_batch=micro_batch)
     gradients = size * tokens * hidden + (FP32 * width * hidden if isinstance(engine, DeepSpeedConfig) else 0)
     return 2 * size * tokens * width, 2 * size * min(tokens, default_chunk_rows(width)) * width + gradients
@@ -241,14 +241,14 @@ def _loss_bytes(model: ModelConfig, engine: EngineConfig, seq_length: int, micro
 def _weight_bytes(engine: EngineConfig, count: int, sharers: int, layers: list[int]) -> int:
     if isinstance(engine, DeepSpeedConfig) and engine.zero == 3:
         count = -(-count // sharers) + sum(sorted(layers)[-GATHERED_LAYERS:])
-    return _bytes(engine) * count
+    return engine.number_bytes * count
 
 
 def _gradient_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
     if isinstance(engine, DeepSpeedConfig) and not engine.has_pipeline:
         return 2 * FP32 * -(-count // sharers) + FP32 * min(count, REDUCE_BUCKET)
     of_micro_batch = isinstance(engine, DeepSpeedConfig) and engine.precision != "fp32"
-    return FP32 * count + (_bytes(engine) * count if of_micro_batch else 0)
+    return FP32 * count + (engine.number_bytes * count if of_micro_batch else 0)
 
 
 def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
@@ -258,7 +258,3 @@ def _optimizer_bytes(engine: EngineConfig, count: int, sharers: int) -> int:
         return -(-(moments + copy) // sharers) if engine.zero or is_half else moments
     state = moments + (copy if is_half else 0)
     return -(-state // sharers) if engine.distributed_optimizer else state
-
-
-def _bytes(engine: EngineConfig) -> int:
-    return engine.number_bytes

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from checkpoint_files import job
+from legs import leave
 from recorded_runs import SEQ, write_data
 from records import lines
 
@@ -27,7 +26,6 @@ from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import Plan, make_plan
-from megamix.training.records.recorded_run import CONFIG
 from megamix.training.records.run_record import RunRecord
 from megamix_kernels import DomainSums
 
@@ -98,15 +96,7 @@ class Run:
             drawn = torch.from_numpy(rng.choice(3, 64, p=self.weights[-1]))
             sums = DomainSums(3).add(drawn, torch.from_numpy(rng.uniform(1, 6, 64)).float()).buffer
             data.submit(sums)
-        state = replace(data.state(), fingerprints=fingerprints(plan))
-        self.state = RunState.from_json(json.loads(json.dumps(state.to_json())), self.folder)
-        for report in data.take_reports():
-            record.step(report)
-        tokens = plan.config.batches.tokens(data.step)
-        record.train({"step": data.step, "tokens": tokens, "loss": 5.0, "domain_loss": {}, "tokens_per_second": 1.0})
-        record.close()
-        data.close()
-        (self.folder / CONFIG).write_text(yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False))
+        self.state = leave(data, record, plan, self.folder)
         return plan
 
 

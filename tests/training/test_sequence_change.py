@@ -7,7 +7,6 @@ token that follows its own.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from checkpoint_files import job
+from legs import leave
 from records import lines
 
 from megamix.analysis.inspect import inspect_sample
@@ -40,7 +39,7 @@ from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
 from megamix.training.data_loop import MixedData
 from megamix.training.plan import Plan, make_plan
-from megamix.training.records.recorded_run import CONFIG, RecordedRun
+from megamix.training.records.recorded_run import RecordedRun
 from megamix.training.records.run_record import RunRecord
 from megamix_kernels import DomainSums
 
@@ -142,15 +141,7 @@ class Run:
             drawn = torch.from_numpy(rng.choice(len(self.weights[-1]), 64, p=self.weights[-1]))
             losses = torch.from_numpy(rng.uniform(1, 6, 64)).float()
             data.submit(DomainSums(len(self.weights[-1])).add(drawn, losses).buffer)
-        state = replace(data.state(), fingerprints=fingerprints(plan))
-        self.state = RunState.from_json(json.loads(json.dumps(state.to_json())), self.folder)
-        for report in data.take_reports():
-            record.step(report)
-        tokens = plan.config.batches.tokens(data.step)
-        record.train({"step": data.step, "tokens": tokens, "loss": 5.0, "domain_loss": {}, "tokens_per_second": 1.0})
-        record.close()
-        data.close()
-        (self.folder / CONFIG).write_text(yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False))
+        self.state = leave(data, record, plan, self.folder)
         return plan
 
 
