@@ -68,10 +68,6 @@ class DeepSpeedEngine(Engine):
         within_documents: bool = False,
     ) -> None:
         import deepspeed
-        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-        from deepspeed.utils import groups
-
-        from megamix.engines.deepspeed.module import MixPipelineModule
 
         world_size = dist.get_world_size()
         data_size = engine.data_size(world_size)
@@ -90,33 +86,26 @@ class DeepSpeedEngine(Engine):
         if engine.zero == 3:
             # DeepSpeed's gathers, at every layer, in the words of an older PyTorch.
             warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        options: dict[str, Any] = {
-            "seed": train.seed,
-            "seq_length": seq_length,
-            "loss": self._undivided,
-            "linear": linear,
-            "checkpoint_layers": engine.activation_checkpointing,
-            "within_documents": within_documents,
-        }
         self._is_whole = not engine.has_pipeline
-        if self._is_whole:
-            groups.mpu = None  # an earlier engine's pipeline in this process; its groups are not those of all ranks
-            self._module: Any = WholeModule(model, **options)
-        else:
-            with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers at any log level
-                topology = PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size)
-                self._module = MixPipelineModule(model, topology=topology, **options)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(self._module, train.weight_decay),
-            lr=train.lr,
-            betas=(train.beta1, train.beta2),
-            eps=train.epsilon,
-            fused=torch.cuda.is_available(),
-        )
-        # Untyped: the class that DeepSpeed returns depends on its config.
-        self._engine: Any = deepspeed.initialize(
-            model=self._module, optimizer=optimizer, config=_deepspeed_config(engine, train, data_size, self._module)
-        )[0]
+        # DeepSpeed prints, at any log level: its pipeline the layers, its bf16 optimizer the memory.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._module = _make_module(
+                engine,
+                model,
+                data_size,
+                seed=train.seed,
+                seq_length=seq_length,
+                loss=self._undivided,
+                linear=linear,
+                checkpoint_layers=engine.activation_checkpointing,
+                within_documents=within_documents,
+            )
+            # Untyped: the class that DeepSpeed returns depends on its config.
+            self._engine: Any = deepspeed.initialize(
+                model=self._module,
+                optimizer=_make_optimizer(self._module, train),
+                config=_deepspeed_config(engine, train, data_size, self._module),
+            )[0]
         self._optimizer: Any = self._engine.optimizer
         leave_outputs_undivided(self._engine)
         if engine.compile:
@@ -260,14 +249,34 @@ def _micro_batches(batch: Batch) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]
     return zip(inputs, zip(*batch.targets, strict=True), strict=True)
 
 
-def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the non-empty ones of two groups: matrices, which decay, and biases and norms, which do not."""
+def _make_module(engine: DeepSpeedConfig, model: ModelConfig, data_size: int, **options: Any) -> Any:
+    """Returns a `WholeModule`, or this rank's part of a `MixPipelineModule`; both take the options."""
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from deepspeed.utils import groups
+
+    from megamix.engines.deepspeed.module import MixPipelineModule
+
+    if not engine.has_pipeline:
+        groups.mpu = None  # an earlier engine's pipeline in this process; its groups are not those of all ranks
+        return WholeModule(model, **options)
+    topology = PipeDataParallelTopology(num_pp=engine.pipeline, num_dp=data_size)
+    return MixPipelineModule(model, topology=topology, **options)
+
+
+def _make_optimizer(module: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """Matrices decay; biases and norms do not. Of two groups, the non-empty ones."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        fused=torch.cuda.is_available(),
+    )
 
 
 def _zero_config(engine: DeepSpeedConfig, module: Any) -> dict[str, Any]:
