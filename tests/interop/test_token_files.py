@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 from interop_files import EOD, blend, error_of, write_tokenizer
 
+from megamix.data.tokens.indexed import IndexedTokens, bin_path
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.verify import verify_all
+from megamix.data.tokens.writer import IndexedWriter
 from megamix.interop.token_files.documents import Cutter
 from megamix.mixing.weight_files import read_weights
 
@@ -171,6 +173,53 @@ def test_a_blend_of_globs_and_megatron_s_files(tmp_path: Path, tokenizer: Path) 
         update={"prefixes": tuple(f"w/tokens-0000{number}" for number in range(3))}
     )
     assert manifest.domain("code").train.prefixes == (str(pair),)
+
+
+def test_folders_and_globs_of_megatron_s_pairs(tmp_path: Path, tokenizer: Path) -> None:
+    """However they are named, the same files; a folder of one split beside another is refused."""
+    folder = tmp_path / "pairs"
+    for name in ("b/web.1_text_document", "a_text_document"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with IndexedWriter(folder / name, "uint16") as writer:
+            writer.add_documents(TOKENS, LENGTHS)
+    first, second = folder / "a_text_document", folder / "b/web.1_text_document"
+    for number, given in enumerate(
+        (f"{first},{second}", folder, f"{folder}/**/*.bin", f"{folder}/**/*", f"{folder}/**/*_document", f"{first}.idx,{second}.bin")
+    ):  # fmt: skip
+        out = tmp_path / f"out-{number}"
+        blend("adopt", f"web={given}", "--out", out, "--tokenizer", tokenizer, "--split", "9,1,0")
+        entry = Manifest.load(out).domain("web")
+        assert (entry.train.prefixes, entry.train.documents) == ((str(first), str(second)), 2 * 54)
+    for split in ("train", "validation"):
+        with IndexedWriter(tmp_path / split, "uint16") as writer:
+            writer.add_documents(TOKENS, LENGTHS)
+    given = ("adopt", f"web={tmp_path}", "--out", tmp_path / "out", "--tokenizer", tokenizer)
+    assert "holds the splits train and validation. Name one" in error_of(*given)
+
+
+def test_a_row_is_a_document(tmp_path: Path, tokenizer: Path) -> None:
+    """Of tables and shards without the token that ends documents, where asked for; the call before names the option."""
+    rows = [row[:-1] for row in DOCUMENTS if len(row) > 1]
+    table(tmp_path / "raw/a.parquet", [rows[0], [], *rows[1:40]])
+    table(tmp_path / "raw/b.arrow", [*rows[40:], None])
+    for path, expected in ((tmp_path / "raw", rows), (mds(tmp_path / "mds", "ndarray:uint16", with_shape), None)):
+        out = tmp_path / f"out-{path.name}"
+        given = ("adopt", f"web={path}", "--out", out, "--tokenizer", tokenizer, "--split", "9,1,0")
+        if expected is not None:
+            assert re.search("does not hold token 0.* where each row is a document, --documents row", error_of(*given))
+        blend(*given, "--documents", "row")
+        manifest = Manifest.load(out)
+        lengths, tokens = [], []
+        for split in ("train", "validation"):
+            for prefix in getattr(manifest.domain("web"), split).prefixes:
+                file = IndexedTokens(out / prefix)
+                if prefix not in [seen for seen, _ in lengths]:
+                    starts = file.starts_of(np.arange(file.num_documents + 1))
+                    lengths.append((prefix, np.diff(starts).tolist()))
+                    tokens += np.fromfile(bin_path(out / prefix), file.dtype).tolist()
+        expected = expected or [TOKENS[at : at + 16] for at in range(0, len(TOKENS), 16)]
+        assert [length for _, held in sorted(lengths) for length in held] == list(map(len, expected))
+        assert tokens == [token for row in expected for token in row]
 
 
 def test_lists_of_training_and_validation(tmp_path: Path, tokenizer: Path) -> None:

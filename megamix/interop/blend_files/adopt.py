@@ -35,7 +35,7 @@ from megamix.data.tokens.manifest import (
 from megamix.data.tokens.tokenizer import given_tokenizer
 from megamix.interop.blend_files.scan import FileJob, FileScan, scan_files
 from megamix.interop.token_files.sources import Sources
-from megamix.interop.token_files.take_in import take_in
+from megamix.interop.token_files.take_in import DocumentsEnd, take_in
 from megamix.mixing.megatron_blend import DEFAULT_SPLIT, split_bounds, validation_share
 from megamix.prepare.merge import unigram_nats
 
@@ -75,7 +75,8 @@ class Adopted:
                 notes.append(
                     f"Domain '{name}': {looked - ended} of {looked} documents looked at do not end with token"
                     f" {self.manifest.tokenizer.eod_id}, the tokenizer's end of document. Was --append-eod left out, or"
-                    " is it another token (--eod)?"
+                    " is it another token (--eod)? Documents are told apart by the index all the same, but a model does not"
+                    " learn to write that token."
                 )
         return Report([Table(columns, rows), "\n".join(notes)])
 
@@ -109,6 +110,7 @@ def adopt(
     eod: str | None = None,
     split: str | None = None,
     dtype: str | None = None,
+    documents: DocumentsEnd = "token",
     workers: int | None = None,
     progress: bool = True,
 ) -> Adopted:
@@ -120,6 +122,7 @@ def adopt(
         eod: end-of-document token; None looks for the usual names.
         split: Megatron's ``--split``, by default Megatron's default; None where ``sources`` has validation files.
         dtype: type of the ids in files that do not say it; None: by the vocabulary.
+        documents: where those of tables and MDS shards end.
         workers: files read at a time; None: one for each core, at most 8.
 
     Raises:
@@ -140,18 +143,18 @@ def adopt(
         )
     data, loaded = given_tokenizer(str(tokenizer), eod)
     with writing(f"to {out}", "Choose another --out."):
-        taken = take_in(sources, out, loaded, dtype=dtype, progress=progress)
+        taken = take_in(sources, out, loaded, dtype=dtype, documents=documents, progress=progress)
     sources = taken.sources
     domains = [_open(name, sources, split) for name in sources.train]
     scans = _scan(domains, loaded.vocab_size, workers or min(8, os.cpu_count() or 1), progress)
     entries = [_entry(domain, scans, out) for domain in domains]
     held = sum(entry.validation.documents for entry in entries)
-    documents = held + sum(entry.train.documents for entry in entries)
+    total = held + sum(entry.train.documents for entry in entries)
     manifest = Manifest.build(
         out,
         tokenizer=TokenizerEntry.of(loaded),
         dtype=np.result_type(*(file.dtype for domain in domains for file in domain.files())).name,
-        validation_fraction=held / documents if split is None else validation_share(split),
+        validation_fraction=held / total if split is None else validation_share(split),
         split=split,
         domains=entries,
     )

@@ -49,6 +49,10 @@ def adopt(
         Literal["uint8", "uint16", "uint32", "int32", "int64", "uint64"] | None,
         typer.Option(help="Type of the ids in files that do not say it; default: by the vocabulary."),
     ] = None,
+    documents: Annotated[
+        Literal["token", "row"],
+        typer.Option(help="Where those of tables and MDS shards end: at the end-of-document token, or with each row."),
+    ] = "token",
     workers: Annotated[int | None, typer.Option(min=1, help="Files read at a time; default: by cores.")] = None,
 ) -> None:
     """Make a data set of existing token files. Megatron's .bin/.idx and flat files of ids (OLMo's .npy, datatrove's
@@ -68,7 +72,8 @@ def adopt(
         train_path=train_data_path,
         valid_path=valid_data_path,
     )
-    run(sources, out, tokenizer=tokenizer, eod=eod, split=split, dtype=dtype, workers=workers).report().show()
+    options = {"eod": eod, "split": split, "dtype": dtype, "documents": documents, "workers": workers}
+    run(sources, out, tokenizer=tokenizer, **options).report().show()
 
 
 @app.command()

@@ -57,8 +57,8 @@ class MdsFolder:
         """Bytes of all shards, not compressed."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The tokens of each shard, in the order of the samples.
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each shard, and how many each of its samples has, int64 [samples].
 
         Raises:
             InputError: a shard is damaged.
@@ -66,7 +66,7 @@ class MdsFolder:
         for shard in self.shards:
             tokens = [_decoded(shard, number, data, self.dtype) for number, data in _samples(shard)]
             if tokens:
-                yield np.concatenate(tokens)
+                yield np.concatenate(tokens), np.array([len(each) for each in tokens], np.int64)
 
 
 def is_mds(folder: Path) -> bool:

@@ -28,8 +28,8 @@ class TokenTable:
         """Bytes of the file."""
         return self.path.stat().st_size
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The tokens of some rows, in order.
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of some rows, and how many each of them has, int64 [rows].
 
         Raises:
             InputError: the file is damaged, or has no column of lists of integers.
@@ -40,7 +40,8 @@ class TokenTable:
                 tokens = rows.flatten()
                 if tokens.null_count:
                     raise InputError(f"{self.path} holds a token id that is null. Remove its row.")
-                yield tokens.to_numpy(zero_copy_only=False)
+                lengths = rows.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+                yield tokens.to_numpy(zero_copy_only=False), lengths.astype(np.int64)
         except (pyarrow.ArrowException, OSError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(f"{self.path} is damaged ({reason}). Copy it again.") from error

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -41,6 +42,8 @@ _EXPECTED = (
     "a Megatron prefix, a .npy, .ds or .bin file of token ids, a table with a column of them (.parquet, .arrow), or a folder"
     " of these or of MDS shards"
 )
+DocumentsEnd = Literal["token", "row"]
+"""At the end-of-document token, or with each row of a table and each sample of MDS shards."""
 
 
 class TakenNote(Config):
@@ -51,8 +54,10 @@ class TakenNote(Config):
     """Token that ends documents."""
     dtype: str | None
     """The option ``--dtype``."""
+    documents: DocumentsEnd = "token"
+    """The option ``--documents``."""
     ends: int
-    """Documents that end with that token, or by an index."""
+    """Documents that end with that token, or by an index or a row."""
     copied: bool
     """Whether the tokens were copied."""
 
@@ -84,12 +89,19 @@ class TakenIn:
 
 
 def take_in(
-    sources: Sources, out: Path, tokenizer: LoadedTokenizer, *, dtype: str | None = None, progress: bool = True
+    sources: Sources,
+    out: Path,
+    tokenizer: LoadedTokenizer,
+    *,
+    dtype: str | None = None,
+    documents: DocumentsEnd = "token",
+    progress: bool = True,
 ) -> TakenIn:
     """Makes a Megatron prefix in ``out`` of everything in ``sources`` that is none.
 
     Args:
         dtype: type of ids that no file says; None: by the vocabulary.
+        documents: where those of tables and MDS shards end.
 
     Raises:
         InputError: see `open_flat` and `open_mds`; or a domain in which no document has an end.
@@ -108,7 +120,7 @@ def take_in(
     made: dict[str, dict[str, list[str]]] = {"tokens": {}, "validation": {}}
     with ReadProgress(sum(map(_num_bytes, foreign)), progress and bool(foreign)) as shown:
         for (split, name), held in opened.items():
-            target = _Domain(name, out / file_name(name), split, tokenizer, dtype, taken)
+            target = _Domain(name, out / file_name(name), split, tokenizer, dtype, documents, taken)
             made[split][name] = target.prefixes(held, shown)
     valid = None if sources.valid is None else made["validation"]
     taken.sources = replace(sources, train=made["tokens"], valid=valid)
@@ -122,37 +134,45 @@ def _num_bytes(one: _Foreign) -> int:
 def _find(name: str, path: str) -> list[str | Path]:
     """The files and folders that a path stands for; a text for a prefix of Megatron's."""
     if any(sign in path for sign in "*?[") and not os.path.exists(path) and not idx_path(path).exists():
-        matches = sorted(glob.glob(path, recursive=True))
-        found = [one for match in matches for one in _find(name, match) if isinstance(one, Path)]
+        matches = sorted({*glob.glob(path, recursive=True), *glob.glob(f"{path}.idx", recursive=True)})
+        found = [one for match in matches for one in _find(name, match)]
+        found = [one for one in found if isinstance(one, Path) or idx_path(one).exists()]
         if not found:
             raise InputError(f"domain '{name}': no file of token ids matches '{path}'. Expected {_EXPECTED}.")
         return list(dict.fromkeys(found))
     here = Path(path)
     if here.is_dir():
-        found = list(_below(here))
+        found = _below(here)
         if not found:
             raise InputError(f"domain '{name}': the folder {path} holds no token ids. Expected {_EXPECTED}.")
-        return list(found)
-    if here.is_file() and here.suffix.lower() in (*ENDINGS, *TABLES) and not idx_path(path).exists():
-        if here.suffix.lower() == ".bin" and idx_path(here.with_suffix("")).exists():
+        return found
+    if here.is_file() and not idx_path(path).exists():
+        if here.suffix.lower() in (".bin", ".idx") and _is_pair(here.with_suffix("")):
             return [str(here.with_suffix(""))]
-        return [here]
+        if here.suffix.lower() in (*ENDINGS, *TABLES):
+            return [here]
     return [path]
 
 
-def _below(folder: Path) -> list[Path]:
-    """Folders of MDS shards and flat files in a folder, sorted; a .bin is a flat file only where it is named."""
+def _is_pair(prefix: Path) -> bool:
+    return idx_path(prefix).exists() and bin_path(prefix).exists()
+
+
+def _below(folder: Path) -> list[str | Path]:
+    """Folders of MDS shards, flat files, and prefixes of Megatron's pairs in a folder, sorted; a .bin alone is a flat
+    file only where it is named."""
     if is_mds(folder):
         return [folder]
     if (saved := saved_files(folder)) is not None:
-        return saved
-    splits = [name for name in _SPLITS if (folder / name).is_dir()]
+        return [*saved]
+    splits = [name for name in _SPLITS if (folder / name).is_dir() or _is_pair(folder / name)]
     if len(splits) > 1:
         raise InputError(
             f"the folder {folder} holds the splits {' and '.join(splits)}. Name one, {folder / splits[0]}; for validation on"
             " the other, give both with --train-data-path and --valid-data-path."
         )
     found: list[Path] = []
+    prefixes: set[str] = set()
     for here, folders, names in os.walk(folder):  # follows no link to a folder
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         if is_mds(Path(here)):
@@ -164,12 +184,14 @@ def _below(folder: Path) -> list[Path]:
             continue
         kinds = [ending for ending in (*ENDINGS, *TABLES) if ending != ".bin"]
         found += [Path(here, each) for each in names if Path(each).suffix.lower() in kinds and each[0] != "."]
+        stems = (Path(here, each).with_suffix("") for each in names if each.endswith(".idx") and each[0] != ".")
+        prefixes.update(str(stem) for stem in stems if _is_pair(stem))
     masks = [path.name for path in found if _MASK.search(path.name)]
     if masks:
         get_logger().warning(
             "%s: %s passed over, which hold no token ids: %s", folder, plural(len(masks), "mask"), listed(masks, 3)
         )
-    return sorted(path for path in found if path.name not in masks)
+    return sorted([*prefixes, *(path for path in found if path.name not in masks)], key=str)
 
 
 def _open(path: str | Path, tokenizer: LoadedTokenizer, dtype: str | None) -> _Foreign:
@@ -188,9 +210,10 @@ class _Domain:
     split: str
     tokenizer: LoadedTokenizer
     dtype: str | None
+    documents: DocumentsEnd
     taken: TakenIn
     ends: int = 0
-    sources: list[Path] = field(default_factory=list)
+    sources: list[_Foreign] = field(default_factory=list)
 
     def prefixes(self, held: Sequence[str | _Foreign], shown: ReadProgress) -> list[str]:
         """A prefix for each, made where it is not there."""
@@ -205,22 +228,25 @@ class _Domain:
             shown.add(_num_bytes(one))
             made.append(str(prefix))
         if self.sources and not self.ends:
+            by_row = "" if isinstance(self.sources[0], FlatFile) else "; where each row is a document, --documents row"
             raise InputError(
-                f"domain '{self.name}': {self.sources[0]} does not hold token {self.tokenizer.eod_id}, the tokenizer's end of"
-                " document, at all, so that it would be one document. Name the token that ends documents with --eod."
+                f"domain '{self.name}': {self.sources[0].path} does not hold token {self.tokenizer.eod_id}, the tokenizer's"
+                " end of document, at all, so that it would be one document. Name the token that ends documents with"
+                f" --eod{by_row}."
             )
         return made
 
     def _make(self, one: _Foreign, prefix: Path) -> None:
-        self.sources.append(one.path)
+        self.sources.append(one)
         (source,) = input_files([one.path / INDEX if isinstance(one, MdsFolder) else one.path])
         note_path = prefix.with_name(prefix.name + ".json")
         note = read_note(TakenNote, note_path)
-        asked = (source, self.tokenizer.eod_id, self.dtype)
-        if note is None or (note.source, note.eod_id, note.dtype) != asked or not _whole(prefix):
+        asked = (source, self.tokenizer.eod_id, self.dtype, self.documents)
+        if note is None or (note.source, note.eod_id, note.dtype, note.documents) != asked or not _whole(prefix):
             note_path.unlink(missing_ok=True)
             ends, copied = self._write(one, prefix)
-            note = TakenNote(source=source, eod_id=asked[1], dtype=asked[2], ends=ends, copied=copied)
+            made_by = {"eod_id": self.tokenizer.eod_id, "dtype": self.dtype, "documents": self.documents}
+            note = TakenNote.model_validate({"source": source, **made_by, "ends": ends, "copied": copied})
             write_note(note, note_path)
         self.ends += note.ends
         if note.copied:
@@ -241,11 +267,18 @@ class _Domain:
             number = write_index(prefix, as_it_is, lengths)
             return (number if one.index is not None else cutter.num_ends), False
         kind = pick_dtype(self.tokenizer.vocab_size)
+        if isinstance(one, FlatFile):
+            documents = cutter.documents(one.pieces())
+        elif self.documents == "row":
+            documents = one.rows()
+        else:
+            documents = cutter.documents(tokens for tokens, _ in one.rows())
         with IndexedWriter(prefix, kind) as writer:
-            for tokens, lengths in cutter.documents(one.pieces()):
+            for tokens, lengths in documents:
                 self._check_ids(one.path, tokens)
-                writer.add_documents(tokens, lengths)
-        return cutter.num_ends, True
+                writer.add_documents(tokens, lengths[lengths > 0])
+        by_token = isinstance(one, FlatFile) or self.documents == "token"
+        return (cutter.num_ends if by_token else writer.num_documents), True
 
     def _check_ids(self, path: Path, tokens: np.ndarray) -> None:
         wrong = (tokens < 0) | (tokens >= self.tokenizer.vocab_size)
