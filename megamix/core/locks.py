@@ -39,15 +39,18 @@ class NoLocks(OSError):
     """The file system has no locks."""
 
 
-def take(file: int, *, shared: bool = False) -> bool:
+def take(file: int, *, shared: bool = False, wait: bool = False) -> bool:
     """Locks an open file; False where another process holds it.
+
+    Args:
+        wait: until nobody holds it, for locks that are held for a moment only.
 
     Raises:
         NoLocks: the file system has none.
         OSError: it has, and fails.
     """
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in _HELD:
             return False

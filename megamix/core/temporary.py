@@ -31,7 +31,8 @@ def _make(prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix))
         file = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(locks.NoLocks):
+        # Without a lock (NFS locks no folders: EBADF) it serves as well; only what is left over then stays.
+        with contextlib.suppress(OSError):
             if not locks.take(file) or not folder.is_dir():  # another start took it for left over
                 os.close(file)
                 continue

@@ -49,7 +49,9 @@ def members_of(folder: Path, overrides: Sequence[str]) -> list[Member]:
     Raises:
         InputError: no config, one that cannot be read, or two of one run directory.
     """
-    paths = sorted(folder.glob("*.yaml"), key=lambda path: path.name.encode())
+    # As the shell of the job script lists them: without hidden files, such as an editor's.
+    found = (path for path in folder.glob("*.yaml") if not path.name.startswith("."))
+    paths = sorted(found, key=lambda path: path.name.encode())
     if not paths:
         raise InputError(f"{folder} holds no *.yaml: a swarm is a folder with one config for each run.")
     members = [Member(path, load_config(RunConfig, path, list(overrides))) for path in paths]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 from collections import deque
@@ -80,7 +81,8 @@ class Alerts:
         self._tell = tell
         self._told: set[tuple[str, str | None]] = set()  # what was told and still holds
         self._past: dict[tuple[str, str | None], int] = {}  # step of the last alert
-        self._losses = {name: list[float]() for name in constraints.names}
+        kept = 1 + max(config.forgetting or 0, config.stalled or 0)
+        self._losses = {name: _Losses(kept) for name in constraints.names}
         self._speeds: deque[float] = deque(maxlen=_MOST_INTERVALS)
         self._weights = weights
         self._bound_since: dict[str, int] = {}
@@ -139,7 +141,7 @@ class Alerts:
         for name, losses in self._losses.items():
             loss = line["domain_loss"].get(name)
             if loss is not None:
-                losses.append(float(loss))
+                losses.add(float(loss))
 
     def _look(self, step: int, kind: str, found: Mapping[str, _Found]) -> None:
         """Judges one condition of the domains, given those that it holds for."""
@@ -230,22 +232,36 @@ class Alerts:
                 get_logger().warning("alerts.run: %s ended with %d", self._config.run[0], command.returncode)
 
 
-def _rises(losses: Sequence[float], number: int) -> _Found | None:
+class _Losses:
+    """Validation losses of a domain: the last ``kept``, and the lowest of those before."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self.last: list[float] = []
+        self.best_before = math.inf
+
+    def add(self, loss: float) -> None:
+        self.last.append(loss)
+        if len(self.last) > self._kept:
+            self.best_before = min(self.best_before, self.last.pop(0))
+
+
+def _rises(losses: _Losses, number: int) -> _Found | None:
     """Whether each of the last ``number`` losses is above the one before."""
-    last = losses[-number - 1 :]
+    last = losses.last[-number - 1 :]
     if len(last) <= number or any(after <= before for before, after in itertools.pairwise(last)):
         return None
     words = f"its validation loss rose in each of the last {number} evaluations, from {last[0]:.4f} to {last[-1]:.4f}"
     return {"before": last[0], "after": last[-1], "evaluations": number}, words
 
 
-def _no_better(losses: Sequence[float], number: int) -> _Found | None:
+def _no_better(losses: _Losses, number: int) -> _Found | None:
     """Whether none of the last ``number`` losses is below the lowest before."""
-    if len(losses) <= number or min(losses[-number:]) < min(losses[:-number]):
+    best, last = min([losses.best_before, *losses.last[:-number]]), losses.last[-number:]
+    if math.isinf(best) or min(last) < best:
         return None
-    best = min(losses[:-number])
-    words = f"none of the last {number} evaluations is below its best validation loss, {best:.4f}; the last is {losses[-1]:.4f}"
-    return {"best": best, "last": losses[-1], "evaluations": number}, words
+    words = f"none of the last {number} evaluations is below its best validation loss, {best:.4f}; the last is {last[-1]:.4f}"
+    return {"best": best, "last": last[-1], "evaluations": number}, words
 
 
 def check_alerts(config: AlertsConfig) -> None:

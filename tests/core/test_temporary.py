@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -58,11 +59,12 @@ def test_what_killed_processes_left_goes_with_the_next_start(place: Path) -> Non
     kill(living)
 
 
+@pytest.mark.parametrize("error", [locks.NoLocks(errno.ENOLCK, "none"), OSError(errno.EBADF, "a folder on NFS")])
 def test_where_folders_cannot_be_locked_none_is_taken_for_left_over(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     def take(file: int) -> bool:
-        raise locks.NoLocks
+        raise error
 
     left_over = place / "mm-1"
     left_over.mkdir()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +308,20 @@ def test_bad_lines_and_unfinished_ones_end_nothing(run: Run) -> None:
     assert run.steering.take_notes() == (
         f"steering {name} by {run.records[-1]['commands'][0]['who']}, from step 4 on: hold",
     )
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_journal_without_locks_is_written_and_one_whose_lock_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, goes_on: bool
+) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = nullcontext() if goes_on else pytest.raises(InputError, match=r"cannot write .*steering.jsonl: Input/output")
+    with said:
+        append_command(tmp_path, {"hold": True})
+    assert len(read_commands(tmp_path)[0]) == goes_on
 
 
 @pytest.mark.parametrize(

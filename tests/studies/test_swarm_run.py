@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tiny_swarm import DOMAINS, swarm_config
 
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.core.files import shipped_folder
 from megamix.studies.runs import members_of
 from megamix.studies.swarm.collect import collect
 from megamix.studies.swarm.config import MetricsConfig
@@ -204,3 +206,16 @@ def test_members_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch, tiny_co
     told: list[dict[str, Any]] = [_environment(member, slot, 2) for slot in range(2)]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == ["4,5", "6,7"]
     assert "RANK" not in told[0]  # it starts its two ranks
+
+
+def test_members_have_the_numbers_that_the_shell_of_an_array_gives_them(tiny_config: Write, tmp_path: Path) -> None:
+    config, folder = tiny_config(), tmp_path / "members"
+    folder.mkdir()
+    for name in (".0001.yaml", "0002.yaml", "A.yaml", "a.yaml", "\u00e9.yaml", "0001.yaml"):
+        shutil.copy(config, folder / name)
+        (folder / name).write_text(config.read_text().replace(str(tmp_path / "run"), str(tmp_path / name)))
+    script = (shipped_folder("slurm") / "swarm.sbatch").read_text()
+    assert 'members=("$folder"/*.yaml)' in script
+    shell = 'folder=$1; LC_ALL=C; members=("$folder"/*.yaml); printf "%s\\n" "${members[@]}"'
+    listed = subprocess.run(["bash", "-c", shell, "-", folder], capture_output=True, text=True, check=True).stdout
+    assert [str(member.path) for member in members_of(folder, [])] == listed.splitlines()

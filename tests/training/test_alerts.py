@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,30 @@ def test_stalled_is_no_new_best() -> None:
     for step, web in enumerate([3.0, 3.1, 2.9, 2.9, 2.95, 2.8], start=1):
         told.alerts.evaluation(step, evaluated(web, None))
     assert told.found == [(5, "stalled", "web")]
+
+
+@pytest.mark.parametrize(("forgetting", "stalled"), [(1, 3), (4, 2)])
+def test_a_long_run_is_judged_as_by_all_of_its_losses_and_keeps_few(forgetting: int, stalled: int) -> None:
+    told = Told(forgetting=forgetting, stalled=stalled)
+    losses = np.random.default_rng(3).integers(0, 40, 400) / 8 + np.linspace(9, 0, 400)
+    wanted, before = [], set[str]()
+    for step, web in enumerate(losses.tolist(), start=1):
+        told.alerts.evaluation(step, evaluated(web, None))
+        so_far = losses[:step]
+        rises = step > forgetting and bool((np.diff(so_far[-forgetting - 1 :]) > 0).all())
+        none_better = step > stalled and so_far[-stalled:].min() >= so_far[:-stalled].min()
+        hold = {kind for kind, holds in (("forgetting", rises), ("stalled", none_better)) if holds}
+        wanted += [(step, kind, "web") for kind in sorted(hold - before)]
+        before = hold
+    assert told.found == wanted
+    assert len({kind for _, kind, _ in wanted}) == 2
+    tracemalloc.start()
+    try:
+        for step in range(401, 2401):
+            told.alerts.evaluation(step, evaluated(step / 7, step / 9))
+        assert tracemalloc.get_traced_memory()[0] < 16_000, "two floats of 24 bytes for each would be 96,000"
+    finally:
+        tracemalloc.stop()
 
 
 def test_evaluations_before_a_resume_count() -> None:

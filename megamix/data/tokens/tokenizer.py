@@ -157,7 +157,7 @@ class LoadedTokenizer:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror or error}. Check the path.") from error
         with refusing_bad_tokenizers(self.path, "Give one that `tokenizers` can read."):
             self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-        self.random = _switch_off_sampling(self._tokenizer)
+        self.random = switch_off_sampling(self._tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -228,7 +228,7 @@ def given_tokenizer(given: str | TokenizerSpec, eod: str | None) -> tuple[bytes,
     return data, LoadedTokenizer(spec.path, eod if eod is not None else name, data=data)
 
 
-def _switch_off_sampling(tokenizer: Any) -> str | None:
+def switch_off_sampling(tokenizer: Any) -> str | None:
     """Makes the tokens of a text a function of the text; says what was switched off."""
     model, found = tokenizer.model, []
     for key in ("dropout", "alpha"):  # of BPE; of Unigram, beside nbest_size

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megamix.core.errors import InputError
 from megamix.core.log import get_logger
-from megamix.data.tokens.tokenizer import refusing_bad_tokenizers
+from megamix.data.tokens.tokenizer import refusing_bad_tokenizers, switch_off_sampling
 from megamix.engines.models.config import ModelConfig
 from megamix.engines.models.layers import layer_shapes
 from megamix.engines.models.pretrained_config import OUTPUT_NAMES, read_json_object, read_pretrained_config
@@ -196,6 +196,7 @@ def compare_tokenizers(folder: Path, of_data: Path) -> None:
     for file in (path, of_data):
         with refusing_bad_tokenizers(file, "Copy it again."):
             tokenizer = Tokenizer.from_file(str(file))
+        switch_off_sampling(tokenizer)
         ids.append(tokenizer.get_vocab(with_added_tokens=True))
         merges.append(_merges(file))
         probes.append(tokenizer.encode(_PROBE, add_special_tokens=False).ids)

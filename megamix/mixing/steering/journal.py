@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import getpass
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from megamix.core import locks
 from megamix.core.config import first_problem
 from megamix.core.errors import InputError, MegamixError
 from megamix.core.files import AppendFile, parse_json, sync_folder
@@ -70,8 +70,8 @@ def append_command(folder: Path, parts: Mapping[str, Any]) -> SteerCommand:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             # A file system without locks: one writer at a time is likely all the same.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(locks.NoLocks):
+                locks.take(file, wait=True)
             lines = _cut_back(file).count(b"\n")
             who = f"{getpass.getuser()}@{socket.gethostname()}"
             command = SteerCommand(
