@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, pyarrow_module
+from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, in_parts, pyarrow_module
 from megamix.prepare.storage import is_url, open_input
 
 _GROUP_BYTES = 32 << 20
@@ -46,10 +46,11 @@ def read_rows(
             if number < group.number:
                 continue
             while len(texts) and done < group.num_rows:
-                part = texts[: min(rows - done % rows, group.num_rows - done)]
-                yield (done // rows, group.first_row + done, *bytes_of(part))
-                done += len(part)
-                texts = texts[len(part) :]
+                block = texts[: min(rows - done % rows, group.num_rows - done)]
+                texts = texts[len(block) :]
+                for part in in_parts(path, group.first_row + done, block):
+                    yield (done // rows, group.first_row + done, *bytes_of(part))
+                    done += len(part)
             if done == group.num_rows:
                 return
     raise InputError(f"{path} has {group.first_row + done} rows, expected {group.first_row + group.num_rows}.")

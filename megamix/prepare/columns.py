@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,14 @@ import numpy as np
 
 from megamix.core.errors import InputError
 from megamix.core.packages import need
+from megamix.prepare.blocks import too_long
+from megamix.prepare.kinds import MAX_DOCUMENT_BYTES
 
 MAX_ROWS = 4096
 """Rows read at once, at most: where texts repeat, the sizes stated in a file are far too small."""
+
+AT_ONCE_BYTES = 64 << 20
+"""Bytes of texts written out at once, at most: a text that repeats is in a file once."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,44 @@ def check_column(path: str, schema: Any, text_key: str) -> None:
     texts = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     if kind not in [getattr(pyarrow, each)() for each in texts if hasattr(pyarrow, each)]:
         raise InputError(f"{path}: the column '{text_key}' holds {kind}, expected strings or bytes. Choose another.")
+
+
+def in_parts(path: str, first_row: int, texts: Any) -> Iterator[Any]:
+    """Consecutive rows of at most `AT_ONCE_BYTES`, or one row of more.
+
+    Args:
+        first_row: Rows of the file before them.
+
+    Raises:
+        InputError: A text is longer than a document may be.
+    """
+    sizes = _sizes(texts)
+    for row in np.flatnonzero(sizes > MAX_DOCUMENT_BYTES).tolist():
+        raise InputError(too_long(f"{path}, row {first_row + row + 1}"))
+    ends, start = sizes.cumsum(), 0
+    while start < len(texts):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(ends.searchsorted(before + AT_ONCE_BYTES, "right")))
+        yield texts[start:stop]
+        start = stop
+
+
+def _sizes(texts: Any) -> np.ndarray:
+    """Bytes of each text, int64 [texts], without writing out those that repeat; of null any number."""
+    if hasattr(texts, "dictionary"):
+        rows = texts.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        sizes = _sizes(texts.dictionary)
+        return sizes[rows] if len(sizes) else np.zeros(len(texts), np.int64)
+    buffers = texts.buffers()
+    if "view" in str(texts.type):  # 16 bytes each, which begin with the size
+        return np.frombuffer(buffers[1], np.int32)[::4][texts.offset :][: len(texts)].astype(np.int64)
+    wide = np.int64 if "large" in str(texts.type) else np.int32
+    return np.diff(np.frombuffer(buffers[1], wide)[texts.offset :][: len(texts) + 1]).astype(np.int64)
+
+
+def longest(texts: Any) -> int:
+    """Bytes of the longest text."""
+    return int(_sizes(texts).max(initial=0))
 
 
 def bytes_of(texts: Any) -> tuple[np.ndarray, bytes]:

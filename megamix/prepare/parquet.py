@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, pyarrow_module
+from megamix.prepare.columns import (
+    AT_ONCE_BYTES,
+    MAX_ROWS,
+    RowGroup,
+    bytes_of,
+    check_column,
+    in_parts,
+    longest,
+    pyarrow_module,
+)
 from megamix.prepare.storage import is_url, open_input
 
 
@@ -46,28 +55,38 @@ def read_rows(
         InputError: The file is damaged; the message names the row, counted from 1.
     """
     rows = max(1, min(MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
+    at_once = min(rows, max(1, AT_ONCE_BYTES // max(_longest_that_repeats(path, group, text_key), 1)))
     done = 0
     with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
         # Without prefetching and with a buffer, pages are read one at a time instead of the whole column.
-        for batch in file.iter_batches(batch_size=rows, row_groups=[group.number], columns=[text_key]):
+        for batch in file.iter_batches(batch_size=at_once, row_groups=[group.number], columns=[text_key]):
             texts = batch.column(0)
             while len(texts):
                 # A row's number decides its block, wherever pyarrow ends its batches.
-                part = texts[: rows - done % rows]
-                row = group.first_row + done
-                yield (done // rows, row, *bytes_of(part))
-                done += len(part)
-                texts = texts[len(part) :]
+                block = texts[: rows - done % rows]
+                texts = texts[len(block) :]
+                for part in in_parts(path, group.first_row + done, block):
+                    yield (done // rows, group.first_row + done, *bytes_of(part))
+                    done += len(part)
         if done != group.num_rows:
             raise InputError(f"{path}: row group {group.number} has {done} rows, expected {group.num_rows}.")
 
 
+def _longest_that_repeats(path: str, group: RowGroup, text_key: str) -> int:
+    """Bytes of the longest text in the row group's dictionary, each of which may stand for any number of rows."""
+    with _opened(path, read_dictionary=[text_key]) as file:
+        if not file.metadata.row_group(group.number).column(_find_column(path, file, text_key)).has_dictionary_page:
+            return 0
+        first = next(file.iter_batches(batch_size=1, row_groups=[group.number], columns=[text_key])).column(0)
+        return longest(first.dictionary)
+
+
 @contextlib.contextmanager
-def _opened(path: str, where: Any = lambda: "") -> Iterator[Any]:
+def _opened(path: str, where: Any = lambda: "", **options: Any) -> Iterator[Any]:
     pyarrow, parquet = pyarrow_module(), pyarrow_module("pyarrow.parquet")
     try:
         source = open_input(path) if is_url(path) else path
-        with parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as file:
+        with parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, **options) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
