@@ -41,7 +41,7 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     "wandb": ["wandb"],
     "datasets": ["datasets>=3"],
-    "sentencepiece": ["protobuf", "sentencepiece", "transformers>=5.17"],
+    "sentencepiece": ["protobuf", "sentencepiece>=0.2", "tokenizers>=0.21"],
     # Each of these wants one version, and some a GPU: they are in none of the others.
     "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
     "all": sorted({*DEEPSPEED, *MEGATRON, *HUGGING_FACE, *PREPARE, *REMOTE, *SWARM, *PLOT, *CUDA, *TENSORBOARD}),
@@ -60,6 +60,7 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist>=3.8",
         "ruff",
+        "sentencepiece>=0.2",
         "setuptools>=77",
     ],
 }

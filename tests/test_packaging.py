@@ -27,6 +27,7 @@ HEAVY = {"torch", "deepspeed", "transformers", "matplotlib"}
 # Where the name of the package to install is not that of the module; pydantic brings its own pydantic_core.
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
+    "google": "protobuf",
     "megatron": "megatron-core",
     "sklearn": "scikit-learn",
     "markdown_it": "markdown-it-py",

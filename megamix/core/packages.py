@@ -18,7 +18,7 @@ MODULES = {
     "prepare": ("tokenizers", "regex", "zstandard", "pyarrow"),
     "remote": ("fsspec",),
     "datasets": ("datasets",),
-    "sentencepiece": ("sentencepiece",),
+    "sentencepiece": ("sentencepiece", "google"),  # google.protobuf
     "hf": ("transformers", "accelerate", "safetensors", "tokenizers", "torch"),
     "deepspeed": ("deepspeed", "transformers", "safetensors", "torch"),
     "megatron": ("megatron", "safetensors", "torch"),

@@ -6,6 +6,7 @@ import json
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -45,19 +46,46 @@ def test_a_folder_s_tokenizer_json_comes_first(tmp_path: Path) -> None:
     assert given_tokenizer(str(tmp_path), None)[0] == data
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "bytes": {"byte_fallback": True},
+    "text as it is": {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
+    "pieces of the user": {"user_defined_symbols": ["<b>", "<bb>", "12", "#"], "remove_extra_whitespaces": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sentencepiece(tmp_path: Path, kind: str) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece", reason="an extra that the lock leaves out")
+def test_sentencepiece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: str) -> None:
+    """As SentencePiece cuts them, whatever the model's settings, and without transformers."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="make env installs it")
+    monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "t.txt").write_text("\n".join([*TEXTS, string.printable[:95]] * 20))
     prefix = str(tmp_path / "tokenizer")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"), model_prefix=prefix, vocab_size=200 if kind == "unigram" else 400,
-        model_type=kind, byte_fallback=kind == "bpe", minloglevel=2, hard_vocab_limit=False,
+        input=str(tmp_path / "t.txt"), model_prefix=prefix, vocab_size=400,
+        model_type=kind, minloglevel=2, hard_vocab_limit=False, **SETTINGS[settings],
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model")
     _, loaded = given_tokenizer(str(tmp_path), None)
-    texts = [*TEXTS, "the end</s> of <s> it"]
+    texts = [
+        *TEXTS,
+        "the end</s> of <s> it",
+        "  a   b\t<0x41> ",
+        "",
+        "\n\n",
+        "in <bb>the <b>12 112",
+        "\u2581the",
+        "\u0416\u0416 \ufb01",
+    ]
     assert loaded.encode_batch(texts) == [processor.encode(text) for text in texts]
+    if settings == "text as it is":
+        assert [loaded.decode(tokens) for tokens in loaded.encode_batch(TEXTS)] == TEXTS
     assert loaded.eod_id == processor.eos_id()
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(InputError, match="is no SentencePiece model"):
