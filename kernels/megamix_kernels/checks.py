@@ -8,7 +8,7 @@ Shapes: N tokens, V logits a token, K domains.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
 
 import torch
 from torch import Tensor
@@ -69,13 +69,9 @@ def check_weight_gradient(sum_VH: Tensor, weight_VH: Tensor) -> None:
         raise ValueError(f"weight_gradient_VH is {seen}, wanted {wanted}, like weight_VH")
 
 
-def check_vectors(num_rows: int, device: torch.device, vectors: Mapping[str, Tensor | None]) -> None:
-    """Raise unless each given tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits'
-    device."""
-    for name, vector_N in vectors.items():
-        if vector_N is None and name in ("mask_N", "reference_loss_N"):
-            continue
-        _check_like(name, vector_N, VECTOR_DTYPES[name], num_rows, device, "one entry a row of logits_NV")
+def check_vector(name: str, vector_N: Tensor | None, num_rows: int, device: torch.device) -> None:
+    """Raise unless the tensor has one entry a row of the logits, a dtype of `VECTOR_DTYPES` and the logits' device."""
+    _check_like(name, vector_N, VECTOR_DTYPES[name], num_rows, device, "one entry a row of logits_NV")
 
 
 def check_loss_weights(loss_weights_K: Tensor | None, num_domains: int, device: torch.device) -> None:
@@ -90,7 +86,7 @@ def check_scalar(
     """Returns the value as a number if the host knows it, else as a tensor on the device; None stays None.
 
     Raises:
-        TypeError: the tensor is complex or bool.
+        TypeError: it is neither a number nor a tensor, or the tensor is complex or bool.
         ValueError: the tensor has several elements or is on a third device, or the host sees a value that is not finite
             or, with ``positive``, not positive; a tensor may be 0.
     """
@@ -106,6 +102,8 @@ def check_scalar(
                 raise ValueError(f"{name} is on {value.device}; wanted {device}, like logits_NV, or cpu")
             return value.detach().reshape(())
         value = float(value.detach())
+    elif not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number or a tensor with one element, got {value!r}")
     if not math.isfinite(value) or (positive and value < 0) or (value == 0 and not may_be_zero):
         raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
     return value
@@ -137,8 +135,22 @@ def check_values(
     _refuse_any("domain_N", domain_N, counted_N & outside_N, f"must be in [0, {num_domains}), the number of domains")
 
 
+def check_no_transform() -> None:
+    """Raise RuntimeError inside a transform of torch.func, whose tensors stand for others."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the loss kernels write through pointers and do not work inside torch.func (grad, vmap, jvp, ...); use "
+            "torch.autograd, or torch.nn.functional.cross_entropy there"
+        )
+
+
 def _check_dtype(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if isinstance(tensor, Tensor) and tensor.dtype in dtypes:
+        if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, which is spread over ranks; pass {name}.to_local(), and "
+                "process_group= where the ranks share the vocabulary"
+            )
         return
     wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     seen = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__

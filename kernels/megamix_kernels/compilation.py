@@ -7,7 +7,6 @@ out as a whole, a call is one break, and what stands before and after it compile
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -20,14 +19,15 @@ R = TypeVar("R")
 def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that torch.compile calls as it is.
 
-    `torch.compiler.disable` imports the compiler, which takes seconds; where nobody has imported it, nothing compiles.
+    `torch.compiler.disable` imports the compiler, which takes seconds, and costs microseconds a call: only a compiler
+    that traces the call sees it.
     """
 
     outside: list[Callable[P, R]] = []
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if not torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
         if not outside:
             outside.append(torch.compiler.disable(function))  # pyright: ignore[reportArgumentType]

@@ -89,8 +89,12 @@ def make_inputs(
     num_rows, num_columns = shape
     group, ignore_index = options.process_group, options.ignore_index
     checks.check_num_domains(num_domains)
-    vectors = {"labels_N": labels_N, "domain_N": domain_N, "mask_N": mask_N, "reference_loss_N": reference_loss_N}
-    checks.check_vectors(num_rows, device, vectors)
+    checks.check_vector("labels_N", labels_N, num_rows, device)
+    checks.check_vector("domain_N", domain_N, num_rows, device)
+    if mask_N is not None:
+        checks.check_vector("mask_N", mask_N, num_rows, device)
+    if reference_loss_N is not None:
+        checks.check_vector("reference_loss_N", reference_loss_N, num_rows, device)
     checks.check_loss_weights(loss_weights_K, num_domains, device)
     num_all = num_columns * (1 if group is None else group.size())
     vocab_size = num_all if options.vocab_size is None else options.vocab_size

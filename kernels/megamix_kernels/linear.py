@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megamix_kernels import checks
 from megamix_kernels.compilation import not_compiled
+from megamix_kernels.derivatives import differentiable_once
 from megamix_kernels.inputs import Inputs, compute_dtype, divided, is_recomputation, make_inputs
 from megamix_kernels.loss import DomainLoss, PromisedGradient, choose_backend
-from megamix_kernels.options import LossOptions
+from megamix_kernels.options import LossOptions, settled
 from megamix_kernels.sums import DomainSums
 
 CHUNK_ELEMENTS = 2**28
@@ -52,7 +52,8 @@ def linear_domain_cross_entropy(
 
     The result equals `domain_cross_entropy` on logits rounded to the dtype of the inputs. Beside a chunk's logits, the
     gradients take memory: [N, H], and [V, H] in fp32 or the weight's dtype. Under autocast, both factors are cast as
-    those of any other product.
+    those of any other product. Hidden states of ignored rows must be finite: 0 times NaN is NaN in the gradient of the
+    weight.
 
     With ``process_group``, ``weight_VH`` holds this rank's rows of the vocabulary, and the gradient of ``hidden_NH`` is
     this rank's part, to be summed over the group by the caller. Each chunk then costs a collective.
@@ -78,7 +79,8 @@ def linear_domain_cross_entropy(
             without gradient_scale.
         RuntimeError: weight_gradient_VH in a recomputation, which would add to it a second time.
     """
-    options = options.changed(settings)
+    checks.check_no_transform()
+    options = settled(options, settings)
     factors = _as_in_products(hidden_NH), _as_in_products(weight_VH)
     checks.check_projection(*factors)
     shape = (hidden_NH.shape[0], weight_VH.shape[0])
@@ -172,8 +174,8 @@ class _LinearDomainLoss(torch.autograd.Function):
         return loss, token_loss_N
 
     @staticmethod
-    @once_differentiable  # whose type makes ctx positional-only, hence the comment for the type checker
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @differentiable_once
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_loss, inputs = grad_outputs[0], ctx.inputs
         if grad_loss is None:
             return None, None, None

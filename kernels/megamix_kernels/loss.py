@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megamix_kernels import checks, torch_loss
 from megamix_kernels.compilation import not_compiled
+from megamix_kernels.derivatives import differentiable_once
 from megamix_kernels.inputs import Inputs, make_inputs
-from megamix_kernels.options import LossOptions
+from megamix_kernels.options import LossOptions, settled
 from megamix_kernels.overwriting import announce_overwriting, may_be_overwritten, refuse_overwritten
 from megamix_kernels.sums import DomainSums
 
@@ -115,13 +115,15 @@ def domain_cross_entropy(
         The loss, the sums and the token losses or None. N = 0 gives loss 0.
 
     Raises:
-        TypeError: a tensor has an unsupported dtype or is not a tensor; num_domains is not an int; sums is not a
-            DomainSums; a setting is unknown.
+        TypeError: a tensor has an unsupported dtype, is not a tensor or is a DTensor; num_domains is not an int; sums
+            is not a DomainSums; a setting is unknown or has a wrong type.
         ValueError: a shape, device, option or (on the CPU) a label, domain id, mask or normaliser is out of range, or
             the implementation cannot be used here.
-        RuntimeError: an earlier call has written its gradient over the logits.
+        RuntimeError: an earlier call has written its gradient over the logits; the call is inside a transform of
+            torch.func; or, when it happens, the gradient is differentiated again.
     """
-    options = options.changed(settings)
+    checks.check_no_transform()
+    options = settled(options, settings)
     checks.check_logits(logits_NV)
     refuse_overwritten(logits_NV)
     backend = choose_backend(options.implementation, logits_NV)
@@ -200,8 +202,8 @@ class _DomainLoss(torch.autograd.Function):
         return loss, token_loss_N
 
     @staticmethod
-    @once_differentiable  # whose type makes ctx positional-only, hence the comment for the type checker
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @differentiable_once
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_loss = grad_outputs[0]
         if grad_loss is None:
             return None, None

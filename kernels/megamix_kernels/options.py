@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ class LossOptions:
     """Settings of `domain_cross_entropy` and `linear_domain_cross_entropy`.
 
     Raises:
+        TypeError: a setting has a wrong type.
         ValueError: a coefficient is out of range, or the implementation is unknown.
     """
 
@@ -53,28 +55,82 @@ class LossOptions:
     TRITON_INTERPRET=1); auto: triton on a GPU where it can be used, else torch."""
 
     def __post_init__(self) -> None:
-        for name in ("z_loss", "softcap"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative (0 is off), got {value}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {self.implementation!r}")
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
 
     def changed(self, settings: Mapping[str, Any]) -> LossOptions:
-        """Returns the options with other values, like `dataclasses.replace` in a third of its time.
+        """Returns the options with other values, like `dataclasses.replace` in a fifth of its time.
 
         Raises:
-            TypeError: a setting is unknown.
+            TypeError: a setting is unknown or has a wrong type.
+            ValueError: as for the class.
         """
         if not settings:
             return self
-        if not settings.keys() <= self.__dict__.keys():
-            unknown = min(settings.keys() - self.__dict__.keys())
-            raise TypeError(f"unexpected keyword argument '{unknown}'; settings are {', '.join(self.__dict__)}")
         changed = object.__new__(LossOptions)
-        changed.__dict__.update(self.__dict__)
-        changed.__dict__.update(settings)
-        changed.__post_init__()
+        values = changed.__dict__
+        values.update(self.__dict__)
+        for name, value in settings.items():
+            if name not in values:
+                raise TypeError(f"unexpected keyword argument '{name}'; settings are {', '.join(values)}")
+            if name in _CHECKS:
+                _CHECKS[name](name, value)
+            values[name] = value
         return changed
+
+
+def settled(options: LossOptions, settings: Mapping[str, Any]) -> LossOptions:
+    """Returns the options of a call: an object, of which its keywords replace fields."""
+    if not isinstance(options, LossOptions):
+        seen = type(options).__name__
+        raise TypeError(f"options must be a LossOptions, got {seen}; settings can be keywords too (z_loss=1e-4)")
+    return options.changed(settings)
+
+
+def check_number(name: str, value: object, off: str = "") -> None:
+    """Raise TypeError unless the value is a real number."""
+    if not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number{off}, got {value!r}")
+
+
+def _check_coefficient(name: str, value: Any) -> None:
+    check_number(name, value, " (0 is off)")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative (0 is off), got {value}")
+
+
+def _check_share(name: str, value: Any) -> None:
+    check_number(name, value, " (0 is off)")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def _check_vocab_size(name: str, value: object) -> None:
+    if value is not None:
+        _check_whole(name, value)
+
+
+def _check_group(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, dist.ProcessGroup):
+        raise TypeError(f"{name} must be a ProcessGroup or None, got {value!r}; a DeviceMesh has one (get_group())")
+
+
+def _check_implementation(name: str, value: object) -> None:
+    if value not in IMPLEMENTATIONS:
+        raise ValueError(f"{name} must be one of {', '.join(IMPLEMENTATIONS)}; got {value!r}")
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "ignore_index": _check_whole,
+    "z_loss": _check_coefficient,
+    "softcap": _check_coefficient,
+    "label_smoothing": _check_share,
+    "vocab_size": _check_vocab_size,
+    "process_group": _check_group,
+    "implementation": _check_implementation,
+}

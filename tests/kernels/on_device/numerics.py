@@ -353,7 +353,7 @@ def test_rows_of_one_domain_are_added_together_where_ranks_share_the_vocabulary(
     want, _ = run(logits_NV, labels_N, domain_N, num_domains, reference_loss_N=torch.linspace(0, 9, 5))
     monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
     monkeypatch.setattr(implementation, "gather_partials", lambda partials_4N, group: partials_4N[None])
-    group = mock.Mock(size=lambda: 1, rank=lambda: 0)
+    group = mock.Mock(spec=torch.distributed.ProcessGroup, size=lambda: 1, rank=lambda: 0)
     out, _ = run(
         logits_NV, labels_N, domain_N, num_domains, reference_loss_N=torch.linspace(0, 9, 5), process_group=group
     )
