@@ -43,7 +43,7 @@ EXTRAS = {
     "datasets": ["datasets>=3"],
     "sentencepiece": ["protobuf", "sentencepiece>=0.2", "tokenizers>=0.21"],
     # Each of these wants one version, and some a GPU: they are in none of the others.
-    "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "quack-kernels==0.6.5"],
+    "bench": ["cut-cross-entropy==25.1.1", "liger-kernel[cutedsl]==0.8.5", "quack-kernels==0.6.5"],
     "all": sorted({*DEEPSPEED, *MEGATRON, *HUGGING_FACE, *PREPARE, *REMOTE, *SWARM, *PLOT, *CUDA, *TENSORBOARD}),
     "docs": ["linkchecker>=10.6", "pdoc>=16"],
     "dev": [

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import datetime
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,14 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import page  # pyright: ignore[reportMissingImports]
+import running  # pyright: ignore[reportMissingImports]
 import torch
 from tasks import Task, all_tasks  # pyright: ignore[reportMissingImports]
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = (
-    "torch", "triton", "numpy", "deepspeed", "liger-kernel", "quack-kernels", "cut-cross-entropy", "megatron-core",
-    "transformer-engine",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def environment(device: str) -> dict[str, Any]:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
         found["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    for package in PACKAGES:
+    for package in page.PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -81,8 +78,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def run_task(task: Task, device: str, out: Path, limit: float) -> list[dict[str, Any]]:
     """Returns the figures of one task, from a process of its own; a failure is a row too."""
-    file = out / "task.json"
-    file.unlink(missing_ok=True)
+    file = out / f"task-{os.getpid()}.json"
     paths = [str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     request = json.dumps({**task.arguments, "kind": task.kind, "device": device, "out": str(out), "file": str(file)})
@@ -90,14 +86,16 @@ def run_task(task: Task, device: str, out: Path, limit: float) -> list[dict[str,
     if task.ranks:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks)]
         command = [sys.executable, *launcher, *command[1:]]
+    ended = running.run(command, variables, limit)
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return [{"metric": "failed", "note": f"took more than {limit:.0f} s"}]
-    if done.returncode or not file.exists():
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        return [{"metric": "failed", "note": f"exit {done.returncode}: {said[:160]}"}]
-    return json.loads(file.read_text(encoding="utf-8"))
+        if ended.code is None:
+            return [{"metric": "failed", "note": f"took more than {limit:.0f} s"}]
+        if ended.code or not file.exists():
+            said = (ended.stderr.strip() or "nothing").splitlines()[-1]
+            return [{"metric": "failed", "note": f"exit {ended.code}: {said[:160]}"}]
+        return json.loads(file.read_text(encoding="utf-8"))
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def write_tables(results: Results, tasks: list[Task], out: Path) -> None:
@@ -136,19 +134,22 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = Results(arguments.out / "results.jsonl")
     finished, found = results.finished(retry=arguments.retry), environment(arguments.device)
-    for task in tasks:
-        left = arguments.minutes * 60 - (time.monotonic() - begun)
-        if task.key in finished or left <= 0:
-            continue
-        # The interpreter takes as long as it takes.
-        limit = left if arguments.device == "cpu" else min(task.limit_s, left)
-        rows = run_task(task, arguments.device, arguments.out, limit)
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        results.append(
-            [{"task": task.key, "kind": task.kind, **task.labels, **row, "date": date, **found} for row in rows]
-        )
-        print(f"{task.key}: " + "; ".join(page.cell(row) for row in rows), flush=True)
-    write_tables(results, tasks, arguments.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for task in tasks:
+            left = arguments.minutes * 60 - (time.monotonic() - begun)
+            if task.key in finished or left <= 0:
+                continue
+            # The interpreter takes as long as it takes.
+            limit = left if arguments.device == "cpu" else min(task.limit_s, left)
+            rows = run_task(task, arguments.device, arguments.out, limit)
+            date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            results.append(
+                [{"task": task.key, "kind": task.kind, **task.labels, **row, "date": date, **found} for row in rows]
+            )
+            print(f"{task.key}: " + "; ".join(page.cell(row) for row in rows), flush=True)
+    finally:
+        write_tables(results, tasks, arguments.out)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Bench:
         except Exception as error:  # a peer's own failure is a finding, not the end of the benchmark
             return Result(self.shape, name, note=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
         forward, total = (statistics.median(span) for span in spans)
-        low, _, high = statistics.quantiles(spans[-1], n=4) if self.repeats > 1 else spans[-1] * 3
+        low, _, high = statistics.quantiles(spans[-1], n=4, method="inclusive") if self.repeats > 1 else spans[-1] * 3
         rate = self.floor_bytes / total / 1e6
         return Result(
             *(self.shape, name, forward, total - forward, total, rate, 100 * self.copy_ms / total),

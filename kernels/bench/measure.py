@@ -25,6 +25,7 @@ REQUEST: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 if REQUEST.get("device") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # settled when Triton is first imported
 
+import running  # noqa: E402  # pyright: ignore[reportMissingImports]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from cross_entropy import Bench  # noqa: E402  # pyright: ignore[reportMissingImports]
@@ -42,7 +43,7 @@ def figure(metric: str, values: list[float] | float, unit: str, note: str = "") 
     values = values if isinstance(values, list) else [values]
     row: dict[str, Any] = {"metric": metric, "value": statistics.median(values), "unit": unit, "note": note}
     if len(values) > 1:
-        row["low"], _, row["high"] = statistics.quantiles(values, n=4)
+        row["low"], _, row["high"] = statistics.quantiles(values, n=4, method="inclusive")
     return row
 
 
@@ -91,20 +92,26 @@ def reading(request: dict[str, Any]) -> Rows:
 
 
 def ahead(request: dict[str, Any]) -> Rows:
-    """Mode A with the next tile of a row loaded before the one before it is worked on, and without."""
+    """The next tile of a row loaded before the one before it is worked on, and not: in mode A, and where a kernel only
+    reads, which has registers for two rows a multiprocessor."""
     from megamix_kernels import triton_loss
 
-    bench, made = bench_of(request), builder("megamix A (triton)", {})(DEVICE)
-    spans = []
-    for is_on in (True, False):
-        with mock.patch.object(triton_loss.Launch, "ahead", is_on):
-            spans.append(bench.spans(lambda: bench.step(made))[-1])
-    on, off = spans
-    ratio = statistics.median(on) / statistics.median(off)
-    return [figure("on", on, "ms"), figure("off", off, "ms"), figure("on / off", ratio, "")]
+    bench, found = bench_of(request), []
+    for mode, part, mark in (("A", "mode A", -1), ("B", "mode B, forward", 0)):
+        made = builder(f"megamix {mode} (triton)", {})(DEVICE)
+        spans = []
+        for is_on in (True, False):
+            with mock.patch.object(triton_loss.Launch, "ahead", is_on):
+                spans.append(bench.spans(lambda made=made: bench.step(made))[mark])
+        on, off = spans
+        ratio = statistics.median(on) / statistics.median(off)
+        found += [figure(f"{part}: on", on, "ms"), figure(f"{part}: off", off, "ms")]
+        found.append(figure(f"{part}: on / off", ratio, ""))
+    return found
 
 
 def statistics_cost(request: dict[str, Any]) -> Rows:
+    """Mode A or B with the sums, without them, and with kernels that do not load a token's domain either."""
     from megamix_kernels.inputs import VocabularyShard
 
     bench = bench_of(request)
@@ -112,8 +119,42 @@ def statistics_cost(request: dict[str, Any]) -> Rows:
     on = bench.spans(lambda: bench.step(made))[-1]
     with mock.patch.object(VocabularyShard, "holds_sums", False):
         off = bench.spans(lambda: bench.step(made))[-1]
-    ratio = statistics.median(on) / statistics.median(off)
-    return [figure("on", on, "ms"), figure("off", off, "ms"), figure("on / off", ratio, "")]
+        with _without_domains():
+            plain = bench.spans(lambda: bench.step(made))[-1]
+    ratios = (statistics.median(on) / statistics.median(other) for other in (off, plain))
+    return [
+        *(figure(name, times, "ms") for name, times in (("on", on), ("off", off), ("domains not loaded", plain))),
+        *(figure(name, ratio, "") for name, ratio in zip(("on / off", "on / domains not loaded"), ratios, strict=True)),
+    ]
+
+
+@contextlib.contextmanager
+def _without_domains() -> Iterator[None]:
+    from megamix_kernels import triton_loss
+
+    tokens = triton_loss._tokens
+
+    def without(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+        labels_N, _, *others = tokens(*arguments, **options)
+        return labels_N, None, *others
+
+    with mock.patch.object(triton_loss, "_tokens", without):
+        yield
+
+
+def counters_of(request: dict[str, Any]) -> Rows:
+    """Bytes that ncu counts; see counters.py."""
+    import counters  # pyright: ignore[reportMissingImports]
+
+    return counters.measure(request, figure)
+
+
+def step(request: dict[str, Any]) -> Rows:
+    """One step of a mode, for ncu to look at."""
+    bench = bench_of(request)
+    bench.step(builder(f"megamix {request['mode']} (triton)", {})(DEVICE))
+    _wait()
+    return []
 
 
 def linear(request: dict[str, Any]) -> Rows:
@@ -127,6 +168,12 @@ def linear(request: dict[str, Any]) -> Rows:
         made = LINEAR[request["name"]](DEVICE)
     except ImportError as error:
         return [{"metric": "failed", "note": f"not installed ({error})"}]
+
+    with torch.no_grad():
+        want = float(torch.nn.functional.cross_entropy((hidden_NH @ weight_VH.T).float(), labels_N))
+    got = float(made(hidden_NH, weight_VH, labels_N).detach())
+    if abs(got - want) > 0.02 * want:
+        raise ValueError(f"the loss is {got}, not {want}")
 
     def step() -> float:
         hidden_NH.grad = weight_VH.grad = None
@@ -189,12 +236,15 @@ class _Empty(torch.autograd.Function):
 def _without_launches() -> Iterator[None]:
     from megamix_kernels import checks, inputs, loss, triton_loss
 
-    launcher = mock.MagicMock(__getitem__=lambda _, grid: lambda *arguments, **options: None)
+    # Mocks would take several microseconds a call.
+    def nothing(*_arguments: Any, **_options: Any) -> None: ...
+
+    launcher = type("Launcher", (), {"__getitem__": lambda _, grid: nothing})()
     with contextlib.ExitStack() as stack:
         for name in ("loss_rows", "gradient_rows"):
             stack.enter_context(mock.patch.object(triton_loss.kernels, name, launcher))
         for module, name in ((checks, "check_values"), (inputs, "counted_rows"), (loss, "check_promise")):
-            stack.enter_context(mock.patch.object(module, name, return_value=None))
+            stack.enter_context(mock.patch.object(module, name, nothing))
         yield
 
 
@@ -237,7 +287,10 @@ def parallel(request: dict[str, Any]) -> Rows:
     device = torch.device("cuda", rank) if ON_GPU else DEVICE
     bench = Bench(f"{rows}x{columns}", device, torch.bfloat16, REPEATS)
     dist.broadcast(bench.labels_N, 0)
-    found = []
+    bench.source_NV += rank  # each rank has columns of its own
+    found = [
+        figure("largest error", _error_over_ranks(bench, rank, ranks), "", "loss and gradients of 4 rows, float64")
+    ]
     for mode, num_domains in itertools.product("AB", (22, 1)):
         settings = {"promised": mode == "A", "process_group": dist.group.WORLD, "num_domains": num_domains}
         made = megamix(device, implementation="triton", **settings)
@@ -248,17 +301,48 @@ def parallel(request: dict[str, Any]) -> Rows:
     return found if rank == 0 else []
 
 
+def _error_over_ranks(bench: Bench, rank: int, ranks: int) -> float:
+    """The largest relative error of some rows' loss and of this rank's gradients, in both modes, over all ranks.
+
+    Raises:
+        ValueError: it is more than rounding.
+    """
+    logits_NV = bench.source_NV[:4].float()
+    parts = [torch.empty_like(logits_NV) for _ in range(ranks)]
+    dist.all_gather(parts, logits_NV)
+    columns, width = slice(rank * logits_NV.shape[1], (rank + 1) * logits_NV.shape[1]), ranks * logits_NV.shape[1]
+    labels_N = torch.arange(4, device=logits_NV.device) * (width // 4) + 1  # on all ranks
+    whole_NW = torch.cat(parts, dim=1).double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(whole_NW, labels_N)
+    (want * INCOMING).backward()
+    want_NV = whole_NW.grad[:, columns]  # pyright: ignore[reportOptionalSubscript]
+    errors = []
+    for mode in "AB":
+        settings = {"promised": mode == "A", "process_group": dist.group.WORLD}
+        leaf_NV = logits_NV.clone().requires_grad_()
+        loss = megamix(leaf_NV.device, implementation="triton", **settings)(leaf_NV, labels_N)
+        (loss * INCOMING).backward()
+        errors.append(abs(loss.detach() - want.detach()) / want.detach())
+        errors.append((leaf_NV.grad - want_NV).abs().max() / want_NV.abs().max())
+    largest = torch.stack([error.double() for error in errors]).max()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if not largest < 1e-5:
+        raise ValueError(f"loss or gradients over {ranks} ranks are off by {largest.item():.2g} of their size")
+    return largest.item()
+
+
 def _wait() -> None:
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 KINDS = {
-    "loss": loss, "ahead": ahead, "reading": reading, "statistics": statistics_cost, "linear": linear, "host": host,
-    "numerics": numerics, "model": model, "trace": trace, "parallel": parallel,
+    "loss": loss, "ahead": ahead, "reading": reading, "bytes": counters_of, "step": step,
+    "statistics": statistics_cost, "linear": linear, "host": host, "numerics": numerics, "model": model, "trace": trace, "parallel": parallel,
 }  # fmt: skip
 
 if __name__ == "__main__":
+    running.end_with_owner()
     if not ON_GPU:
         torch.set_num_threads(1)
     rows = KINDS[REQUEST["kind"]](REQUEST)

@@ -44,29 +44,31 @@ def measure(request: dict[str, Any], figure: Figure) -> list[dict[str, Any]]:
         return [{"metric": "failed", "note": (done.stdout + done.stderr).strip()[-160:]}]
     tokens = float(speed[2].replace(",", ""))
     rows = [
-        figure("with mixing / without", float(ratio[1]), "", "wanted: at most 1.001")
+        figure("with mixing / without (wanted: at most 1.001)", float(ratio[1]), "")
         | {"low": float(ratio[2]), "high": float(ratio[3])},
-        figure("without / without", float(noise[1]), "", "the noise")
+        figure("without / without (the noise)", float(noise[1]), "")
         | {"low": float(noise[2]), "high": float(noise[3])},
         figure("step", float(speed[1]), "ms"),
         figure("tokens a second", tokens, ""),
     ]
     if memory := re.search(r"peak memory of rank 0: (.+)", done.stdout):
         rows.append(figure("peak memory", float(memory[1].split()[0]), memory[1].split()[-1]))
-    return rows + _utilisation(request, tokens, figure)
+    return rows + _utilisation(request, tokens / request["data"], figure)
 
 
 def trace(request: dict[str, Any], figure: Figure) -> list[dict[str, Any]]:
     """Returns the waits of three steps with mixing and without; the trace lies in OUT/trace.json."""
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29511")
     sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
     import bench_step  # pyright: ignore[reportMissingImports]
 
     from megamix.core.config import load_config
+    from megamix.core.processes import free_port
     from megamix.training.config import RunConfig
 
+    port = str(free_port())
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
     path, *overrides = _arguments(request)
     config = load_config(RunConfig, Path(path), [*overrides, "train.steps=1000"])
     with bench_step.started(config, 1) as (plan, engine):
@@ -111,9 +113,9 @@ def _arguments(request: dict[str, Any]) -> list[str]:
         f"run_dir={out / 'run'}",
         f"data={{manifest: {data}, seq_length: {sizes['seq_length']}}}",
         f"model={sizes['model']}",
-        f"engine={{name: deepspeed, pipeline: 1, data: 1, zero: 0, precision: {precision}}}",
+        f"engine={{name: deepspeed, pipeline: 1, data: {request['data']}, zero: 0, precision: {precision}}}",
         f"train.micro_batch={sizes['micro_batch']}",
-        f"train.global_batch={2 * sizes['micro_batch']}",
+        f"train.global_batch={2 * sizes['micro_batch'] * request['data']}",
         "mixer.warmup_steps=0",
         f"loss.implementation={request['implementation']}",
     ]

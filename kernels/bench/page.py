@@ -9,29 +9,34 @@ TITLES = {
     "loss": "The loss of given logits",
     "ahead": "The next tile of a row loaded ahead, on against off",
     "reading": "What the second reading of a row costs",
-    "statistics": "Domain statistics, on against off",
+    "bytes": "Bytes moved, by the counters of the device (ncu)",
+    "statistics": "Domain statistics, on against off and against kernels that do not load domains",
     "linear": "The loss from hidden states",
     "host": "Time of the host",
     "model": "A model's step",
     "trace": "Synchronisations of a step",
     "parallel": "The vocabulary over ranks",
 }
-COLUMNS = ("shape", "name", "option", "metric")
+LABELS = ("shape", "name", "option")
+PACKAGES = (
+    "torch", "triton", "numpy", "deepspeed", "liger-kernel", "quack-kernels", "cut-cross-entropy", "megatron-core",
+    "transformer-engine", "nvidia-cutlass-dsl",
+)  # fmt: skip
 NOT_MEASURED = "not measured"
 
 
 def cell(row: dict[str, Any]) -> str:
-    """The figure of a row in words: value, unit and quartiles, or why there is none."""
+    """The figure of a row in words: metric, value, unit and quartiles, or why there is none."""
     if row.get("value") is None:
         return f"{NOT_MEASURED}: {row.get('note', '')}"
-    value, spread = _figure(row)
-    return f"{row['metric']} {value}" + (f" ({spread})" if spread else "")
+    value, *spread = _figure(row).split(" ", 1)
+    return " ".join([row["metric"], value, *filter(None, [row.get("unit")]), *spread])
 
 
-def _figure(row: dict[str, Any]) -> tuple[str, str]:
-    """Value with its unit, and quartiles; empty where there are none."""
-    spread = f"{row['low']:.4g} to {row['high']:.4g}" if row.get("low") is not None else ""
-    return f"{row['value']:.4g} {row.get('unit', '')}".rstrip(), spread
+def _figure(row: dict[str, Any]) -> str:
+    """Value and quartiles, if any, without the unit."""
+    spread = f" ({row['low']:.4g} to {row['high']:.4g})" if row.get("low") is not None else ""
+    return f"{row['value']:.4g}{spread}"
 
 
 def make(rows: list[dict[str, Any]], keys: list[str]) -> str:
@@ -53,20 +58,32 @@ def make(rows: list[dict[str, Any]], keys: list[str]) -> str:
 
 
 def _machine(row: dict[str, Any]) -> str:
-    versions = [f"{name} {row[name]}" for name in ("torch", "triton") if row.get(name)]
+    versions = [f"{name} {row[name]}" for name in PACKAGES if row.get(name)]
     driver = [f"driver {row['driver']}"] if row.get("driver") else []
     return ", ".join([row["device"], *driver, *versions, row["date"][:10]])
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    shown = [name for name in COLUMNS if any(row.get(name) for row in rows)]
-    heads = [*shown, "value", "quartiles", "note"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        value, spread = (NOT_MEASURED, "") if row.get("value") is None else _figure(row)
-        cells = [str(row.get(name) or "") for name in shown]
-        lines.append("| " + " | ".join([*cells, value, spread, row.get("note") or ""]) + " |")
+    """A line a task, a column a metric; quartiles in brackets."""
+    labels = [name for name in LABELS if any(row.get(name) for row in rows)]
+    heads = {row["metric"]: _head(row) for row in rows if row.get("value") is not None}
+    heads = heads or {"": "value"}
+    lines = [
+        "| " + " | ".join([*labels, *heads.values(), "note"]) + " |",
+        "|" + "---|" * (len(labels) + len(heads) + 1),
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        figures = {row["metric"]: _figure(row) for row in own if row.get("value") is not None}
+        figures = figures or {next(iter(heads)): NOT_MEASURED}
+        notes = dict.fromkeys(row["note"] for row in own if row.get("note"))
+        cells = [str(own[0].get(name) or "") for name in labels] + [figures.get(metric, "") for metric in heads]
+        lines.append("| " + " | ".join([*cells, "; ".join(notes)]).replace("\n", " ") + " |")
     return [*lines, ""]
+
+
+def _head(row: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [row["metric"], row.get("unit")]))
 
 
 def _missing(keys: list[str]) -> list[str]:

@@ -55,10 +55,13 @@ def megamix(
 def megamix_linear(device: torch.device, *, implementation: str = "auto") -> LinearLoss:
     """This package's loss from hidden states, with domain statistics and a promised gradient."""
     sums = DomainSums(22, device)
+    known: dict[int, Tensor] = {}
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Tensor:
+        if len(labels_N) not in known:
+            known[len(labels_N)] = labels_N % 22
         return linear_domain_cross_entropy(
-            *(hidden_NH, weight_VH, labels_N, labels_N % 22, 22),
+            *(hidden_NH, weight_VH, labels_N, known[len(labels_N)], 22),
             normaliser=float(len(labels_N)),
             sums=sums,
             gradient_scale=INCOMING,
@@ -80,11 +83,32 @@ def liger_linear(device: torch.device) -> LinearLoss:
     return liger_fused_linear_cross_entropy
 
 
+def liger_cute_linear(device: torch.device) -> LinearLoss:
+    """One kernel for sm_90 and one for sm_100, which Liger does not choose between by itself."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (  # pyright: ignore[reportMissingImports]
+            liger_fused_linear_cross_entropy_sm90,
+        )
+
+        return liger_fused_linear_cross_entropy_sm90
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearCrossEntropyFunction as Function,
+    )
+
+    return lambda hidden_NH, weight_VH, labels_N: Function.apply(hidden_NH, weight_VH, labels_N)[0]
+
+
+def quack_linear(device: torch.device) -> LinearLoss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    return chunked_linear_cross_entropy
+
+
 def cut_linear(device: torch.device) -> LinearLoss:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     # Exact, without the filter that leaves small gradients out.
-    return lambda hidden_NH, weight_VH, labels_N: linear_cross_entropy(hidden_NH, weight_VH, labels_N, impl="cce_exact")
+    return lambda hidden_NH, weight_VH, labels_N: linear_cross_entropy(hidden_NH, weight_VH, labels_N, filter_eps=None)
 
 
 def torch_eager(device: torch.device) -> Loss:
@@ -101,6 +125,14 @@ def liger(device: torch.device) -> Loss:
     )
 
     return liger_cross_entropy
+
+
+def liger_cute(device: torch.device) -> Loss:
+    from liger_kernel.ops.cutedsl.ops.cross_entropy import (  # pyright: ignore[reportMissingImports]
+        LigerCrossEntropyFunction,
+    )
+
+    return lambda logits_NV, labels_N: LigerCrossEntropyFunction.apply(logits_NV, labels_N, None)[0]
 
 
 def megatron(device: torch.device, *, fused: bool) -> Loss:
@@ -138,19 +170,43 @@ def quack(device: torch.device) -> Loss:
     return lambda logits_NV, labels_N: cross_entropy(logits_NV, labels_N, inplace_backward=True)
 
 
+def quack_at_once(device: torch.device) -> Loss:
+    """The gradient in the forward pass. QuACK offers that without autograd, as gradients of each row's own loss, so
+    the incoming gradient is multiplied in here, in a pass over the logits."""
+    from quack.cross_entropy import cross_entropy_fwd  # pyright: ignore[reportMissingImports]
+
+    return lambda logits_NV, labels_N: _AtOnce.apply(logits_NV, labels_N, cross_entropy_fwd)
+
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, compute: Callable[..., Any]) -> Tensor:
+        loss_N, ctx.grad_NV = compute(logits_NV.detach(), labels_N, return_dx=True, inplace_backward=True)
+        ctx.num_rows = len(loss_N)
+        return loss_N.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return ctx.grad_NV.mul_(grad_outputs[0] / ctx.num_rows), None, None
+
+
 PEERS: dict[str, Callable[..., Loss]] = {
     "torch": torch_eager,
     "torch.compile": torch_compiled,
     "liger-kernel": liger,
+    "liger-kernel cute": liger_cute,
     "megatron fused": lambda device: megatron(device, fused=True),
     "megatron unfused": lambda device: megatron(device, fused=False),
     "transformer-engine": transformer_engine,
     "quack": quack,
+    "quack return_dx": quack_at_once,
 }
 LINEAR: dict[str, Callable[..., LinearLoss]] = {
     "megamix linear": megamix_linear,
     "torch": torch_linear,
     "liger-kernel": liger_linear,
+    "liger-kernel cute": liger_cute_linear,
+    "quack": quack_linear,
     "cut-cross-entropy": cut_linear,
 }
 

@@ -47,13 +47,15 @@ def _gpu_tasks(num_gpus: int) -> list[Task]:
     tasks += [_loss(TWO_MAIN[0], name, "softcap") for name in OURS]
     tasks += [_ahead(TWO_MAIN[1])]
     tasks += [_reading(shape) for shape in TWO_MAIN]
+    tasks += [_bytes(shape) for shape in TWO_MAIN]
     tasks += [_statistics(TWO_MAIN[0], mode, num_domains) for mode in "AB" for num_domains in (1, 22, 1024)]
     tasks += [_linear(shape, name) for shape in LINEAR_SHAPES for name in LINEAR]
     tasks += [_host(name) for name in OURS]
     tasks += [_model(name) for name in ("torch", "triton", "linear")]
-    tasks += [Task("trace", "trace", {"name": "mixing"}, {"implementation": "auto"}, limit_s=300)]
+    tasks += [_trace()]
     tasks += [_loss(TWO_MAIN[0], name, option) for option in OPTIONS for name in OURS]
     tasks += [_parallel(ranks) for ranks in (1, 2, 4, 8) if ranks <= num_gpus]
+    tasks += [_model("triton", ranks=2)] if num_gpus >= 2 else []
     tasks += [_loss(shape, name) for shape in [*SHAPES, *MORE_SHAPES] if shape not in TWO_MAIN for name in names]
     return list({task.key: task for task in tasks}.values())
 
@@ -62,13 +64,16 @@ def _cpu_tasks() -> list[Task]:
     shape = "2x320"
     return [
         _numerics(),
-        *(_loss(shape, name) for name in (OURS[0], "torch", "quack")),
+        *(_loss(shape, name) for name in (OURS[0], *PEERS) if name not in ("torch.compile", "megatron fused")),
         _ahead(shape),
         _reading(shape),
+        _bytes(shape),
         _statistics(shape, "A", 22),
-        *(_linear("8x16x320", name) for name in ("megamix linear", "liger-kernel")),
+        *(_linear("8x16x320", name) for name in LINEAR),
         _host(OURS[0]),
         _model("torch"),
+        _model("linear", ranks=2),
+        _trace(),
         *(_loss(shape, OURS[1], option) for option in ("half ignored", "softcap")),
         _parallel(2),
     ]
@@ -102,17 +107,29 @@ def _reading(shape: str) -> Task:
     return Task(f"reading/{shape}", "reading", {"shape": shape, "name": "second reading"}, {"shape": shape})
 
 
+def _bytes(shape: str) -> Task:
+    return Task(f"bytes/{shape}", "bytes", {"shape": shape, "name": "megamix (triton)"}, {"shape": shape})
+
+
 def _ahead(shape: str) -> Task:
-    return Task(f"ahead/{shape}", "ahead", {"shape": shape, "name": "megamix A (triton)"}, {"shape": shape})
+    return Task(f"ahead/{shape}", "ahead", {"shape": shape, "name": "megamix (triton)"}, {"shape": shape})
 
 
 def _linear(shape: str, name: str) -> Task:
     return Task(f"linear/{shape}/{name}", "linear", {"shape": shape, "name": name}, {"shape": shape, "name": name})
 
 
-def _model(implementation: str) -> Task:
-    name = f"loss.implementation: {implementation}"
-    return Task(f"model/{implementation}", "model", {"name": name}, {"implementation": implementation}, limit_s=400)
+def _model(implementation: str, ranks: int = 1) -> Task:
+    """A model's step; over ``ranks`` the batch is divided. bench_step.py starts the ranks itself."""
+    key, name = f"model/{implementation}", f"loss.implementation: {implementation}"
+    if ranks > 1:
+        key, name = f"{key}/{ranks}", f"{name}, {ranks} ranks"
+    return Task(key, "model", {"name": name}, {"implementation": implementation, "data": ranks}, limit_s=400)
+
+
+def _trace() -> Task:
+    arguments = {"implementation": "auto", "data": 1}
+    return Task("trace", "trace", {"name": "mixing"}, arguments, limit_s=300)
 
 
 def _parallel(ranks: int) -> Task:

@@ -22,15 +22,19 @@ def describe(row, here, labels, domains, mask, weights, ignore_index, vocab_size
     """Returns whether a row is counted, its label, nearest domain and weight (NaN if invalid), and whether label and
     domain are valid.
 
-    ``row`` is a number or a block of numbers; ``here`` is true for rows that exist.
+    ``row`` is a number or a block of numbers; ``here`` is true for rows that exist. Without ``domains``, which is for
+    measurements, all tokens are of domain 0.
     """
     label = tl.load(labels + row, mask=here, other=0).to(tl.int64)
     counted = here & (label != ignore_index)
     if mask is not None:
         counted = counted & (tl.load(mask + row, mask=here, other=0) != 0)
-    domain = tl.load(domains + row, mask=here, other=0).to(tl.int64)
-    nearest = tl.minimum(tl.maximum(domain, 0), num_domains - 1)
-    valid = (label >= 0) & (label < vocab_size) & (domain == nearest)
+    valid = (label >= 0) & (label < vocab_size)
+    nearest = label * 0
+    if domains is not None:
+        domain = tl.load(domains + row, mask=here, other=0).to(tl.int64)
+        nearest = tl.minimum(tl.maximum(domain, 0), num_domains - 1)
+        valid = valid & (domain == nearest)
     weight = tl.where(valid, 1.0, float("nan"))
     if weights is not None:
         weight = weight * tl.load(weights + nearest, mask=here, other=0.0).to(tl.float32)

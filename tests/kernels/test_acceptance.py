@@ -31,7 +31,7 @@ def check(row: dict[str, str]) -> None:
     assert row["device"] == "CPU (times mean nothing)"
     if row["metric"] == "failed":
         assert not row["value"]
-        assert row["name"] in ("quack", "liger-kernel", "cut-cross-entropy"), row
+        assert "not installed" in row["note"] or row["note"] == "no", row
     else:
         assert float(row["value"]) >= 0
 
@@ -43,7 +43,7 @@ def test_it_goes_on_and_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(failed | rest) + '\n{"task": "loss/2x3')
     assert "linear/8x16x320/megamix" not in accept(tmp_path, "--only", "linear/8x16x320/megamix,host", "--minutes", "0")
     page = (tmp_path / "page.md").read_text()
-    assert "| megamix linear | failed | not measured |  | no |" in page
+    assert "| megamix linear | not measured | no |" in page
     assert "**not measured**: host/megamix A (triton)" in page
     said = accept(tmp_path, "--only", "linear/8x16x320/megamix,host", "--retry")
     assert "linear/8x16x320/megamix linear: forward + backward" in said
