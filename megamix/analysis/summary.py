@@ -86,7 +86,8 @@ class RunTable:
 
     def macro(self, loss: str) -> float | None:
         """Mean over domains of ``first_loss``, ``last_loss`` or ``unigram_loss``."""
-        return _sum([(getattr(row, loss), 1 / len(self._present)) for row in self._present])
+        present = self._present
+        return _sum([(getattr(row, loss), 1 / len(present)) for row in present])
 
     def by_natural_share(self, loss: str) -> float | None:
         """Mean of such a loss, weighted by natural share."""
@@ -166,6 +167,7 @@ def run_table(run: RecordedRun) -> RunTable:
     first = run.evaluations[0]["domain_loss"] if run.evaluations else {}
     last = run.evaluations[-1]["domain_loss"] if run.evaluations else {}
     natural, epochs, weights = run.natural_shares(), run.epochs(), run.ledger.weights
+    present = set(run.ledger.lines[-1]["domain_names"])
     rows = [
         DomainRow(
             domain=name,
@@ -179,7 +181,7 @@ def run_table(run: RecordedRun) -> RunTable:
             if run.manifest and name in natural
             else None,
             epochs=epochs.get(name),
-            present=name in run.ledger.lines[-1]["domain_names"],
+            present=name in present,
             evaluated=not last or name in last,
         )
         for k, name in enumerate(run.ledger.names)

@@ -81,7 +81,7 @@ def _evaluation(run: RecordedRun) -> dict[str, Any]:
         "data.reset_position_ids": config.data.positions_restart,
     }
     manifest = run.manifest
-    known = manifest is not None and all(name in manifest.domain_names for name in names)
+    known = manifest is not None and not manifest.missing(names)
     found["the tokenizer"] = manifest.tokenizer.sha256[:12] if manifest is not None else None
     for name in names:
         # The files of another data set may well be the same.

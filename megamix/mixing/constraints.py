@@ -156,7 +156,8 @@ class Constraints:
         """
         if not left_out:
             return
-        cap = np.array([0.0 if name in left_out else high for name, high in zip(self.names, self.cap, strict=True)])
+        out = set(left_out)
+        cap = np.array([0.0 if name in out else high for name, high in zip(self.names, self.cap, strict=True)])
         try:
             replace(self, cap=cap).check()
         except InputError as error:

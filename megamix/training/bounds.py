@@ -66,8 +66,9 @@ def read_bounds(key: str, value: float | Mapping[str, float], names: Names, defa
     if key != "max_epochs":
         for source in bound_sources(value, names):
             del given[source]
+    known = set(names)
     for name, number in given.items():
-        if name not in names:
+        if name not in known:
             raise InputError(f"data.{key}: there is no domain '{name}'." + did_you_mean(name, names))
         low, high = (0.0, np.inf) if key == "max_epochs" else (0.0, 1.0)
         if not low <= number <= high or (key == "max_epochs" and number == 0):

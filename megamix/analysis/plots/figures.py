@@ -51,7 +51,8 @@ def weights_figure(run: RecordedRun) -> Figure:
     natural = {name: share for name, share in run.natural_shares().items() if name in series.names}
     if natural:
         highest = max(highest, *natural.values())
-        for k, share in ((run.domain_names.index(name), share) for name, share in natural.items()):
+        place = {name: k for k, name in enumerate(run.domain_names)}
+        for k, share in ((place[name], share) for name, share in natural.items()):
             axes.plot(
                 [0.0, 0.022], [share, share], transform=axes.get_yaxis_transform(),
                 color=domain_look(k)[0], linewidth=2.6, alpha=0.55, solid_capstyle="butt", zorder=3,

@@ -214,9 +214,8 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
     number = weights.size
     earlier = np.arange(float(number))
 
-    def in_order(order: Ints) -> tuple[Floats, Floats, Floats]:
+    def in_order(weight: Floats, deficit: Floats) -> tuple[Floats, Floats, Floats]:
         """Deficits summed so far, weights summed from there on, and when each domain meets those before it."""
-        weight, deficit = weights.take(order), deficits.take(order)
         total = deficit.cumsum()
         # From the end: 1 - (the weight of those that joined) would lose tiny weights.
         waiting = weight[::-1].cumsum()[::-1]
@@ -226,13 +225,16 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
     with np.errstate(over="ignore"):
         times = np.zeros(number)
         order = (-deficits).argsort(kind="stable")
-        total, waiting, joins = in_order(order)
+        weight, deficit = weights.take(order), deficits.take(order)
+        total, waiting, joins = in_order(weight, deficit)
         for _ in range(number):
             times[order] = np.maximum(times.take(order), joins)
-            before, order = order, times.argsort(kind="stable")
-            if before.tobytes() == order.tobytes():
+            order, before = times.argsort(kind="stable"), (weight, deficit)
+            weight, deficit = weights.take(order), deficits.take(order)
+            # Domains alike in both may go on changing places, by rounding and for thousands of rounds: it changes nothing.
+            if np.array_equal(weight, before[0]) and np.array_equal(deficit, before[1]):
                 break
-            total, waiting, joins = in_order(order)
+            total, waiting, joins = in_order(weight, deficit)
     joins = np.maximum.accumulate(joins)
     shares = np.zeros(number)
     shares[:-1] = waiting[1:]

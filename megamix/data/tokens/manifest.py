@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -230,6 +230,10 @@ class Manifest(Config):
         if (found := self._by_name.get(name)) is not None:
             return found
         raise InputError(f"{self.folder / FILE_NAME} has no domain '{name}'." + did_you_mean(name, self.domain_names))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that no domain has."""
+        return [name for name in names if name not in self._by_name]
 
     @functools.cached_property
     def _by_name(self) -> dict[str, DomainEntry]:

@@ -122,8 +122,7 @@ def render(weights: Mapping[str, float], format: str, data: DataSet) -> Exported
         raise InputError(f"{data.source}: --format {format} needs its data set. {data.missing} Or use --format json.")
     if format == "doremi":
         return ExportedBlend(_json(doremi_config(weights, {name: data.natural.get(name, 0.0) for name in weights})), [])
-    gone = [name for name, weight in weights.items() if weight > 0 and name not in manifest.domain_names]
-    if gone:
+    if gone := manifest.missing(name for name, weight in weights.items() if weight > 0):
         raise InputError(
             f"{data.source}: domain '{gone[0]}' has the weight {weights[gone[0]]:.6g} and no files in {manifest.folder}:"
             " it was removed during the run. Use --which final, or --format json."

@@ -45,8 +45,9 @@ class PartMixer(Mixer):
         left_out: Sequence[str],
     ) -> None:
         super().__init__(config, domains, initial_weights)
-        self.left_out = tuple(name for name in self.domains if name in left_out)
-        self._mixed = np.array([index for index, name in enumerate(self.domains) if name not in left_out])
+        out = set(left_out)
+        self.left_out = tuple(name for name in self.domains if name in out)
+        self._mixed = np.array([index for index, name in enumerate(self.domains) if name not in out])
         names = [self.domains[index] for index in self._mixed]
         self.rule = make(config, names, self._part(np.asarray(initial_weights)))
         self.name = self.rule.name

@@ -201,8 +201,7 @@ def _data_set(config: MixConfig, ledger: Ledger) -> tuple[Manifest | None, str |
         manifest = Manifest.load(config.data.manifest)
     except InputError as error:
         return None, str(error)
-    absent = [name for name in ledger.lines[-1]["domain_names"] if name not in manifest.domain_names]
-    if absent:
+    if absent := manifest.missing(ledger.lines[-1]["domain_names"]):
         return None, f"{config.data.manifest} has no domain '{absent[0]}', which the run was made with."
     return manifest, None
 
