@@ -231,7 +231,7 @@ def _phases(weights: Floats, deficits: Floats) -> tuple[Floats, Floats, Floats]:
             times[order] = np.maximum(times.take(order), joins)
             order, before = times.argsort(kind="stable"), (weight, deficit)
             weight, deficit = weights.take(order), deficits.take(order)
-            # Domains alike in both may go on changing places, by rounding and for thousands of rounds: it changes nothing.
+            # Domains alike in both may change places, by rounding and for thousands of rounds, which changes nothing.
             if np.array_equal(weight, before[0]) and np.array_equal(deficit, before[1]):
                 break
             total, waiting, joins = in_order(weight, deficit)
