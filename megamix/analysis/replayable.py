@@ -91,7 +91,7 @@ class ReplayableRun:
         """
         run = self.run
         blend = self._blend()
-        objective = run.objective()
+        objective = run.mixer_objective()
         if not objective and find_mixer(getattr(config, "name", None))[1].follows_objective:
             raise InputError(
                 f"{run.run_dir}: the mixer {name} follows the run's objective, natural shares, which are not on record and "

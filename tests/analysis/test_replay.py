@@ -47,6 +47,22 @@ def test_own_mixer_gives_own_weights(runs: Path, replayed: tuple[Replay, Path]) 
     assert lines(out / "odm-official.jsonl") == lines(runs / "plain" / "weights.jsonl")
 
 
+def test_a_domain_that_is_in_no_evaluation_is_in_the_objective_of_a_rule(
+    runs: Path, replayed: tuple[Replay, Path], tmp_path: Path
+) -> None:
+    """As one without validation text is: the record has the objective of the others alone."""
+    run = shutil.copytree(runs / "plain", tmp_path / "plain", ignore=shutil.ignore_patterns("checkpoints"))
+    rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    for row in rows:
+        if row["event"] == "evaluate":
+            del row["domain_loss"]["code"]
+            del row["objective"]["code"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replay(run, SHADOWS, tmp_path / "out")
+    for name in NAMES:
+        assert lines(tmp_path / "out" / f"{name}.jsonl") == lines(replayed[1] / f"{name}.jsonl")
+
+
 def test_others_are_what_shadows_were(runs: Path, replayed: tuple[Replay, Path]) -> None:
     """Of a run without shadows: what they wrote beside the same run."""
     _, out = replayed

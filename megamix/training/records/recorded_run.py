@@ -144,6 +144,14 @@ class RecordedRun(RecordedMix):
         on record, or what the config says. Empty where they are natural shares that are not known."""
         if self.evaluations and "objective" in self.evaluations[-1]:
             return self.evaluations[-1]["objective"]
+        return self._given_objective()
+
+    def mixer_objective(self) -> dict[str, float]:
+        """`objective` as a mixer gets it: of all domains, where those without validation text are in no evaluation."""
+        found = self.objective()
+        return found if found.keys() >= set(self.ledger.lines[-1]["domain_names"]) else self._given_objective()
+
+    def _given_objective(self) -> dict[str, float]:
         names, natural = tuple(self.ledger.lines[-1]["domain_names"]), self.natural_shares()
         if self.config.objective == "natural":
             return natural
