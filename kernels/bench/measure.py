@@ -323,6 +323,7 @@ def _error_over_ranks(bench: Bench, rank: int, ranks: int) -> float:
         loss = megamix(leaf_NV.device, implementation="triton", **settings)(leaf_NV, labels_N)
         (loss * INCOMING).backward()
         errors.append(abs(loss.detach() - want.detach()) / want.detach())
+        assert leaf_NV.grad is not None
         errors.append((leaf_NV.grad - want_NV).abs().max() / want_NV.abs().max())
     largest = torch.stack([error.double() for error in errors]).max()
     dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -30,8 +30,14 @@ class Ended(NamedTuple):
 def run(command: Sequence[str], variables: Mapping[str, str], limit_s: float) -> Ended:
     """Runs a command in a process group of its own, and ends the group if it takes too long or this process stops."""
     environment = {**variables, OWNER: str(os.getpid())}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **streams) as process:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             _, stderr = process.communicate(timeout=limit_s)
             return Ended(process.returncode, stderr)
