@@ -104,7 +104,8 @@ class _Search:
         """Logs, for each folder, the files that are not read."""
         for folder, names in self._passed_over.items():
             get_logger().warning(
-                "%s: %s passed over, not of a kind that is read in a folder (%s): %s. Name what is text: name=FILES",
+                "%s: %s passed over, not of a kind that is read in a folder (%s): %s. Text among them: --text-files '*.ENDING', each file"
+                " a document; JSON lines in a .json: NAME=FILES",
                 folder,
                 plural(len(names), "file"),
                 IN_FOLDERS_SAID,
@@ -207,8 +208,8 @@ def _in_order(path: InputPath) -> tuple[bool, InputPath]:
 def _check_readable(name: str, paths: list[InputPath]) -> None:
     if not paths or (isinstance(paths[0], Path) and paths[0].is_dir()):
         raise InputError(
-            f"domain '{name}': the folder {paths[0]} holds no file to read: {IN_FOLDERS_SAID}. Remove it, or name its"
-            f" files ({name}=FILES)."
+            f"domain '{name}': the folder {paths[0]} holds no file to read: {IN_FOLDERS_SAID}. Remove it, name its"
+            f" files ({name}=FILES), or say which are text (--text-files '*.ENDING')."
         )
     for path in paths:
         if isinstance(path, Url):  # a request each; what is wrong shows when it is read

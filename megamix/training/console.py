@@ -126,11 +126,9 @@ class Console:
         """Says how far the run came, and what to look at."""
         config = self._plan.config
         if self._first is not None and self._last is not None:
-            (first, before), (last, after) = self._first, self._last
-            self._log.info(
-                "objective loss %s at step %d, %s at step %d; weights now %s",
-                number(before), first, number(after), last, self._largest(self._weights),
-            )  # fmt: skip
+            seen = dict([self._first, self._last])  # one, of a resumed run that was evaluated once more
+            came = ", ".join(f"{number(loss)} at step {each}" for each, loss in seen.items())
+            self._log.info("objective loss %s; weights now %s", came, self._largest(self._weights))
         if step < config.train.steps:
             self._log.info("stopped at step %d of %d; the same command goes on", step, config.train.steps)
         self._log.info("to look at it: megamix inspect %s, megamix report %s", config.run_dir, config.run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megamix.analysis.replayable import ReplayableRun
 from megamix.analysis.why import why
 from megamix.cli import app
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
 from megamix.mixing import DomainStats, make_mixer
 from megamix.mixing.steering.journal import ANSWERS, append_command
 
@@ -108,8 +110,13 @@ def test_bounds_are_a_cause(strange: tuple[Path, str]) -> None:
             assert found.allowed == pytest.approx(0.2)
 
 
-def test_steering_is_a_cause_beside_the_bounds(strange: tuple[Path, str], tmp_path: Path) -> None:
-    """A pin of the last step: the bounds would leave the domain 0.4, the pin takes it to 0.3."""
+def test_steering_is_a_cause_beside_the_bounds(
+    strange: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pin of the last step: the bounds would leave the domain 0.4, the pin takes it to 0.3. Each replay of the command
+    is silent."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level(logging.INFO, "megamix")
     folder, name = tmp_path / "run", strange[1]
     shutil.copytree(strange[0], folder)
     pin = append_command(folder, {"pin": {name: 0.3}})
@@ -126,6 +133,7 @@ def test_steering_is_a_cause_beside_the_bounds(strange: tuple[Path, str], tmp_pa
     text = why(folder, name, STEPS).text()
     assert f"steering ({pin.describe()})" in text
     assert "-0.1000" in text
+    assert caplog.messages == []
 
 
 def test_a_stage_is_no_ones_loss(run: Path) -> None:

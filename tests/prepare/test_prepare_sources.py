@@ -140,7 +140,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def load_dataset(name: str, config: str | None, split: str) -> Any:
         asked.append((name, config, split))
-        if name == "no/where":
+        if name in ("no/where", str(tmp_path)):
             raise ConnectionError("Couldn't reach 'no/where' on the Hub (LocalEntryNotFoundError)\nand more")
         return types.SimpleNamespace(cache_files=files)
 
@@ -150,6 +150,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert documents(tmp_path / "out", "a") == documents(tmp_path / "out", "b") == sorted(TEXTS)
     for text, message in (
         ("a=hf://no/where", "cannot be loaded: Couldn't reach 'no/where' on the Hub .LocalEntryNotFoundError.. Check"),
+        (f"a=hf://{tmp_path}", f"names what is here, not a dataset of the hub. Leave hf:// out: {tmp_path}"),
         ("a=hf://org/name@train[:10%]", "name of a whole split"),
         ("hf://org/name", "is one dataset. Name it as a domain"),
     ):

@@ -109,8 +109,8 @@ def test_an_environment_that_is_not_there_is_said(
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, ("--nodes", 3), r"on 3 nodes of 1 ranks: .*global_batch"),
-        ({"engine": {"pipeline": 2, "data": 2}}, ("--nodes", 3), "on 3 nodes of 1 ranks: engine: .*makes 4 ranks"),
+        ({}, ("--nodes", 3), r"on 3 nodes of 1 rank: .*global_batch"),
+        ({"engine": {"pipeline": 2, "data": 2}}, ("--nodes", 3), "on 3 nodes of 1 rank: engine: .*makes 4 ranks"),
         ({"engine": {"pipeline": 3}}, (), "engine.pipeline is 3, but the model has 2"),
         ({}, ("--gpus-per-node", 2, "--tasks-per-node", 4), "a rank has one GPU"),
         ({"data": {"manifest": "nowhere"}}, (), "nowhere"),

@@ -94,10 +94,10 @@ def test_begin_and_end(console: Console, said: pytest.LogCaptureFixture) -> None
         "layout    deepspeed, one rank a copy, 1 rank, fp32",
     ):
         assert part in text
-    for step, loss in ((0, 6.5), (100, 4.25)):
+    for step, loss, came in ((0, 6.5, "6.5000 at step 0;"), (100, 4.25, "6.5000 at step 0, 4.2500 at step 100;")):
         console.evaluation(step, {"objective_loss": loss, "macro_loss": loss, "worst_domain": "code"})
-    console.end(40)
-    assert "objective loss 6.5000 at step 0, 4.2500 at step 100" in said.messages[-3]
+        console.end(40)
+        assert f"objective loss {came} weights now" in said.messages[-3]
     assert said.messages[-2] == "stopped at step 40 of 100; the same command goes on"
     assert f"megamix report {console._plan.config.run_dir}" in said.messages[-1]
 

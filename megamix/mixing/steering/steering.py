@@ -235,7 +235,8 @@ class Steering:
     def _note(self, command: SteerCommand, text: str) -> None:
         why = f" ({command.note})" if command.note else ""
         note = f"steering {command.id} by {command.who or 'somebody'}{why}, {text}"
-        get_logger().info("%s", note)
+        if self._journal.is_live:  # a replay goes through the same commands time and again
+            get_logger().info("%s", note)
         self._notes.append(note)
 
 

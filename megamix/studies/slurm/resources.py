@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megamix.core.errors import InputError
+from megamix.core.text import plural
 
 if TYPE_CHECKING:
     from megamix.training.config import RunConfig
@@ -117,7 +118,7 @@ class Resources:
             check_layout(config, nodes * per_node)
         except InputError as error:
             raise InputError(
-                f"{source} on {nodes} nodes of {per_node} ranks: {error} (--nodes, --gpus-per-node, --tasks-per-node)"
+                f"{source} on {plural(nodes, 'node')} of {plural(per_node, 'rank')}: {error} (--nodes, --gpus-per-node, --tasks-per-node)"
             ) from error
         return nodes, per_node
 
