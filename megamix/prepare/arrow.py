@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megamix.core.errors import InputError
-from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, in_parts, pyarrow_module
+from megamix.prepare.columns import MAX_ROWS, RowGroup, bytes_of, check_column, column_of, in_parts, pyarrow_module
 from megamix.prepare.storage import is_url, open_input
 
 _GROUP_BYTES = 32 << 20
@@ -78,4 +78,4 @@ def _columns(reader: Any, text_key: str) -> Iterator[Any]:
         map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "num_record_batches") else reader
     )
     for batch in batches:
-        yield batch.column(text_key)
+        yield column_of(batch, text_key)

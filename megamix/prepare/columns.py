@@ -41,16 +41,20 @@ def pyarrow_module(name: str = "pyarrow") -> Any:
 
 
 def check_column(path: str, schema: Any, text_key: str) -> None:
-    """Checks that a schema has a column of texts.
+    """Checks that a schema has a column of texts; ``row.text`` is the field ``text`` of the structs in ``row``.
 
     Raises:
         InputError: It has none of that name, or it holds something else.
     """
     pyarrow = pyarrow_module()
-    if text_key not in schema.names:
-        seen = ", ".join(schema.names[:8]) or "none"
-        raise InputError(f"{path}: no column '{text_key}' (columns: {seen}). Choose another with --text-key.")
-    kind = schema.field(text_key).type
+    names: list[str] = list(schema.names)
+    kind: Any = None
+    for name in place_in(schema, text_key):
+        if name not in names:
+            seen = ", ".join(names[:8]) or "none"
+            raise InputError(f"{path}: no column '{text_key}' (columns: {seen}). Choose another with --text-key.")
+        kind = (schema if kind is None else kind).field(name).type
+        names = [kind.field(each).name for each in range(kind.num_fields)] if pyarrow.types.is_struct(kind) else []
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     texts = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
@@ -94,6 +98,18 @@ def _sizes(texts: Any) -> np.ndarray:
 def longest(texts: Any) -> int:
     """Bytes of the longest text."""
     return int(_sizes(texts).max(initial=0))
+
+
+def place_in(schema: Any, text_key: str) -> list[str]:
+    """The column of a key, and the fields of structs below it."""
+    return [text_key] if text_key in schema.names else text_key.split(".")
+
+
+def column_of(batch: Any, text_key: str) -> Any:
+    """The texts of a record batch; null where a struct above one is."""
+    column, *fields = place_in(batch.schema, text_key)
+    texts = batch.column(column)
+    return pyarrow_module("pyarrow.compute").struct_field(texts, fields) if fields else texts
 
 
 def bytes_of(texts: Any) -> tuple[np.ndarray, bytes]:

@@ -42,7 +42,9 @@ def hub_files(text: str) -> list[Path]:
     except Exception as error:  # the library and the hub's client raise dozens of kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         if Path(name).exists():
-            raise InputError(f"{text} names what is here, not a dataset of the hub. Leave hf:// out: {name}.") from error
+            raise InputError(
+                f"{text} names what is here, not a dataset of the hub. Leave hf:// out: {name}."
+            ) from error
         raise InputError(
             f"{text} cannot be loaded: {reason}. Check name, config (:CONFIG), split (@SPLIT) and the network, or download"
             " its files and give their folder."

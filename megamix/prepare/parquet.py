@@ -15,6 +15,7 @@ from megamix.prepare.columns import (
     RowGroup,
     bytes_of,
     check_column,
+    column_of,
     in_parts,
     longest,
     pyarrow_module,
@@ -60,7 +61,7 @@ def read_rows(
     with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
         # Without prefetching and with a buffer, pages are read one at a time instead of the whole column.
         for batch in file.iter_batches(batch_size=at_once, row_groups=[group.number], columns=[text_key]):
-            texts = batch.column(0)
+            texts = column_of(batch, text_key)
             while len(texts):
                 # A row's number decides its block, wherever pyarrow ends its batches.
                 block = texts[: rows - done % rows]
@@ -77,7 +78,8 @@ def _longest_that_repeats(path: str, group: RowGroup, text_key: str) -> int:
     with _opened(path, read_dictionary=[text_key]) as file:
         if not file.metadata.row_group(group.number).column(_find_column(path, file, text_key)).has_dictionary_page:
             return 0
-        first = next(file.iter_batches(batch_size=1, row_groups=[group.number], columns=[text_key])).column(0)
+        batch = next(file.iter_batches(batch_size=1, row_groups=[group.number], columns=[text_key]))
+        first = column_of(batch, text_key)
         return longest(first.dictionary)
 
 

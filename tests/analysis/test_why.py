@@ -113,7 +113,7 @@ def test_bounds_are_a_cause(strange: tuple[Path, str]) -> None:
 def test_steering_is_a_cause_beside_the_bounds(
     strange: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A pin of the last step: the bounds would leave the domain 0.4, the pin takes it to 0.3. Each replay of the command
+    """A pin of the last step: the bounds would leave the domain 0.4, the pin takes it to 0.3. Each replay of it
     is silent."""
     monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO, "megamix")

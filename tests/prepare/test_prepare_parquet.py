@@ -104,6 +104,36 @@ def test_bad_rows_and_columns(tmp_path: Path, texts: list[Any], kind: Any, messa
         prepare([f"a={path}"], tmp_path / "out", tokenizer="train:300", workers=1, progress=False)
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_a_field_of_a_struct(tmp_path: Path, ending: str) -> None:
+    """``row.body.text``; a row without the struct is one without a text. A column of that very name comes first."""
+    rows = [{"n": 1, "body": {"text": text, "x": 2}} for text in ("one", "two", "three")]
+    path = tmp_path / f"a{ending}"
+
+    def save(table: pa.Table) -> None:
+        if ending == ".parquet":
+            pq.write_table(table, path, row_group_size=2)
+            return
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+
+    save(pa.table({"id": [1, 2, 3], "row": rows}))
+    assert list(iter_documents(path, "row.body.text")) == ["one", "two", "three"]
+    for key, message in (
+        ("row.title", r"no column 'row.title' \(columns: n, body\)"),
+        ("row.body", "the column 'row.body' holds struct<"),
+        ("row.body.x", "the column 'row.body.x' holds int64"),
+        ("id.text", r"no column 'id.text' \(columns: none\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(iter_documents(path, key))
+    save(pa.table({"row": [rows[0], {**rows[1], "body": None}]}))
+    with pytest.raises(InputError, match="row 2"):
+        list(iter_documents(path, "row.body.text"))
+    save(pa.table({"row": rows, "row.body.text": ["a", "b", "c"]}))
+    assert list(iter_documents(path, "row.body.text")) == ["a", "b", "c"]
+
+
 def test_no_such_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ["a", "b"])
     with pytest.raises(InputError, match=r"a\.parquet: no column 'body' \(columns: id, text\)"):
