@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,13 +70,13 @@ class Constraints:
         allowed = self.max_epochs * self.num_samples
         return np.where(np.isfinite(allowed), np.minimum(allowed, 2.0**62), 2.0**62).astype(np.int64)
 
-    @property
+    @cached_property
     def trivial(self) -> bool:
         """Whether every mixture is allowed."""
         unbounded = not self.floor.any() and bool((self.cap >= 1.0).all()) and not self.sources
         return unbounded and not self.depends_on_length
 
-    @property
+    @cached_property
     def depends_on_length(self) -> bool:
         """Whether the allowed weights depend on the samples of the whole run: epochs bound them."""
         return self.on_exhausted == "cap" and bool(np.isfinite(self.max_epochs).any())
