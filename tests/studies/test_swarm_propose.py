@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference_solvers import by_slsqp, objective
+from scipy.stats import spearmanr
 from synthetic import known_law, swarm_of
 from typer.testing import CliRunner
 
@@ -165,6 +166,24 @@ def test_how_sure_by_hand() -> None:
     )
     assert "By some resamples it is worse than the prior" in report(unsure, Path("mixture.json")).text()
     assert "By some resamples" not in text or details["gain_over_prior"]["interval"][0] < 0
+
+
+def test_the_error_of_the_objective_is_that_of_unseen_runs() -> None:
+    """Errors of metrics that cancel in the objective are none of the objective's, and equal ones all are."""
+    law = known_law(3, 2)
+    table = swarm_of(law, 12)
+    off = np.random.default_rng(1).normal(scale=0.3, size=12)
+    for signs, wanted in (((1, -1), np.zeros(12)), ((1, 1), off)):
+        held_out = table.values_RJ + off[:, None] * np.array(signs)
+        fitted = dataclasses.replace(fitted_of(law, table), held_out_RJ=held_out)
+        found = propose(fitted, uniform(law), kl=0.5)
+        actual, error = table.values_RJ.mean(axis=1), found.details["fit"]["objective"]
+        assert error["rmse"] == pytest.approx(np.sqrt(np.mean(wanted**2)), abs=1e-12)
+        assert error["spearman"] == pytest.approx(spearmanr(actual, actual + wanted).statistic)
+        text = report(found, Path("mixture.json")).text()
+        assert f"misses the objective by {error['rmse']:.4f} (root mean square)" in text
+        assert 0 < found.details["gain_over_prior"]["value"] < 0.2
+        assert ("more than the gain" in text) == bool(wanted.any())
 
 
 # In a directory. -----------------------------------------------------------------------------------------------------

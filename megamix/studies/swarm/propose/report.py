@@ -98,7 +98,8 @@ def _metrics_table(proposal: Proposal) -> Table:
     ]
     values = details["objective_value"]
     whole = (number(values[where]) for where in ("prior", "best_tried", "proposal"))
-    return Table(columns, [*rows, ("objective", "1", *whole, "", "")], footer=1)
+    ranks = number(details["fit"]["objective"]["spearman"], 2)
+    return Table(columns, [*rows, ("objective", "1", *whole, "", ranks)], footer=1)
 
 
 def _kl_table(alternatives: list[dict[str, Any]]) -> Table:
@@ -122,7 +123,7 @@ def _interval(bounds: list[float] | None) -> str:
 
 def _sureness(details: Mapping[str, Any]) -> list[str]:
     """Sentences on the confidence, one a line."""
-    lines = [_gain(details), _distance(details["distance"]), _exactness(details["optimality"])]
+    lines = [_gain(details), *_error(details), _distance(details["distance"]), _exactness(details["optimality"])]
     ranks = [row["spearman"] for row in details["fit"]["cross_validation"].values() if row.get("spearman") is not None]
     if ranks and np.mean(ranks) < GOOD_RANKS:
         lines.append(
@@ -141,6 +142,17 @@ def _gain(details: Mapping[str, Any]) -> str:
             unsure = " By some resamples it is worse than the prior: more runs, or a larger KL, would make it surer."
     bounds = "" if best["within_bounds"] else ", whose mixture is beyond the bounds"
     return f"{said}; the best run tried is {best['run']}, measured {best['measured']:.4f}{bounds}.{unsure}"
+
+
+def _error(details: Mapping[str, Any]) -> list[str]:
+    """Of the objective, for runs that the fit has not seen."""
+    error, gain = details["fit"]["objective"]["rmse"], details["gain_over_prior"]["value"]
+    if error is None:
+        return []
+    said = f"Of a run that it has not seen the fit misses the objective by {error:.4f} (root mean square)"
+    if 0 < gain < error:
+        said += ", more than the gain: try the mixture beside the prior, with several seeds, before you rely on it"
+    return [f"{said}. What a larger or longer run gains the proxies cannot say."]
 
 
 def _distance(distance: Mapping[str, Any]) -> str:
