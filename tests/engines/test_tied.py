@@ -14,7 +14,7 @@ from megatron_scenarios import LR, SEQ_LENGTH, STEPS, TRAIN, Trained, train_plai
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tied_ranks import LAYOUTS, Layout
-from tolerance import assert_alike, rounding
+from tolerance import assert_alike, assert_alike_after_adam, rounding
 
 pytest.importorskip("megatron.core")
 
@@ -90,10 +90,7 @@ def test_losses_norms_and_weights_are_those_of_one_parameter(jobs: Jobs, plain: 
     assert weights.keys() == expected.weights.keys()
     assert not any(key.startswith("lm_head") for key in weights)
     for key, weight in weights.items():
-        # As in test_megatron_engine: Adam makes a step of rounding noise.
-        difference, largest = weight - expected.weights[key], expected.weights[key].abs().max()
-        assert difference.abs().median() <= TOLERANCE * largest, key
-        assert difference.norm() <= 2 * LR, key
+        assert_alike_after_adam(weight, expected.weights[key], TOLERANCE, LR, key)
 
 
 @pytest.mark.parametrize("name", cases(lambda name: "16" in name))
