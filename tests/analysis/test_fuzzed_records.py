@@ -222,6 +222,17 @@ def test_one_changed_value_before_a_drawing_a_replay_and_a_resume(run: Path, tmp
     check(run, tmp_path, name, range(100, 102), SLOW)
 
 
+@pytest.mark.parametrize("key", ["average_weights", "loss_weights"])
+def test_a_mixers_own_weights_that_are_null(run: Path, tmp_path: Path, key: str) -> None:
+    """Whether the key is there says which weights are the run's."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "weights.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:-1], json.dumps({**json.loads(lines[-1]), key: None}), ""]), encoding="utf-8")
+    with pytest.raises(MegamixError, match=rf"weights\.jsonl.*{key} is null, expected a number"):
+        weights(tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_many_changed_values(run: Path, tmp_path: Path, name: str) -> None:

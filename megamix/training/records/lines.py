@@ -139,6 +139,14 @@ class WeightsLine(_AnyWeightsLine):
     perdomain_scores: list[float | None] | None = None
     loss_slope: list[float | None] | None = None
 
+    @pydantic.field_validator("loss_weights", "average_weights", mode="before")
+    @classmethod
+    def _there_or_not(cls, given: Any, field: pydantic.ValidationInfo) -> Any:
+        # Whether a line has them says what kind of mixer wrote it; none writes null.
+        if given is None:
+            raise ValueError(f"{field.field_name} is null, expected a number for each domain, or no such key")
+        return given
+
     @pydantic.model_validator(mode="after")
     def _one_for_each_domain(self) -> WeightsLine:
         if len(set(self.domain_names)) < len(self.domain_names):
