@@ -87,20 +87,19 @@ def settled(options: LossOptions, settings: Mapping[str, Any]) -> LossOptions:
     return options.changed(settings)
 
 
-def check_number(name: str, value: object, off: str = "") -> None:
-    """Raise TypeError unless the value is a real number."""
+def _check_number(name: str, value: object) -> None:
     if not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be a number{off}, got {value!r}")
+        raise TypeError(f"{name} must be a number (0 is off), got {value!r}")
 
 
 def _check_coefficient(name: str, value: Any) -> None:
-    check_number(name, value, " (0 is off)")
+    _check_number(name, value)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative (0 is off), got {value}")
 
 
 def _check_share(name: str, value: Any) -> None:
-    check_number(name, value, " (0 is off)")
+    _check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 

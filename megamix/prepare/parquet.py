@@ -56,9 +56,9 @@ def read_rows(
         InputError: The file is damaged; the message names the row, counted from 1.
     """
     rows = max(1, min(MAX_ROWS, block_bytes * group.num_rows // max(group.text_bytes, 1)))
-    at_once = min(rows, max(1, AT_ONCE_BYTES // max(_longest_that_repeats(path, group, text_key), 1)))
     done = 0
     with _opened(path, lambda: f", row {group.first_row + done + 1}") as file:
+        at_once = min(rows, max(1, AT_ONCE_BYTES // max(_longest_that_repeats(path, file, group, text_key), 1)))
         # Without prefetching and with a buffer, pages are read one at a time instead of the whole column.
         for batch in file.iter_batches(batch_size=at_once, row_groups=[group.number], columns=[text_key]):
             texts = column_of(batch, text_key)
@@ -73,12 +73,12 @@ def read_rows(
             raise InputError(f"{path}: row group {group.number} has {done} rows, expected {group.num_rows}.")
 
 
-def _longest_that_repeats(path: str, group: RowGroup, text_key: str) -> int:
+def _longest_that_repeats(path: str, file: Any, group: RowGroup, text_key: str) -> int:
     """Bytes of the longest text in the row group's dictionary, each of which may stand for any number of rows."""
-    with _opened(path, read_dictionary=[text_key]) as file:
-        if not file.metadata.row_group(group.number).column(_find_column(path, file, text_key)).has_dictionary_page:
-            return 0
-        batch = next(file.iter_batches(batch_size=1, row_groups=[group.number], columns=[text_key]))
+    if not file.metadata.row_group(group.number).column(_find_column(path, file, text_key)).has_dictionary_page:
+        return 0
+    with _opened(path, read_dictionary=[text_key], metadata=file.metadata) as again:
+        batch = next(again.iter_batches(batch_size=1, row_groups=[group.number], columns=[text_key]))
         first = column_of(batch, text_key)
         return longest(first.dictionary)
 

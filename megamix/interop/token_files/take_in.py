@@ -241,12 +241,12 @@ class _Domain:
         (source,) = input_files([one.path / INDEX if isinstance(one, MdsFolder) else one.path])
         note_path = prefix.with_name(prefix.name + ".json")
         note = read_note(TakenNote, note_path)
-        asked = (source, self.tokenizer.eod_id, self.dtype, self.documents)
-        if note is None or (note.source, note.eod_id, note.dtype, note.documents) != asked or not _whole(prefix):
+        made_by = {"eod_id": self.tokenizer.eod_id, "dtype": self.dtype, "documents": self.documents}
+        asked = {"source": source, **made_by}
+        if note is None or any(getattr(note, key) != value for key, value in asked.items()) or not _whole(prefix):
             note_path.unlink(missing_ok=True)
             ends, copied = self._write(one, prefix)
-            made_by = {"eod_id": self.tokenizer.eod_id, "dtype": self.dtype, "documents": self.documents}
-            note = TakenNote.model_validate({"source": source, **made_by, "ends": ends, "copied": copied})
+            note = TakenNote.model_validate({**asked, "ends": ends, "copied": copied})
             write_note(note, note_path)
         self.ends += note.ends
         if note.copied:

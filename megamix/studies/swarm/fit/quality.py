@@ -34,7 +34,7 @@ def fold_of_runs(num_runs: int, folds: int | None, seed: int) -> NDArray[np.intp
 def quality(actual_RJ: Array, predicted_RJ: Array, names: Sequence[str]) -> Quality:
     """Quality of the predictions of R runs for each of J metrics; folds are pooled."""
     return {
-        name: _one(actual_R, predicted_R)
+        name: quality_of(actual_R, predicted_R)
         for name, actual_R, predicted_R in zip(names, actual_RJ.T, predicted_RJ.T, strict=True)
     }
 
@@ -57,7 +57,8 @@ def family_means(values_RJ: Array, names: Sequence[str], families: Mapping[str, 
     return np.stack(columns, axis=1)
 
 
-def _one(actual_R: Array, predicted_R: Array) -> dict[str, float | None]:
+def quality_of(actual_R: Array, predicted_R: Array) -> dict[str, float | None]:
+    """`quality` of one metric."""
     from scipy.stats import spearmanr
 
     with np.errstate(over="ignore"):

@@ -24,7 +24,7 @@ from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.core.text import by_name
 from megamix.studies.swarm.fit.fitted import Fitted
-from megamix.studies.swarm.fit.quality import quality
+from megamix.studies.swarm.fit.quality import quality_of
 from megamix.studies.swarm.propose.confidence import confidence
 from megamix.studies.swarm.propose.config import OPTIONS_FILE, ProposeConfig
 from megamix.studies.swarm.propose.proposal import Proposal, history_entry, write_proposal
@@ -101,11 +101,7 @@ def propose(
             "runs": len(fitted.table.runs),
             "cross_validation": fitted.cross_validation,
             # A metric mostly follows from its own domain's weight; the objective is what is left of opposite effects.
-            "objective": quality(
-                (fitted.table.values_RJ @ question.v_J)[:, None],
-                (fitted.held_out_RJ @ question.v_J)[:, None],
-                ["objective"],
-            )["objective"],
+            "objective": quality_of(fitted.table.values_RJ @ question.v_J, fitted.held_out_RJ @ question.v_J),
         },
         **confidence(question, x_K, 0 if worst else min(resamples, len(fitted.boot_c_BJ))),
     }
