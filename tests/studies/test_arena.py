@@ -20,6 +20,7 @@ from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.verify import verify_all
+from megamix.studies.arena.answer import adaptation_text, answer_text
 from megamix.studies.arena.results import Results, Row, best_of, difference
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
 from megamix.studies.arena.tables import markdown
@@ -109,9 +110,24 @@ def test_objectives_of_weights(tiny_config: Write) -> None:
     assert objectives == {"seed1.new@natural": "natural", "seed1.new@mostly": found.objectives["mostly"]}
 
 
+def test_an_objective_of_weights_has_a_control_that_samples_by_them(tiny_config: Write) -> None:
+    """Its own static mixture, the one to beat; an arm of that name takes its place, and words have theirs already."""
+    asked = {"natural": "natural", "mostly": {"code": 0.0, "tables": 3.0, "topics": 1.0}}
+    found = study(tiny_config, objectives=asked, seeds=[1], frozen_mean=False)
+    assert list(found.arms) == ["natural", "uniform", "sqrt", "mostly", "odm"]
+    run = next(found.run(entry) for entry in found.entries if entry.arm.name == "mostly")
+    assert run["mixture"] == {"code": 0.0, "tables": 0.75, "topics": 0.25}
+    assert found.arms["mostly"].is_static
+    own = study(tiny_config, objectives=asked, arms={"mostly": ODM}, seeds=[1], frozen_mean=False)
+    assert list(own.arms) == ["natural", "uniform", "sqrt", "mostly"]
+    assert not own.arms["mostly"].is_static
+    assert "mostly" not in study(tiny_config, objectives=asked, controls=False).arms
+
+
 @pytest.mark.parametrize(
     ("objectives", "message"),
     [
+        ({"sqrt": {"code": 0.2, "tables": 0.3, "topics": 0.5}}, "the name means sqrt"),
         (["uniform", "uniform"], "objectives names uniform twice"),
         (["code"], "got 'code', expected natural or uniform"),
         ([], "objectives is empty"),
@@ -383,6 +399,51 @@ def test_results_of_rows(tiny_config: Write) -> None:
     assert f"| {record['verdict']} | 10.0 % |" in text
     assert len(re.findall(r"^\| odm ", text, re.MULTILINE)) == 3
     json.dumps(results.json(), allow_nan=False)
+
+
+def results_of(found: ArenaStudy, losses: dict[str, list[float]], total: int | None = None) -> Results:
+    """Results with these losses of seeds 1, 2, ..."""
+    rows = [row(arm, seed, loss) for arm, all_seeds in losses.items() for seed, loss in enumerate(all_seeds, 1)]
+    return Results(found, tuple(rows), len(rows), total or len(rows))
+
+
+@pytest.mark.parametrize(
+    ("odm", "natural", "answer"),
+    [
+        ([3.90, 3.92, 3.90], [4.0, 4.01, 3.99],
+         "Answer: take 'odm', which is better by 0.0933 (0.0790 to 0.1077) than the best static mixture, 'natural'; worse than it: 'uniform'."),
+        ([4.10, 3.92, 3.90], [4.0, 4.01, 3.99],
+         "Answer: take the static mixture 'natural', which no rule beats beyond noise; within noise of it: 'odm'; worse than it: 'uniform'."),
+        ([4.10], [4.0, 4.01, 3.99],
+         "Answer: take the static mixture 'natural', which no rule beats beyond noise; worse than it: 'uniform'; of a single seed: 'odm'."),
+        ([3.9], [4.0], "Answer: none, for an interval takes two seeds that an arm and the best static arm, 'natural', both have."),
+    ],
+)  # fmt: skip
+def test_the_answer_in_words(tiny_config: Write, odm: list[float], natural: list[float], answer: str) -> None:
+    uniform = [loss + 0.2 + 0.001 * place for place, loss in enumerate(natural)]
+    results = results_of(study(tiny_config), {"natural": natural, "uniform": uniform, "odm": odm})
+    assert answer_text(results, results.cells[0]) == answer
+    assert answer in markdown(results)
+    part = results_of(study(tiny_config), {"natural": natural, "uniform": uniform, "odm": odm}, total=99)
+    assert answer_text(part, part.cells[0]) == answer.replace("Answer", "Answer so far")
+
+
+def test_a_rule_is_compared_with_its_own_mean_weights(tiny_config: Write) -> None:
+    """Was it the adaptation? Also in the words; and a pair that is compared under two headings counts once."""
+    losses = {"natural": [4.0, 4.1], "uniform": [4.2, 4.31], "odm": [3.9, 4.01], "odm-frozen": [3.8, 3.92]}
+    results = results_of(study(tiny_config), losses)
+    cell = results.cells[0]
+    (record,) = results.json()["cells"]
+    found = record["arms"]["odm"]["differences"]["frozen"]
+    assert found["baseline"] == "odm-frozen"
+    assert found["mean"] == pytest.approx(0.095)
+    assert "frozen" not in record["arms"]["odm-frozen"]["differences"]
+    verdict = found["verdict"]
+    assert adaptation_text(cell) == f"Against its own mean weights from the first step on, 'odm' is {verdict}."
+    assert adaptation_text(cell) in markdown(results)
+    # natural-uniform, natural-odm, natural-frozen, odm-frozen: natural is the best static arm as well.
+    assert results.json()["comparisons"] == 4
+    assert results.num_comparisons < sum(len(found) for found in cell.differences.values())
 
 
 # What is refused

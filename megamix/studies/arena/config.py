@@ -10,7 +10,7 @@ from megamix.core.config import Config
 from megamix.training.objective import ObjectiveConfig
 
 CONTROLS: dict[str, Any] = {"natural": "natural", "uniform": "uniform", "sqrt": {"temperature": 0.5}}
-"""The arms that ``arena.controls`` adds, by name, and their mixtures."""
+"""The arms that ``arena.controls`` adds in any case, by name, and their mixtures."""
 NATURAL = "natural"
 """The arm that the others are measured by: its final loss is the target of steps_to_target."""
 NO_TRAP = "none"
@@ -97,7 +97,8 @@ class ArenaConfig(Config):
     """What arms are judged by: a list of natural and uniform, or {name: natural, uniform or {domain: weight}}. An arm
     whose mixer follows the objective runs once for each, all others once in all. Default: the run's objective."""
     controls: bool = True
-    """Adds the static arms natural, uniform and sqrt (shares to the power 1/2), unless arms have these names."""
+    """Adds the static arms natural, uniform and sqrt (shares to the power 1/2), and for each objective of weights one
+    of its name that samples by them, unless arms have these names."""
     frozen_mean: bool = True
     """Adds for every arm with a mixer an arm NAME-frozen, with the mean weights of that arm's run of the same seed and
     trap from its first step on. Of traps of the kind late there is none: no fixed weights are the mean of those."""
@@ -115,7 +116,7 @@ class ArenaConfig(Config):
         for key, named in (("models", self.models), ("objectives", self.objectives)):
             if named is not None and not named:
                 raise ValueError(f"{key} is empty. Name at least one, or remove the key.")
-        for name in ("natural", "uniform"):
+        for name in CONTROLS:
             if self.objectives and self.objectives.get(name, name) != name:
                 raise ValueError(
                     f"objectives.{name} is {self.objectives[name]}, but the name means {name}. Choose another name."

@@ -18,7 +18,7 @@ from megamix.core.text import Table
 from megamix.studies.arena.config import NO_TRAP
 from megamix.studies.arena.figures import gains
 from megamix.studies.arena.results import Cell, Results, online_runs
-from megamix.studies.arena.tables import cell_table, how_to_read, status, title, trap_table, visible_text
+from megamix.studies.arena.tables import cell_table, how_to_read, in_words, status, title, trap_table
 from megamix.training.records.recorded_run import RecordedRun
 
 PAGE = "arena.html"
@@ -34,10 +34,12 @@ def page(results: Results) -> str:
         ("", "", f'<p class="verdict">{escape(status(results))}</p><p class="note">{escape(how_to_read(results))}</p>')
     ]
     for number, cell in enumerate(cells):
-        body = _table(cell_table(cell))
+        answer, *words = in_words(results, cell)
+        body = f'<p class="verdict">{escape(answer)}</p>{_table(cell_table(cell))}'
         if cell.condition.trap != NO_TRAP:
             body += f"<p>Against the best static arm without the trap:</p>{_table(trap_table(cell))}"
-        body += f'<p class="note">{escape(visible_text(cell))}</p>{_gain_chart(results, cell, f"gain:{number}", data)}'
+        body += "".join(f'<p class="note">{escape(text)}</p>' for text in words)
+        body += _gain_chart(results, cell, f"gain:{number}", data)
         parts.append((f"cell{number}", escape(title(cell)), body))
     parts.append(("weights", "Weights over time", _weights(shown, data) if shown.runs else ""))
     looks = rules(len(results.study.domains) + len(results.study.traps), max(len(results.study.arms), len(shown.runs)))

@@ -18,7 +18,7 @@ from megamix import __version__
 from megamix.analysis.paired import Interval, smallest_visible, t_interval
 from megamix.analysis.series import first_step_at
 from megamix.core.errors import InputError
-from megamix.studies.arena.config import NATURAL, NO_TRAP
+from megamix.studies.arena.config import FROZEN, NATURAL, NO_TRAP
 from megamix.studies.arena.members import Condition, Entry
 from megamix.studies.arena.study import ArenaStudy, Weights
 from megamix.training.checkpoints.state import newest_state
@@ -70,7 +70,7 @@ class Difference:
     """An arm against a baseline, paired by seed.
 
     Attributes:
-        against: natural, best_static, or best_static_without_trap.
+        against: natural, best_static, best_static_without_trap, or frozen: its own mean weights from the first step on.
         baseline: the arm that this is.
         deviation: standard deviation of the differences; None for fewer than two seeds.
         smallest_visible: the difference that this many seeds show with a probability of 0.8.
@@ -81,6 +81,16 @@ class Difference:
     interval: Interval
     deviation: float | None
     smallest_visible: float | None
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the arm has the lower loss beyond noise."""
+        return self.interval.excludes_zero and self.interval.mean < 0
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the arm has the higher loss beyond noise."""
+        return self.interval.excludes_zero and self.interval.mean > 0
 
     @property
     def verdict(self) -> str:
@@ -171,8 +181,26 @@ class Results:
             if condition.trap != NO_TRAP and plain is not None and plain.best_static:
                 rival = plain.best_static[0]
                 found.append(difference("best_static_without_trap", rival, mine, plain.rows[rival]))
+            if (mean := arm + FROZEN) in rows and arms[mean].mean_of == arm:
+                found.append(difference("frozen", mean, mine, rows[mean]))
             differences[arm] = [one for one in found if one is not None]
         return Cell(objective, condition, rows, best, differences)
+
+    @property
+    def num_comparisons(self) -> int:
+        """Different pairs that are compared: where natural is the best static arm, both differences to it are one."""
+        pairs = {
+            (
+                cell.objective,
+                cell.condition,
+                one.against == "best_static_without_trap" and arm,
+                frozenset((arm, one.baseline)),
+            )
+            for cell in self.cells
+            for arm, found in cell.differences.items()
+            for one in found
+        }
+        return len(pairs)
 
     def csv(self) -> str:
         """results.csv; an empty cell where there is no number."""
@@ -189,7 +217,7 @@ class Results:
             "members": {"done": self.done, "total": self.total},
             "seeds": list(self.study.config.seeds),
             "objectives": self.study.objectives,
-            "comparisons": sum(len(found) for cell in self.cells for found in cell.differences.values()),
+            "comparisons": self.num_comparisons,
             "cells": [self._cell_record(cell) for cell in self.cells],
         }
 

@@ -80,14 +80,18 @@ class ArenaStudy:
     @cached_property
     def objectives(self) -> dict[str, Weights]:
         """{name: weights of the domains} that arms are judged by."""
-        own = self.plan.config.objective
-        given = self.config.objectives or {own if isinstance(own, str) else "given": own}
-        natural = self.plan.natural_weights
+        natural, given = self.plan.natural_weights, self._given_objectives
         try:
             weights = {name: objective_weights(one, self.domains, natural) for name, one in given.items()}
         except InputError as error:
             raise InputError(f"{self.source}: arena.objectives: {error}") from error
         return {name: dict(zip(self.domains, found.tolist(), strict=True)) for name, found in weights.items()}
+
+    @cached_property
+    def _given_objectives(self) -> Mapping[str, Any]:
+        """{name: objective as a config says it}."""
+        own = self.plan.config.objective
+        return self.config.objectives or {own if isinstance(own, str) else "given": own}
 
     @cached_property
     def traps(self) -> dict[str, Trap]:
@@ -99,8 +103,11 @@ class ArenaStudy:
     def arms(self) -> dict[str, Arm]:
         """Controls, the arms of the config, and the mean of each that has a mixer."""
         given = {name: nested(changes, f"{self.source}, arm {name}") for name, changes in self.config.arms.items()}
-        controls = {name: {"mixture": mixture, "mixer": STATIC} for name, mixture in CONTROLS.items()}
-        runs = {**(controls if self.config.controls else {}), **given}
+        of_objectives = {
+            name: self.objectives[name] for name, one in self._given_objectives.items() if not isinstance(one, str)
+        }
+        mixtures = {**CONTROLS, **of_objectives} if self.config.controls else {}
+        runs = {**{name: {"mixture": mixture, "mixer": STATIC} for name, mixture in mixtures.items()}, **given}
         found = {name: self._arm(name, changes) for name, changes in runs.items()}
         means = {
             arm.name + FROZEN: Arm(arm.name + FROZEN, {**arm.changes, "mixer": STATIC}, True, False, arm.name)

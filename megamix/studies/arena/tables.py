@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megamix.core.text import ABSENT, Report, Table, number
+from megamix.studies.arena.answer import adaptation_text, answer_text
 from megamix.studies.arena.config import NO_TRAP
 from megamix.studies.arena.members import Condition
 from megamix.studies.arena.results import Cell, Difference, Results, arm_record
@@ -22,8 +23,8 @@ HOW_TO_READ = (
     "Losses are on held-out text, in nats per token, means over the seeds; sd: standard deviation over the seeds. "
     "Differences are the arm's objective loss less the baseline's, seed by seed (below 0: the arm is better), with 95 % intervals by "
     "Student's t. The best static arm is chosen on these same seeds, by its mean, so what it leads by is flattered; it is itself compared "
-    "with the second best. Of {number} comparisons about one in 20 excludes 0 by chance alone. Steps to target: until the objective loss "
-    "is down to the final one of natural, mean over the seeds; - where a seed does not get there."
+    "with the second best. Of {number} comparisons about one in 20 excludes 0 by chance alone, where there is no difference. Steps to "
+    "target: until the objective loss is down to the final one of natural, mean over the seeds; - where a seed does not get there."
 )
 
 
@@ -36,7 +37,7 @@ def status(results: Results) -> str:
 
 def how_to_read(results: Results) -> str:
     """What the columns mean."""
-    return HOW_TO_READ.format(number=results.json()["comparisons"])
+    return HOW_TO_READ.format(number=results.num_comparisons)
 
 
 def title(cell: Cell) -> str:
@@ -121,6 +122,11 @@ def visible_text(cell: Cell) -> str:
     )
 
 
+def in_words(results: Results, cell: Cell) -> list[str]:
+    """The answer, what adaptation gave, and what the number of seeds can show."""
+    return [text for text in (answer_text(results, cell), adaptation_text(cell), visible_text(cell)) if text]
+
+
 def report(results: Results, written: Sequence[Path]) -> Report:
     """What the command prints."""
     parts: list[str | Table] = []
@@ -128,7 +134,7 @@ def report(results: Results, written: Sequence[Path]) -> Report:
         parts += [f"{title(cell)}:", cell_table(cell)]
         if cell.condition.trap != NO_TRAP:
             parts.append(trap_table(cell))
-        parts.append(visible_text(cell))
+        parts.append("\n".join(in_words(results, cell)))
     return Report([*parts, how_to_read(results), status(results), "\n".join(map(str, written))])
 
 
@@ -136,10 +142,19 @@ def markdown(results: Results) -> str:
     """results.md."""
     lines = [status(results), "", how_to_read(results)]
     for cell in results.cells:
-        lines += ["", f"## {title(cell)[0].upper()}{title(cell)[1:]}", "", *_markdown_table(cell_table(cell))]
+        answer, *words = in_words(results, cell)
+        lines += [
+            "",
+            f"## {title(cell)[0].upper()}{title(cell)[1:]}",
+            "",
+            answer,
+            "",
+            *_markdown_table(cell_table(cell)),
+        ]
         if cell.condition.trap != NO_TRAP:
             lines += ["", *_markdown_table(trap_table(cell))]
-        lines += ["", visible_text(cell)]
+        for text in words:
+            lines += ["", text]
     return "\n".join(lines) + "\n"
 
 
