@@ -75,6 +75,11 @@ class DataPlan(MixPlan):
                 f"no sample of validation text (seq_length {self.config.data.seq_length} needs {self.config.data.seq_length + 1} "
                 f"tokens): {listed(self.unevaluated)}. Trained on, not evaluated; the objective loss is of the other domains."
             )
+        if single := self._judged_by_one_document:
+            found.append(
+                f"validation text of one document: {listed(single)}. Such a loss has no standard error, and so the objective "
+                "loss has none. Hold out more documents (prepare --validation)."
+            )
         if self.config.data.within_documents and (whole := self.of_one_document):
             found.append(
                 f"data.attention is document, but the index files know one document each of {listed(whole)}: attention is over "
@@ -86,6 +91,17 @@ class DataPlan(MixPlan):
     def of_one_document(self) -> tuple[str, ...]:
         """The domains whose training tokens are all of one document."""
         return tuple(stream.name for stream in self.domains if stream.num_documents < 2)
+
+    @property
+    def _judged_by_one_document(self) -> list[str]:
+        """The domains of the objective whose validation text is one document, with its tokens."""
+        texts = zip(self.validation, self.objective_weights, strict=True)
+        evaluated = set(self.evaluated)
+        return [
+            f"{stream.name} ({stream.num_tokens:,} tokens)"
+            for k, (stream, weight) in enumerate(texts)
+            if k in evaluated and weight > 0 and stream.num_documents < 2
+        ]
 
     @cached_property
     def evaluated(self) -> tuple[int, ...]:

@@ -33,12 +33,14 @@ def build(
     validation_tokens: int = 5 * SEQ + 1,
     without: tuple[str, ...] = (),
     divided: tuple[str, ...] = (),
+    single: tuple[str, ...] = (),
 ) -> Path:
     """A data set with ``windows`` training samples of `SEQ` tokens a domain (0: a token too few for one).
 
     Args:
         without: domains whose validation text is a token too short for a sample.
-        divided: domains whose texts are two documents; the others are of one.
+        divided: domains whose training text is two documents; that of the others is one.
+        single: domains whose validation text is one document; that of the others is two.
     """
     rng, entries = np.random.default_rng(0), []
     for name, number in windows.items():
@@ -46,7 +48,8 @@ def build(
         held_out = SEQ if name in without else validation_tokens
         for split, tokens in (("train", number * SEQ + (1 if number else SEQ)), ("validation", held_out)):
             with IndexedWriter(folder / f"{name}-{split}", "uint16") as writer:
-                ends = [3, tokens] if name in divided else [tokens]
+                is_one = name not in divided if split == "train" else name in single
+                ends = [tokens] if is_one else [3, tokens]
                 writer.add_documents(rng.integers(0, VOCAB, tokens), np.diff(ends, prepend=0))
             splits.append(SplitEntry.of(f"{name}-{split}", writer.close()))
         validation = ValidationEntry(**dict(splits[1]), unigram_nats=5.0)
@@ -209,6 +212,19 @@ class Losses:
 
     def token_losses(self, batch: Batch, num_micro_batches: int) -> torch.Tensor:
         return (batch.domains + 1).float()
+
+
+def test_domains_judged_by_one_document(tmp_path: Path) -> None:
+    """Without a standard error: said, where the objective counts them."""
+    (tmp_path / "data").mkdir()
+    manifest = build(tmp_path / "data", WINDOWS, single=("code", "wiki"), without=("wiki",))
+    told = [line for line in make_plan(config(manifest)).warnings() if "one document" in line]
+    assert told == [
+        "validation text of one document: code (81 tokens). Such a loss has no standard error, and so the objective loss has none. "
+        "Hold out more documents (prepare --validation)."
+    ]
+    apart = make_plan(config(manifest, objective={"web": 1, "code": 0, "mail": 3, "wiki": 2}))
+    assert not any("one document" in line for line in apart.warnings())
 
 
 def test_domains_without_validation_text_are_trained_on_and_not_evaluated(tmp_path: Path) -> None:
