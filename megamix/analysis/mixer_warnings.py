@@ -26,7 +26,24 @@ def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[n
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_mixer(config.mixer, names, initial)  # which checks its parameters against the number of domains
-    return [str(warning.message) for warning in caught] + _few_samples(config, names, initial)
+    said = [str(warning.message) for warning in caught]
+    return said + _few_samples(config, names, initial) + _probes_in_warmup(config, len(names))
+
+
+def _probes_in_warmup(config: RunConfig, num_domains: int) -> list[str]:
+    """Aioli's first probes while the learning rate still rises: the chapter on mixing has what they cost there."""
+    mixer, rise = config.mixer, config.train.learning_rate.warmup_steps
+    first = getattr(mixer, "first_round", None)
+    if mixer.name != "aioli" or num_domains == 1 or first is None:
+        return []
+    last_before = first + config.data.weight_lag
+    if last_before >= rise:
+        return []
+    return [
+        f"mixer aioli: its first probe begins at step {last_before + 1}, while the learning rate rises until step {rise}. Steps of mostly "
+        f"one domain can then throw the model back for the rest of the run. Set mixer.first_round to {first + rise - last_before} "
+        "or more."
+    ]
 
 
 def _few_samples(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:

@@ -128,6 +128,25 @@ def test_an_update_has_few_samples_of_a_domain(data: Path, tmp_path: Path) -> No
     assert not warned({"name": "odm"}, mixture={"web": 1, "code": 0})
 
 
+def test_aioli_probes_while_the_learning_rate_rises(data: Path, tmp_path: Path) -> None:
+    """Asked for after step n, the first probe begins at step n + weight_lag + 1; the rate has risen at step 20."""
+
+    def warned(first_round: int, warmup: int = 20, **changes: Any) -> str:
+        mixer = {"name": "aioli", "lp_steps": 3, "update_steps": 60, "first_round": first_round}
+        train = {"steps": 100, "warmup_steps": warmup}
+        evaluate = {"every": 20, "samples": 2}
+        text = doctor(config_of(tmp_path, data, mixer=mixer, train=train, evaluate=evaluate, **changes)).text()
+        return "\n".join(line for line in text.splitlines() if "first probe" in line)
+
+    text = warned(1)
+    assert "first probe begins at step 3, while the learning rate rises until step 20" in text
+    assert "Set mixer.first_round to 19 or more" in text
+    assert "begins at step 20," in warned(18)
+    assert not warned(19)
+    assert not warned(14, data={"weight_lag": 6})
+    assert not warned(1, warmup=0)
+
+
 def test_warnings_are_not_errors(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "num_cores", lambda: 1)
     monkeypatch.setattr(module, "_devices", list)
