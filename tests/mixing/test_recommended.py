@@ -34,14 +34,14 @@ class Reference:
         self.fits: list[dict[str, Any] | None] = [None] * self.k
         self.slopes: list[float] | None = None
         self.gains: list[float] = []
-        self.clipped = 0
+        self.clipped = self.suspected = 0
 
     def fit(self, observations: list[tuple[float, float]]) -> dict[str, Any] | None:
         tokens, y = np.array(observations).T
         given_after = np.cumsum(tokens)
         w = tokens * (given_after / given_after[-1]) ** self.memory
         number = w.sum() ** 2 / (w**2).sum()
-        if number < 30:
+        if number < 8:
             return None
         x = np.log(given_after - tokens / 2)
         root = np.sqrt(w / w.sum())
@@ -50,6 +50,7 @@ class Reference:
         residual = (w * (y - design @ line) ** 2).sum() / w.sum()
         spread = (w * (x - np.average(x, weights=w)) ** 2).sum() / w.sum()
         return {
+            "number": number,
             "line": line,
             "given": given_after[-1],
             "slope": -float(line[1]),
@@ -57,8 +58,22 @@ class Reference:
             "token_variance": residual * w.sum() / number,
         }
 
-    def within_reason(self, i: int, loss: float, tokens: float) -> float:
+    def known(self, i: int) -> dict[str, Any] | None:
         fit = self.fits[i]
+        return fit if fit is not None and fit["number"] >= 30 else None
+
+    def learns(self, i: int) -> float:
+        """s before a slope counts."""
+        found = [max(0.0, fit["slope"]) for fit in self.fits if fit is not None]
+        fit = self.fits[i]
+        if fit is None or not any(found):
+            return 1.0
+        typical = sum(slope**2 for slope in found) / sum(found)
+        self.suspected += (s := 4 * (fit["slope"] + 3 * math.sqrt(fit["error"])) / typical - 1) < 1
+        return min(1.0, max(0.25, s))
+
+    def within_reason(self, i: int, loss: float, tokens: float) -> float:
+        fit = self.known(i)
         if fit is None:
             return loss
         expected = float(fit["line"] @ [1, math.log(fit["given"] + tokens / 2)])
@@ -71,12 +86,14 @@ class Reference:
             if loss is not None:
                 self.seen[i].append((float(tokens[i]), self.within_reason(i, loss, float(tokens[i]))))
                 self.fits[i] = self.fit(self.seen[i])
-        learning, slopes = [1.0] * self.k, self.drawn()
+        learning, slopes = [self.learns(i) for i in range(self.k)], self.drawn()
         if slopes is None:
-            slopes = learning
+            slopes = [1.0] * self.k
         else:
             typical = sum(slope**2 for slope in slopes) / sum(slopes)
-            learning = [min(1.0, max(0.0, 4 * slope / typical - 1)) for slope in slopes]
+            for i, slope in enumerate(slopes):
+                if self.known(i) is not None:
+                    learning[i] = min(1.0, max(0.0, 4 * slope / typical - 1))
         gains = [weight * slope for weight, slope in zip(self.v, slopes, strict=True)]
         self.gains = [gain / sum(gains) for gain in gains]
         shares = [
@@ -87,7 +104,8 @@ class Reference:
         return [(1 - e) * share / sum(shares) + e / self.k for share in shares]
 
     def drawn(self) -> list[float] | None:
-        found = [fit for fit in self.fits if fit is not None]
+        fits = [self.known(i) for i in range(self.k)]
+        found = [fit for fit in fits if fit is not None]
         if not found:
             return None
         mean, tau = sum(fit["slope"] for fit in found) / len(found), 0.0
@@ -96,7 +114,7 @@ class Reference:
             tau = max(0.0, tau - sum(fit["error"] for fit in found) / len(found))
         slopes = [
             mean if fit is None or not tau else mean + (fit["slope"] - mean) * tau / (tau + fit["error"])
-            for fit in self.fits
+            for fit in fits
         ]
         slopes = [max(slope, 0.0) for slope in slopes]
         self.slopes = slopes if sum(slopes) else None
@@ -133,7 +151,8 @@ def test_250_steps_follow_the_formula(k: int, options: dict[str, float]) -> None
     np.testing.assert_allclose(record["learning_slope"], reference.slopes, rtol=1e-7)
     np.testing.assert_allclose(record["estimated_rewards"], reference.gains, rtol=1e-7)
     stalled = []
-    for i, fit in enumerate(reference.fits):
+    for i in range(k):
+        fit = reference.known(i)
         slope, error = record["loss_slope"][i], record["loss_slope_error"][i]
         if fit is None:
             assert slope is error is None
@@ -145,13 +164,29 @@ def test_250_steps_follow_the_formula(k: int, options: dict[str, float]) -> None
     assert record["stalled"] == stalled
 
 
+@pytest.mark.parametrize("reach", [1.0, 3.0])
+def test_suspicions_follow_the_formula(reach: float) -> None:
+    """Five domains with steep to rising losses, tokens by chance; three come in half of the steps or fewer."""
+    slopes, often = np.array([0.5, 0.4, 0.12, -0.2, 0.02]), np.array([1.0, 0.5, 1.0, 0.5, 0.3])
+    mixer, reference = recommended([1.0] * 5, reach=reach), Reference([1.0] * 5, reach=reach)
+    random, given_tokens = np.random.default_rng(3), np.zeros(5)
+    for step in range(1, 61):
+        tokens = (random.random(5) < often) * 128 * random.integers(1, 5, 5)
+        given_tokens += tokens
+        means = 9 - slopes * np.log(np.maximum(given_tokens, 1)) + 0.03 * random.standard_normal(5)
+        weights = mixer.update(DomainStats(means * tokens, tokens), step)
+        losses = [float(mean) if t else None for mean, t in zip(means, tokens, strict=True)]
+        np.testing.assert_allclose(weights, reference.step(losses, tokens.tolist()), rtol=1e-7)
+    assert reference.suspected > 20
+
+
 def test_the_comparison_notices_a_wrong_memory() -> None:
     mixer, wrong, world = recommended([1.0] * 4), Reference([1.0] * 4, memory=1.01), World(3, 4)
     for step in range(1, 100):
         stats = world.step(mixer.weights)
         mixer.update(stats, step)
         wrong.step(mean_losses(stats), stats.tokens.tolist())
-    slopes = np.array([fit["slope"] for fit in wrong.fits if fit is not None])
+    slopes = np.array([fit["slope"] for fit in map(wrong.known, range(4)) if fit is not None])
     assert np.abs(mixer.record()["loss_slope"] - slopes).max() > 1e-4
 
 
@@ -248,6 +283,66 @@ def test_slopes_count_from_thirty_observations_on() -> None:
         known = 3 * step * (step + 1) / (4 * step + 2) >= 30
         assert (mixer.record()["learning_slope"] is None) != known
     assert known
+
+
+def early(mixer: Mixer, steps: int, *lines: tuple[float, float]) -> list[list[float]]:
+    """As `on_lines`, from the first step on; the weights after each."""
+    weights = []
+    for step in range(steps):
+        x = math.log(100 * step + 50)
+        stats = DomainStats([100 * (high - slope * x) for high, slope in lines], [100] * len(lines))
+        weights.append(mixer.update(stats, step + 1).tolist())
+    return weights
+
+
+def test_noise_is_suspected_from_eight_observations_on_and_keeps_a_quarter_until_thirty() -> None:
+    """3 n (n + 1) / (4 n + 2) observations count as much as equal ones: 8 at n = 11, 30 at n = 40."""
+    mixer = recommended([1.0] * 3, exploration=0.0, reach=1.0)
+    weights = early(mixer, 45, (9, 0.5), (7, 0.3), (7, -0.1))
+    for before in weights[:10]:
+        assert before == pytest.approx([1 / 3] * 3)
+    assert mixer.record()["suspected"] == []
+    for suspected in weights[10:39]:
+        assert suspected == pytest.approx([4 / 9, 4 / 9, 1 / 9])
+    for known in weights[39:]:
+        assert known == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_an_early_slope_counts_against_a_domain_only_as_far_as_it_is_certain() -> None:
+    """A third of the typical slope, exact: s = 4 / 3 - 1; within three of its standard errors of half of it: s = 1."""
+    slope = 0.5 * (1 + 2 / 3) / (1 + 4 / 9) / 3
+    mixer = recommended([1.0] * 2, exploration=0.0, reach=1.0)
+    weights = early(mixer, 12, (9, 0.5), (7, slope))
+    typical = (0.25 + slope**2) / (0.5 + slope)
+    s = 4 * slope / typical - 1
+    assert 0.25 < s < 1
+    assert weights[-1] == pytest.approx([1 / (1 + s), s / (1 + s)])
+    assert mixer.record()["suspected"] == ["d1"]
+
+    mixer = recommended([1.0] * 2, exploration=0.0, reach=1.0)
+    for step in range(12):
+        x, spread = math.log(100 * step + 50), 0.3 * (-1) ** step
+        mixer.update(DomainStats([100 * (9 - 0.5 * x), 100 * (7 - slope * x + spread)], [100, 100]), step + 1)
+    assert mixer.weights == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("at", range(8, 14))
+def test_one_strange_sample_early_makes_no_domain_suspected(at: int) -> None:
+    """A loss of 15 where 6 was expected, in one of the first steps: its line is then uncertain, so its weight stays."""
+    mixer = recommended([1.0] * 3, exploration=0.0, reach=1.0)
+    random = np.random.default_rng(at)
+    for step in range(1, 30):
+        x = math.log(100 * step - 50)
+        means = 9 - 0.4 * x + 0.02 * random.standard_normal(3)
+        means[1] += 9.0 * (step == at)
+        weights = mixer.update(DomainStats(100 * means, [100] * 3), step)
+        assert weights.min() > 0.3
+
+
+def test_rising_losses_of_all_make_nobody_suspected() -> None:
+    mixer = recommended([1.0] * 2, exploration=0.0, reach=1.0)
+    for weights in early(mixer, 30, (3, -0.5), (3, -0.1)):
+        assert weights == pytest.approx([0.5, 0.5])
 
 
 def test_constant_losses_give_the_objective() -> None:
