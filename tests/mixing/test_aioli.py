@@ -131,9 +131,17 @@ def test_one_domain_and_rounds_that_are_too_short() -> None:
         aioli(5)
 
 
+def test_probes_that_do_not_differ_are_refused() -> None:
+    """With two domains the default of three: equal weights in each probe, of which nothing can be learnt."""
+    with pytest.raises(InputError, match=r"one_hot_factor is 0\.5, which of 2 domains is an equal weight.* more than 0\.5"):
+        aioli(2)
+    aioli(2, one_hot_factor=0.625)
+    aioli(1)
+
+
 def test_other_domains_drop_the_round() -> None:
     """The evaluations of the round in which domains change do not count; the next round does."""
-    old = aioli(2)
+    old = aioli(2, one_hot_factor=0.6)
     driven(old, 1, 60)
     new = aioli(3)
     new.adopt_state(old.state_dict(), [0, 1, None], np.array([0.4, 0.4, 0.2]))
@@ -149,7 +157,7 @@ def test_other_domains_drop_the_round() -> None:
 
 def test_it_is_no_shadow() -> None:
     with pytest.raises(InputError, match=r"shadow 'a': aioli needs an evaluation after each of its probes"):
-        Shadow("a", aioli(2), Blend([100, 100], [1.0, 1.0], seed=1), None)  # type: ignore[arg-type]
+        Shadow("a", aioli(2, one_hot_factor=0.6), Blend([100, 100], [1.0, 1.0], seed=1), None)  # type: ignore[arg-type]
 
 
 def test_a_run_probes_and_resumes_in_a_probe(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ between probes. A round is update_steps steps:
 Traps. A probe's weights act data.weight_lag steps after they are asked for. The evaluation after a probe follows the
 last step that was sampled with it, and the steps between the end of the probes and the new m are sampled with the old
 m: that many steps of a round are neither probe nor new m. W holds the weights the probes were really sampled with,
-which constraints may have moved from those above; without constraints it is the source's. G is a difference of two
+which constraints may have moved from those above; without constraints it is the source's. With f = 1/K all probes are
+alike and W is singular, which is refused; with f = 1 the source keeps all of A, diagonal or not. The source's learning
+rate rises over a tenth of the run, so that its first probes have at most 14 % of the peak. G is a difference of two
 losses of few samples: with short probes and late in a run it is mostly noise. Probes cost lp_rounds lp_steps K steps a
 round, which no mixture chose, and lp_rounds K + 1 evaluations.
 
@@ -63,7 +65,7 @@ class AioliConfig(EvaluatedConfig):
     """Steps of a probe."""
 
     one_hot_factor: float = Field(default=0.5, gt=0, le=1)
-    """Weight of the probed domain; the others share the rest evenly."""
+    """Weight of the probed domain; the others share the rest evenly. Not 1/K, with which probes do not differ."""
 
     eta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """Factor on what a domain does for the losses, in the exponent of its weight."""
@@ -112,6 +114,11 @@ class AioliMixer(Mixer):
             raise InputError(
                 f"mixer 'aioli': {config.lp_rounds} x {k} probes of {config.lp_steps} steps are {probes} steps, which leaves "
                 f"none of a round of {config.update_steps}. Raise update_steps or lower lp_rounds or lp_steps."
+            )
+        if k > 1 and abs(config.one_hot_factor * k - 1.0) < 1e-6:
+            raise InputError(
+                f"mixer 'aioli': one_hot_factor is {config.one_hot_factor:g}, which of {k} domains is an equal weight for all, "
+                f"so that every probe is the same mixture. Use more than {1 / k:.3g} (the source: 0.625 of two domains)."
             )
         self._main = self.weights
         """m."""
