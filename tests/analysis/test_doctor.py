@@ -132,7 +132,7 @@ def test_aioli_probes_while_the_learning_rate_rises(data: Path, tmp_path: Path) 
     """Asked for after step n, the first probe begins at step n + weight_lag + 1; the rate has risen at step 20."""
 
     def warned(first_round: int, warmup: int = 20, **changes: Any) -> str:
-        mixer = {"name": "aioli", "lp_steps": 3, "update_steps": 60, "first_round": first_round}
+        mixer = {"name": "aioli", "lp_steps": 3, "update_steps": 60, "first_round": first_round, "one_hot_factor": 0.6}
         train = {"steps": 100, "warmup_steps": warmup}
         evaluate = {"every": 20, "samples": 2}
         text = doctor(config_of(tmp_path, data, mixer=mixer, train=train, evaluate=evaluate, **changes)).text()

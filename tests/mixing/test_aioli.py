@@ -133,7 +133,9 @@ def test_one_domain_and_rounds_that_are_too_short() -> None:
 
 def test_probes_that_do_not_differ_are_refused() -> None:
     """With two domains the default of three: equal weights in each probe, of which nothing can be learnt."""
-    with pytest.raises(InputError, match=r"one_hot_factor is 0\.5, which of 2 domains is an equal weight.* more than 0\.5"):
+    with pytest.raises(
+        InputError, match=r"one_hot_factor is 0\.5, which of 2 domains is an equal weight.* more than 0\.5"
+    ):
         aioli(2)
     aioli(2, one_hot_factor=0.625)
     aioli(1)
