@@ -199,6 +199,17 @@ def test_the_command(run: Path, exported: Path, data_dir: Path, tmp_path: Path) 
     assert {row["samples"] for row in train.domains.values()} == {3}
 
 
+def test_a_domain_of_one_document_is_named() -> None:
+    """Nothing else says why it, and the objective, have no standard error."""
+    numbers = dict.fromkeys(("perplexity", "perplexity_error", "bits_per_byte", "bits_per_byte_error", "bytes"))
+    row = {"loss": 2.0, "loss_error": 0.1, "tokens": 64, "documents": 3, "samples": 2, **numbers}
+    line = {"objective_loss": 2.0, "objective_error": None, "macro_loss": 2.0}
+    settings = dict.fromkeys(("model", "data", "split", "seq_length", "objective_name"), "x") | {"without": []}
+    domains = {"web": row, "law": {**row, "loss_error": None, "documents": 1}}
+    assert "one document, and so without one: law, and" in Evaluation(line, domains, settings).report().text()
+    assert "one document" not in Evaluation(line, {"web": row}, settings).report().text()
+
+
 def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is neither a run"):
         evaluate(tmp_path)

@@ -84,6 +84,8 @@ class Evaluation:
             rows.append((name, number(loss), number(error), "", "", "", "", "", "", ""))
         head = f"{self.settings['model']} on {self.settings['data']}, {self.settings['split']}, samples of {self.settings['seq_length']} tokens"
         words = "losses in nats per token; se: standard error over documents."
+        if single := [name for name, row in self.domains.items() if row["documents"] == 1]:
+            words += f" Of one document, and so without one: {listed(single)}, and what they are part of."
         if self.settings["without"]:
             words += f" Without a sample, and so left out: {listed(self.settings['without'])}."
         return Report([head, Table(columns, rows, footer=2), words])
