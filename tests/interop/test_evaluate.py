@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import yaml
 from jobs import run_job
 from readme_code import readme_code
 from records import lines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
 from megamix.cli import app
@@ -236,6 +238,20 @@ def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp
     (broken / "config.json").write_text("{}")
     with pytest.raises(InputError, match="transformers cannot open the model"):
         evaluate(broken, other)
+    part, tensors = tmp_path / "part", load_file(exported / "model.safetensors")
+    shutil.copytree(exported, part)
+    gone = next(name for name in tensors if "dense_h_to_4h.weight" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != gone}, part / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match=rf"part has no weights for {re.escape(gone)} of GPTNeoXForCausalLM"):
+        evaluate(part, other)
+    sees_all = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
+    )
+    BertLMHeadModel(sees_all).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="bert: BertLMHeadModel sees the tokens after those it reads"):
+        evaluate(tmp_path / "bert", other)
     done = CliRunner().invoke(app, ["evaluate", str(run), "--samples", "none"])
     assert done.exit_code == 2
     assert "expected a number above 0, or all" in done.output

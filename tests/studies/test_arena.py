@@ -413,7 +413,7 @@ def results_of(found: ArenaStudy, losses: dict[str, list[float]], total: int | N
         ([3.90, 3.92, 3.90], [4.0, 4.01, 3.99],
          "Answer: take 'odm', which is better by 0.0933 (0.0790 to 0.1077) than the best static mixture, 'natural'; worse than it: 'uniform'."),
         ([4.10, 3.92, 3.90], [4.0, 4.01, 3.99],
-         "Answer: take the static mixture 'natural', which no rule beats beyond noise; within noise of it: 'odm'; worse than it: 'uniform'."),
+         "Answer: take the static mixture 'natural', which no rule beats beyond noise; not told apart from it: 'odm'; worse than it: 'uniform'."),
         ([4.10], [4.0, 4.01, 3.99],
          "Answer: take the static mixture 'natural', which no rule beats beyond noise; worse than it: 'uniform'; of a single seed: 'odm'."),
         ([3.9], [4.0], "Answer: none, for an interval takes two seeds that an arm and the best static arm, 'natural', both have."),

@@ -14,6 +14,8 @@ import torch
 
 from megamix.core.config import validate
 from megamix.core.errors import InputError
+from megamix.core.log import get_logger
+from megamix.core.text import listed
 from megamix.data.tokens.manifest import Manifest
 from megamix.engines.models import ModelConfig
 from megamix.engines.models.documents import DocumentMasks
@@ -102,22 +104,55 @@ def _of_run(path: Path, device: torch.device) -> EvaluatedModel:
     return EvaluatedModel(source, logits, length, model.token_ids, run.config, run.config.data.manifest, check)
 
 
-def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
+def _opened(path: Path) -> Any:
+    """The model of a folder of transformers, in fp32.
+
+    Raises:
+        InputError: it cannot be opened, or has no weights for a part of it, which transformers would draw at random.
+    """
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
     dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # before 4.56
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **{dtype: torch.float32})
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, **{dtype: torch.float32}
+        )
     except Exception as error:  # transformers raises a dozen kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: transformers cannot open the model: {reason}") from error
-    model = model.to(device).eval()
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise InputError(
+            f"{path} has no weights for {listed(missing, 4)} of {type(model).__name__}, which config.json names. Give the whole "
+            "model, with the config.json that belongs to it."
+        )
+    if left := sorted(map(str, info["unexpected_keys"])):
+        get_logger().warning("%s: %s has no place for %s", path, type(model).__name__, listed(left, 4))
+    return model
+
+
+def _check_causal(path: Path, model: Any, length: int, device: torch.device) -> None:
+    """Raises InputError for a model that sees the tokens it is to predict."""
+    tokens_BS = torch.zeros(2, length, dtype=torch.int64, device=device)
+    tokens_BS[1, -1] = 1
+    with torch.no_grad():
+        first_SV, second_SV = model(input_ids=tokens_BS, use_cache=False).logits
+    change_S = (first_SV - second_SV).abs().amax(-1)
+    # Of a causal model the logits before the changed token differ by rounding at most.
+    if (change_S[:-1] > 1e-4 * change_S[-1]).any():
+        raise InputError(
+            f"{path}: {type(model).__name__} sees the tokens after those it reads, so its loss says nothing. Give a causal model."
+        )
+
+
+def _of_transformers(path: Path, device: torch.device) -> EvaluatedModel:
+    model = _opened(path).to(device).eval()
     config = None
     if (path / "megamix.json").is_file():
         exported = read_json_object(path / "megamix.json")
         config = validate(RunConfig, exported.get("config"), str(path / "megamix.json"))
     known = getattr(model.config, "max_position_embeddings", None)
     length = config.data.seq_length if config is not None else min(known or MOST_TOKENS, MOST_TOKENS)
+    _check_causal(path, model, min(length, 8), device)
     masks = DocumentMasks()
 
     def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor:

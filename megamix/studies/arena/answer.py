@@ -32,7 +32,7 @@ def answer_text(results: Results, cell: Cell) -> str:
     others = [
         f"{words} {_quoted(arms)}"
         for words, arms in (
-            ("better than that mixture too:", ahead[1:]), ("within noise of it:", near), ("worse than it:", behind),
+            ("better than that mixture too:", ahead[1:]), ("not told apart from it:", near), ("worse than it:", behind),
             ("of a single seed:", sorted(against.keys() - known.keys())),
         )
         if arms
