@@ -247,8 +247,9 @@ def test_what_cannot_be_evaluated(run: Path, exported: Path, text_dir: Path, tmp
     with pytest.raises(InputError, match=rf"part has no weights for {re.escape(gone)} of GPTNeoXForCausalLM"):
         evaluate(part, other)
     sees_all = BertConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
-    )
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
+        initializer_range=0.5,
+    )  # fmt: skip
     BertLMHeadModel(sees_all).save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="bert: BertLMHeadModel sees the tokens after those it reads"):
         evaluate(tmp_path / "bert", other)
