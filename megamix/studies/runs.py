@@ -131,14 +131,6 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
             replace_file(path, data)
 
 
-def written_yaml(path: Path) -> object:
-    """What `write_yaml` has written; None of a file that cannot be read, so that it counts as changed."""
-    try:
-        return yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-
-
 def read_section(
     model: type[C], key: str, path: Path, overrides: list[str], settled: Mapping[str, Sequence[str]], why: str
 ) -> tuple[dict[str, Any], C]:

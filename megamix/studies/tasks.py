@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamix.core.config import Config
-from megamix.core.errors import EXIT_OK
+from megamix.core.errors import EXIT_OK, ResumeRefused
 from megamix.core.files import parse_json, replace_json
 from megamix.core.log import get_logger
 from megamix.training.checkpoints.state import newest_state
@@ -84,7 +84,10 @@ def run_tasks(tasks: Iterable[Task], *, again: bool = False) -> int:
 def is_run_done(config: RunConfig, inputs: Sequence[Path] = (), until: int | None = None) -> bool:
     """Whether a run's last checkpoint is of its last step, or of ``until`` or later, and the run was started after
     ``inputs`` last changed."""
-    state = newest_state(config.run_dir / "checkpoints")
+    try:
+        state = newest_state(config.run_dir / "checkpoints")
+    except ResumeRefused:
+        return False  # all checkpoints are damaged, which the run itself says
     if state is None or state.step < (until or config.train.steps):
         return False
     return not inputs or is_newer(config.run_dir / "config.resolved.yaml", inputs)

@@ -163,9 +163,15 @@ def document_tokens(entries: Sequence[DomainEntry]) -> Floats:
     return np.array([entry.train.tokens / max(entry.train.documents, 1) for entry in entries], np.float64)
 
 
-def read_run(run_dir: Path, which: str) -> dict[str, float]:
+def read_run(run_dir: Path, which: str, finished: bool) -> dict[str, float]:
     """The weights of a run, `MixFrame.read_run`."""
-    return run_weights(RecordedRun.open(run_dir), which)
+    run = RecordedRun.open(run_dir)
+    if finished and run.steps < run.config.train.steps:
+        raise InputError(
+            f"the run {run_dir} has trained {run.steps} of its {run.config.train.steps} steps, so its {which} weights are not yet those of "
+            "the whole run. Let it finish first."
+        )
+    return run_weights(run, which)
 
 
 def read_constraints(

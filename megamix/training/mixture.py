@@ -35,7 +35,7 @@ class MixFrame:
     Attributes:
         natural: float64 [K], shares of the training tokens.
         num_samples: int64 [K], training windows per domain and epoch.
-        read_run: the weights of a run directory by domain: mean or final.
+        read_run: the weights of a run directory by domain: mean or final; whether it must have reached its last step.
         document_tokens: float64 [K], mean tokens of a training document; None where the data are not there.
     """
 
@@ -44,7 +44,7 @@ class MixFrame:
     num_samples: NDArray[np.int64]
     num_steps: int
     batches: Batches
-    read_run: Callable[[Path, str], Mapping[str, float]]
+    read_run: Callable[[Path, str, bool], Mapping[str, float]]
     document_tokens: Floats | None = None
 
     @property
@@ -237,6 +237,8 @@ class RunMixture(Config, Mixture):
     which: Literal["mean", "final"] = "mean"
     """mean: over the samples it has trained on, or DoReMi's mean of alpha; final: the last ones, or DoReMi's last
     alpha."""
+    finished: bool = False
+    """Refuses a run that has not reached its last step, whose mean is of a part."""
 
     def describe(self) -> str:
         return f"{self.which} weights of the run {self.from_run}"
@@ -245,7 +247,7 @@ class RunMixture(Config, Mixture):
         return f"{self.which} of {self.from_run.name}"
 
     def weights(self, frame: MixFrame, source: str) -> Floats:
-        found = frame.read_run(self.from_run, self.which)
+        found = frame.read_run(self.from_run, self.which, self.finished)
         return normalise_weights(found, frame.names, f"{source}, {self.describe()}")
 
 

@@ -18,7 +18,6 @@ from megamix.data.tokens.tokenizer import LoadedTokenizer
 from megamix.prepare.corpus.domain import finished, note_path
 from megamix.prepare.corpus.sources import SOURCES
 from megamix.prepare.pipeline import prepare
-from megamix.studies.runs import written_yaml
 from megamix.studies.swarm.fit.fitted import FORMAT, VERSION, Fitted
 from megamix.studies.swarm.propose.proposal import Proposal, read_proposal, write_proposal
 from megamix.studies.swarm.propose.reuse import Update
@@ -122,13 +121,6 @@ def test_the_stamps_of_a_study(tmp_path: Path, strange: bytes) -> None:
     assert not stamp.holds()
     stamp.set()
     assert stamp.holds()
-
-
-def test_the_configs_of_a_study(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    for content in (DEEP, b"\xff\xfe\x00", b"a: [", b"a: !!python/object:os.system {}"):
-        path.write_bytes(content)
-        assert written_yaml(path) is None
 
 
 @pytest.mark.parametrize(

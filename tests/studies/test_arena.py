@@ -24,7 +24,7 @@ from megamix.studies.arena.answer import adaptation_text, answer_text
 from megamix.studies.arena.results import Results, Row, best_of, difference
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
 from megamix.studies.arena.tables import markdown
-from megamix.studies.arena.tasks import submit_arena
+from megamix.studies.arena.tasks import arena, submit_arena
 from megamix.studies.slurm.resources import Resources
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.plan import make_plan
@@ -65,6 +65,7 @@ def test_members_of_an_arena(tiny_config: Write) -> None:
     assert mean["mixture"] == {
         "from_run": str(found.run_dir / "runs" / "seed2.thin.8steps.noise.odm"),
         "which": "mean",
+        "finished": True,
     }
     assert mean["mixer"] == {"name": "static"}
 
@@ -140,15 +141,42 @@ def test_objectives_that_cannot_be(tiny_config: Write, objectives: object, messa
         study(tiny_config, objectives=objectives)
 
 
+def begin(found: ArenaStudy, name: str) -> Path:
+    """The run of a member as `megamix train` begins it."""
+    run = next(found.config_of(ARMS, entry) for entry in found.entries if entry.name == name)
+    folder = found.run_dir / "runs" / name
+    folder.mkdir(parents=True)
+    resolved = RunConfig.model_validate(run).model_dump(mode="json")
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(resolved))
+    return folder
+
+
 def test_a_member_that_has_begun_keeps_its_config(tiny_config: Write) -> None:
+    """Also one that was left out of the arena for a while; what no result follows from may change."""
     found = study(tiny_config)
-    found.write()
-    (found.run_dir / "runs" / "seed1.odm").mkdir(parents=True)
-    more = read_study(config(tiny_config, {"seeds": [1, 4]}), [])
-    more.write()
-    assert sorted(path.stem for path in more.folder(ARMS).glob("*.odm.yaml")) == ["seed1.odm", "seed4.odm"]
-    with pytest.raises(InputError, match=r"the member seed1\.odm of .* has begun, and has another config now"):
-        read_study(config(tiny_config, train={"lr": 1e-3}), []).write()
+    arena(config(tiny_config), [], only="data")
+    for name in ("seed1.odm", "seed1.odm-frozen", "seed1.natural"):
+        begin(found, name)
+    arena(config(tiny_config, {"seeds": [1, 4]}, log={"every": 7}, checkpoint={"every": 3}), [], only="data")
+    assert sorted(path.stem for path in found.folder(ARMS).glob("*.odm.yaml")) == ["seed1.odm", "seed4.odm"]
+    other = {"odm": merge(ODM, {"mixer": {"alpha": 0.5}})}
+    arena(config(tiny_config, {"arms": {}}), [], only="data")
+    assert not list(found.folder(ARMS).glob("*.odm.yaml"))
+    with pytest.raises(
+        InputError, match=r"the member seed1\.odm of .* has begun, and has another config now: mixer.alpha is 0.5"
+    ):
+        arena(config(tiny_config, {"arms": other}), [], only="data")
+    with pytest.raises(InputError, match=r"seed1\.natural of .*: train.lr is 0.001, and was 0.003\. Its results"):
+        arena(config(tiny_config, {"arms": {}}, train={"lr": 1e-3}), [], only="data")
+
+
+def test_the_objective_of_a_member_is_part_of_its_config(tiny_config: Write) -> None:
+    """A member's name has the objective only where there are several."""
+    arms = {"new": {"mixer": {"name": "recommended"}}}
+    begin(study(tiny_config, arms=arms, objectives=["uniform"]), "seed1.new")
+    arena(config(tiny_config, {"arms": arms, "objectives": ["uniform", "natural"]}), [], only="data")
+    with pytest.raises(InputError, match=r"objective is natural, and was uniform"):
+        arena(config(tiny_config, {"arms": arms, "objectives": ["natural"]}), [], only="data")
 
 
 def test_jobs_of_an_arena(tiny_config: Write) -> None:
@@ -292,6 +320,15 @@ def test_members_of_a_late_domain_begin_without_it(tiny_config: Write) -> None:
     assert first["run_dir"] == then["run_dir"]
 
 
+def test_bounds_of_a_late_domain_come_with_it(tiny_config: Write) -> None:
+    arms = {"odm": {**ODM, "data.max_weight": {"tables": 0.4, "code": 0.7}}}
+    found = study(tiny_config, arms=arms, traps={"late": {"kind": "late", "domain": "tables", "from_step": 5}})
+    first, then = (found.configs(part)["seed1.late.odm"] for part in (BEGIN, ARMS))
+    assert first["data"]["max_weight"] == {"code": 0.7}
+    assert then["data"]["max_weight"] == {"tables": 0.4, "code": 0.7}
+    assert then["checkpoint"]["accept_changed"] == ["constraints"]
+
+
 # Statistics
 
 
@@ -324,7 +361,7 @@ def test_differences_are_paired_by_seed() -> None:
         seed: row("odm", seed, theirs[seed].objective_loss - 0.02 + noise)
         for seed, noise in enumerate(rng.normal(0, 0.01, 6))
     }
-    found = difference("natural", "natural", mine, theirs)
+    found = difference("natural", "natural", mine, theirs, len(mine))
     assert found is not None
     test = ttest_rel([r.objective_loss for r in mine.values()], [r.objective_loss for r in theirs.values()])
     low, high = test.confidence_interval(0.95)
@@ -333,10 +370,11 @@ def test_differences_are_paired_by_seed() -> None:
     assert (found.interval.mean - half, found.interval.mean + half) == pytest.approx((low, high))
     assert found.verdict == f"better by {-(low + high) / 2:.4f} ({-high:.4f} to {-low:.4f})"
     # Another order of the seeds, one that only one of the two has: the same pairs.
-    again = difference("natural", "natural", dict(reversed(mine.items())) | {9: row("odm", 9, 0.0)}, theirs)
+    again = difference("natural", "natural", dict(reversed(mine.items())) | {9: row("odm", 9, 0.0)}, theirs, 7)
     assert again is not None
     assert again.interval.mean == pytest.approx(found.interval.mean)
     assert again.interval.number == 6
+    assert again.verdict == f"{found.verdict}, on 6 of 7 seeds"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +388,7 @@ def test_differences_are_paired_by_seed() -> None:
 def test_verdicts(losses: list[float], verdict: str) -> None:
     theirs = {seed: row("natural", seed, 4.0) for seed in range(len(losses))}
     mine = {seed: row("odm", seed, loss) for seed, loss in enumerate(losses)}
-    found = difference("natural", "natural", mine, theirs)
+    found = difference("natural", "natural", mine, theirs, len(mine))
     assert found is not None
     assert found.verdict == verdict
 
@@ -380,6 +418,9 @@ def test_results_of_rows(tiny_config: Write) -> None:
                 rows.append(row(arm, seed, loss + more + 0.001 * rng.standard_normal(), **spent))
     results = Results(found, tuple(rows), 30, 30)
     plain, noise = results.json()["cells"]
+    # In each cell 4 arms against natural, 3 more pairs with the best static one, sqrt, and odm with its mean weights; 5
+    # against sqrt without the trap.
+    assert results.json()["comparisons"] == 2 * (4 + 3 + 1) + 5
     # The mean of an online arm is no control, whatever its loss.
     assert plain["best_static"] == "sqrt"
     against = {arm: plain["arms"][arm]["differences"].get("best_static", {}).get("baseline") for arm in losses}
@@ -416,6 +457,9 @@ def results_of(found: ArenaStudy, losses: dict[str, list[float]], total: int | N
          "Answer: take the static mixture 'natural', which no rule beats beyond noise; not told apart from it: 'odm'; worse than it: 'uniform'."),
         ([4.10], [4.0, 4.01, 3.99],
          "Answer: take the static mixture 'natural', which no rule beats beyond noise; worse than it: 'uniform'; of a single seed: 'odm'."),
+        ([3.90, 3.92], [4.0, 4.01, 3.99],
+         "Answer: take 'odm', which is better by 0.0950 (0.0315 to 0.1585) than the best static mixture, 'natural', on 2 of 3 seeds; "
+         "worse than it: 'uniform'."),
         ([3.9], [4.0], "Answer: none, for an interval takes two seeds that an arm and the best static arm, 'natural', both have."),
     ],
 )  # fmt: skip
@@ -446,6 +490,14 @@ def test_a_rule_is_compared_with_its_own_mean_weights(tiny_config: Write) -> Non
     assert results.num_comparisons < sum(len(found) for found in cell.differences.values())
 
 
+def test_words_of_an_arena_without_static_arms_or_intervals(tiny_config: Write) -> None:
+    found = study(tiny_config, controls=False, frozen_mean=False, seeds=[1, 2])
+    text = markdown(Results(found, (row("odm", 1, 4.0), row("odm", 2, 4.1)), 2, 2))
+    assert "There is no static arm to compare with." in text
+    assert "by chance alone" not in text
+    assert text.startswith("All 2 members are done.\n")
+
+
 # What is refused
 
 
@@ -461,7 +513,7 @@ def test_a_rule_is_compared_with_its_own_mean_weights(tiny_config: Write) -> Non
         ({"arms": {"bad": {"mixer.": 1}}}, "arm bad: 'mixer.' is no key"),
         ({"arms": {"bad": {"train.global_batch": 16}}}, "arm bad: train.global_batch is 16, and 8 in the run's config"),
         ({"arms": {"bad": {"data.seq_length": 32}}}, "arm bad: data.seq_length is 32"),
-        ({"arms": {"bad": {"evaluate.every": 1}}}, "arm bad: evaluate is"),
+        ({"arms": {"bad": {"evaluate.every": 1}}}, r"arm bad: evaluate\.every is 1"),
         ({"arms": {"bad": {"run_dir": "elsewhere"}}}, "arm bad: run_dir is elsewhere"),
         ({"traps": {"none": {"kind": "noise"}}}, "a trap cannot be called none"),
         ({"traps": {"t": {"kind": "nois"}}}, "kind: .*noise"),
@@ -472,12 +524,28 @@ def test_a_rule_is_compared_with_its_own_mean_weights(tiny_config: Write) -> Non
         ({"traps": {"t": {"kind": "noise", "tokens": 64}}}, "would have 64 training tokens, and one sample needs 65"),
         ({"traps": {"code": {"kind": "noise"}}}, "the data has a domain 'code' already"),
         ({"traps": {"t": {"kind": "late", "domain": "code", "from_step": 12}}}, "from_step is 12, and members end after 12"),
+        ({"traps": {"t": {"kind": "noise", "seed": -1}}}, "traps.t.seed: .*greater than or equal to 0"),
+        ({"seeds": [-1]}, "seeds.0: .*greater than or equal to 0"),
+        ({"arms": {"a" * 49: {}}}, "at most 48"),
+        ({"arms": {}, "controls": False}, "there is no arm"),
+        ({"arms": {"natural": ODM}}, "arm natural: the name is that of a control, static with the mixture natural"),
+        ({"arms": {"sqrt": {"mixture": "uniform"}}}, "arm sqrt: the name is that of a control"),
+        ({"budgets": [12], "arms": {"bad": {"mixer": {"name": "aioli", "update_steps": 3}}}}, "arm bad, 12 steps: .*leaves none of a round of 3"),
+        ({"arms": {"bad": {"mixer": {"name": "doremi", "reference": "nowhere"}}}}, "arm bad: .*nowhere/reference.json"),
+        ({"arms": {"bad": {"mixture": {"code": 1, "tables": 0, "topics": 0}}}, "traps": {"t": {"kind": "late", "domain": "code", "from_step": 3}}},
+         "arm bad, trap t, before its domain comes: .*are 0"),
+        ({"models": {"m": {}}, "arms": {"bad": {"model.hidden_size": 16}}}, "model.hidden_size is 16, and 32 in the run's config"),
         ({"armz": {}}, "unknown key 'armz'"),
     ],
 )  # fmt: skip
 def test_refused(tiny_config: Write, arena: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         read_study(config(tiny_config, arena), [])
+
+
+def test_a_run_that_stops_early_is_refused(tiny_config: Write) -> None:
+    with pytest.raises(InputError, match=r"train\.stop_after is 5, so members would not reach their last step"):
+        read_study(config(tiny_config, train={"stop_after": 5}), [])
 
 
 def test_an_arm_given_twice_is_refused(tiny_config: Write) -> None:

@@ -19,6 +19,8 @@ from test_arena import DOMAINS, ODM, config
 
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.studies.arena.collect import collect
+from megamix.studies.arena.study import read_study
 from megamix.studies.arena.tasks import arena
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun
@@ -121,6 +123,54 @@ def test_a_domain_that_comes_late_and_a_frozen_mean(megamix: Megamix, tiny_confi
     assert by_trap.keys() == {("odm", "none"), ("odm-frozen", "none"), ("odm", "late")}
     assert int(by_trap["odm", "late"]["noise_tokens"]) > 0
     assert by_trap["odm", "none"]["noise_tokens"] == ""
+
+
+def test_what_a_run_lost_is_left_out_and_said(megamix: Megamix, tiny_config: Write, tmp_path: Path) -> None:
+    """A member that fails, is damaged, or was made with another config: the results are of the others, and say so."""
+    fails = {"mixture": "uniform", "guard.explosion": 1e-3}
+    arms = {"natural": {}, "odm": ODM, "fails": fails}
+    path = config(tiny_config, {"seeds": [1, 2], "controls": False, "arms": arms})
+    done = megamix("arena", path, "--at-once", "2", code=1)
+    assert "2 of 6 members failed" in done.stderr
+    assert "6 of 8 members are done: the results are of these." in done.stdout
+    assert "Members that the results lack, by arm: fails 2." in done.stdout
+    folder = tmp_path / "run"
+    assert len(rows(folder)) == 6
+
+    def left_out(**sections: Any) -> dict[str, str]:
+        collect(read_study(config(tiny_config, {"seeds": [1, 2], "controls": False, "arms": arms}, **sections), []))
+        found = json.loads((folder / "results.json").read_bytes())
+        assert len(rows(folder)) == 6 - len(found["left_out"])
+        return found["left_out"]
+
+    metrics = folder / "runs" / "seed2.odm" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("".join(line for line in whole.splitlines(keepends=True) if json.loads(line)["step"] < 10))
+    lost = left_out()
+    assert lost.keys() == {"seed2.odm", "seed2.odm-frozen"}
+    assert "metrics.jsonl has no evaluation after its last step, 12" in lost["seed2.odm"]
+    assert re.search(r"seed2\.odm has trained 9 of its 12 steps", lost["seed2.odm-frozen"])
+    results = json.loads((folder / "results.json").read_bytes())
+    verdict = results["cells"][0]["arms"]["odm"]["differences"]["natural"]["verdict"]
+    assert verdict == "one seed, no interval, on 1 of 2 seeds"
+
+    metrics.write_text(whole)
+    ledger = folder / "runs" / "seed2.odm" / "weights.jsonl"
+    written = ledger.read_text()
+    first, rest = written.split("\n", 1)
+    moved = {**json.loads(first), "domain_weights": [0.5, 0.25, 0.25]}
+    ledger.write_text(f"{json.dumps(moved)}\n{rest}")
+    lost = left_out()
+    assert lost.keys() == {"seed2.odm-frozen"}
+    assert "its weights are not the mean of odm's" in lost["seed2.odm-frozen"]
+    ledger.write_text(written)
+
+    for state in (folder / "runs" / "seed1.natural" / "checkpoints").glob("*/state.json"):
+        state.write_text("{")
+    assert left_out().keys() == {"seed1.natural"}
+    lost = left_out(train={"lr": 1e-3})
+    assert len(lost) == 6
+    assert "it was made with another config: train.lr is 0.001, and was 0.003" in lost["seed2.odm"]
 
 
 def test_it_does_not_start_within_a_job(tiny_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,6 +289,11 @@ def test_runs_without_such_weights(tmp_path: Path) -> None:
             stages_of({"from_run": run})
     with pytest.raises(InputError, match=r"nowhere is not a run: there is no such directory"):
         stages_of({"from_run": str(tmp_path / "nowhere")})
+    half = write_run(tmp_path / "half", "odm", CHANGES)
+    with pytest.raises(
+        InputError, match=r"the run .*half has trained \d+ of its \d+ steps, so its mean weights are not yet"
+    ):
+        stages_of({"from_run": half, "finished": True})
     with pytest.raises(InputError, match=r"mixture\.which: Input should be 'mean' or 'final', got 'last'"):
         stages_of({"from_run": "run", "which": "last"})
 

@@ -9,7 +9,7 @@ from megamix.studies.arena.results import Cell, Difference, Results
 
 def answer_text(results: Results, cell: Cell) -> str:
     """Which arm to take under a cell's objective and condition, and how the others stand to the best static mixture."""
-    head = "Answer" if results.done == results.total else "Answer so far"
+    head = "Answer" if results.done == results.total and not results.left_out else "Answer so far"
     if not cell.best_static:
         return f"{head}: none, for there is no static arm of a seed that all static arms have."
     best = cell.best_static[0]
@@ -26,7 +26,8 @@ def answer_text(results: Results, cell: Cell) -> str:
     near = _by_mean(known, known.keys() - {*ahead, *behind})
     rules = not all(results.study.arms[arm].is_static for arm in cell.rows)
     if ahead:
-        found = f"take '{ahead[0]}', which is {known[ahead[0]].verdict} than the best static mixture, '{best}'"
+        lead = known[ahead[0]]
+        found = f"take '{ahead[0]}', which is {lead.finding} than the best static mixture, '{best}'{lead.part}"
     else:
         found = f"take the static mixture '{best}', which no {'rule' if rules else 'other arm'} beats beyond noise"
     others = [

@@ -16,8 +16,8 @@ NATURAL = "natural"
 NO_TRAP = "none"
 FROZEN = "-frozen"
 """Ends the name of an arm with the mean weights of another."""
-Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_+-]+$")]
-"""Part of a member's name: letters, digits, _, + and -."""
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z0-9_+-]+$", max_length=48)]
+"""Part of a member's name: letters, digits, _, + and -. Four of 48 fit into the name of a file."""
 Kind = Literal["noise", "floor", "duplicates", "tiny", "late"]
 _KEYS: dict[str, dict[str, bool]] = {
     "noise": {"share": False, "tokens": False},
@@ -62,7 +62,7 @@ class TrapConfig(Config):
     """The domain's training tokens, in the place of share."""
     from_step: int | None = pydantic.Field(default=None, gt=0)
     """Of late: steps taken before the domain is added."""
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0)
     """Chooses the random tokens, or the documents."""
 
     @pydantic.model_validator(mode="after")
@@ -84,7 +84,7 @@ class ArenaConfig(Config):
 
     arms: dict[Name, dict[str, Any]]
     """{name: keys of a run that differ}, nested or dotted (mixer.name). A mixture is replaced as a whole."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = (1, 2, 3, 4, 5)
     """Each is the train.seed of one member of every arm: the same seed is the same initial state and the same order of
     each domain's samples in all arms."""
     traps: dict[Name, TrapConfig] = pydantic.Field(default={})
@@ -98,7 +98,8 @@ class ArenaConfig(Config):
     whose mixer follows the objective runs once for each, all others once in all. Default: the run's objective."""
     controls: bool = True
     """Adds the static arms natural, uniform and sqrt (shares to the power 1/2), and for each objective of weights one
-    of its name that samples by them, unless arms have these names."""
+    of its name that samples by them, unless arms have these names. An arm called natural, uniform or sqrt may change
+    other keys than its weights."""
     frozen_mean: bool = True
     """Adds for every arm with a mixer an arm NAME-frozen, with the mean weights of that arm's run of the same seed and
     trap from its first step on. Of traps of the kind late there is none: no fixed weights are the mean of those."""
@@ -121,6 +122,8 @@ class ArenaConfig(Config):
                 raise ValueError(
                     f"objectives.{name} is {self.objectives[name]}, but the name means {name}. Choose another name."
                 )
+        if not self.arms and not self.controls:
+            raise ValueError("there is no arm: arms is empty and controls is false. Name what is to be compared.")
         taken = [name for name in self.arms if name.endswith(FROZEN) and name.removesuffix(FROZEN) in self.arms]
         if self.frozen_mean and taken:
             raise ValueError(

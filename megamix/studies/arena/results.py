@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 from megamix import __version__
 from megamix.analysis.paired import Interval, smallest_visible, t_interval
 from megamix.analysis.series import first_step_at
-from megamix.core.errors import InputError
+from megamix.core.config import validate
+from megamix.core.errors import InputError, ResumeRefused
+from megamix.studies.arena.begun import changed
 from megamix.studies.arena.config import FROZEN, NATURAL, NO_TRAP
 from megamix.studies.arena.members import Condition, Entry
 from megamix.studies.arena.study import ArenaStudy, Weights
-from megamix.training.checkpoints.state import newest_state
+from megamix.training.checkpoints.fingerprints import mixture_print
+from megamix.training.checkpoints.state import RunState, newest_state
+from megamix.training.config import RunConfig
 from megamix.training.objective import weighted_loss
+from megamix.training.plan import make_plan
 from megamix.training.records.recorded_run import RecordedRun
 
 Curve = tuple[tuple[int, float], ...]
+WITHOUT_TRAP = "best_static_without_trap"
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Row:
     curve: Curve
 
 
-COLUMNS = tuple(field.name for field in fields(Row) if field.name != "curve")
+COLUMNS = tuple(column.name for column in fields(Row) if column.name != "curve")
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Difference:
     Attributes:
         against: natural, best_static, best_static_without_trap, or frozen: its own mean weights from the first step on.
         baseline: the arm that this is.
+        missing: seeds of the arena that one of the two lacks.
         deviation: standard deviation of the differences; None for fewer than two seeds.
         smallest_visible: the difference that this many seeds show with a probability of 0.8.
     """
@@ -79,6 +88,7 @@ class Difference:
     against: str
     baseline: str
     interval: Interval
+    missing: int
     deviation: float | None
     smallest_visible: float | None
 
@@ -94,7 +104,19 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words; "no difference found" unless the interval excludes 0."""
+        """In words; "no difference found" unless the interval excludes 0. What is of a part of the seeds says so: those
+        of which a member failed may be the worst."""
+        return self.finding + self.part
+
+    @property
+    def part(self) -> str:
+        """Of how many seeds, where it is not of all."""
+        number = self.interval.number
+        return f", on {number} of {number + self.missing} seeds" if self.missing else ""
+
+    @property
+    def finding(self) -> str:
+        """`verdict` without the seeds."""
         mean, half = self.interval.mean, self.interval.half_width
         if half is None:
             return "one seed, no interval"
@@ -112,6 +134,7 @@ class Difference:
             "mean": self.interval.mean,
             "interval": low_high,
             "number": self.interval.number,
+            "missing": self.missing,
             "deviation": self.deviation,
             "smallest_visible": self.smallest_visible,
             "verdict": self.verdict,
@@ -137,12 +160,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of an arena, as far as its members are done."""
+    """Results of an arena, as far as its members are done.
+
+    Attributes:
+        left_out: {member: why its run is not among the rows}, of those that are done.
+    """
 
     study: ArenaStudy
     rows: tuple[Row, ...]
     done: int
     total: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def missing(self) -> dict[str, int]:
+        """{arm: members that are not among the rows}."""
+        there = {row.member for row in self.rows}
+        return dict(Counter(entry.arm.name for entry in self.study.entries if entry.name not in there))
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -174,33 +208,39 @@ class Results:
         for arm, mine in rows.items():
             found = []
             if NATURAL in rows and arm != NATURAL:
-                found.append(difference("natural", NATURAL, mine, rows[NATURAL]))
+                found.append(self._difference("natural", NATURAL, mine, rows[NATURAL]))
             rival = next((name for name in best if name != arm), None)
             if rival is not None:
-                found.append(difference("best_static", rival, mine, rows[rival]))
+                found.append(self._difference("best_static", rival, mine, rows[rival]))
             if condition.trap != NO_TRAP and plain is not None and plain.best_static:
                 rival = plain.best_static[0]
-                found.append(difference("best_static_without_trap", rival, mine, plain.rows[rival]))
+                found.append(self._difference(WITHOUT_TRAP, rival, mine, plain.rows[rival]))
             if (mean := arm + FROZEN) in rows and arms[mean].mean_of == arm:
-                found.append(difference("frozen", mean, mine, rows[mean]))
+                found.append(self._difference("frozen", mean, mine, rows[mean]))
             differences[arm] = [one for one in found if one is not None]
         return Cell(objective, condition, rows, best, differences)
 
     @property
     def num_comparisons(self) -> int:
-        """Different pairs that are compared: where natural is the best static arm, both differences to it are one."""
+        """Different pairs of which there is an interval: where natural is the best static arm, both differences to it are one."""
         pairs = {
             (
                 cell.objective,
                 cell.condition,
-                one.against == "best_static_without_trap" and arm,
+                one.against == WITHOUT_TRAP and arm,
                 frozenset((arm, one.baseline)),
             )
             for cell in self.cells
             for arm, found in cell.differences.items()
             for one in found
+            if one.interval.half_width is not None
         }
         return len(pairs)
+
+    def _difference(
+        self, against: str, baseline: str, mine: Mapping[int, Row], theirs: Mapping[int, Row]
+    ) -> Difference | None:
+        return difference(against, baseline, mine, theirs, len(self.study.config.seeds))
 
     def csv(self) -> str:
         """results.csv; an empty cell where there is no number."""
@@ -217,6 +257,7 @@ class Results:
             "members": {"done": self.done, "total": self.total},
             "seeds": list(self.study.config.seeds),
             "objectives": self.study.objectives,
+            "left_out": dict(self.left_out),
             "comparisons": self.num_comparisons,
             "cells": [self._cell_record(cell) for cell in self.cells],
         }
@@ -272,19 +313,35 @@ def best_of(rows: Mapping[str, Mapping[int, Row]]) -> tuple[str, ...]:
     return tuple(sorted(mean, key=lambda arm: mean[arm]))
 
 
-def difference(against: str, baseline: str, mine: Mapping[int, Row], theirs: Mapping[int, Row]) -> Difference | None:
-    """An arm less a baseline over the seeds that both have; None where there is none."""
+def difference(
+    against: str, baseline: str, mine: Mapping[int, Row], theirs: Mapping[int, Row], seeds: int
+) -> Difference | None:
+    """An arm less a baseline over the seeds that both have; None where there is none.
+
+    Args:
+        seeds: how many the arena has.
+    """
     pairs = [mine[seed].objective_loss - theirs[seed].objective_loss for seed in mine if seed in theirs]
     if not pairs:
         return None
     deviation = statistics.stdev(pairs) if len(pairs) > 1 else None
     smallest = None if deviation is None else smallest_visible(deviation, len(pairs))
-    return Difference(against, baseline, t_interval(pairs), deviation, smallest)
+    return Difference(against, baseline, t_interval(pairs), seeds - len(pairs), deviation, smallest)
 
 
 def read_results(study: ArenaStudy) -> Results:
-    """Reads the records of the members that are done."""
-    runs = {entry.name: run for entry in study.entries if (run := _finished(study, entry)) is not None}
+    """Reads the records of the members that are done. One that cannot be used does not keep the others from being
+    read."""
+    runs: dict[str, RecordedRun] = {}
+    left_out: dict[str, str] = {}
+    for entry in study.entries:
+        try:
+            run = _finished(study, entry)
+        except (InputError, ResumeRefused) as error:
+            left_out[entry.name] = str(error)
+        else:
+            if run is not None:
+                runs[entry.name] = run
     rows = [
         _row(study, entry, runs[entry.name], objective, weights)
         for entry in study.entries
@@ -294,7 +351,7 @@ def read_results(study: ArenaStudy) -> Results:
     ]
     targets = {_target_key(row): row.objective_loss for row in rows if row.arm == NATURAL}
     reached = [_with_target(row, targets.get(_target_key(row))) for row in rows]
-    return Results(study, tuple(reached), len(runs), len(study.entries))
+    return Results(study, tuple(reached), len(runs) + len(left_out), len(study.entries), left_out)
 
 
 def _target_key(row: Row) -> tuple[object, ...]:
@@ -303,19 +360,50 @@ def _target_key(row: Row) -> tuple[object, ...]:
 
 def _with_target(row: Row, target: float | None) -> Row:
     steps = None if target is None else first_step_at(row.curve, target)
-    return Row(**{**{field.name: getattr(row, field.name) for field in fields(row)}, "steps_to_target": steps})
+    return replace(row, steps_to_target=steps)
 
 
 def _finished(study: ArenaStudy, entry: Entry) -> RecordedRun | None:
-    state = newest_state(study.run_dir_of(entry) / "checkpoints")
-    return RecordedRun.open(study.run_dir_of(entry)) if state and state.step >= entry.condition.steps else None
+    """The record of a member's run; None where it is not done.
+
+    Raises:
+        InputError, ResumeRefused: it is damaged, was made with another config, or has no loss after its last step.
+    """
+    folder = study.run_dir_of(entry)
+    state = newest_state(folder / "checkpoints")
+    if state is None or state.step < entry.condition.steps:
+        return None
+    again = f"Delete {folder} to run it anew."
+    if (reason := changed(study, entry, state)) is not None:
+        raise InputError(f"it was made with another config: {reason}. Undo the change, or: {again}")
+    run = RecordedRun.open(folder)
+    last = run.evaluations[-1] if run.evaluations else {"step": 0, "domain_loss": {}}
+    if last["step"] != entry.condition.steps:
+        raise InputError(
+            f"metrics.jsonl has no evaluation after its last step, {entry.condition.steps}: lines are missing. {again}"
+        )
+    lost = next((name for name in study.domains if last["domain_loss"].get(name) is None), None)
+    if lost is not None:
+        raise InputError(f"the last validation loss of '{lost}' is not finite.")
+    if entry.arm.mean_of is not None:
+        _check_mean(study, entry, state)
+    return run
+
+
+def _check_mean(study: ArenaStudy, entry: Entry, state: RunState) -> None:
+    """Raises InputError for a run with other weights than the mean of the run that it is of."""
+    plan = make_plan(validate(RunConfig, study.run(entry), entry.name), verify=False)
+    wanted = mixture_print(plan, plan.policy.batches)["mixture"]["weights"][0]
+    had = state.fingerprints["mixture"]["mixture"]["weights"][0]
+    if wanted.keys() != had.keys() or not all(math.isclose(wanted[name], had[name], rel_tol=1e-9) for name in had):
+        raise InputError(
+            f"its weights are not the mean of {entry.arm.mean_of}'s: that run has been made anew since. Delete {study.run_dir_of(entry)} to run "
+            "it anew."
+        )
 
 
 def _row(study: ArenaStudy, entry: Entry, run: RecordedRun, objective: str, weights: Weights) -> Row:
     last = {name: run.evaluations[-1]["domain_loss"][name] for name in study.domains}
-    lost = next((name for name, loss in last.items() if loss is None), None)
-    if lost is not None:
-        raise InputError(f"{run.run_dir}: the last validation loss of '{lost}' is not finite, so it has no mean.")
     worst = max(last, key=lambda name: last[name])
     objective_loss, micro_loss = weighted_loss(weights, last), weighted_loss(study.natural, last)
     assert objective_loss is not None  # every domain has a loss

@@ -10,35 +10,42 @@ RUN_DIR/runs/NAME        the runs
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megamix.core.config import validate
+import numpy as np
+
+from megamix.core.config import Config, validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.core.paths import literal
 from megamix.core.text import listed
-from megamix.mixing.mixers import find_mixer
+from megamix.mixing.mixers import find_mixer, make_mixer
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import Arm, Condition, Entry, Run, nested
 from megamix.studies.arena.traps import Trap
-from megamix.studies.runs import Member, read_section, write_yaml, written_yaml
+from megamix.studies.runs import Member, read_section, write_yaml
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.objective import objective_weights
 from megamix.training.plan import Plan, make_plan
+from megamix.training.reference.cache import open_reference
 
 MEMBERS, RUNS, TRAPS = "members", "runs", "traps"
 BEGIN, ARMS, FROZEN_ARMS = "begin", "arms", "frozen"
 STATIC = {"name": "static"}
 SETTLED = (
-    "run_dir", "objective", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.batch_ramp",
+    "run_dir", "objective", "model", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.batch_ramp",
     "train.micro_batch", "data.manifest", "data.domains", "data.seq_length", "data.attention", "data.eod_mask_loss",
     "data.reset_position_ids", "evaluate", "checkpoint.domains",
 )  # fmt: skip
 """Keys that no arm may change: the arena sets them, or losses would not be comparable."""
+BOUNDS = ("max_epochs", "min_weight", "max_weight")
+"""Keys of ``data`` that may name domains."""
 Weights = dict[str, float]
 
 
@@ -137,7 +144,7 @@ class ArenaStudy:
             for seed in self.config.seeds
             for condition in self.conditions
             for arm in self.arms.values()
-            if arm.mean_of is None or not self._is_late(condition)
+            if arm.mean_of is None or not self.is_late(condition)
             for objective in self._objectives_of(arm)
         ]
 
@@ -145,7 +152,8 @@ class ArenaStudy:
         parent = arm if arm.mean_of is None else self.arms[arm.mean_of]
         return tuple(self.objectives) if parent.follows_objective else (None,)
 
-    def _is_late(self, condition: Condition) -> bool:
+    def is_late(self, condition: Condition) -> bool:
+        """Whether a domain comes late."""
         return condition.trap != NO_TRAP and self.config.traps[condition.trap].kind == "late"
 
     def _name(self, arm: Arm, objective: str | None, condition: Condition, seed: int) -> str:
@@ -176,7 +184,7 @@ class ArenaStudy:
         return [
             Member(
                 self.folder(part) / f"{entry.name}.yaml",
-                validate(RunConfig, self._config(part, entry), f"{self.source}, {entry.name}"),
+                validate(RunConfig, self.config_of(part, entry), f"{self.source}, {entry.name}"),
                 self._from_step(entry) if part == BEGIN else None,
             )
             for entry in sorted(entries, key=lambda entry: f"{entry.name}.yaml".encode())
@@ -186,7 +194,7 @@ class ArenaStudy:
         """The entries of a part."""
         for entry in self.entries:
             if part == BEGIN:
-                wanted = self._is_late(entry.condition)
+                wanted = self.is_late(entry.condition)
             else:
                 wanted = (entry.arm.mean_of is not None) == (part == FROZEN_ARMS)
             if wanted:
@@ -194,9 +202,10 @@ class ArenaStudy:
 
     def configs(self, part: str) -> dict[str, Run]:
         """{member: its run's config} of a part."""
-        return {entry.name: self._config(part, entry) for entry in self.entries_of(part)}
+        return {entry.name: self.config_of(part, entry) for entry in self.entries_of(part)}
 
-    def _config(self, part: str, entry: Entry) -> Run:
+    def config_of(self, part: str, entry: Entry) -> Run:
+        """The run's config of a member in a part, not validated."""
         return self._begin_run(entry) if part == BEGIN else self.run(entry)
 
     def run(self, entry: Entry) -> Run:
@@ -211,7 +220,7 @@ class ArenaStudy:
         if arm.mean_of is not None:
             parent = replace(entry, arm=self.arms[arm.mean_of])
             name = self._name(parent.arm, entry.objective, condition, entry.seed)
-            run["mixture"] = {"from_run": literal(self.run_dir / RUNS / name), "which": "mean"}
+            run["mixture"] = {"from_run": literal(self.run_dir / RUNS / name), "which": "mean", "finished": True}
         if condition.trap == NO_TRAP:
             return run
         return self._trapped(run, entry, self.traps[condition.trap])
@@ -219,8 +228,13 @@ class ArenaStudy:
     def _trapped(self, run: Run, entry: Entry, trap: Trap) -> Run:
         """The config with the data of a trap."""
         if not trap.writes_data:
-            added = {trap.changed_domain: self._weights(entry.arm)[trap.changed_domain]}
-            return merge(run, {"checkpoint": {"domains": {"add": added}}}, KINDS)
+            late = trap.changed_domain
+            came: Run = {"domains": {"add": {late: self._weights(entry.arm)[late]}}}
+            bounds = [run["data"].get(key) for key in BOUNDS]
+            if any(isinstance(bound, Mapping) and late in bound for bound in bounds):
+                # Its bounds come with it.
+                came["accept_changed"] = [*dict.fromkeys((*run["checkpoint"].get("accept_changed", ()), "constraints"))]
+            return merge(run, {"checkpoint": came}, KINDS)
         data = {key: value for key, value in run["data"].items() if key not in ("domains", "token_counts")}
         found = {**run, "data": {**data, "manifest": literal(self.run_dir / TRAPS / trap.name)}}
         if trap.new_domain is not None and entry.arm.mean_of is None and names_domains(run.get("mixture")):
@@ -244,6 +258,9 @@ class ArenaStudy:
         run["train"] = {**run["train"], "stop_after": self._from_step(entry)}
         if names_domains(run.get("mixture")):
             run["mixture"] = {name: weight for name, weight in self._weights(entry.arm).items() if name != late}
+        for key in BOUNDS:
+            if isinstance(bound := run["data"].get(key), Mapping) and late in bound:
+                run["data"] = {**run["data"], key: {name: value for name, value in bound.items() if name != late}}
         if isinstance(run.get("objective"), Mapping):
             run["objective"] = {name: weight for name, weight in run["objective"].items() if name != late}
         return run
@@ -278,17 +295,26 @@ class ArenaStudy:
                 found[arm.name] = dict(zip(self.domains, weights, strict=True))
         return found
 
-    def _arm_plan(self, arm: Arm, model: str | None) -> Plan:
-        """Plan of an arm without a trap; raises InputError that names the arm."""
+    def _arm_plan(self, arm: Arm, model: str | None, steps: int | None = None) -> Plan:
+        """Plan of an arm without a trap; raises InputError that names the arm.
+
+        Args:
+            steps: in the place of the run's.
+        """
         run, where = self._with(arm.changes), f"{self.source}, arm {arm.name}"
         if model is not None:
             run = merge(run, {"model": (self.config.models or {})[model]}, KINDS)
             where += f", model {model}"
-        try:
-            return make_plan(validate(RunConfig, run, where), verify=False)
-        except InputError as error:
-            said = str(error)
-            raise InputError(said if said.startswith(where) else f"{where}: {said}") from error
+        if steps is not None:
+            run = merge(run, {"train": {"steps": steps}}, KINDS)
+            where += f", {steps} steps" if self.config.budgets else ""
+        with naming(where):
+            plan = make_plan(validate(RunConfig, run, where), verify=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each member's run says them
+                make_mixer(plan.config.mixer, plan.domain_names, plan.policy.stages.at(0), plan.objective_weights)
+            open_reference(plan)
+            return plan
 
     def _with(self, changes: Run) -> Run:
         """The base with an arm's changes; a mixture is replaced as a whole."""
@@ -306,41 +332,63 @@ class ArenaStudy:
                 raise InputError(
                     f"{where}.from_step is {trap.config.from_step}, and members end after {min(steps)} steps. Let the domain come earlier."
                 )
-        settled = (*SETTLED, "model") if self.config.models else SETTLED
+        stop = self.plan.config.train.stop_after
+        if stop is not None and stop < max(condition.steps for condition in self.conditions):
+            raise InputError(
+                f"{self.source}: train.stop_after is {stop}, so members would not reach their last step. Remove it."
+            )
         for arm in self.arms.values():
-            for key in settled:
-                mine, wanted = (value_at(config, key) for config in (self._resolved(arm), self.plan.config))
-                if mine != wanted:
-                    raise InputError(
-                        f"{self.source}, arm {arm.name}: {key} is {mine}, and {wanted} in the run's config. All arms have the same: "
-                        "set it there, or leave it out here."
-                    )
+            self._check_settled(arm)
             if arm.mean_of is None:
-                for model in self.config.models or (None,):
-                    self._arm_plan(arm, model)
+                for condition in self.conditions:
+                    self._check_condition(arm, condition)
+        for name in CONTROLS.keys() & self.config.arms.keys():
+            self._check_control(self.arms[name])
 
-    def _resolved(self, arm: Arm) -> RunConfig:
-        return validate(RunConfig, self._with(arm.changes), f"{self.source}, arm {arm.name}")
+    def _check_settled(self, arm: Arm) -> None:
+        """Raises InputError for a key that all arms have in common, and this one does not."""
+        config = validate(RunConfig, self._with(arm.changes), f"{self.source}, arm {arm.name}")
+        for settled in SETTLED:
+            mine, wanted = (dict(leaves(value_at(one, settled), settled)) for one in (config, self.plan.config))
+            for key in dict.fromkeys((*mine, *wanted)):
+                if mine.get(key) != wanted.get(key):
+                    raise InputError(
+                        f"{self.source}, arm {arm.name}: {key} is {mine.get(key)}, and {wanted.get(key)} in the run's config. All arms have "
+                        "the same: set it there, or leave it out here."
+                    )
+
+    def _check_condition(self, arm: Arm, condition: Condition) -> None:
+        """Raises InputError where an arm cannot be planned under a condition; traps that write data are planned without
+        it."""
+        if condition.trap == NO_TRAP:
+            self._arm_plan(arm, condition.model, condition.steps)
+        elif self.is_late(condition):
+            entry = Entry(arm, self._objectives_of(arm)[0], condition, self.config.seeds[0], "")
+            where = f"{self.source}, arm {arm.name}, trap {condition.trap}, before its domain comes"
+            with naming(where):
+                make_plan(validate(RunConfig, self._begin_run(entry), where), verify=False)
+
+    def _check_control(self, arm: Arm) -> None:
+        """Raises InputError for an arm of the config with the name of a control and other weights: tables say "against
+        natural"."""
+        given = validate(RunConfig, {**self.base, "mixture": CONTROLS[arm.name], "mixer": STATIC}, self.source)
+        wanted = make_plan(given, verify=False).policy.stages
+        found = self._arm_plan(arm, None).policy.stages
+        if not arm.is_static or len(found.weights) > 1 or not np.allclose(found.at(0), wanted.at(0)):
+            raise InputError(
+                f"{self.source}, arm {arm.name}: the name is that of a control, static with the mixture {CONTROLS[arm.name]}, and this arm "
+                "has other weights. Choose another name."
+            )
 
     def write(self) -> None:
-        """Writes the configs of all members; those of members that are no longer asked for are removed.
-
-        Raises:
-            InputError: a member that has begun would have another config now.
-        """
+        """Writes the configs of all members; those of members that are no longer asked for are removed."""
         for part in (BEGIN, ARMS, FROZEN_ARMS):
             folder, wanted = self.folder(part), self.configs(part)
             for path in folder.glob("*.yaml") if folder.is_dir() else ():
                 if path.stem not in wanted:
                     path.unlink()
             for name, run in wanted.items():
-                path = folder / f"{name}.yaml"
-                if path.is_file() and written_yaml(path) != run and (self.run_dir / RUNS / name).exists():
-                    raise InputError(
-                        f"the member {name} of {self.run_dir} has begun, and has another config now: its results would not be those of "
-                        f"this arena. Undo the change, give the changed arm another name, or delete {self.run_dir / RUNS / name} to begin it anew."
-                    )
-                write_yaml(path, run)
+                write_yaml(folder / f"{name}.yaml", run)
 
 
 def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
@@ -362,6 +410,26 @@ def names_domains(mixture: object) -> bool:
     if not isinstance(mixture, Mapping) or mixture.get("documents") == "uniform":
         return False
     return not {"temperature", "unimax"} & mixture.keys()
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Lets an InputError begin with where it is."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        raise InputError(said if said.startswith(where) else f"{where}: {said}") from error
+
+
+def leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every value in a config, or nested mappings, that is not itself one of these."""
+    value = value.model_dump() if isinstance(value, Config) else value
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from leaves(part, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def value_at(config: Any, key: str) -> object:

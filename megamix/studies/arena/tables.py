@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamix.core.text import ABSENT, Report, Table, number
+from megamix.core.text import ABSENT, Report, Table, number, plural
 from megamix.studies.arena.answer import adaptation_text, answer_text
 from megamix.studies.arena.config import NO_TRAP
 from megamix.studies.arena.members import Condition
-from megamix.studies.arena.results import Cell, Difference, Results, arm_record
+from megamix.studies.arena.results import WITHOUT_TRAP, Cell, Difference, Results, arm_record
 
 COLUMNS = (
     "arm", "objective loss", "sd", "n", "against natural", "against the best static", "verdict", "steps to target",
@@ -23,21 +23,32 @@ HOW_TO_READ = (
     "Losses are on held-out text, in nats per token, means over the seeds; sd: standard deviation over the seeds. "
     "Differences are the arm's objective loss less the baseline's, seed by seed (below 0: the arm is better), with 95 % intervals by "
     "Student's t. The best static arm is chosen on these same seeds, by its mean, so what it leads by is flattered; it is itself compared "
-    "with the second best. Of {number} comparisons about one in 20 excludes 0 by chance alone, where there is no difference. Steps to "
-    "target: until the objective loss is down to the final one of natural, mean over the seeds; - where a seed does not get there."
+    "with the second best.{chance} Steps to target: until the objective loss is down to the final one of natural, mean over the seeds; - "
+    "where a seed does not get there, or has no natural."
 )
 
 
 def status(results: Results) -> str:
-    """How many members are done."""
-    if results.done == results.total:
-        return f"All {results.total} members are done."
-    return f"{results.done} of {results.total} members are done: the results are of these."
+    """How many members are done, and what the results lack."""
+    if results.done < results.total:
+        said = f"{results.done} of {results.total} members are done: the results are of these."
+    else:
+        said = f"All {results.total} members are done."
+    if results.left_out:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in results.left_out.items())
+        said += f" Of these {len(results.left_out)} cannot be used and are left out:{reasons}"
+    if results.missing:
+        arms = ", ".join(f"{arm} {number}" for arm, number in results.missing.items())
+        said += f"\nMembers that the results lack, by arm: {arms}."
+    return said
 
 
 def how_to_read(results: Results) -> str:
     """What the columns mean."""
-    return HOW_TO_READ.format(number=results.num_comparisons)
+    count = results.num_comparisons
+    often = "about one in 20 excludes 0 by chance alone, where there is no difference."
+    chance = f" Of {plural(count, 'comparison')} {often}" if count else ""
+    return HOW_TO_READ.format(chance=chance)
 
 
 def title(cell: Cell) -> str:
@@ -87,7 +98,7 @@ def trap_table(cell: Cell) -> Table:
     """The arms of a cell with a trap, against the best static arm without it."""
     rows = []
     for arm, record, found in _arms(cell):
-        plain = found.get("best_static_without_trap")
+        plain = found.get(WITHOUT_TRAP)
         share = record["noise_share"]
         rows.append(
             (
@@ -114,6 +125,8 @@ def visible_text(cell: Cell) -> str:
     """What the number of seeds can show."""
     known = [one for found in cell.differences.values() for one in found if one.against == "best_static"]
     seen = sorted(one.smallest_visible for one in known if one.smallest_visible is not None)
+    if not known:
+        return "There is no static arm to compare with."
     if not seen:
         return "With fewer than two seeds no difference can be told from chance."
     return (

@@ -17,6 +17,7 @@ from megamix.core.errors import EXIT_OK, InputError, RankFailed
 from megamix.core.log import get_logger
 from megamix.core.paths import argument
 from megamix.core.text import plural
+from megamix.studies.arena.begun import refuse_changed
 from megamix.studies.arena.collect import JSON as RESULTS
 from megamix.studies.arena.collect import collect
 from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, TRAPS, ArenaStudy, read_study
@@ -71,8 +72,12 @@ def arena(config_path: Path, overrides: list[str], only: TaskName | None = None,
     with RunLock(study.run_dir):
         _tell_cost(study)
         wanted = {"data": ("traps", "members"), "run": ("traps", "members", "run")}
-        tasks = _tasks(study, at_once)
-        return run_tasks(task for task in tasks if only is None or task.name in wanted[only])
+        failed: list[RankFailed] = []
+        tasks = _tasks(study, at_once, failed)
+        code = run_tasks(task for task in tasks if only is None or task.name in wanted[only])
+    if failed:
+        raise RankFailed("\n".join(map(str, failed)))
+    return code
 
 
 def submit_arena(
@@ -83,16 +88,22 @@ def submit_arena(
     command = ("arena", argument(config_path), *absolute(overrides), "--only", "collect")
     with RunLock(study.run_dir):
         _tell_cost(study)
-        tasks = _tasks(study, None, Submission(command, resources, limit))
+        tasks = _tasks(study, None, [], Submission(command, resources, limit))
         return submit_or_show(study.run_dir, tasks, dry_run=dry_run)
 
 
-def _tasks(study: ArenaStudy, at_once: int | None, slurm: Submission | None = None) -> Iterator[Task]:
-    """The tasks of an arena, each made when those before it are done or submitted."""
+def _tasks(
+    study: ArenaStudy, at_once: int | None, failed: list[RankFailed], slurm: Submission | None = None
+) -> Iterator[Task]:
+    """The tasks of an arena, each made when those before it are done or submitted.
+
+    Args:
+        failed: gets the members that fail, as the results are of the others.
+    """
     yield Task("traps", run=lambda: _traps(study))
     yield Task("members", run=lambda: _members(study))
     if slurm is None:
-        yield Task("run", run=lambda: _run(study, at_once))
+        yield Task("run", run=lambda: _run(study, at_once, failed))
     else:
         yield from _arrays(study, slurm)
     # Of the members that are done, where others have failed.
@@ -101,10 +112,9 @@ def _tasks(study: ArenaStudy, at_once: int | None, slurm: Submission | None = No
     yield Task("results", done, lambda: _collect(study), job)
 
 
-def _run(study: ArenaStudy, at_once: int | None) -> int:
+def _run(study: ArenaStudy, at_once: int | None, failed: list[RankFailed]) -> int:
     """Runs the members condition by condition, so that the results of the first are there early; returns the exit
-    code. Raises RankFailed after the last, where members have failed."""
-    failed: list[RankFailed] = []
+    code."""
     for condition in study.conditions:
         for part in (BEGIN, ARMS, FROZEN_ARMS):
             members = study.members(part, condition)
@@ -118,8 +128,6 @@ def _run(study: ArenaStudy, at_once: int | None) -> int:
             else:
                 if code != EXIT_OK:
                     return code
-    if failed:
-        raise RankFailed("\n".join(map(str, failed)))
     return EXIT_OK
 
 
@@ -144,6 +152,7 @@ def _traps(study: ArenaStudy) -> int:
 
 
 def _members(study: ArenaStudy) -> int:
+    refuse_changed(study)
     study.write()
     return EXIT_OK
 
