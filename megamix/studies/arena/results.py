@@ -19,17 +19,14 @@ from typing import Any
 from megamix import __version__
 from megamix.analysis.paired import Interval, smallest_visible, t_interval
 from megamix.analysis.series import first_step_at
-from megamix.core.config import validate
 from megamix.core.errors import InputError, ResumeRefused
 from megamix.studies.arena.begun import changed
 from megamix.studies.arena.config import FROZEN, NATURAL, NO_TRAP
 from megamix.studies.arena.members import Condition, Entry
 from megamix.studies.arena.study import ArenaStudy, Weights
-from megamix.training.checkpoints.fingerprints import mixture_print
 from megamix.training.checkpoints.state import RunState, newest_state
-from megamix.training.config import RunConfig
+from megamix.training.mix_plan import read_run
 from megamix.training.objective import weighted_loss
-from megamix.training.plan import make_plan
 from megamix.training.records.recorded_run import RecordedRun
 
 Curve = tuple[tuple[int, float], ...]
@@ -222,7 +219,7 @@ class Results:
 
     @property
     def num_comparisons(self) -> int:
-        """Different pairs of which there is an interval: where natural is the best static arm, both differences to it are one."""
+        """Different pairs with an interval: where natural is the best static arm, both differences to it are one."""
         pairs = {
             (
                 cell.objective,
@@ -392,8 +389,7 @@ def _finished(study: ArenaStudy, entry: Entry) -> RecordedRun | None:
 
 def _check_mean(study: ArenaStudy, entry: Entry, state: RunState) -> None:
     """Raises InputError for a run with other weights than the mean of the run that it is of."""
-    plan = make_plan(validate(RunConfig, study.run(entry), entry.name), verify=False)
-    wanted = mixture_print(plan, plan.policy.batches)["mixture"]["weights"][0]
+    wanted = read_run(study.run_dir_of(study.parent_of(entry)), "mean", finished=True)
     had = state.fingerprints["mixture"]["mixture"]["weights"][0]
     if wanted.keys() != had.keys() or not all(math.isclose(wanted[name], had[name], rel_tol=1e-9) for name in had):
         raise InputError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,18 @@ class ArenaStudy:
         """The folder of the members' configs: `BEGIN`, `ARMS` or `FROZEN_ARMS`."""
         return self.run_dir / MEMBERS / part
 
+    def parent_of(self, entry: Entry) -> Entry:
+        """The member whose mean weights a member has."""
+        assert entry.arm.mean_of is not None
+        arm = self.arms[entry.arm.mean_of]
+        return Entry(
+            arm,
+            entry.objective,
+            entry.condition,
+            entry.seed,
+            self._name(arm, entry.objective, entry.condition, entry.seed),
+        )
+
     def run_dir_of(self, entry: Entry) -> Path:
         """The directory of a member's run."""
         return self.run_dir / RUNS / entry.name
@@ -218,9 +230,8 @@ class ArenaStudy:
         run = merge(run, settled, KINDS)
         run["objective"] = self._objective(entry)
         if arm.mean_of is not None:
-            parent = replace(entry, arm=self.arms[arm.mean_of])
-            name = self._name(parent.arm, entry.objective, condition, entry.seed)
-            run["mixture"] = {"from_run": literal(self.run_dir / RUNS / name), "which": "mean", "finished": True}
+            parent = self.run_dir_of(self.parent_of(entry))
+            run["mixture"] = {"from_run": literal(parent), "which": "mean", "finished": True}
         if condition.trap == NO_TRAP:
             return run
         return self._trapped(run, entry, self.traps[condition.trap])
