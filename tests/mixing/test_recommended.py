@@ -329,6 +329,22 @@ def test_noise_is_suspected_from_eight_observations_on_and_keeps_a_quarter_until
         assert known == pytest.approx([0.5, 0.5, 0.0])
 
 
+def test_noise_that_is_the_first_with_thirty_observations_stays_suspected() -> None:
+    """The others come in two of three steps, so that for some steps the only slope that counts is not above 0."""
+    mixer = recommended([1.0] * 3, exploration=0.0, reach=1.0)
+    tokens, alone = np.zeros(3), 0
+    for step in range(1, 70):
+        new = np.array([100, 100, 100]) if step % 3 else np.array([0, 0, 100])
+        means = np.array([9.0, 7.0, 7.0]) - np.array([0.5, 0.3, -0.1]) * np.log(tokens + 50)
+        tokens += new
+        weights = mixer.update(DomainStats(means * new, new), step)
+        slopes = mixer.record()["loss_slope"]
+        alone += slopes[2] is not None and slopes[0] is slopes[1] is None
+        assert step < 20 or weights[2] < 0.12
+    assert alone > 5
+    assert weights[2] == 0
+
+
 def test_an_early_slope_counts_against_a_domain_only_as_far_as_it_is_certain() -> None:
     """0.4 of the typical slope, exact: s = 4 x 0.4 - 1; within three of its standard errors of half of it: s = 1."""
     slope = 0.4 * 0.5 / (2 - 0.4)

@@ -248,7 +248,7 @@ class RecommendedMixer(Mixer):
         fit = self._lines(_MIN_OBSERVATIONS)
         v, reach, slopes, learning = self.objective, self.config.reach, self._slopes(fit), self._not_suspected()
         if slopes is None:
-            return v, np.where(fit.known, v, learning * v)
+            return v, learning * v
         gain = v * slopes
         typical = float(gain.sum())
         if not typical > 0:
