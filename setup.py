@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 
 REQUIRES = [
     "numpy>=1.26",
-    "pydantic>=2.9",
+    "pydantic>=2.10",
     "pyyaml",
     "rich",
     "scipy>=1.14",

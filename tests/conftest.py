@@ -91,7 +91,6 @@ def tiny_config(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
             "run_dir": str(tmp_path / "run"),
             "data": {"manifest": str(data_dir), "seq_length": 64},
             "model": {"architecture": "neox", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
-            "mixture": "natural",
             "mixer": {"name": "odm", "preset": "official", "warmup_steps": 3},
             "engine": {"pipeline": 1, "zero": 1},
             "train": {"steps": 12, "global_batch": 8, "micro_batch": 2, "lr": 3.0e-3, "warmup": 0.1},

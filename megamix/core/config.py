@@ -230,7 +230,9 @@ def validate(model: type[C], data: Any, source: str, origins: Mapping[tuple[str,
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         lines = []
-        for problem in _without_other_branches(model, error.errors(), data):
+        # A default that depends on other values has no problem of its own.
+        found = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        for problem in _without_other_branches(model, found, data):
             file = (origins or {}).get(tuple(_trace(model, problem["loc"], data)[0]))
             lines.append(_describe(model, problem, data) + (f" It stands in {file}." if file is not None else ""))
         raise InputError(f"{source}:" + ("\n  " if len(lines) > 1 else " ") + "\n  ".join(lines)) from error

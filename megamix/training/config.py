@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -12,7 +13,8 @@ from megamix.core.config import IS_PATH, Config, DefaultName, kinds_of
 from megamix.data.batches import Batches
 from megamix.engines.config import DEFAULT_ENGINE, BatchConfig, DeepSpeedConfig, MegatronConfig, TrainConfig
 from megamix.engines.models.config import ModelConfig
-from megamix.mixing.mixers import MixerConfig, StaticConfig, evaluated
+from megamix.mixing.mixers import MixerConfig, RecommendedConfig, StaticConfig, evaluated
+from megamix.mixing.sources import weights_by_domain
 from megamix.training.bounds import BoundConfig
 from megamix.training.mixture import MixtureConfig
 from megamix.training.objective import ObjectiveConfig
@@ -235,18 +237,19 @@ class MixConfig(Config):
     """The part of a run's config that decides which samples are read when; enough for a custom trainer."""
 
     data: DataConfig
-    mixture: MixtureConfig = "natural"
-    """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
-    sum 1, where {source: {weight: WEIGHT, topics: {TOPIC: WEIGHT}}} may stand for the domains `source:topic`;
-    {documents: the same, or uniform}, shares of documents, which their mean lengths make weights; {temperature: POWER},
-    natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of every domain allow; {file:
-    PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until the mixer first
-    changes the weights."""
     objective: ObjectiveConfig = "natural"
     """What the model is to be good at: the weights of the domains in the objective loss, by which evaluations judge it.
     natural (each domain's share of the training tokens), uniform, or {domain: weight}, normalised to sum 1."""
     mixer: Annotated[MixerConfig, pydantic.Field(validate_default=True)] = StaticConfig()
     """What changes the weights during the run; default: nothing."""
+    mixture: MixtureConfig = pydantic.Field(default_factory=lambda given: _first_mixture(given))
+    """Initial weights: uniform; natural (each domain's share of the training tokens); {domain: weight}, normalised to
+    sum 1, where {source: {weight: WEIGHT, topics: {TOPIC: WEIGHT}}} may stand for the domains `source:topic`;
+    {documents: the same, or uniform}, shares of documents, which their mean lengths make weights; {temperature: POWER},
+    natural shares to a power; {unimax: {max_epochs: N}}, uniform as far as N epochs of every domain allow; {file:
+    PATH}; {from_run: RUN, which: mean or final}; {from_swarm: DIR}; or {stages: [...]}, in force until the mixer first
+    changes the weights. Default: natural; with the mixer recommended the objective's weights, unless those leave a
+    domain out."""
     shadow: tuple[MixerConfig, ...] = ()
     """Mixers that see what the run's mixer sees and only log the weights they would have asked for, to
     RUN/shadow/NAME.jsonl. They may be added, changed or left out on resume."""
@@ -307,6 +310,16 @@ class MixConfig(Config):
                 "{temperature: POWER}, {unimax: {max_epochs: N}}, {file: PATH}, {from_run: RUN}, {from_swarm: DIR} or {stages: [...]}."
             )
         return value
+
+
+def _first_mixture(given: Mapping[str, Any]) -> Any:
+    """The default of ``mixture``, by the keys before it. `recommended` follows the objective, so that steps with other
+    weights, before its first update acts, would only be lost; a weight of 0 would keep a domain from it for good."""
+    objective = given.get("objective", "natural")
+    follows = isinstance(given.get("mixer"), RecommendedConfig)
+    if isinstance(objective, Mapping) and follows:
+        follows = all(weights_by_domain(objective, "objective").values())
+    return objective if follows else "natural"
 
 
 class RunConfig(MixConfig):

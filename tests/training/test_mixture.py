@@ -28,16 +28,20 @@ NATURAL = np.array([0.8, 0.2])
 SIZES = np.array([800, 200])
 
 
-def stages_of(mixture: Any, steps: int = 100) -> Stages:
-    """Of a run with 1000 tokens, 10 samples, a step; see `SIZES` for the samples there are."""
+def config_of(steps: int = 100, **keys: Any) -> RunConfig:
+    """Of a run with 1000 tokens, 10 samples, a step."""
     config = {
         "run_dir": "run",
         "data": {"manifest": "data", "seq_length": 100},
         "model": {"preset": "neox-2m"},
-        "mixture": mixture,
         "train": {"steps": steps, "global_batch": 10, "micro_batch": 1, "lr": 1e-3},
     }
-    return read_stages(validate(RunConfig, config, "test"), NAMES, SIZES, NATURAL)
+    return validate(RunConfig, {**config, **keys}, "test")
+
+
+def stages_of(mixture: Any, steps: int = 100) -> Stages:
+    """Of `config_of`; see `SIZES` for the samples there are."""
+    return read_stages(config_of(steps, mixture=mixture), NAMES, SIZES, NATURAL)
 
 
 def test_one_mixture_holds_for_the_whole_run() -> None:
@@ -45,6 +49,33 @@ def test_one_mixture_holds_for_the_whole_run() -> None:
         found = stages_of(mixture)
         assert found.at(0).tolist() == found.at(99).tolist() == weights
         assert not any(found.changes_at(step) for step in range(100))
+
+
+def test_without_a_mixture_recommended_begins_with_the_objective() -> None:
+    topics = {"web": {"weight": 1, "topics": {"news": 3, "forums": 1}}}
+    by_topic, as_given = {"web:news": 0.75, "web:forums": 0.25}, {"web": 3, "code": 1}
+    cases = (
+        ("recommended", "uniform", [0.5, 0.5]),
+        ("recommended", "natural", [0.8, 0.2]),
+        ("recommended", as_given, [0.75, 0.25]),
+        ("recommended", {"web": 1, "code": 0}, [0.8, 0.2]),  # as its mixture it would leave code out of the whole run
+        ("odm", "uniform", [0.8, 0.2]),
+        ("static", as_given, [0.8, 0.2]),
+    )
+    for mixer, objective, weights in cases:
+        found = config_of(mixer={"name": mixer}, objective=objective)
+        assert read_stages(found, NAMES, SIZES, NATURAL).at(0) == pytest.approx(weights)
+    recommended = {"name": "recommended"}
+    assert config_of(mixer=recommended, objective="uniform", mixture="natural").mixture == "natural"
+    found = config_of(mixer=recommended, objective=topics)
+    assert read_stages(found, tuple(by_topic), SIZES, NATURAL).at(0).tolist() == [*by_topic.values()]
+
+
+def test_a_bad_key_says_nothing_about_the_mixture_that_follows_it() -> None:
+    with pytest.raises(InputError) as caught:
+        config_of(mixer={"name": "recommended"}, objective="macro")
+    assert "objective: got 'macro'" in str(caught.value)
+    assert "mixture" not in str(caught.value)
 
 
 def test_natural_shares_to_a_power() -> None:

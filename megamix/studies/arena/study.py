@@ -240,7 +240,7 @@ class ArenaStudy:
         """The config with the data of a trap."""
         if not trap.writes_data:
             late = trap.changed_domain
-            came: Run = {"domains": {"add": {late: self._weights(entry.arm)[late]}}}
+            came: Run = {"domains": {"add": {late: self._weights(entry)[late]}}}
             bounds = [run["data"].get(key) for key in BOUNDS]
             if any(isinstance(bound, Mapping) and late in bound for bound in bounds):
                 # Its bounds come with it.
@@ -249,7 +249,7 @@ class ArenaStudy:
         data = {key: value for key, value in run["data"].items() if key not in ("domains", "token_counts")}
         found = {**run, "data": {**data, "manifest": literal(self.run_dir / TRAPS / trap.name)}}
         if trap.new_domain is not None and entry.arm.mean_of is None and names_domains(run.get("mixture")):
-            found["mixture"] = self._with_new(self._weights(entry.arm), trap)
+            found["mixture"] = self._with_new(self._weights(entry), trap)
         return found
 
     def _with_new(self, weights: Weights, trap: Trap) -> Weights:
@@ -268,7 +268,7 @@ class ArenaStudy:
         run |= {"data": {**run["data"], "domains": present}, "checkpoint": checkpoint}
         run["train"] = {**run["train"], "stop_after": self._from_step(entry)}
         if names_domains(run.get("mixture")):
-            run["mixture"] = {name: weight for name, weight in self._weights(entry.arm).items() if name != late}
+            run["mixture"] = {name: weight for name, weight in self._weights(entry).items() if name != late}
         for key in BOUNDS:
             if isinstance(bound := run["data"].get(key), Mapping) and late in bound:
                 run["data"] = {**run["data"], key: {name: value for name, value in bound.items() if name != late}}
@@ -293,26 +293,28 @@ class ArenaStudy:
         weights = self.objectives[name]
         return weights if trap is None or trap.new_domain is None else self._with_new(weights, trap)
 
-    def _weights(self, arm: Arm) -> Weights:
-        """The weights that an arm begins with, without a trap."""
-        return self._arm_weights[arm.name]
+    def _weights(self, entry: Entry) -> Weights:
+        """The weights that a member begins with, without a trap."""
+        return self._first_weights[entry.arm.name, entry.objective]
 
     @cached_property
-    def _arm_weights(self) -> dict[str, Weights]:
+    def _first_weights(self) -> dict[tuple[str, str | None], Weights]:
         found = {}
         for arm in self.arms.values():
-            if arm.mean_of is None:
-                weights = self._arm_plan(arm, None).policy.stages.at(0).tolist()
-                found[arm.name] = dict(zip(self.domains, weights, strict=True))
+            for objective in self._objectives_of(arm) if arm.mean_of is None else ():
+                aim = {} if objective is None else {"objective": self._given_objectives[objective]}
+                weights = self._arm_plan(arm, None, more=aim).policy.stages.at(0).tolist()
+                found[arm.name, objective] = dict(zip(self.domains, weights, strict=True))
         return found
 
-    def _arm_plan(self, arm: Arm, model: str | None, steps: int | None = None) -> Plan:
+    def _arm_plan(self, arm: Arm, model: str | None, steps: int | None = None, more: Run | None = None) -> Plan:
         """Plan of an arm without a trap; raises InputError that names the arm.
 
         Args:
             steps: in the place of the run's.
+            more: keys of the run in the place of the base's.
         """
-        run, where = self._with(arm.changes), f"{self.source}, arm {arm.name}"
+        run, where = {**self._with(arm.changes), **(more or {})}, f"{self.source}, arm {arm.name}"
         if model is not None:
             run = merge(run, {"model": (self.config.models or {})[model]}, KINDS)
             where += f", model {model}"
