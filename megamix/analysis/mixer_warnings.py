@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamix.core.text import listed
-from megamix.mixing.mixers import MIXERS, evaluated, make_mixer
+from megamix.mixing.mixers import MIXERS, AdoConfig, AioliConfig, DoremiConfig, ScheduleConfig, evaluated, make_mixer
 from megamix.training.config import RunConfig
 
 FEW_SAMPLES = 4.0
@@ -27,7 +27,41 @@ def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[n
         warnings.simplefilter("always")
         make_mixer(config.mixer, names, initial)  # which checks its parameters against the number of domains
     said = [str(warning.message) for warning in caught]
-    return said + _few_samples(config, names, initial) + _probes_in_warmup(config, len(names))
+    return (
+        said
+        + _never_acts(config, len(names))
+        + _few_samples(config, names, initial)
+        + _probes_in_warmup(config, len(names))
+    )
+
+
+def _never_acts(config: RunConfig, num_domains: int) -> list[str]:
+    """A mixer whose first change of the weights would come after the end."""
+    mixer, steps, lag = config.mixer, config.train.steps, config.data.weight_lag
+    first, keys = _first_change(mixer)
+    if num_domains == 1 or first + lag < steps:
+        return []
+    after = f"after step {first}" + (f" and act {lag + 1} steps later" if lag else "")
+    return [
+        f"mixer {mixer.name}: its weights change {after} at the earliest, and the run ends after step {steps}, so the weights "
+        f"stay the initial ones. Lower {keys}, or train longer."
+    ]
+
+
+def _first_change(mixer: object) -> tuple[int, str]:
+    """The first step, from 1, after whose losses a mixer can ask for other weights, and the keys that say so; (0, "")
+    for one whose effect does not begin there."""
+    if isinstance(mixer, AdoConfig):
+        start = mixer.fit_from if mixer.start is None else mixer.start
+        fit = math.ceil(start / mixer.refit_every) * mixer.refit_every + mixer.fit_delay
+        return fit + 1, "mixer.fit_from, start, refit_every and fit_delay"
+    if isinstance(mixer, AioliConfig):
+        return mixer.first_round, "mixer.first_round"
+    # DoReMi's weights are of the loss, from the first step on.
+    if not isinstance(mixer, ScheduleConfig) or isinstance(mixer, DoremiConfig):
+        return 0, ""
+    every = mixer.update_every
+    return (mixer.warmup_steps // every + 1) * every, "mixer.warmup_steps" + (" and update_every" if every > 1 else "")
 
 
 def _probes_in_warmup(config: RunConfig, num_domains: int) -> list[str]:

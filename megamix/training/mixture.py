@@ -5,6 +5,7 @@ Legend: K domains, M stages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ class UnimaxMixture(Config, Mixture):
             raise InputError(
                 f"{source}: unimax.max_epochs is {limit:g}, which allows {most.sum():,.0f} samples of "
                 f"{frame.num_samples.sum():,} in the data, but the run reads {budget:,}. Use at least "
-                f"{budget / frame.num_samples.sum():.4g}, or train for fewer steps."
+                f"{_rounded_up(budget / frame.num_samples.sum())}, or train for fewer steps."
             )
         samples, left = np.zeros(most.size), float(budget)
         # From the smallest domain on, so that what one cannot take is spread over all that are left.
@@ -180,6 +181,12 @@ class UnimaxMixture(Config, Mixture):
             samples[domain] = min(most[domain], left / (most.size - taken))
             left -= samples[domain]
         return samples / samples.sum()
+
+
+def _rounded_up(value: float) -> str:
+    """Four digits of a positive number, not less than it."""
+    digits = 3 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10**digits) / 10**digits:.4g}"
 
 
 class FileMixture(Config, Mixture):

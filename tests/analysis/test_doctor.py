@@ -147,6 +147,42 @@ def test_aioli_probes_while_the_learning_rate_rises(data: Path, tmp_path: Path) 
     assert not warned(1, warmup=0)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "first", "keys"),
+    [
+        ({"name": "recommended", "warmup_steps": 38}, 39, "mixer.warmup_steps"),
+        ({"name": "odm", "warmup_steps": 30, "update_every": 13}, 39, "mixer.warmup_steps and update_every"),
+        (
+            {
+                "name": "ado",
+                "smoothing_window": 7,
+                "fit_from": 10,
+                "start": 30,
+                "refit_every": 19,
+                "smoothing_degree": 3,
+            },
+            39,
+            "mixer.fit_from",
+        ),
+        ({"name": "aioli", "first_round": 39, "one_hot_factor": 0.6}, 39, "mixer.first_round"),
+    ],
+)
+def test_a_mixer_that_never_acts_is_named(
+    data: Path, tmp_path: Path, mixer: dict[str, Any], first: int, keys: str
+) -> None:
+    """With a lag of 1, what follows from step 39 holds from step 41 on."""
+
+    def warned(steps: int) -> list[str]:
+        evaluate = {"every": 20, "samples": 2}
+        text = doctor(config_of(tmp_path, data, mixer=mixer, train={"steps": steps}, evaluate=evaluate)).text()
+        return [line for line in text.splitlines() if "stay the initial ones" in line]
+
+    assert not warned(41)
+    (line,) = warned(40)
+    assert f"change after step {first} and act 2 steps later at the earliest, and the run ends after step 40" in line
+    assert f"Lower {keys}" in line
+
+
 def test_warnings_are_not_errors(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "num_cores", lambda: 1)
     monkeypatch.setattr(module, "_devices", list)

@@ -322,13 +322,18 @@ def test_members_of_a_late_domain_begin_without_it(tiny_config: Write) -> None:
 
 def test_a_late_domain_comes_with_the_weight_that_its_rule_begins_with(tiny_config: Write) -> None:
     mine = {"code": 0.5, "tables": 0.2, "topics": 0.3}
-    objectives, late = {"uniform": "uniform", "mine": mine}, {"late": {"kind": "late", "domain": "tables", "from_step": 5}}
+    objectives, late = (
+        {"uniform": "uniform", "mine": mine},
+        {"late": {"kind": "late", "domain": "tables", "from_step": 5}},
+    )
     found = study(tiny_config, arms={"rule": {"mixer": {"name": "recommended"}}}, objectives=objectives, traps=late)
     after, begin = found.configs(ARMS), found.configs(BEGIN)
     for objective, weight in (("uniform", 1 / 3), ("mine", 0.2)):
         came = after[f"seed1.late.rule@{objective}"]["checkpoint"]["domains"]["add"]
         assert came == {"tables": pytest.approx(weight)}
-    assert make_plan(RunConfig.model_validate(begin["seed1.late.rule@mine"])).policy.initial_weights == pytest.approx([0.625, 0.375])
+    assert make_plan(RunConfig.model_validate(begin["seed1.late.rule@mine"])).policy.initial_weights == pytest.approx(
+        [0.625, 0.375]
+    )
 
 
 def test_bounds_of_a_late_domain_come_with_it(tiny_config: Write) -> None:

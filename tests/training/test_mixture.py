@@ -126,6 +126,8 @@ def test_a_budget_that_unimax_cannot_meet() -> None:
         stages_of({"unimax": {"max_epochs": 0}})
     with pytest.raises(InputError, match=r"unknown key 'mixture\.unimax\.epochs'"):
         stages_of({"unimax": {"epochs": 4}})
+    with pytest.raises(InputError, match=r"Use at least 123\.5,"):
+        stages_of({"unimax": {"max_epochs": 1}}, steps=12344)  # 123.44, of which less would be refused again
 
 
 def test_published_mixtures_in_a_plan(data_dir: Path) -> None:
