@@ -13,8 +13,8 @@ from megamix.core.config import validate
 from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import digest
 from megamix.mixing.mixers import without_code
-from megamix.studies.arena.members import Entry
-from megamix.studies.arena.study import ARMS, BEGIN, ArenaStudy, leaves
+from megamix.studies.arena.members import Entry, leaves
+from megamix.studies.arena.study import ARMS, BEGIN, ArenaStudy
 from megamix.training.checkpoints.state import RunState
 from megamix.training.config import RunConfig
 from megamix.training.records.recorded_run import CONFIG, read_config

@@ -1,17 +1,21 @@
-"""What a member of an arena is: an arm under a condition, with a seed."""
+"""What a member of an arena is: an arm under a condition, with a seed; and the configs of these, as mappings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megamix.core.config import Config
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.training.config import KINDS
 
 Run = dict[str, Any]
 """A run's config, nested, not validated."""
+STATIC = {"name": "static"}
+"""The mixer of an arm that keeps its weights."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,23 @@ def nested(changes: Mapping[str, Any], where: str) -> Run:
             value = {key: value}
         found = merge(found, value, KINDS)
     return found
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Lets an InputError begin with where it is."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        raise InputError(said if said.startswith(where) else f"{where}: {said}") from error
+
+
+def leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every value in a config, or nested mappings, that is not itself one of these."""
+    value = value.model_dump() if isinstance(value, Config) else value
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from leaves(part, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value

@@ -10,7 +10,6 @@ RUN_DIR/runs/NAME        the runs
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megamix.core.config import Config, validate
+from megamix.core.config import validate
 from megamix.core.config_files import merge
 from megamix.core.errors import InputError
 from megamix.core.paths import literal
 from megamix.core.text import listed
 from megamix.mixing.mixers import find_mixer, make_mixer
+from megamix.studies.arena.checks import check
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
-from megamix.studies.arena.members import Arm, Condition, Entry, Run, nested
+from megamix.studies.arena.members import STATIC, Arm, Condition, Entry, Run, naming, nested
 from megamix.studies.arena.traps import Trap
 from megamix.studies.runs import Member, read_section, write_yaml
 from megamix.training.config import KINDS, RunConfig
@@ -37,13 +35,6 @@ from megamix.training.reference.cache import open_reference
 
 MEMBERS, RUNS, TRAPS = "members", "runs", "traps"
 BEGIN, ARMS, FROZEN_ARMS = "begin", "arms", "frozen"
-STATIC = {"name": "static"}
-SETTLED = (
-    "run_dir", "objective", "model", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.batch_ramp",
-    "train.micro_batch", "data.manifest", "data.domains", "data.seq_length", "data.attention", "data.eod_mask_loss",
-    "data.reset_position_ids", "evaluate", "checkpoint.domains",
-)  # fmt: skip
-"""Keys that no arm may change: the arena sets them, or losses would not be comparable."""
 BOUNDS = ("max_epochs", "min_weight", "max_weight")
 """Keys of ``data`` that may name domains."""
 Weights = dict[str, float]
@@ -124,7 +115,7 @@ class ArenaStudy:
         return {**found, **means}
 
     def _arm(self, name: str, changes: Run) -> Arm:
-        config = validate(RunConfig, self._with(changes), f"{self.source}, arm {name}")
+        config = validate(RunConfig, self.with_changes(changes), f"{self.source}, arm {name}")
         mixer = find_mixer(config.mixer.name)[1]
         return Arm(name, changes, config.mixer.name == "static", mixer.follows_objective)
 
@@ -145,10 +136,10 @@ class ArenaStudy:
             for condition in self.conditions
             for arm in self.arms.values()
             if arm.mean_of is None or not self.is_late(condition)
-            for objective in self._objectives_of(arm)
+            for objective in self.objectives_of(arm)
         ]
 
-    def _objectives_of(self, arm: Arm) -> tuple[str | None, ...]:
+    def objectives_of(self, arm: Arm) -> tuple[str | None, ...]:
         parent = arm if arm.mean_of is None else self.arms[arm.mean_of]
         return tuple(self.objectives) if parent.follows_objective else (None,)
 
@@ -218,12 +209,12 @@ class ArenaStudy:
 
     def config_of(self, part: str, entry: Entry) -> Run:
         """The run's config of a member in a part, not validated."""
-        return self._begin_run(entry) if part == BEGIN else self.run(entry)
+        return self.begin_run(entry) if part == BEGIN else self.run(entry)
 
     def run(self, entry: Entry) -> Run:
         """The run's config of a member, not validated."""
         condition, arm = entry.condition, entry.arm
-        run = self._with(arm.changes)
+        run = self.with_changes(arm.changes)
         if condition.model is not None:
             run = merge(run, {"model": (self.config.models or {})[condition.model]}, KINDS)
         settled = {"train": {"seed": entry.seed, "steps": condition.steps}, "run_dir": literal(self.run_dir_of(entry))}
@@ -259,7 +250,7 @@ class ArenaStudy:
         share = trap.num_tokens / (others + trap.num_tokens)
         return {**{name: weight * (1 - share) for name, weight in weights.items()}, trap.new_domain: share}
 
-    def _begin_run(self, entry: Entry) -> Run:
+    def begin_run(self, entry: Entry) -> Run:
         """The config of a member up to the step at which a domain comes."""
         late = self.traps[entry.condition.trap].changed_domain
         run = self.run(entry)
@@ -301,20 +292,20 @@ class ArenaStudy:
     def _first_weights(self) -> dict[tuple[str, str | None], Weights]:
         found = {}
         for arm in self.arms.values():
-            for objective in self._objectives_of(arm) if arm.mean_of is None else ():
+            for objective in self.objectives_of(arm) if arm.mean_of is None else ():
                 aim = {} if objective is None else {"objective": self._given_objectives[objective]}
-                weights = self._arm_plan(arm, None, more=aim).policy.stages.at(0).tolist()
+                weights = self.arm_plan(arm, None, more=aim).policy.stages.at(0).tolist()
                 found[arm.name, objective] = dict(zip(self.domains, weights, strict=True))
         return found
 
-    def _arm_plan(self, arm: Arm, model: str | None, steps: int | None = None, more: Run | None = None) -> Plan:
+    def arm_plan(self, arm: Arm, model: str | None, steps: int | None = None, more: Run | None = None) -> Plan:
         """Plan of an arm without a trap; raises InputError that names the arm.
 
         Args:
             steps: in the place of the run's.
             more: keys of the run in the place of the base's.
         """
-        run, where = {**self._with(arm.changes), **(more or {})}, f"{self.source}, arm {arm.name}"
+        run, where = {**self.with_changes(arm.changes), **(more or {})}, f"{self.source}, arm {arm.name}"
         if model is not None:
             run = merge(run, {"model": (self.config.models or {})[model]}, KINDS)
             where += f", model {model}"
@@ -329,69 +320,10 @@ class ArenaStudy:
             open_reference(plan)
             return plan
 
-    def _with(self, changes: Run) -> Run:
+    def with_changes(self, changes: Run) -> Run:
         """The base with an arm's changes; a mixture is replaced as a whole."""
         whole = {key: value for key, value in changes.items() if key == "mixture"}
         return {"checkpoint": {}, **merge(self.base, changes, KINDS), **whole}
-
-    def check(self) -> None:
-        """Raises InputError for whatever would stop a member later."""
-        _ = self.objectives  # raises for weights that cannot be used
-        for name, trap in self.traps.items():
-            where = f"{self.source}: arena.traps.{name}"
-            trap.check(self.plan.config.data.seq_length, where)
-            steps = [condition.steps for condition in self.conditions if condition.trap == name]
-            if trap.config.from_step is not None and trap.config.from_step >= min(steps):
-                raise InputError(
-                    f"{where}.from_step is {trap.config.from_step}, and members end after {min(steps)} steps. Let the domain come earlier."
-                )
-        stop = self.plan.config.train.stop_after
-        if stop is not None and stop < max(condition.steps for condition in self.conditions):
-            raise InputError(
-                f"{self.source}: train.stop_after is {stop}, so members would not reach their last step. Remove it."
-            )
-        for arm in self.arms.values():
-            self._check_settled(arm)
-            if arm.mean_of is None:
-                for condition in self.conditions:
-                    self._check_condition(arm, condition)
-        for name in CONTROLS.keys() & self.config.arms.keys():
-            self._check_control(self.arms[name])
-
-    def _check_settled(self, arm: Arm) -> None:
-        """Raises InputError for a key that all arms have in common, and this one does not."""
-        config = validate(RunConfig, self._with(arm.changes), f"{self.source}, arm {arm.name}")
-        for settled in SETTLED:
-            mine, wanted = (dict(leaves(value_at(one, settled), settled)) for one in (config, self.plan.config))
-            for key in dict.fromkeys((*mine, *wanted)):
-                if mine.get(key) != wanted.get(key):
-                    raise InputError(
-                        f"{self.source}, arm {arm.name}: {key} is {mine.get(key)}, and {wanted.get(key)} in the run's config. All arms have "
-                        "the same: set it there, or leave it out here."
-                    )
-
-    def _check_condition(self, arm: Arm, condition: Condition) -> None:
-        """Raises InputError where an arm cannot be planned under a condition; traps that write data are planned without
-        it."""
-        if condition.trap == NO_TRAP:
-            self._arm_plan(arm, condition.model, condition.steps)
-        elif self.is_late(condition):
-            entry = Entry(arm, self._objectives_of(arm)[0], condition, self.config.seeds[0], "")
-            where = f"{self.source}, arm {arm.name}, trap {condition.trap}, before its domain comes"
-            with naming(where):
-                make_plan(validate(RunConfig, self._begin_run(entry), where), verify=False)
-
-    def _check_control(self, arm: Arm) -> None:
-        """Raises InputError for an arm of the config with the name of a control and other weights: tables say "against
-        natural"."""
-        given = validate(RunConfig, {**self.base, "mixture": CONTROLS[arm.name], "mixer": STATIC}, self.source)
-        wanted = make_plan(given, verify=False).policy.stages
-        found = self._arm_plan(arm, None).policy.stages
-        if not arm.is_static or len(found.weights) > 1 or not np.allclose(found.at(0), wanted.at(0)):
-            raise InputError(
-                f"{self.source}, arm {arm.name}: the name is that of a control, static with the mixture {CONTROLS[arm.name]}, and this arm "
-                "has other weights. Choose another name."
-            )
 
     def write(self) -> None:
         """Writes the configs of all members; those of members that are no longer asked for are removed."""
@@ -414,7 +346,7 @@ def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
     data, config = read_section(ArenaConfig, "arena", config_path, overrides, {}, "")
     run_dir = validate(RunConfig, data, source).run_dir
     study = ArenaStudy(data, config, run_dir, source)
-    study.check()
+    check(study)
     return study
 
 
@@ -423,30 +355,3 @@ def names_domains(mixture: object) -> bool:
     if not isinstance(mixture, Mapping) or mixture.get("documents") == "uniform":
         return False
     return not {"temperature", "unimax"} & mixture.keys()
-
-
-@contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Lets an InputError begin with where it is."""
-    try:
-        yield
-    except InputError as error:
-        said = str(error)
-        raise InputError(said if said.startswith(where) else f"{where}: {said}") from error
-
-
-def leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of every value in a config, or nested mappings, that is not itself one of these."""
-    value = value.model_dump() if isinstance(value, Config) else value
-    if isinstance(value, Mapping) and value:
-        for key, part in value.items():
-            yield from leaves(part, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
-
-
-def value_at(config: Any, key: str) -> object:
-    """The value at a dotted key of a config; None where it has no such key."""
-    for part in key.split("."):
-        config = getattr(config, part, None)
-    return config
