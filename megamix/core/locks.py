@@ -134,6 +134,19 @@ def hold(path: Path, held: str, *, shared: bool = False) -> Iterator[None]:
         os.close(file)
 
 
+@contextlib.contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Waits for other blocks like this one of the same folder, which are over in seconds. Where a folder cannot be
+    locked, as on NFS, nobody waits."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            take(file, wait=True)
+        yield
+    finally:
+        os.close(file)
+
+
 def is_dead(holder: Holder) -> bool:
     """Whether the holder is a process of this host that has ended, or of which only threads are left."""
     process = holder.get("process")

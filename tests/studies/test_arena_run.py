@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TimedOut
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from test_arena import DOMAINS, ODM, config
 
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
+from megamix.core.locks import turn
 from megamix.studies.arena.collect import collect
 from megamix.studies.arena.study import read_study
 from megamix.studies.arena.tasks import arena
@@ -171,6 +174,21 @@ def test_what_a_run_lost_is_left_out_and_said(megamix: Megamix, tiny_config: Wri
     lost = left_out(train={"lr": 1e-3})
     assert len(lost) == 6
     assert "it was made with another config: train.lr is 0.001, and was 0.003" in lost["seed2.odm"]
+
+
+def test_results_are_written_by_one_at_a_time(tiny_config: Write, tmp_path: Path) -> None:
+    """A job that collects, and somebody who looks at the results so far."""
+    study = read_study(config(tiny_config, {"seeds": [1]}), [])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with turn(folder):
+            waits = pool.submit(collect, study)
+            with pytest.raises(TimedOut):  # in Python 3.10 not the built-in one
+                waits.result(timeout=1.0)
+            assert not (folder / "results.csv").exists()
+        waits.result(timeout=RUN_SECONDS)
+    assert (folder / "results.csv").exists()
 
 
 def test_it_does_not_start_within_a_job(tiny_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 
 from megamix.core.files import replace_file, writing
+from megamix.core.locks import turn
 from megamix.core.text import Report
 from megamix.studies.arena.results import read_results
 from megamix.studies.arena.study import ArenaStudy
@@ -26,15 +27,18 @@ def collect(study: ArenaStudy) -> Report:
     from megamix.studies.arena.figures import plot
     from megamix.studies.arena.page import PAGE, page
 
-    results = read_results(study)
-    content = {
-        CSV: results.csv(),
-        JSON: json.dumps(results.json(), indent=1, allow_nan=False) + "\n",
-        MARKDOWN: markdown(results),
-        PAGE: page(results),
-    }
     with writing(study.run_dir, "Choose another run_dir."):
         study.run_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in content.items():
-            replace_file(study.run_dir / name, text.encode())
-    return report(results, [*(study.run_dir / name for name in content), *plot(results)])
+    # One at a time, or a job that collects could take away what another writes, or put older results in its place.
+    with turn(study.run_dir):
+        results = read_results(study)
+        content = {
+            CSV: results.csv(),
+            JSON: json.dumps(results.json(), indent=1, allow_nan=False) + "\n",
+            MARKDOWN: markdown(results),
+            PAGE: page(results),
+        }
+        with writing(study.run_dir, "Choose another run_dir."):
+            for name, text in content.items():
+                replace_file(study.run_dir / name, text.encode())
+        return report(results, [*(study.run_dir / name for name in content), *plot(results)])
