@@ -121,8 +121,21 @@ class Reference:
                 s * min(max(gain, w / self.reach), w * self.reach)
                 for s, gain, w in zip(learning, self.gains, self.v, strict=True)
             ]
-        e = self.exploration
-        return [(1 - e) * share / sum(shares) + e / self.k for share in shares]
+        return self.explored(shares)
+
+    def explored(self, shares: list[float]) -> list[float]:
+        """The factor by bisection."""
+        least = self.exploration / self.k
+        floor = [min(least, weight) if weight else least for weight in self.v]
+        low, high = 0.0, 1 / max(shares)
+
+        def at(factor: float) -> list[float]:
+            return [max(factor * share, bound) for share, bound in zip(shares, floor, strict=True)]
+
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (low, middle) if sum(at(middle)) > 1 else (middle, high)
+        return at((low + high) / 2)
 
     def drawn(self) -> list[float] | None:
         fits = [self.known(i) for i in range(self.k)]
@@ -236,6 +249,22 @@ def test_by_default_domains_that_learn_keep_the_weights_of_the_objective() -> No
     mixer = make_mixer({"name": "recommended", "exploration": 0.0}, ["a", "b", "c"], [1.0] * 3, [1, 1, 2])
     on_lines(mixer, (9, 0.5), (7, 0.3), (3, 0.0))
     np.testing.assert_allclose(mixer.weights, [0.5, 0.5, 0.0], rtol=1e-12)
+
+
+def test_exploration_takes_nothing_from_domains_that_learn() -> None:
+    """0.05 / 4 is above the third's weight in the objective, which it keeps; the fourth has none there."""
+    v = np.array([0.6, 0.396, 0.004, 0.0])
+    mixer = make_mixer({"name": "recommended"}, ["a", "b", "c", "d"], [1.0] * 4, v)
+    on_lines(mixer, (9, 0.5), (7, 0.5), (8, 0.5), (9, 0.5))
+    first_two = v[:2] / v[:2].sum() * (1 - 0.0125 - 0.004)
+    np.testing.assert_allclose(mixer.weights, [*first_two, 0.004, 0.0125], rtol=1e-12)
+    all_count = make_mixer({"name": "recommended"}, ["a", "b", "c"], [1.0] * 3, v[:3])
+    on_lines(all_count, (9, 0.5), (7, 0.5), (8, 0.5))
+    np.testing.assert_allclose(all_count.weights, v[:3], rtol=1e-14)
+    on_lines(
+        left := make_mixer({"name": "recommended"}, ["a", "b", "c"], [1.0] * 3, v[:3]), (9, 0.5), (7, 0.0), (8, 0.0)
+    )
+    np.testing.assert_allclose(left.weights, [1 - 0.05 / 3 - 0.004, 0.05 / 3, 0.004], rtol=1e-12)
 
 
 def test_before_slopes_are_known_the_objective_decides() -> None:

@@ -33,7 +33,9 @@ rises once it is not. So what a domain's loss has risen counts as well. From the
 and the weights are, with R = reach and e = exploration,
 
     w_i   = s_i clip(d_i, v_i / R, v_i R)
-    pi_i  = (1 - e) w_i / sum w + e / K
+    pi_i  = max(lambda w_i, min(v_i, e / K))          with the lambda that makes the sum 1; e / K where v_i is 0
+
+so that what is left is still seen, and with R = 1 the weights are exactly the objective's while all domains learn.
 
 r_i / c is the factor between the best share and the objective's: a domain with less than a tenth of c is left, one that
 learns slowly keeps about its best share, and from half of c on a domain keeps the objective's. A rise is compared with
@@ -44,9 +46,8 @@ nats), but above what it began with, as it was never learnt. Noise that comes la
 Before slopes are known all are equal, and the weights are the objective's. But a domain with 8 to 30 effective
 observations can be suspected: its s_i is that of g_i + 3 se_i, and at least a quarter, with c the mean of all slopes
 found so far (those below 0 as 0), weighed by v. So noise loses most of its weight after some 12 steps, while the
-learning rate is high; waiting for the 30th observation cost 0.04 nats in the end (DECISIONS.md). A domain that the
-objective leaves out gets the exploration only. With R = 1, the default, weights stay the objective's for all domains
-that learn; above it they are bent towards those that gain more.
+learning rate is high; waiting for the 30th observation cost 0.04 nats in the end (DECISIONS.md). With R above 1 the
+weights of domains that learn are bent towards those that gain more.
 
 What it rests on: the slope along a run taken for what a domain's own tokens give. Measured on the mini-pile (12
 domains, 0.5 M parameters, 400 steps of 4,096 tokens), the slope along a run of equal weights and the loss that a domain
@@ -74,7 +75,7 @@ from pydantic import Field, model_validator
 from megamix.core.log import get_logger
 from megamix.mixing.mixers.base import Mixer, ScheduleConfig
 from megamix.mixing.mixers.stats import DomainStats, IntArray
-from megamix.mixing.mixers.weights import DomainWeights, FloatArray
+from megamix.mixing.mixers.weights import DomainWeights, FloatArray, project_to_capped_simplex
 
 BoolArray = NDArray[np.bool_]
 
@@ -130,7 +131,8 @@ class RecommendedConfig(ScheduleConfig):
     domain keeps its weight, and only what no longer learns is left."""
 
     exploration: float = Field(default=0.05, ge=0, le=1, allow_inf_nan=False)
-    """Share of the samples that is spread evenly over all domains, whatever they learn."""
+    """No domain falls below this share of the samples divided by the number of domains, whatever it learns, unless its
+    weight in the objective is above 0 and lower, which it then keeps."""
 
     @model_validator(mode="before")
     @classmethod
@@ -257,10 +259,11 @@ class RecommendedMixer(Mixer):
         return gain / typical, learning * np.clip(gain / typical, v / reach, v * reach)
 
     def _new_weights(self, step: int) -> FloatArray | None:
-        e, share = self.config.exploration, self._shares()[1]
+        share, least = self._shares()[1], self.config.exploration / self.num_domains
         if not share.any():  # nothing of the objective is learnt any more
             return None
-        return (1.0 - e) * (share / share.sum()) + e / self.num_domains
+        floor = np.where(self.objective > 0, np.minimum(self.objective, least), least)
+        return project_to_capped_simplex(share / share.sum(), floor, 1.0)
 
     def _extra_state(self) -> dict[str, Any]:
         return {
