@@ -98,15 +98,16 @@ def test_samples_that_cannot_be_used(overrides: list[str], message: str) -> None
 
 @pytest.mark.parametrize("name", list(MIXERS))
 def test_mixers_get_the_objective(name: str) -> None:
-    mixer = make_mixer({"name": name}, ["a", "b"], [1, 3])
-    np.testing.assert_array_equal(mixer.objective, [0.25, 0.75])
-    mixer = make_mixer({"name": name}, ["a", "b"], [1, 3], {"b": 1, "a": 4})
-    np.testing.assert_array_equal(mixer.objective, [0.8, 0.2])
-    np.testing.assert_array_equal(mixer.weights, [0.25, 0.75])
+    names, initial = ["a", "b", "c"], [1, 3, 4]
+    mixer = make_mixer({"name": name}, names, initial)
+    np.testing.assert_array_equal(mixer.objective, [0.125, 0.375, 0.5])
+    mixer = make_mixer({"name": name}, names, initial, {"b": 1, "a": 4, "c": 3})
+    np.testing.assert_array_equal(mixer.objective, [0.5, 0.125, 0.375])
+    np.testing.assert_array_equal(mixer.weights, [0.125, 0.375, 0.5])
     mixer.objective[0] = 7.0
-    np.testing.assert_array_equal(mixer.objective, [0.8, 0.2])
-    with pytest.raises(InputError, match="objective: 1 weights for 2 domains"):
-        make_mixer({"name": name}, ["a", "b"], [1, 3], [1])
+    np.testing.assert_array_equal(mixer.objective, [0.5, 0.125, 0.375])
+    with pytest.raises(InputError, match="objective: 1 weights for 3 domains"):
+        make_mixer({"name": name}, names, initial, [1])
 
 
 # Resume

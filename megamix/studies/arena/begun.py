@@ -20,7 +20,7 @@ from megamix.training.config import RunConfig
 from megamix.training.records.recorded_run import CONFIG, read_config
 
 FREE = (
-    "run_dir", "log", "watchdog", "alerts", "engine.threads", "train.stop_after", "data.verify", "data.token_counts",
+    "run_dir", "shadow", "log", "watchdog", "alerts", "engine.threads", "train.stop_after", "data.verify", "data.token_counts",
     "checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.asynchronous",
 )  # fmt: skip
 """Keys that no result follows from, so that they may change."""
