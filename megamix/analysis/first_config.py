@@ -121,8 +121,6 @@ def first_config(manifest: Manifest, data: Path, run_dir: Path) -> str:
         "",
         "# What the model is to be good at: natural (text as it comes), uniform (all domains alike) or {domain: weight}.",
         "objective: natural",
-        "# Where the weights begin: natural, uniform, {temperature: 0.5}, {domain: weight}, ...",
-        "mixture: natural",
         *(_mixer(sizes) if mixes else ["mixer: {name: static}  # one domain: nothing to mix"]),
         "",
         f"# {sizes.parameters / 1e6:,.1f} M parameters: the largest preset with {TOKENS_PER_PARAMETER} tokens a parameter in one epoch (arXiv 2203.15556),",
@@ -159,8 +157,9 @@ def _domains(manifest: Manifest) -> list[str]:
 def _mixer(sizes: Sizes) -> list[str]:
     warmup = _part(sizes.steps, 20)
     return [
-        "# The rule samples as the objective asks, and leaves what no longer learns. A static mixture: {name: static}.",
-        f"mixer: {{name: recommended, warmup_steps: {warmup}}}",
+        "# The rule samples as the objective asks, and leaves what no longer learns; it needs no warm-up. A static mixture:",
+        "# mixer: {name: static} with mixture: natural, uniform, {temperature: 0.5} or {domain: weight}.",
+        "mixer: {name: recommended}",
         "# Rules beside it see the same losses, change nothing and say what they would have done.",
         f"shadow: [{{name: odm, preset: official, warmup_steps: {warmup}}}]",
     ]
