@@ -25,12 +25,12 @@ for name in {absent!r}: sys.modules[name] = None
 from megamix.data import Blend, Manifest
 from megamix.mixing import DomainStats, make_mixer
 from megamix.mixing.mixers import MIXERS
-blend = Blend(num_samples=[1000, 50], weights=[0.7, 0.3], seed=1)
+blend = Blend(num_samples=[1000, 50, 300], weights=[0.5, 0.3, 0.2], seed=1)
 for name in MIXERS:
-    mixer = make_mixer({{"name": name}}, domains=["web", "code"], initial_weights=[0.7, 0.3])
+    mixer = make_mixer({{"name": name}}, domains=["web", "code", "papers"], initial_weights=[0.5, 0.3, 0.2])
     for step in range(1, 30):
         blend.take(48)
-        stats = DomainStats(nats=[310.0 / step, 95.0], tokens=[100, 40], excess_nats=[3.0, 1.0])
+        stats = DomainStats(nats=[310.0 / step, 95.0, 70.0], tokens=[100, 40, 30], excess_nats=[3.0, 1.0, 2.0])
         blend.set_weights(mixer.update(stats, step=step))
 print(blend.position, *blend.counts)
 """

@@ -21,9 +21,10 @@ from megamix.core.errors import InputError
 from megamix.data.tokens.manifest import Manifest
 from megamix.data.tokens.verify import verify_all
 from megamix.studies.arena.answer import adaptation_text, answer_text
+from megamix.studies.arena.checks import read_study
 from megamix.studies.arena.results import Results, best_of, difference
 from megamix.studies.arena.rows import Row
-from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy, read_study
+from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, ArenaStudy
 from megamix.studies.arena.tables import markdown
 from megamix.studies.arena.tasks import arena, submit_arena
 from megamix.studies.slurm.resources import Resources

@@ -22,8 +22,8 @@ from test_arena import DOMAINS, ODM, config
 from megamix.core.config_files import read_yaml
 from megamix.core.errors import InputError
 from megamix.core.locks import turn
+from megamix.studies.arena.checks import read_study
 from megamix.studies.arena.collect import collect
-from megamix.studies.arena.study import read_study
 from megamix.studies.arena.tasks import arena
 from megamix.training.records.mean_weights import run_weights
 from megamix.training.records.recorded_run import RecordedRun

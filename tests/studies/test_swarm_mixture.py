@@ -118,9 +118,9 @@ def test_bounds_around_the_mixture(swarm: Path) -> None:
     [
         ({"web": 1.0}, "mixture={from_swarm: D}", {"from_swarm": "D"}),
         ({"from_swarm": "D"}, "mixture={web: 1.0}", {"web": 1.0}),
-        ({"from_swarm": "D"}, "mixture={from_run: R}", {"from_run": "R", "which": "mean"}),
+        ({"from_swarm": "D"}, "mixture={from_run: R}", {"from_run": "R", "which": "mean", "finished": False}),
         ({"from_run": "R", "which": "final"}, "mixture={from_swarm: D}", {"from_swarm": "D"}),
-        ({"from_run": "R"}, "mixture.which=final", {"from_run": "R", "which": "final"}),
+        ({"from_run": "R"}, "mixture.which=final", {"from_run": "R", "which": "final", "finished": False}),
     ],
 )
 def test_one_kind_of_mixture_replaces_another(before: Any, override: str, after: Any) -> None:

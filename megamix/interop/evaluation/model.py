@@ -114,9 +114,10 @@ def _opened(path: Path) -> Any:
 
     dtype = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # before 4.56
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(  # typed as the model alone
             path, local_files_only=True, output_loading_info=True, **{dtype: torch.float32}
         )
+        model, info = opened
     except Exception as error:  # transformers raises a dozen kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: transformers cannot open the model: {reason}") from error

@@ -1,20 +1,20 @@
-"""What would stop a member of an arena later, found before the first begins."""
+"""Reads the config of an arena, and finds what would stop a member later, before the first begins."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megamix.core.config import validate
 from megamix.core.errors import InputError
-from megamix.studies.arena.config import CONTROLS, NO_TRAP
+from megamix.studies.arena.config import CONTROLS, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import STATIC, Arm, Condition, Entry, leaves, naming
+from megamix.studies.arena.study import ArenaStudy
+from megamix.studies.runs import read_section
 from megamix.training.config import RunConfig
 from megamix.training.plan import make_plan
-
-if TYPE_CHECKING:
-    from megamix.studies.arena.study import ArenaStudy
 
 SETTLED = (
     "run_dir", "objective", "model", "train.seed", "train.steps", "train.stop_after", "train.global_batch", "train.batch_ramp",
@@ -22,6 +22,20 @@ SETTLED = (
     "data.reset_position_ids", "evaluate", "checkpoint.domains",
 )  # fmt: skip
 """Keys that no arm may change: the arena sets them, or losses would not be comparable."""
+
+
+def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
+    """Reads a config and checks all members before the first begins.
+
+    Raises:
+        InputError: a key or value that cannot be used, named with its arm or trap.
+    """
+    source = str(config_path)
+    data, config = read_section(ArenaConfig, "arena", config_path, overrides, {}, "")
+    run_dir = validate(RunConfig, data, source).run_dir
+    study = ArenaStudy(data, config, run_dir, source)
+    check(study)
+    return study
 
 
 def check(study: ArenaStudy) -> None:

@@ -23,11 +23,10 @@ from megamix.core.errors import InputError
 from megamix.core.paths import literal
 from megamix.core.text import listed
 from megamix.mixing.mixers import find_mixer, make_mixer
-from megamix.studies.arena.checks import check
 from megamix.studies.arena.config import CONTROLS, FROZEN, NO_TRAP, ArenaConfig
 from megamix.studies.arena.members import STATIC, Arm, Condition, Entry, Run, naming, nested
 from megamix.studies.arena.traps import Trap
-from megamix.studies.runs import Member, read_section, write_yaml
+from megamix.studies.runs import Member, write_yaml
 from megamix.training.config import KINDS, RunConfig
 from megamix.training.objective import objective_weights
 from megamix.training.plan import Plan, make_plan
@@ -334,20 +333,6 @@ class ArenaStudy:
                     path.unlink()
             for name, run in wanted.items():
                 write_yaml(folder / f"{name}.yaml", run)
-
-
-def read_study(config_path: Path, overrides: list[str]) -> ArenaStudy:
-    """Reads a config and checks all members before the first begins.
-
-    Raises:
-        InputError: a key or value that cannot be used, named with its arm or trap.
-    """
-    source = str(config_path)
-    data, config = read_section(ArenaConfig, "arena", config_path, overrides, {}, "")
-    run_dir = validate(RunConfig, data, source).run_dir
-    study = ArenaStudy(data, config, run_dir, source)
-    check(study)
-    return study
 
 
 def names_domains(mixture: object) -> bool:

@@ -18,9 +18,10 @@ from megamix.core.log import get_logger
 from megamix.core.paths import argument
 from megamix.core.text import plural
 from megamix.studies.arena.begun import refuse_changed
+from megamix.studies.arena.checks import read_study
 from megamix.studies.arena.collect import JSON as RESULTS
 from megamix.studies.arena.collect import collect
-from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, TRAPS, ArenaStudy, read_study
+from megamix.studies.arena.study import ARMS, BEGIN, FROZEN_ARMS, TRAPS, ArenaStudy
 from megamix.studies.pool import default_at_once, run_members
 from megamix.studies.runs import absolute, command_job, members_job
 from megamix.studies.slurm.resources import Resources
