@@ -24,7 +24,7 @@ demo: mini-pile
 
 # SHORT. The same command goes on after an interruption; ARGS are for each arena, for example ARGS="--at-once 8".
 evidence: mini-pile workshop
-	for name in mini-pile workshop mini-pile-swarm mini-pile-2m workshop-2m mini-pile-1600 workshop-1600; do \
+	for name in mini-pile workshop workshop-traps mini-pile-swarm mini-pile-2m workshop-2m mini-pile-1600 workshop-1600; do \
 	  $(BIN)/megamix arena configs/evidence/$$name.yaml $(ARGS) || exit; \
 	done
 

@@ -118,7 +118,7 @@ def doctor(config: RunConfig | None = None, *, world_size: int | None = None, pl
     names, initial = _mixture(shape)
     warnings = shape.mix.warnings() if shape.mix is not None else []
     if names:
-        warnings += mixer_warnings(config, names, initial)
+        warnings += mixer_warnings(config, names, initial, None if shape.mix is None else shape.mix.objective_weights)
     if shape.bubble > 0.5:
         warnings.append(
             f"the pipeline stands idle for {shape.bubble:.0%} of a step. Use more micro-batches per step (a larger "

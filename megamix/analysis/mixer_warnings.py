@@ -8,8 +8,18 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 
-from megamix.core.text import listed
-from megamix.mixing.mixers import MIXERS, AdoConfig, AioliConfig, DoremiConfig, ScheduleConfig, evaluated, make_mixer
+from megamix.core.text import listed, plural
+from megamix.mixing.mixers import (
+    MIXERS,
+    AdoConfig,
+    AioliConfig,
+    DoremiConfig,
+    RecommendedConfig,
+    ScheduleConfig,
+    evaluated,
+    make_mixer,
+)
+from megamix.mixing.mixers.recommended import observations_to_suspect
 from megamix.training.config import RunConfig
 
 FEW_SAMPLES = 4.0
@@ -17,11 +27,17 @@ FEW_SAMPLES = 4.0
 more."""
 
 
-def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[np.float64]) -> list[str]:
+def mixer_warnings(
+    config: RunConfig,
+    names: tuple[str, ...],
+    initial: NDArray[np.float64],
+    objective: NDArray[np.float64] | None = None,
+) -> list[str]:
     """Settings of the mixer that work and are probably not meant.
 
     Args:
         initial: float64 [K], the initial weights.
+        objective: float64 [K], the objective's; None where they are not known.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -29,28 +45,42 @@ def mixer_warnings(config: RunConfig, names: tuple[str, ...], initial: NDArray[n
     said = [str(warning.message) for warning in caught]
     return (
         said
-        + _never_acts(config, len(names))
+        + _never_acts(config, initial, objective)
         + _few_samples(config, names, initial)
         + _probes_in_warmup(config, len(names))
     )
 
 
-def _never_acts(config: RunConfig, num_domains: int) -> list[str]:
+def _never_acts(config: RunConfig, initial: NDArray[np.float64], objective: NDArray[np.float64] | None) -> list[str]:
     """A mixer whose first change of the weights would come after the end."""
     mixer, steps, lag = config.mixer, config.train.steps, config.data.weight_lag
-    first, keys = _first_change(mixer)
-    if num_domains == 1 or first + lag < steps:
+    follows = objective is not None and np.allclose(initial, objective, rtol=0, atol=1e-12)
+    needed = observations_to_suspect(mixer) if isinstance(mixer, RecommendedConfig) and follows else 1
+    first, keys = _first_change(mixer, needed)
+    if np.count_nonzero(initial) < 2 or first == 0:
+        return []
+    most = getattr(mixer, "update_times", -1)
+    if 0 <= most < needed:
+        why = f"it stops after {plural(most, 'update')}, and no weight changes before update {needed}"
+        return [
+            f"mixer {mixer.name}: {why}, so the weights stay the mixture's. Raise mixer.update_times, or leave it out."
+        ]
+    if first + lag < steps:
         return []
     after = f"after step {first}" + (f" and act {lag + 1} steps later" if lag else "")
     return [
         f"mixer {mixer.name}: its weights change {after} at the earliest, and the run ends after step {steps}, so the weights "
-        f"stay the initial ones. Lower {keys}, or train longer."
+        f"stay the mixture's. {f'Lower {keys}, or train' if keys else 'Train'} longer."
     ]
 
 
-def _first_change(mixer: object) -> tuple[int, str]:
+def _first_change(mixer: object, needed: int) -> tuple[int, str]:
     """The first step, from 1, after whose losses a mixer can ask for other weights, and the keys that say so; (0, "")
-    for one whose effect does not begin there."""
+    for one whose effect does not begin there.
+
+    Args:
+        needed: losses of a domain without which a mixer with a schedule changes nothing.
+    """
     if isinstance(mixer, AdoConfig):
         start = mixer.fit_from if mixer.start is None else mixer.start
         fit = math.ceil(start / mixer.refit_every) * mixer.refit_every + mixer.fit_delay
@@ -61,7 +91,8 @@ def _first_change(mixer: object) -> tuple[int, str]:
     if not isinstance(mixer, ScheduleConfig) or isinstance(mixer, DoremiConfig):
         return 0, ""
     every = mixer.update_every
-    return (mixer.warmup_steps // every + 1) * every, "mixer.warmup_steps" + (" and update_every" if every > 1 else "")
+    keys = [key for key, least in (("warmup_steps", 0), ("update_every", 1)) if getattr(mixer, key) > least]
+    return max(mixer.warmup_steps // every + 1, needed) * every, "mixer." + " and ".join(keys) if keys else ""
 
 
 def _probes_in_warmup(config: RunConfig, num_domains: int) -> list[str]:

@@ -141,7 +141,9 @@ def turn(folder: Path) -> Iterator[None]:
     file = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            take(file, wait=True)
+            if not take(file):
+                get_logger().info("%s: waiting for another process that works there", folder)
+                take(file, wait=True)
         yield
     finally:
         os.close(file)

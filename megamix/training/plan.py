@@ -282,6 +282,7 @@ def make_data_plan(
     validation = [manifest.open_domain(name, "validation", verify=verify) for name in names]
     num_samples = np.array([_windows(domain, "training", config.data.seq_length) for domain in domains], np.int64)
     natural, lengths = manifest.natural_weights(names), document_tokens(entries)
+    objective = objective_weights(config.objective, names, natural)  # before the mixture, which may follow it
     try:
         policy = make_policy(config, names, num_samples, natural, lengths)
     except InputError:
@@ -294,7 +295,7 @@ def make_data_plan(
         domain_names=names,
         num_samples=num_samples,
         natural_weights=natural,
-        objective_weights=objective_weights(config.objective, names, natural),
+        objective_weights=objective,
         policy=policy,
         manifest=manifest,
         data_size=data_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from megamix.data.blend.blend import Blend
 from megamix.data.tokens.manifest import DomainEntry, Manifest, SplitEntry, TokenizerEntry, ValidationEntry
 from megamix.data.tokens.writer import IndexedWriter
 from megamix.engines.models.config import ModelConfig
+from megamix.mixing import DomainStats
 from megamix.mixing.mixers import make_mixer
 from megamix.training.config import RunConfig
 
@@ -175,12 +177,52 @@ def test_a_mixer_that_never_acts_is_named(
     def warned(steps: int) -> list[str]:
         evaluate = {"every": 20, "samples": 2}
         text = doctor(config_of(tmp_path, data, mixer=mixer, train={"steps": steps}, evaluate=evaluate)).text()
-        return [line for line in text.splitlines() if "stay the initial ones" in line]
+        return [line for line in text.splitlines() if "stay the mixture's" in line]
 
     assert not warned(41)
     (line,) = warned(40)
     assert f"change after step {first} and act 2 steps later at the earliest, and the run ends after step 40" in line
     assert f"Lower {keys}" in line
+
+
+@pytest.mark.parametrize(
+    ("mixer", "first", "keys"),
+    [
+        ({}, 11, "Train longer"),
+        ({"memory": 0}, 8, "Train longer"),
+        ({"update_every": 3}, 33, "Lower mixer.update_every, or train longer"),
+    ],
+)
+def test_recommended_acts_where_it_may_suspect_a_domain(
+    data: Path, tmp_path: Path, mixer: dict[str, Any], first: int, keys: str
+) -> None:
+    """Where it begins with the objective's weights. The losses of a mixer say the same."""
+
+    def warned(steps: int, **keys: Any) -> list[str]:
+        config = config_of(
+            tmp_path, data, mixer={"name": "recommended", **mixer}, train={"steps": steps}, objective="uniform", **keys
+        )
+        return [line for line in doctor(config).text().splitlines() if "stay the mixture's" in line]
+
+    assert not warned(first + 2, mixture="uniform")
+    (line,) = warned(first + 1, mixture="uniform")
+    assert f"change after step {first} and" in line
+    assert keys in line
+    assert not warned(first + 1, mixture={"web": 3, "code": 2})
+    made = make_mixer({"name": "recommended", **mixer}, ["a", "b"], [1.0] * 2, [1.0] * 2)
+    moved = []
+    for step in range(1, first + 2):
+        stats = DomainStats([100 * (9 - math.log(step)), 690.0 + step % 2], [100] * 2)
+        moved.append(np.abs(made.update(stats, step) - 0.5).max() > 1e-6)
+    assert moved.index(True) + 1 == first
+
+
+@pytest.mark.parametrize(("mixer", "times", "needed"), [("odm", 0, 1), ("recommended", 0, 11), ("recommended", 10, 11)])
+def test_too_few_updates_are_named(data: Path, tmp_path: Path, mixer: str, times: int, needed: int) -> None:
+    changes: dict[str, Any] = {"mixer": {"name": mixer, "update_times": times}, "train": {"steps": 300}}
+    text = doctor(config_of(tmp_path, data, objective="uniform", mixture="uniform", **changes)).text()
+    assert f"no weight changes before update {needed}" in text
+    assert "Raise mixer.update_times" in text
 
 
 def test_warnings_are_not_errors(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,12 @@ def test_exploration_takes_nothing_from_domains_that_learn() -> None:
     on_lines(mixer, (9, 0.5), (7, 0.5), (8, 0.5), (9, 0.5))
     first_two = v[:2] / v[:2].sum() * (1 - 0.0125 - 0.004)
     np.testing.assert_allclose(mixer.weights, [*first_two, 0.004, 0.0125], rtol=1e-12)
+    dozen = np.array([10, 12, 19, 14, 13, 11, 11, 18, 6, 16, 13, 1]) / 144
+    mixer = make_mixer({"name": "recommended"}, [f"d{i}" for i in range(12)], dozen, dozen)
+    started = mixer.weights.tolist()
+    assert mixer.objective.sum() != 1  # by a rounding error
+    on_lines(mixer, *[(9, 0.5)] * 12)
+    assert mixer.weights.tolist() == started  # to the last bit, or samples would come in another order
     all_count = make_mixer({"name": "recommended"}, ["a", "b", "c"], [1.0] * 3, v[:3])
     on_lines(all_count, (9, 0.5), (7, 0.5), (8, 0.5))
     np.testing.assert_allclose(all_count.weights, v[:3], rtol=1e-14)

@@ -57,8 +57,9 @@ common.
 What it cannot see: what a domain's tokens do for the others, which differs more between domains than what they do for
 itself; losses that fall because data is repeated (bound it by data.max_epochs); that the loss of a rare domain unlike
 all others may rise until the model has learnt what is frequent, which is why a suspected one keeps a quarter; that a
-domain would learn later, which has not begun to (its exploration shows it then). DECISIONS.md has what was tried and
-measured.
+domain would learn later, which has not begun to (its exploration shows it then); that the line of a domain that comes
+late is flat at first, as the logarithm of its few tokens grows fast: it is suspected for a while. DECISIONS.md has what
+was tried and measured.
 
 Shapes: every array is float64 [K], K the number of domains."""
 
@@ -97,6 +98,9 @@ _DOUBT = 3.0
 
 _SMALLEST_SLOPE = 1e-6
 """Nats per e-fold; slopes that are all below this are rounding errors of losses that do not change."""
+
+_ROUNDING = 1e-12
+"""Weights with a sum within this of 1 are taken as they are."""
 
 _AGEING = 0.9
 """Weight of a loss in the mean of the last ones, relative to the next."""
@@ -263,7 +267,9 @@ class RecommendedMixer(Mixer):
         if not share.any():  # nothing of the objective is learnt any more
             return None
         floor = np.where(self.objective > 0, np.minimum(self.objective, least), least)
-        return project_to_capped_simplex(share / share.sum(), floor, 1.0)
+        total = float(share.sum())
+        # The objective's weights stay as they are: divided by a sum of 1 + 1e-16 they would give samples another order.
+        return project_to_capped_simplex(share if abs(total - 1.0) <= _ROUNDING else share / total, floor, 1.0)
 
     def _extra_state(self) -> dict[str, Any]:
         return {
@@ -329,6 +335,16 @@ class RecommendedMixer(Mixer):
             "exploration_rate": self.config.exploration / self.num_domains,
             "warmup_steps": self.config.warmup_steps,
         }
+
+
+def observations_to_suspect(config: RecommendedConfig) -> int:
+    """Losses of a domain, each of as many tokens, before which no weight leaves the objective's."""
+    number, total, squares = 0, 0.0, 0.0
+    while number == 0 or total * total < _MIN_SUSPICIOUS * squares:
+        number += 1
+        weight = float(number) ** config.memory
+        total, squares = total + weight, squares + weight * weight
+    return number
 
 
 @dataclass(frozen=True)

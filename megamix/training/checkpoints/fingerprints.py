@@ -138,6 +138,8 @@ def refuse_changes(
             if part in ACCEPTABLE
             else "start a new run_dir"
         )
+        if part == "mixture":
+            override += " (where no mixture is given, it follows the mixer and the objective: give the first one)"
         before, now = saved.get(part, {}).get(key), present[part].get(key)
         raise ResumeRefused(
             f"the checkpoint {path} was made with another {part}: {key} was {_short(before)}, now {_short(now)}. "
