@@ -179,11 +179,13 @@ def _run(path: Path) -> Report:
         return Report([f"{path} is a run that has recorded nothing yet.\n{_checkpoints(path)}"])
     run = RecordedRun.open(path)
     done = run.steps >= run.config.train.steps
+    weights = run.ledger.weights
+    changes = int((weights[1:] != weights[:-1]).any(axis=1).sum())
     lines = [
         f"{path} is a run{', finished' if done else ', not finished'}.",
         f"steps       {run.steps:,} of {run.config.train.steps:,}",
         f"tokens      {run.tokens:,}",
-        f"mixer       {run.config.mixer.name}, {plural(len(run.ledger.lines) - 1, 'change')} of weights",
+        f"mixer       {run.config.mixer.name}, {plural(changes, 'change')} of weights",
         f"data        {run.config.data.manifest}",
     ]
     if run.train:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,16 @@ def test_a_run(run: tuple[Path, list[list[int]]]) -> None:
     assert f"{STEPS} of {STEPS}" in text
     assert "checkpoints none" in text
     assert "mean over domains" in text
+    assert f", {STEPS // 5} changes of weights" in text
+
+
+def test_an_update_that_keeps_the_weights_is_no_change(run: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
+    shutil.copytree(run[0], tmp_path / "run")
+    path = tmp_path / "run" / "weights.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2]["domain_weights"] = lines[1]["domain_weights"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f", {STEPS // 5 - 1} changes of weights" in inspect.inspect_path(tmp_path / "run").text()
 
 
 def test_something_else(tmp_path: Path) -> None:
